@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Make or repair the virtual environment. Usage: bash scripts/setup.sh [dev]
+# Safe to call any number of times; when nothing changed it returns at once.
+#   PYTHON      base interpreter, 3.10 to 3.13 (default: the first suitable on PATH)
+#   VENV        where the environment lies (default: .venv beside this checkout's README)
+#   TORCH_SPEC  what pip installs for torch, e.g. "torch==2.13.0" (default: chosen below)
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+EXTRA="${1:-}"
+TORCH_VERSION=2.13.0
+LLAVA_SPEC=llava-torch==1.2.2.post1
+
+say() { echo "setup: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+case "$EXTRA" in "" | dev) ;; *) die "unknown argument '$EXTRA'; the only one is 'dev' (tools for the tests)" ;; esac
+
+suitable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local name
+    if [ -n "${PYTHON:-}" ]; then
+        suitable "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.10 to 3.13; name one, e.g. PYTHON=python3.11"
+        BASE="$PYTHON"
+        return
+    fi
+    for name in python3 python3.11 python3.12 python3.13 python3.10 python; do
+        if suitable "$name"; then BASE="$name"; return; fi
+    done
+    die "no Python 3.10 to 3.13 on PATH; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+}
+
+# One line that changes whenever the environment has to be made anew.
+key() {
+    TORCH_SPEC="${TORCH_SPEC:-}" "$BASE" - "$ROOT" "$VENV" <<'PY'
+import hashlib, os, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+h = hashlib.sha256(repr((sys.argv[1:], sys.version, os.environ["TORCH_SPEC"])).encode())
+for name in ("setup.py", "pyproject.toml", "constraints.txt", "scripts/setup.sh"):
+    h.update((root / name).read_bytes())
+print(h.hexdigest())
+PY
+}
+
+ready() {  # $1: the extra
+    [ -x "$VENV/bin/python" ] && [ ! -e "$VENV/.unfinished" ] && [ "$(cat "$VENV/.ready-$1" 2>/dev/null)" = "$KEY" ]
+}
+
+has_cuda_torch() {
+    "$BASE" - 2>/dev/null <<'PY'
+import sys, torch
+version = tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2])
+sys.exit(0 if torch.version.cuda and version >= (2, 4) else 1)
+PY
+}
+
+pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+# The CPU build unless there is a GPU: on Linux x86 the plain name would bring gigabytes of CUDA libraries.
+install_torch() {
+    if [ -n "${TORCH_SPEC:-}" ]; then
+        pip_install $TORCH_SPEC
+    elif [ "$SITE" = yes ]; then
+        say "using the CUDA torch of $BASE"
+    elif nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
+        pip_install "torch==$TORCH_VERSION"
+    else
+        pip_install "torch==$TORCH_VERSION+cpu" 2>/dev/null ||
+            pip_install --index-url https://download.pytorch.org/whl/cpu "torch==$TORCH_VERSION" 2>/dev/null ||
+            pip_install "torch==$TORCH_VERSION"
+    fi
+}
+
+make_venv() {
+    # Only what this script made is ever removed.
+    if [ -e "$VENV" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
+        [ -e "$VENV/.made-by-setup" ] || die "$VENV exists and was not made by this script; move it away or set VENV"
+        local now wanted
+        wanted="$("$BASE" -c 'import sys; print(sys.version)') $SITE"
+        now="$(cat "$VENV/.made-by-setup")"
+        if [ -e "$VENV/.unfinished" ] || [ "$now" != "$wanted" ] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+            say "remaking the environment (unfinished, or made for another Python)"
+            rm -rf "$VENV"
+        fi
+    fi
+    if [ ! -x "$VENV/bin/python" ]; then
+        mkdir -p "$VENV"
+        : >"$VENV/.made-by-setup"
+        : >"$VENV/.unfinished"
+        local site=()
+        [ "$SITE" = no ] || site=(--system-site-packages)
+        "$BASE" -m venv ${site[@]+"${site[@]}"} "$VENV" || die "'$BASE -m venv' failed; on Debian install python3-venv"
+        echo "$("$BASE" -c 'import sys; print(sys.version)') $SITE" >"$VENV/.made-by-setup"
+    fi
+    : >"$VENV/.unfinished"
+}
+
+fill_venv() {
+    install_torch || die "torch could not be installed; name a build with TORCH_SPEC, e.g. TORCH_SPEC=torch==$TORCH_VERSION"
+    pip_install -c "$ROOT/constraints.txt" setuptools wheel
+    pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava${EXTRA:+,$EXTRA}]"
+    pip_install --no-deps "$LLAVA_SPEC"  # its metadata pins torch 2.0.1; it runs on the present one
+    (cd / && "$VENV/bin/python" -c 'import torch, transformers, llava_prune') || die "the environment does not import"
+}
+
+find_python
+KEY="$(key)"
+if ready "$EXTRA"; then exit 0; fi
+if command -v flock >/dev/null 2>&1; then  # two set-ups at once: the second waits, then finds all done
+    exec 9>"$VENV.lock"
+    flock 9
+    if ready "$EXTRA"; then exit 0; fi
+fi
+say "making $VENV (some minutes the first time)"
+SITE=no
+if [ -z "${TORCH_SPEC:-}" ] && has_cuda_torch; then SITE=yes; fi
+make_venv
+fill_venv || die "installation failed, see above; the next call repairs it"
+rm -f "$VENV"/.ready-*
+echo "$KEY" >"$VENV/.ready-"
+if [ -n "$EXTRA" ]; then echo "$KEY" >"$VENV/.ready-$EXTRA"; fi
+rm -f "$VENV/.unfinished"
+say "ready"

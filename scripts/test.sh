@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up, lint, check types, run the tests. Arguments go to pytest: bash scripts/test.sh tests/eval -k resume
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV="${VENV:-$PWD/.venv}"
+export VENV
+bash scripts/setup.sh dev
+"$VENV/bin/python" -m ruff check .
+"$VENV/bin/python" -m mypy llava_prune/core llava_prune/methods
+exec "$VENV/bin/python" -m pytest -q "$@"

@@ -1,0 +1,48 @@
+"""Package metadata; the settings of the tools stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="llava-prune",
+    version="0.1.0",
+    description="Training-free visual token pruning for LLaVA, AutoPrune first",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["llava_prune", "llava_prune.*"]),
+    package_data={"llava_prune": ["py.typed", "eval/tasks/*.yaml"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=5.14,<6",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "Pillow",
+        "PyYAML",
+        "rich",
+        "shortuuid",
+        "sentencepiece",
+        "protobuf",
+    ],
+    extras_require={
+        # what importing haotian-liu/LLaVA (llava-torch, installed with --no-deps) takes beyond the above
+        "llava": ["accelerate", "requests", "tqdm"],
+        "flash": ["flash-attn>=2.5"],
+        "deepspeed": ["deepspeed>=0.15", "accelerate"],
+        "lmms-eval": ["lmms-eval>=0.7"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest>=8", "hypothesis>=6.100"],
+    },
+    entry_points={"console_scripts": ["llava-prune = llava_prune.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)
