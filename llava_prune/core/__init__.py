@@ -1,0 +1,1 @@
+"""Plain data types, selection and budget mathematics. Depends on torch only."""

@@ -1,0 +1,43 @@
+"""Mutual information between text and image as attention shows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
+    """I(V; T) in bit, for each head.
+
+    With a the attention of T text rows on V visual columns (not renormalised over them), p = a / T and
+    p_v = sum_t p: I = sum p log2 max(p / (p_v / T + 1e-6), 1e-6). The 1e-6 is the official code's and not
+    negligible; the arithmetic here is float32 where the official one is the model's dtype.
+
+    Args:
+        attention: (B, H, R, L) float32.
+        text: (B, R) bool, rows that are text.
+        visual: (B, L) bool.
+
+    Returns:
+        (B, H) float32; 0 for a sample without text rows or without visual tokens, never NaN.
+    """
+    count = text.sum(1).clamp(min=1)[:, None, None, None]  # (B, 1, 1, 1)
+    live = text[:, None, :, None] & visual[:, None, None]  # (B, 1, R, L)
+    joint = torch.nan_to_num(attention.float()).masked_fill(~live, 0) / count
+    column = joint.sum(2, keepdim=True)  # (B, H, 1, L)
+    ratio = (joint / (column / count + 1e-6)).clamp(min=1e-6)
+    return (joint * ratio.log2()).sum((2, 3))
+
+
+def text_attention(attention: Tensor, text: Tensor) -> Tensor:
+    """Attention on each column, mean over heads and over the text rows of a sample.
+
+    Args:
+        attention: (B, H, R, L) float32.
+        text: (B, R) bool.
+
+    Returns:
+        (B, L) float32.
+    """
+    weight = text / text.sum(1, keepdim=True).clamp(min=1)  # (B, R)
+    return torch.einsum("bhrl,br->bl", torch.nan_to_num(attention), weight.to(attention.dtype)) / attention.shape[1]

@@ -1,0 +1,128 @@
+"""Selection and merging as pure tensor functions: ordered top-k, DPC-KNN merge, reassembly of a sequence.
+
+All take batches whose samples keep different numbers of tokens; the counts are host integers, so no function
+here reads from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .types import Cut
+
+
+def descending_rank(score: Tensor, among: Tensor) -> Tensor:
+    """Rank of each entry by score, best first, ties by index; entries not `among` rank last.
+
+    Args:
+        score: (B, L) float. NaN counts as the lowest.
+        among: (B, L) bool.
+
+    Returns:
+        (B, L) long, 0 for the best.
+    """
+    key = torch.nan_to_num(score.float(), nan=-3e38, posinf=3e38, neginf=-3e38).masked_fill(~among, -torch.inf)
+    order = key.sort(dim=1, descending=True, stable=True).indices  # (B, L)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def column(values: Sequence[int], like: Tensor) -> Tensor:
+    """(B, 1) long on the device of `like`, copied without waiting for it."""
+    return torch.tensor(list(values), dtype=torch.long).to(like.device, non_blocking=True)[:, None]
+
+
+def assemble(
+    keep: Tensor,
+    visual: Tensor,
+    valid: Tensor,
+    lengths: Sequence[int],
+    merged: Tensor | None = None,
+    merged_counts: Sequence[int] = (),
+) -> Cut:
+    """Close the gaps: kept rows in order, merged rows after the last visual place, all aligned at the right end.
+
+    Args:
+        keep: (B, L) bool, visual tokens that stay. Rows that are not visual stay if they are valid.
+        visual: (B, L) bool.
+        valid: (B, L) bool.
+        lengths: live rows of each sample afterwards: not visual + kept + merged.
+        merged: (B, C, D) new rows, or None.
+        merged_counts: how many of the C belong to each sample.
+
+    Returns:
+        Cut with L' = max(lengths); `valid` is None when all samples have that length.
+    """
+    length = keep.shape[1]
+    n_merged = 0 if merged is None else merged.shape[1]
+    step = n_merged + 1
+    places = torch.arange(length, device=keep.device)
+    key = (places * step).expand_as(keep)
+    key = key.masked_fill(~(keep & visual | valid & ~visual), -1)  # (B, L)
+    if merged is not None:
+        last = (visual * (places + 1)).amax(1, keepdim=True) - 1  # (B, 1)
+        slots = torch.arange(n_merged, device=keep.device)
+        extra = (last * step + 1 + slots).masked_fill(slots >= column(merged_counts, keep), -1)  # (B, C)
+        key = torch.cat([key, extra], 1)
+    ordered, index = key.sort(dim=1, stable=True)
+    width = max(lengths)
+    live = None if all(n == width for n in lengths) else ordered[:, -width:] >= 0
+    return Cut(index[:, index.shape[1] - width :], merged, live)
+
+
+def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
+    """Density-peak clustering with k nearest neighbours, k being the number of clusters.
+
+    Source: specs of AutoPrune and SparseVLM; density exp(-mean of the k smallest squared distances, itself
+    included), distance to the nearest denser point, centres by their product. Ties go to the lower index where
+    the official code adds noise of 1e-6.
+
+    Args:
+        points: (B, Q, D); the first counts[b] rows of a sample are points, the rest padding.
+        counts: points of each sample.
+        clusters: clusters of each sample, at most its points.
+
+    Returns:
+        (B, Q) long, the cluster of each point, numbered by descending centre score; -1 on padding.
+    """
+    size, device = points.shape[1], points.device
+    n_max = max(max(clusters), 1)
+    real = torch.arange(size, device=device) < column(counts, points)  # (B, Q)
+    distance = torch.cdist(points.float(), points.float()) / points.shape[2] ** 0.5  # (B, Q, Q)
+    pair = real[:, None] & real[:, :, None]
+    farthest = distance.masked_fill(~pair, 0).flatten(1).amax(1)[:, None, None]
+    nearest = distance.masked_fill(~pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
+    wanted = column(clusters, points)  # (B, 1)
+    used = torch.arange(nearest.shape[2], device=device) < wanted  # (B, K)
+    squares = nearest.square().masked_fill(~(used[:, None] & real[:, :, None]), 0).sum(2)
+    density = torch.exp(-squares / wanted.clamp(min=1)).masked_fill(~real, -1.0)  # (B, Q)
+    denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
+    delta = torch.where(denser & pair, distance, farthest).amin(2)  # (B, Q)
+    peak = descending_rank(density * delta, real)  # (B, Q)
+    centre = torch.empty_like(peak).scatter_(1, peak, torch.arange(size, device=device).expand_as(peak))
+    centre = centre[:, :n_max]  # (B, C) point index of each centre
+    to_centre = distance.gather(2, centre[:, None].expand(-1, size, -1))  # (B, Q, C)
+    slots = torch.arange(centre.shape[1], device=device)
+    to_centre = to_centre.masked_fill((slots >= wanted)[:, None], torch.inf)
+    label = to_centre.argmin(2)
+    label = torch.where(peak < wanted, peak, label)  # centres belong to themselves
+    return label.masked_fill(~real, -1)
+
+
+def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> Tensor:
+    """Sum of each cluster divided by (size + eps), as the official code does.
+
+    Args:
+        points: (B, Q, D).
+        label: (B, Q) long, -1 on padding.
+        n_clusters: C.
+
+    Returns:
+        (B, C, D) in the dtype of `points`.
+    """
+    member = torch.nn.functional.one_hot(label + 1, n_clusters + 1)[..., 1:].transpose(1, 2).float()  # (B, C, Q)
+    total = member @ points.float()
+    return (total / (member.sum(2, keepdim=True) + eps)).to(points.dtype)

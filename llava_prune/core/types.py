@@ -1,0 +1,144 @@
+"""What the runtime shows a method, and what a method answers.
+
+Letters: B batch, L sequence length now, D width, H heads, R query rows, N pictures or crops, T patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MERGED = -1
+"""Original index of a token that was made by merging others."""
+FILLER = -2
+"""Original index of a masked row that only fills up a batch of unequal lengths."""
+TEXT = -3
+"""Original index of a row that is not visual."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the rows of a request stand at one layer.
+
+    Every cut leaves samples aligned at the right end, so the text after the picture is always the last
+    ``n_text`` columns, whatever was dropped before it.
+
+    Attributes:
+        length: L, columns of the sequence now.
+        n_text: R, columns after the last visual token (at least 1).
+        text: (B, R) bool, which of the last R columns vote for a sample. A sample with nothing after its
+            picture votes with its last row; one without a picture has no voter.
+        n_visual: visual tokens of each sample before any cut.
+        n_layers: decoder layers of the model.
+    """
+
+    length: int
+    n_text: int
+    text: Tensor
+    n_visual: tuple[int, ...]
+    n_layers: int
+
+    def text_rows(self) -> Tensor:
+        """(R,) long: the columns after the picture."""
+        return torch.arange(self.length - self.n_text, self.length, device=self.text.device)
+
+    def last_row(self) -> Tensor:
+        """(1,) long: the last column, the last instruction token of every sample."""
+        return torch.arange(self.length - 1, self.length, device=self.text.device)
+
+
+@dataclass
+class View:
+    """A request at the boundary after one decoder layer (or before the first, ``layer == -1``).
+
+    Attributes:
+        hidden: (B, L, D) output of the layer.
+        visual: (B, L) bool, live visual tokens.
+        valid: (B, L) bool, rows that are neither padding nor filler.
+        ids: (B, L) long, index among the sample's original visual tokens, or MERGED, FILLER, TEXT.
+        probs: (B, H, R, L) float32, softmax attention of the rows the method asked for; None if it asked none.
+        spans: see Spans.
+        scratch: dict that lives as long as the request; a method keeps its state here, never on itself.
+        counts: rows of each sample that are not visual and not padding.
+        carried: name -> (B, L0) tensors that `reduce` left for the visual tokens, aligned with the sequence
+            before any cut; read them with `carry`.
+        next_rows: function rows (R,) -> (B, H, R, L) float32, the next layer's attention on these states.
+    """
+
+    hidden: Tensor
+    visual: Tensor
+    valid: Tensor
+    ids: Tensor
+    probs: Tensor | None
+    spans: Spans
+    scratch: dict[str, Any]
+    counts: tuple[int, ...]
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    next_rows: Callable[[Tensor], Tensor] | None = None
+
+    def carry(self, name: str) -> Tensor:
+        """(B, L) values that `reduce` left under `name`; 0 on text, filler and merged tokens.
+
+        Raises:
+            ValueError: when nothing was left under that name.
+        """
+        if name not in self.carried:
+            raise ValueError(f"no value {name!r} was carried from the vision tower; there are {sorted(self.carried)}")
+        values = self.carried[name]  # (B, V) by original index
+        if values.shape[1] == 0:
+            return torch.zeros_like(self.visual, dtype=values.dtype)
+        picked = values.gather(1, self.ids.clamp(0, values.shape[1] - 1))  # (B, L)
+        return picked.masked_fill(~self.visual | (self.ids < 0), 0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows that go on, in output order.
+
+    Attributes:
+        index: (B, L') long into the L rows of the view, then the C rows of `merged`.
+        merged: (B, C, D) new rows, or None.
+        valid: (B, L') bool, False on filler; None when every row is live.
+    """
+
+    index: Tensor
+    merged: Tensor | None = None
+    valid: Tensor | None = None
+
+
+@dataclass
+class VisionView:
+    """The pictures of a request between vision tower and projector.
+
+    Attributes:
+        features: (N, T, Dv) patch features, class token removed.
+        probs: layer -> (N, H, R, 1 + T) float32 softmax rows the method asked for with `vision_rows`.
+        keys: layer -> (N, H, 1 + T, dh) key projections of the same layers.
+        padding: (N, T) bool, patches that show padding only, or None when the original sizes are unknown.
+        grid: (height, width) in patches.
+        carry: name -> (N, T) tensors to meet again in `View.carry`.
+    """
+
+    features: Tensor
+    probs: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    padding: Tensor | None
+    grid: tuple[int, int]
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VisionCut:
+    """Patches that go on to the language model.
+
+    Attributes:
+        live: (N, T) bool.
+        features: (N, T, Dv) features for the projector, rows not `live` are ignored.
+    """
+
+    live: Tensor
+    features: Tensor

@@ -1,0 +1,281 @@
+"""Read the files of a checkpoint. Nothing here unpickles code: safetensors, or torch.load(weights_only=True)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None when it has no tokenizer files."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
+
+
+def shards(folder: Path) -> list[Path]:
+    """Weight files of a checkpoint, safetensors first.
+
+    Raises:
+        ValueError: when there are none, or an index names a missing one.
+    """
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [n for n in names if not (folder / n).is_file()]
+            if missing:
+                raise ValueError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+            return [folder / n for n in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise ValueError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All (name, tensor) of a checkpoint, one shard in memory at a time.
+
+    Raises:
+        ValueError: for a file that is cut off or no weight file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in shards(folder):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118
+                        yield name, handle.get_tensor(name)
+            else:
+                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{file}: truncated or no weight file ({error})") from error
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise ValueError(f"{file}: holds more than tensors, so it is not loaded ({error})") from error
+
+
+def tower_folder(folder: Path, name: str) -> str:
+    """Where a vision tower is: inside the checkpoint when `name` is a folder there, else `name` itself.
+
+    Raises:
+        ValueError: for a path that does not exist.
+    """
+    inside = folder / name
+    if inside.is_dir():
+        return str(inside.resolve())
+    if Path(name).is_dir() or name.count("/") == 1:
+        return name
+    raise ValueError(f"vision tower {name!r} is neither a folder inside {folder} nor a hub id")
+
+
+def image_processor(source: str) -> Any:
+    """CLIP's image processor on Pillow: the one whose pixels LLaVA was trained on."""
+    import transformers
+
+    cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return cls.from_pretrained(source)
+
+
+def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> list[str]:
+    """Copy tensors into a model built on the meta device; returns names that the model has no place for.
+
+    Raises:
+        ValueError: for missing tensors or wrong sizes.
+    """
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    spare, filled = [], {}
+    for name, value in state:
+        if name not in places:
+            spare.append(name)
+            continue
+        if places[name].shape != value.shape:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(value.shape)}, the config asks for {tuple(places[name].shape)}"
+            )
+        filled[name] = value.to(dtype) if value.is_floating_point() else value
+    missing = sorted(n for n, _ in model.named_parameters() if n not in filled)
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+    model.load_state_dict(filled, strict=False, assign=True)
+    return spare
+
+
+def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+    """haotian-liu/LLaVA format into the `llava` package's class."""
+    try:
+        from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    except ImportError as error:
+        raise ValueError(
+            f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
+        ) from error
+    shards(folder)
+    tower = tower_folder(folder, config["mm_vision_tower"])
+    options = LlavaConfig.from_pretrained(str(folder))
+    options.mm_vision_tower = tower
+    unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
+    options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
+    extra = {} if attn is None else {"attn_implementation": attn}
+    try:
+        model, info = LlavaLlamaForCausalLM.from_pretrained(
+            str(folder), config=options, dtype=dtype, output_loading_info=True, **extra
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
+            raise
+        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    vision = model.get_vision_tower()
+    vision.load_model()
+    vision.image_processor = image_processor(tower)
+    vision.to(dtype=dtype)
+    if unfrozen:
+        _overlay(vision, folder)
+    return model, vision.image_processor
+
+
+def _overlay(vision: Any, folder: Path) -> None:
+    """Tower weights that were trained with the model and lie in its checkpoint."""
+    prefix = "model.vision_tower.vision_tower."
+    own = set(vision.vision_tower.state_dict())
+    state = {}
+    for name, value in tensors(folder):
+        if name.startswith(prefix):
+            short = name.removeprefix(prefix)
+            state[short if short in own else short.removeprefix("vision_model.")] = value
+    if state:
+        vision.vision_tower.load_state_dict(state, strict=False)
+        vision.vision_tower.requires_grad_(False)
+
+
+def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+    """haotian-liu/LLaVA format into transformers' class; keys are renamed while reading."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    source = tower_folder(folder, config["mm_vision_tower"])
+    vision = CLIPVisionConfig.from_pretrained(source)
+    drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
+    text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
+    image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": image_id,
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default" if config.get("mm_vision_select_feature", "patch") == "patch" else "full",
+        "projector_hidden_act": "gelu",
+    }
+    anyres = config.get("image_aspect_ratio") == "anyres"
+    if anyres:
+        points = [(h, w) for w, h in config["image_grid_pinpoints"]]
+        full: Any = LlavaNextConfig(**common, image_grid_pinpoints=points)
+        build: Any = LlavaNextForConditionalGeneration
+    else:
+        full, build = LlavaConfig(**common), LlavaForConditionalGeneration
+    extra = {} if attn is None else {"attn_implementation": attn}
+    with torch.device("meta"):
+        model = build._from_config(full, dtype=dtype, **extra)
+    vision_model = CLIPVisionModel.from_pretrained(source, dtype=dtype)
+    _fill(model, _renamed(folder, vision_model.state_dict()), dtype, str(folder))
+    _rebuild_buffers(model)
+    _add_placeholder(model)
+    model.generation_config.pad_token_id = config.get("pad_token_id") or 0
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, config.get(name))
+    return model, image_processor(source)
+
+
+def _renamed(folder: Path, tower: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the original format under transformers' names, the tower's last so that trained ones win."""
+    seen = set()
+    parts = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
+    for name, value in tensors(folder):
+        if name.startswith("model.vision_tower."):
+            short = name.removeprefix("model.vision_tower.vision_tower.")
+            short = short if short in tower else short.removeprefix("vision_model.")
+            seen.add(short)
+            yield f"model.vision_tower.{short}", value
+        elif name.startswith("model.mm_projector."):
+            for old, new in parts.items():
+                if name.startswith(old):
+                    yield f"model.multi_modal_projector.{new}{name.removeprefix(old)}", value
+        elif name == "model.image_newline" or name == "lm_head.weight":
+            yield name, value
+        elif name.startswith("model."):
+            yield f"model.language_model.{name.removeprefix('model.')}", value
+    for short, value in tower.items():
+        if short not in seen:
+            yield f"model.vision_tower.{short}", value
+
+
+def _rebuild_buffers(model: Any) -> None:
+    """Buffers that no checkpoint stores (rotary frequencies, position numbers) for a model built on meta."""
+    inner = model.model
+    lm = inner.language_model
+    lm.rotary_emb = type(lm.rotary_emb)(config=lm.config)
+    for module in inner.vision_tower.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.register_buffer("position_ids", torch.arange(ids.shape[-1])[None], persistent=False)
+    left = [n for n, b in model.named_buffers() if b.is_meta]
+    if left:
+        raise ValueError(f"buffers {left} are not known; this transformers release is not supported")
+
+
+def _add_placeholder(model: Any) -> None:
+    """One more input embedding for the placeholder id, which is past the vocabulary."""
+    old = model.get_input_embeddings()
+    if model.config.image_token_id < old.num_embeddings:
+        return
+    new = nn.Embedding(old.num_embeddings + 1, old.embedding_dim, padding_idx=old.padding_idx, device="meta")
+    weight = torch.cat([old.weight.data, old.weight.data.new_zeros(1, old.embedding_dim)])
+    new.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+    model.set_input_embeddings(new)
+
+
+def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+    """transformers' own format."""
+    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+    shards(folder)
+    build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
+    extra = {} if attn is None else {"attn_implementation": attn}
+    try:
+        model, info = build.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **extra)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
+            raise
+        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    has_processor = (folder / "preprocessor_config.json").is_file()
+    return model, image_processor(str(folder)) if has_processor else None

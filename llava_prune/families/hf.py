@@ -1,0 +1,146 @@
+"""transformers' LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.request import PENDING, VISION, Pending
+from .base import block_index, encoder_blocks
+
+CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+
+
+class HF:
+    """Family of transformers' Llava and LlavaNext with a Llama language model."""
+
+    name = "hf"
+
+    def matches(self, model: Any) -> bool:
+        named = any(c.__name__ in CLASSES for c in type(model).__mro__)
+        return named and type(model.model.language_model).__name__ == "LlamaModel"
+
+    def language_model(self, model: Any) -> Any:
+        return model.model.language_model
+
+    def tower(self, model: Any) -> Any:
+        return model.model.vision_tower
+
+    def blocks(self, model: Any) -> nn.ModuleList:
+        return encoder_blocks(self.tower(model))
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.model.multi_modal_projector
+
+    def feature_layer(self, model: Any) -> int:
+        layer = model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise ValueError(f"vision_feature_layer={layer!r}: methods need a single feature layer")
+        return block_index(layer, len(self.blocks(model)))
+
+    def grid(self, model: Any) -> tuple[int, int]:
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def max_visual(self, model: Any) -> int:
+        rows, columns = self.grid(model)
+        points = getattr(model.config, "image_grid_pinpoints", None)
+        if not points:
+            return rows * columns
+        size = model.config.vision_config.image_size
+        crops = max((h // size) * (w // size) + 1 for h, w in points)
+        return crops * rows * columns + max(h // size for h, _ in points) * rows
+
+    def pads(self, model: Any) -> bool:
+        return not is_next(model)
+
+    def mark(self, model: Any) -> list[Callable[[], None]]:
+        inner = model.model
+        undo: list[Callable[[], None]] = [inner.register_forward_pre_hook(_before, with_kwargs=True).remove]
+        if is_next(model):
+            before = inner.__dict__.get("pack_image_features")
+            inner.pack_image_features = functools.partial(_pack, inner, before)
+            undo.append(functools.partial(_unpack, inner, before))
+        undo.append(self.projector(model).register_forward_hook(_number).remove)
+        undo.append(self.language_model(model).register_forward_pre_hook(_after, with_kwargs=True).remove)
+        return undo
+
+
+def is_next(model: Any) -> bool:
+    """Whether pictures come in crops of several resolutions (LLaVA-NeXT)."""
+    return any(c.__name__ == CLASSES[1] for c in type(model).__mro__)
+
+
+def _number(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    """Projector hook: patches are numbered over all pictures unless packing rearranges them."""
+    vision = VISION.get()
+    if vision is not None and vision.source is None:
+        vision.source = torch.arange(output.shape[0] * output.shape[1], device=output.device)
+
+
+def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
+    """The package's packing, run once more on patch numbers."""
+    stock = before or type(inner).pack_image_features.__get__(inner)
+    out = stock(features, *args, **kwargs)
+    vision = VISION.get()
+    if vision is not None:
+        numbers, start = [], 1
+        for f in features:
+            n = f.shape[0] * f.shape[1]
+            numbers.append(torch.arange(start, start + n, device=f.device, dtype=torch.float32).view(*f.shape[:2], 1))
+            start += n
+        newline = kwargs.get("image_newline")
+        again = {**kwargs, "image_newline": None if newline is None else newline.new_zeros(1).float()}
+        packed = stock(numbers, *args, **again)[0]
+        vision.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
+    return out
+
+
+def _unpack(inner: Any, before: Any) -> None:
+    if before is None:
+        inner.__dict__.pop("pack_image_features", None)
+    else:
+        inner.pack_image_features = before
+
+
+def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the multimodal model: where are the placeholders of a prefill?"""
+    PENDING.set(None)
+    ids = args[0] if args else kwargs.get("input_ids")
+    pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    if ids is None:
+        if pictures:
+            raise ValueError("a pruned model needs input_ids to find the pictures; do not pass inputs_embeds with them")
+        return
+    if pictures and ids.shape[1] > 1:
+        PENDING.set(Pending(ids == module.config.image_token_id))
+
+
+def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the language model: the tower has run by now, so say which patch is behind which token."""
+    pending, vision = PENDING.get(), VISION.get()
+    if pending is None or vision is None:
+        return
+    VISION.set(None)
+    if vision.source is None or not (vision.carry or vision.live is not None):
+        return
+    pending.carry, pending.live = vision.carry, vision.live
+    pending.source = _spread(pending.visual, vision.source)
+
+
+def _spread(visual: Tensor, source: Tensor) -> Tensor:
+    """(B, L) long: patch numbers (V,) laid on the visual tokens; beams repeat whole samples."""
+    places = visual.flatten().cumsum(0).view_as(visual) - 1  # (B, L), running over the batch
+    total, patches = int(visual.sum()), source.shape[0]
+    if total != patches:
+        times = total // patches
+        places = visual[::times].flatten().cumsum(0).view(-1, visual.shape[1]) - 1
+        places = places.repeat_interleave(times, 0)
+    return source[places.clamp(0, patches - 1)].masked_fill(~visual, -1)
+
+

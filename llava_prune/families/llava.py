@@ -1,0 +1,161 @@
+"""haotian-liu/LLaVA's own classes (package `llava`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.request import PENDING, SIZES, VISION, Pending, Vision
+from .base import block_index, encoder_blocks
+
+IMAGE = -200
+"""The placeholder id of a picture in the package's prompts."""
+IGNORE = -100
+"""The package's label of a row that is no text."""
+
+
+class Llava:
+    """Family of `llava.model.LlavaLlamaForCausalLM`."""
+
+    name = "llava"
+
+    def matches(self, model: Any) -> bool:
+        inner = getattr(model, "model", None)
+        return hasattr(model, "prepare_inputs_labels_for_multimodal") and hasattr(inner, "mm_projector")
+
+    def language_model(self, model: Any) -> Any:
+        return model.model
+
+    def tower(self, model: Any) -> Any:
+        tower = model.get_vision_tower()
+        if not tower.is_loaded:
+            raise ValueError("the vision tower is not loaded; call model.get_vision_tower().load_model() first")
+        return tower
+
+    def blocks(self, model: Any) -> nn.ModuleList:
+        return encoder_blocks(self.tower(model).vision_tower)
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.model.mm_projector
+
+    def feature_layer(self, model: Any) -> int:
+        return block_index(model.get_vision_tower().select_layer, len(self.blocks(model)))
+
+    def grid(self, model: Any) -> tuple[int, int]:
+        side = self.tower(model).num_patches_per_side
+        return side, side
+
+    def max_visual(self, model: Any) -> int:
+        rows, columns = self.grid(model)
+        points = getattr(model.config, "image_grid_pinpoints", None)
+        if getattr(model.config, "image_aspect_ratio", None) != "anyres" or not isinstance(points, (list, tuple)):
+            return rows * columns
+        size = self.tower(model).config.image_size
+        crops = [(w // size) * (h // size) + 1 for w, h in points]
+        return max(crops) * rows * columns + max(h // size for _, h in points) * rows
+
+    def pads(self, model: Any) -> bool:
+        return getattr(model.config, "image_aspect_ratio", None) == "pad"
+
+    def mark(self, model: Any) -> list[Callable[[], None]]:
+        undo = []
+        for name, wrapper in (("prepare_inputs_labels_for_multimodal", _splice), ("generate", _generate)):
+            before = model.__dict__.get(name)
+            setattr(model, name, functools.partial(wrapper, model, before))
+            undo.append(functools.partial(_restore, model, name, before))
+        return undo
+
+
+def _restore(model: Any, name: str, before: Any) -> None:
+    if before is None:
+        model.__dict__.pop(name, None)
+    else:
+        setattr(model, name, before)
+
+
+def _generate(model: Any, before: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forget pictures of a call that failed between splice and prefill."""
+    PENDING.set(None)
+    VISION.set(None)
+    return (before or type(model).generate.__get__(model))(*args, **kwargs)
+
+
+def _splice(
+    model: Any,
+    before: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    labels: Tensor | None,
+    images: Any,
+    image_sizes: Any = None,
+) -> tuple[Any, ...]:
+    """The package's splice, run once with labels and mask of ours so that it says where the pictures went."""
+    stock = before or type(model).prepare_inputs_labels_for_multimodal.__get__(model)
+    PENDING.set(None)
+    if images is None or input_ids.shape[1] == 1:
+        return stock(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
+    ones = torch.ones_like(input_ids, dtype=torch.bool)
+    mask = ones if attention_mask is None else attention_mask
+    marked = torch.zeros_like(input_ids) if labels is None else labels.clamp(min=0)
+    sizes = None if image_sizes is None else [(int(w), int(h)) for w, h in image_sizes]
+    token = SIZES.set(sizes if sizes is not None else SIZES.get())
+    try:
+        out = stock(input_ids, position_ids, mask, past_key_values, marked, images, image_sizes)
+    finally:
+        SIZES.reset(token)
+    visual = (out[5] == IGNORE) & out[2].bool()
+    if (input_ids == IMAGE).any():
+        vision = VISION.get() or Vision()
+        source = _source(model, stock, input_ids, mask, images, image_sizes, visual) if _needed(vision) else None
+        PENDING.set(Pending(visual, source, vision.carry, vision.live))
+    new_labels = None
+    if labels is not None:  # the caller's own labels, with theirs of ignored text
+        new_labels = stock(input_ids, position_ids, mask, past_key_values, labels, images, image_sizes)[5]
+    return (*out[:2], None if attention_mask is None else out[2], out[3], out[4], new_labels)
+
+
+def _needed(vision: Vision) -> bool:
+    return bool(vision.carry) or vision.live is not None
+
+
+def _source(
+    model: Any, stock: Any, input_ids: Tensor, mask: Tensor, images: Any, image_sizes: Any, visual: Tensor
+) -> Tensor:
+    """(B, L) long: which patch is behind each visual token, counted over all pictures; -1 for newline tokens.
+
+    The package's own merging decides: with crops (anyres) its splice runs once more on patch numbers in place of
+    features. A newline vector is told by its channels, which are not all the same number.
+    """
+    listed = isinstance(images, (list, tuple)) or images.ndim == 5
+    patches = model.get_vision_tower().num_patches
+    if not listed or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
+        per_image = [patches] * (input_ids.shape[0] + (input_ids == IMAGE).sum().item())
+        if listed:
+            per_image = [patches * (x.shape[0] if x.ndim == 4 else 1) for x in images]
+        firsts, start, image = [], 0, 0
+        for count in (input_ids == IMAGE).logical_and(mask.bool()).sum(1).tolist():
+            firsts.append(start)
+            used = max(count, 1)  # a sample without picture takes an unused one, as the package does
+            start += sum(per_image[image : image + used])
+            image += used
+        offset = torch.tensor(firsts, device=visual.device)[:, None]
+        return (visual.cumsum(1) - 1 + offset).masked_fill(~visual, -1)
+    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+    width = model.config.hidden_size
+    numbers = torch.arange(1, sum(crops) * patches + 1, device=visual.device, dtype=torch.float32)
+    table = numbers.view(-1, patches, 1).expand(-1, -1, width)
+    encode = model.__dict__.get("encode_images")
+    model.encode_images = lambda pictures: table
+    try:
+        embeds = stock(input_ids, None, mask, None, torch.zeros_like(input_ids), images, image_sizes)[4].float()
+    finally:
+        _restore(model, "encode_images", encode)
+    number = embeds[..., 0].round().long()
+    real = visual & (embeds == embeds[..., :1]).all(-1) & (number >= 1)
+    return (number - 1).masked_fill(~real, -1)

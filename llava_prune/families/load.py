@@ -1,0 +1,284 @@
+"""Load a checkpoint of either format into either family."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..runtime.door import image_sizes
+from .base import Family, family_of
+from .llava import IMAGE
+from .memo import KEYS, Memo, remembering
+
+log = logging.getLogger(__name__)
+FamilyName = Literal["auto", "llava", "hf"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the language model: decoder layers, width, MLP width, attention heads, vocabulary."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocab: int
+
+
+@dataclass
+class Loaded:
+    """A model ready to be pruned and asked.
+
+    Attributes:
+        model: LlavaLlamaForCausalLM ("llava") or LlavaForConditionalGeneration / LlavaNext... ("hf").
+        tokenizer: the checkpoint's, or None when it has no tokenizer files.
+        image_processor: the tower's CLIP image processor.
+        family: "llava" or "hf".
+        path: where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    family: str
+    path: str
+
+    @property
+    def _family(self) -> Family:
+        return family_of(self.model)
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens of one picture or crop."""
+        rows, columns = self._family.grid(self.model)
+        return rows * columns
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the language model."""
+        c = self._family.language_model(self.model).config
+        return Shape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size)
+
+    @contextmanager
+    def remember_images(self, methods: Sequence[Any] = ()) -> Iterator[Memo]:
+        """Encode each picture once for the length of the block; pictures are told by the `keys` of `generate`.
+
+        Args:
+            methods: the methods that will run in the block.
+        """
+        with remembering(self.model, self._family, list(methods)) as memo:
+            yield memo
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        pixels: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        keys: Sequence[Hashable] | None = None,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Greedy answers (unless `kwargs` say otherwise) to a batch of prompts.
+
+        Args:
+            rows: B prompts of token ids with -200 where a picture goes.
+            pixels: (N, 3, H, W), the pictures in prompt order, or None when no prompt has one.
+            sizes: N (width, height) before padding; lets methods tell padding from picture.
+            keys: N picture identities for `remember_images`.
+            max_new_tokens: limit of each answer.
+            kwargs: for the model's generate().
+
+        Returns:
+            (B, new) long, the new ids only, filled up with the padding id.
+
+        Raises:
+            ValueError: when the placeholders do not match the pictures.
+        """
+        wanted = sum(list(r).count(IMAGE) for r in rows)
+        given = 0 if pixels is None else pixels.shape[0]
+        if wanted != given:
+            raise ValueError(f"the prompts name {wanted} pictures, {given} were given")
+        for label, values in (("sizes", sizes), ("keys", keys)):
+            if values is not None and len(values) != given:
+                raise ValueError(f"{len(values)} {label} for {given} pictures")
+        options = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens, **kwargs}
+        if not options["do_sample"]:
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        pad = self.model.generation_config.pad_token_id
+        options.setdefault("pad_token_id", 0 if pad is None else pad)
+        device = self.model.device
+        if pixels is not None:
+            tower = self._family.tower(self.model)
+            pixels = pixels.to(device=device, dtype=next(tower.parameters()).dtype)
+        token = KEYS.set(None if keys is None else list(keys))
+        try:
+            call = _ask_llava if self.family == "llava" else _ask_hf
+            return call(self, rows, pixels, sizes, options).cpu()
+        finally:
+            KEYS.reset(token)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask, (B, L) long each."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
+def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Tensor:
+    model = loaded.model
+    ids, mask = _padded(rows, options["pad_token_id"], model.device)
+    if pixels is None:
+        return model.generate(ids, attention_mask=mask, **options)
+    if any(IMAGE not in r for r in rows):  # the package takes one picture from the list for a prompt without any
+        blank, filled, at = pixels.new_zeros(1, *pixels.shape[1:]), [], 0
+        for r in rows:
+            n = list(r).count(IMAGE)
+            filled.append(pixels[at : at + n] if n else blank)
+            at += n
+        pixels, sizes = torch.cat(filled), None
+        KEYS.set(None)
+    side = getattr(model.config, "tokenizer_padding_side", "right")
+    model.config.tokenizer_padding_side = "left"
+    try:
+        return model.generate(ids, images=pixels, image_sizes=sizes, attention_mask=mask, **options)
+    finally:
+        model.config.tokenizer_padding_side = side
+
+
+def _ask_hf(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Tensor:
+    model = loaded.model
+    image, n = model.config.image_token_id, loaded.n_visual
+    spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
+    pad = options["pad_token_id"]
+    ids, mask = _padded(spread, pad, model.device)
+    extra = {} if pixels is None else {"pixel_values": pixels}
+    with image_sizes(None if sizes is None else [(int(w), int(h)) for w, h in sizes]):
+        out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
+    return out[:, ids.shape[1] :]
+
+
+# loading ------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str | Path) -> Path:
+    """A local checkpoint folder for `path`, downloading a hub id through huggingface_hub.
+
+    Raises:
+        ValueError: when neither a folder nor a hub repository can be had.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+        raise ValueError(f"{path}: no such checkpoint folder; give a folder with a config.json or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:
+        raise ValueError(f"{path}: neither a local folder nor a hub repository that can be fetched ({error})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint.
+
+    Raises:
+        ValueError: when it is missing, broken or of a model that is no LLaVA.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no config.json, so this is no checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: broken JSON ({error})") from error
+    if not (isinstance(config, dict) and (is_original(config) or config.get("model_type") in ("llava", "llava_next"))):
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{file}: model_type {kind!r} is no LLaVA checkpoint (llava_llama, llava or llava_next)")
+    return config
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of haotian-liu/LLaVA's format."""
+    return "mm_vision_tower" in config and "text_config" not in config
+
+
+def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's; half precision becomes bfloat16 on a CPU.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    names |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in (None, "auto"):
+        if dtype not in names:
+            raise ValueError(f"dtype={dtype!r}: choose float32, float16 or bfloat16")
+        return names[dtype]
+    inner = config.get("text_config") or {}
+    stored = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
+    chosen = names.get(str(stored).removeprefix("torch."), torch.float16)
+    return torch.bfloat16 if chosen is torch.float16 and device.type == "cpu" else chosen
+
+
+def load(
+    path: str | Path,
+    family: FamilyName = "auto",
+    dtype: Any = None,
+    device: Any = None,
+    attn: str | None = None,
+) -> Loaded:
+    """Load a LLaVA.
+
+    Args:
+        path: folder or hub id; haotian-liu/LLaVA format (either family) or transformers format ("hf").
+        family: which package's classes to build; "auto" is "llava" for its own format where the package is
+            installed, else "hf".
+        dtype: torch dtype or name; default the checkpoint's own (bfloat16 for half precision on a CPU).
+        device: default cuda if there is one, else cpu.
+        attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
+
+    Returns:
+        Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
+        `.tokenizer` is None. In "hf", `.model.config.image_token_id` is the placeholder id, one past the
+        vocabulary where the checkpoint has none.
+
+    Raises:
+        ValueError: missing, truncated or foreign checkpoint, or a family that cannot read it.
+    """
+    from .checkpoint import load_converted, load_original, load_transformers, load_tokenizer
+
+    if family not in ("auto", "llava", "hf"):
+        raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
+    folder = resolve(path)
+    config = read_config(folder)
+    original = is_original(config)
+    if family == "llava" and not original:
+        raise ValueError(f"{path} is in transformers' format, which package llava cannot read; use family='hf'")
+    if family == "auto":
+        family = "llava" if original and _has_llava() else "hf"
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = pick_dtype(dtype, config, where)
+    build = (load_original if family == "llava" else load_converted) if original else load_transformers
+    model, processor = build(folder, config, kind, attn)
+    model = model.to(where).eval()
+    return Loaded(model, load_tokenizer(folder), processor, family, str(path))
+
+
+def _has_llava() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("llava") is not None

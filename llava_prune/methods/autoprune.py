@@ -1,0 +1,213 @@
+"""AutoPrune: the complexity of the question sets the slope of the retention curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget, Schedule, schedule
+from ..core.information import mutual_information, text_attention
+from ..core.method import Method
+from ..core.registry import register
+from ..core.select import assemble, column, descending_rank, dpc_knn, merge
+from ..core.types import Cut, Spans, View, VisionView
+
+PAPER = "Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
+
+
+@register("autoprune")
+@dataclass(frozen=True)
+class AutoPrune(Method):
+    """Pruning in every layer along a logistic curve whose slope follows the text-image mutual information.
+
+    Layer 0 keeps min(2.5 tokens, N) by s = lam * I0 * alpha_text + alpha_CLS (equation 1). The mutual information
+    I1 of layer 1 gives the slope max(k0 - gamma I1, 0); the curve is scaled to the budget. Layers 1..L-1 keep
+    their best by text attention and recycle 30 % of the rest as DPC-KNN cluster means. Source: official code as
+    specified; deviations: ties by index instead of noise, mutual information in float32, the last layer's cut is
+    accounted but computed only when its record is read, and `tokens` >= N leaves the picture alone.
+
+    Where the text gives no information (no text after the picture, or values that are not finite) I0 = I1 = 0,
+    so layer 0 goes by the class token alone and the slope is k0.
+
+    Args:
+        tokens: the budget B >= 1, an average over layers.
+        lam: lambda of equation (1).
+        k0: largest slope.
+        gamma: how fast information flattens the curve.
+        x0: midpoint of the curve; default 14.9 for 32 and for 40 layers, 14.9 L / 32 for other depths.
+        mi_scale: factor on both mutual informations. They are sums over heads and k0, gamma were set for 32.
+        mask_padding: True zeroes the class-token attention on padding where the original sizes are known;
+            False never; or a (T,) or (N, T) mask, 1 on padding.
+        budget: "after" averages the tokens leaving each layer (the tables' convention), "before" those entering.
+        strict: False skips layers that would only move one token to the end of the visual block.
+    """
+
+    tokens: int = 64
+    lam: float = 0.3
+    k0: float = 0.4
+    gamma: float = 0.2
+    x0: float | None = None
+    mi_scale: float = 1.0
+    mask_padding: Any = True
+    budget: Budget = "after"
+    strict: bool = True
+
+    paper = PAPER
+    positions = "renumber"
+    decode = "cache"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens!r}: the budget is a whole number of at least 1")
+        for name in ("lam", "k0", "gamma", "mi_scale", "x0"):
+            value = getattr(self, name)
+            if name == "x0" and value is None:
+                continue
+            real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not real or (value < 0 and name != "x0"):
+                raise ValueError(f"{name}={value!r}: give a finite number{'' if name == 'x0' else ', 0 or more'}")
+        if self.budget not in ("after", "before"):
+            raise ValueError(f"budget={self.budget!r}: choose 'after' or 'before'")
+
+    def midpoint(self, n_layers: int) -> float:
+        """x0 for a model of `n_layers`."""
+        if self.x0 is not None:
+            return self.x0
+        return 14.9 if n_layers in (32, 40) else 14.9 * n_layers / 32
+
+    # the tower ----------------------------------------------------------------------------------------------
+    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+        return {feature_layer: [0]}
+
+    def reduce(self, view: VisionView) -> None:
+        (rows,) = view.probs.values()
+        cls = rows[:, :, 0, 1:].mean(1)  # (N, T)
+        padding = self._padding(view)
+        view.carry["cls"] = cls if padding is None else cls.masked_fill(padding, 0)
+
+    def _padding(self, view: VisionView) -> Tensor | None:
+        if isinstance(self.mask_padding, bool):
+            return view.padding if self.mask_padding else None
+        mask = torch.as_tensor(self.mask_padding, device=view.features.device).bool()
+        n, t = view.features.shape[:2]
+        mask = mask.reshape(1, -1) if mask.numel() == t else mask.reshape(mask.shape[0], -1)
+        if mask.shape not in ((1, t), (n, t)):
+            raise ValueError(f"mask_padding has {mask.numel()} values; give {t} for all pictures or {n} x {t}")
+        return mask.expand(n, t)
+
+    # the language model -------------------------------------------------------------------------------------
+    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+        return spans.text_rows()
+
+    def score(self, layer: int, view: View) -> Tensor:
+        """(B, L) ranking of layers 1..L-1."""
+        assert view.probs is not None
+        return text_attention(view.probs, view.spans.text)
+
+    def cut(self, layer: int, view: View) -> Cut | None:
+        if layer < 0:
+            return None
+        if layer == 0:
+            return self._first(view)
+        if layer == 1:
+            self._plan(view)
+        plans: list[Schedule] = view.scratch["plans"]
+        keep = [p.keep[layer] for p in plans]
+        clusters = [p.merged[layer] for p in plans]
+        if not self.strict:  # one token dropped, one cluster of that token
+            idle = [p.recycle[layer] == p.merged[layer] == 1 for p in plans]
+            keep = [k + 1 if i else k for k, i in zip(keep, idle, strict=True)]
+            clusters = [0 if i else c for c, i in zip(clusters, idle, strict=True)]
+        if all(k + c == p.leaving[layer - 1] and c == 0 for k, c, p in zip(keep, clusters, plans, strict=True)):
+            return None
+        recycle = [p.recycle[layer] if c else 0 for p, c in zip(plans, clusters, strict=True)]
+        return self._cut(view, self.score(layer, view), keep, recycle, clusters)
+
+    def _first(self, view: View) -> Cut | None:
+        assert view.probs is not None
+        text = view.spans.text
+        n_text = text.sum(1).clamp(min=1)
+        heads = mutual_information(view.probs, text, view.visual)  # (B, H)
+        information = torch.nan_to_num(heads.sum(1) / n_text * self.mi_scale, posinf=0.0)
+        view.scratch["mi0"] = information
+        score = self.lam * information[:, None] * text_attention(view.probs, text) + view.carry("cls")
+        keep = [min(int(2.5 * self.tokens), n) if self.tokens < n else n for n in view.spans.n_visual]
+        if list(view.spans.n_visual) == keep:
+            return None
+        return self._cut(view, score, keep)
+
+    def _plan(self, view: View) -> None:
+        """The one read from the device: the mutual informations, from which every count follows."""
+        assert view.probs is not None
+        heads = mutual_information(view.probs, view.spans.text, view.visual).sum(1) * self.mi_scale
+        both = torch.stack([view.scratch["mi0"], torch.nan_to_num(heads, posinf=0.0)], 1)
+        mi0, mi1 = zip(*both.tolist(), strict=True)
+        slopes = [max(self.k0 - self.gamma * i, 0.0) for i in mi1]
+        x0 = self.midpoint(view.spans.n_layers)
+        plans = [
+            schedule(k, self.tokens, n, view.spans.n_layers, x0, self.budget)
+            for k, n in zip(slopes, view.spans.n_visual, strict=True)
+        ]
+        view.scratch["plans"] = plans
+        view.scratch["stats"] = {
+            "mi0": list(mi0),
+            "mi1": list(mi1),
+            "slope": slopes,
+            "scale": [p.scale for p in plans],
+        }
+
+    def _cut(
+        self,
+        view: View,
+        score: Tensor,
+        keep: list[int],
+        recycle: list[int] | None = None,
+        clusters: list[int] | None = None,
+    ) -> Cut:
+        rank = descending_rank(score, view.visual)
+        kept = view.visual & (rank < column(keep, rank))
+        if not recycle or not any(recycle) or clusters is None:
+            lengths = [c + k for c, k in zip(view.counts, keep, strict=True)]
+            return assemble(kept, view.visual, view.valid, lengths)
+        lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
+        best = rank.sort(dim=1).indices  # (B, L) columns by rank
+        slots = torch.arange(max(recycle), device=rank.device)
+        picked = best.gather(1, (column(keep, rank) + slots).clamp(max=rank.shape[1] - 1))  # (B, Q)
+        points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
+        label = dpc_knn(points, recycle, clusters)
+        return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)
+
+
+@register("autoprune-flash")
+@dataclass(frozen=True)
+class AutoPruneFlash(AutoPrune):
+    """AutoPrune that ranks layers 1..L-1 by the last instruction token alone (supplement, section C).
+
+    No official code exists. Our reading: the mutual information of a single row is 0 by definition, so layers 0
+    and 1 read the text rows for it (and for equation 1); ranking from layer 1 on takes the row of the last token.
+
+    Args:
+        flash_score: "softmax" averages the attention of the heads, as PyramidDrop's code does; "dot" averages the
+            dot products themselves, as the supplement says.
+    """
+
+    flash_score: Literal["softmax", "dot"] = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.flash_score not in ("softmax", "dot"):
+            raise ValueError(f"flash_score={self.flash_score!r}: choose 'softmax' or 'dot'")
+
+    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+        return spans.text_rows() if layer <= 1 else spans.last_row()
+
+    def score(self, layer: int, view: View) -> Tensor:
+        assert view.probs is not None
+        row = view.probs[:, :, -1]  # (B, H, L)
+        if self.flash_score == "dot":  # a head's log-softmax is its dot product less a constant of the row
+            row = row.clamp(min=torch.finfo(row.dtype).tiny).log()
+        return row.mean(1)

@@ -1,0 +1,19 @@
+"""The unpruned model, measured through the same machinery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.method import Method
+from ..core.registry import register
+
+
+@register("full")
+@dataclass(frozen=True)
+class Full(Method):
+    """No pruning: every visual token goes through every layer."""
+
+    paper = "the unpruned model"
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        return [n_visual] * n_layers

@@ -1,0 +1,134 @@
+"""Put a method on a model and take it off again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.method import Method
+from ..core.registry import build
+from ..families.base import family_of
+from .door import Door
+from .loop import State, pruned_forward
+from .request import PENDING, VISION, Record
+
+
+class Handle:
+    """A method at work on a model.
+
+    Attributes:
+        method: the method.
+        last: the last prefill's `Record` (tokens_in, tokens_out, kept, stats), None before the first.
+    """
+
+    def __init__(self, model: Any, method: Method, state: State, undo: list[Callable[[], None]]) -> None:
+        self.method = method
+        self._model, self._state, self._undo = model, state, undo
+
+    @property
+    def last(self) -> Record | None:
+        return self._state.last
+
+    def detach(self) -> None:
+        """Restore the model as `attach` found it. A second call does nothing.
+
+        Raises:
+            RuntimeError: when somebody else replaced the forward in the meantime; undo that first.
+        """
+        if not self._undo:
+            return
+        lm = family_of(self._model).language_model(self._model)
+        if _state_of(lm) is not self._state:
+            raise RuntimeError("the language model's forward is no longer the one that attach put there; undo the later change first")
+        while self._undo:
+            self._undo.pop()()
+        PENDING.set(None)
+        VISION.set(None)
+
+
+def _state_of(lm: Any) -> State | None:
+    forward = lm.__dict__.get("forward")
+    if isinstance(forward, functools.partial) and forward.func is pruned_forward:
+        return forward.args[1]
+    return None
+
+
+def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: Any) -> Handle:
+    """Prune `model` with `method` until the handle is detached.
+
+    Attach after the model is on its device (and after accelerate's hooks).
+
+    Args:
+        model: haotian-liu/LLaVA's LlavaLlamaForCausalLM, or transformers' LlavaForConditionalGeneration or
+            LlavaNextForConditionalGeneration.
+        method: a name (`llava_prune.names()`) or a Method instance.
+        check: verify every cut on the host (for tests of new methods; slow).
+        hyper: hyper-parameters when `method` is a name.
+
+    Returns:
+        Handle.
+
+    Raises:
+        ValueError: unknown method or value, a foreign model, or a model that is pruned already. Nothing is changed
+            then.
+    """
+    if isinstance(method, str):
+        method = build(method, **hyper)
+    elif hyper:
+        raise ValueError(f"hyper-parameters {sorted(hyper)} go with a method's name; {method!r} is built already")
+    elif not isinstance(method, Method):
+        raise ValueError(f"{method!r} is neither a method's name nor a Method")
+    family = family_of(model)
+    lm = family.language_model(model)
+    active = _state_of(lm)
+    if active is not None:
+        raise ValueError(f"the model is pruned by {active.method!r} already; detach that first")
+    budget, limit = getattr(method, "tokens", None), family.max_visual(model)
+    if isinstance(budget, int) and budget > limit:
+        raise ValueError(f"tokens={budget}: this model has at most {limit} visual tokens a picture; give {limit} or fewer")
+
+    previous = lm.__dict__.get("forward")
+    state = State(method, previous)
+    state.check = check
+    undo: list[Callable[[], None]] = []
+
+    def restore() -> None:
+        if previous is None:
+            lm.__dict__.pop("forward", None)
+        else:
+            lm.forward = previous
+
+    try:
+        lm.forward = functools.partial(pruned_forward, lm, state)
+        undo.append(restore)
+        tower = family.tower(model)
+        door = Door(method, family.feature_layer(model), family.grid(model), family.pads(model))
+        undo.append(tower.register_forward_pre_hook(door.start).remove)
+        blocks = family.blocks(model)
+        for block in door.rows:
+            undo.append(blocks[block].register_forward_pre_hook(door.tap(block), with_kwargs=True).remove)
+        undo.append(family.projector(model).register_forward_pre_hook(door.reduce).remove)
+        undo.extend(family.mark(model))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return Handle(model, method, state, undo)
+
+
+@contextmanager
+def pruned(model: Any, method: str | Method, *, check: bool = False, **hyper: Any) -> Iterator[Handle]:
+    """`attach` for the length of a with block.
+
+    Example:
+        with pruned(model, "autoprune", tokens=64) as handle:
+            model.generate(...)
+            handle.last.tokens_out
+    """
+    handle = attach(model, method, check=check, **hyper)
+    try:
+        yield handle
+    finally:
+        handle.detach()

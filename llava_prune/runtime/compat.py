@@ -1,0 +1,24 @@
+"""The only imports of transformers internals."""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+FLOOR = Version("5.14")
+
+if Version(transformers.__version__) < FLOOR:
+    raise ImportError(f"transformers {transformers.__version__} is too old for llava_prune; install >= {FLOOR}")
+
+__all__ = [
+    "BaseModelOutputWithPast",
+    "BaseModelOutputWithPooling",
+    "DynamicCache",
+    "apply_rotary_pos_emb",
+    "create_causal_mask",
+    "repeat_kv",
+]

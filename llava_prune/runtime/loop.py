@@ -1,0 +1,407 @@
+"""The forward of a pruned language model: stock decoder layers, with cuts between them.
+
+Every layer keeps its own cache length. One mask serves all layers of a stage; positions of generated tokens are
+worked out here, from each layer's cache or from the unpruned length, as the method says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.types import FILLER, MERGED, Cut, Spans, View
+from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
+from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids
+from .rows import text_rows
+
+
+class State:
+    """What an attachment knows: the method, the forward it replaced, the record of the last prefill."""
+
+    def __init__(self, method: Any, stock: Any) -> None:
+        self.method = method
+        self.stock = stock
+        self.last: Record | None = None
+        self.check = False
+
+    def base(self, lm: Any) -> Any:
+        """The forward to fall back on for requests without visual tokens."""
+        return self.stock if self.stock is not None else type(lm).forward.__get__(lm)
+
+
+def pruned_forward(
+    lm: Any,
+    state: State,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """LlamaModel.forward with the method's cuts; requests without pictures go to the stock forward."""
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    request: Request | None = getattr(past_key_values, "_llava_prune", None) if past else None
+    pending = PENDING.get() if request is None else None
+    if pending is not None:
+        PENDING.set(None)
+    if request is None and pending is None:
+        return state.base(lm)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    _refuse(kwargs, attention_mask, past_key_values, past if pending is not None else 0)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    hidden = lm.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    use_cache = lm.config.use_cache if use_cache is None else use_cache
+    kwargs.pop("return_dict", None)
+    kwargs.pop("cache_position", None)
+    if request is not None:
+        hidden = _Decode(lm, state, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
+    else:
+        assert pending is not None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=lm.config)
+        prefill = _Prefill(lm, state, pending, past_key_values, attention_mask, position_ids, hidden)
+        hidden = prefill.run(kwargs)
+        state.last = Record(prefill.trace)
+        if past_key_values is not None:
+            past_key_values._llava_prune = prefill.request
+    return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), past_key_values=past_key_values)
+
+
+def _refuse(kwargs: dict[str, Any], mask: Any, cache: Any, past: int) -> None:
+    """Errors for what a sequence of changing length cannot do, before anything runs."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name}=True: layers of a pruned model differ in length; detach first, or read handle.last")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise ValueError("a pruned model takes a 2-D attention mask (batch, length); drop custom 4-D masks")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(f"{type(cache).__name__} has one length for all layers; use cache_implementation='dynamic'")
+    if past:
+        raise ValueError(
+            f"a picture after {past} cached tokens: pictures are pruned in the prefill only; start a new cache with "
+            "the whole conversation"
+        )
+
+
+class _Prefill:
+    def __init__(
+        self,
+        lm: Any,
+        state: State,
+        pending: Pending,
+        cache: Any,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        hidden: Tensor,
+    ) -> None:
+        self.lm, self.state, self.method, self.cache = lm, state, state.method, cache
+        batch, length = hidden.shape[:2]
+        device = hidden.device
+        visual = pending.visual.to(device)
+        source = None if pending.source is None else pending.source.to(device)
+        if visual.shape[0] != batch and batch % visual.shape[0] == 0:  # beams repeat the spliced embeddings
+            times = batch // visual.shape[0]
+            visual = visual.repeat_interleave(times, 0)
+            source = None if source is None else source.repeat_interleave(times, 0)
+        if visual.shape != (batch, length):
+            raise ValueError(f"pictures were spliced into {tuple(visual.shape)} tokens, the model got {(batch, length)}")
+        self.hidden = hidden
+        self.valid = torch.ones_like(visual) if mask is None else mask[:, -length:].to(device).bool()
+        self.visual = visual & self.valid
+        self.mask2d: Tensor | None = mask
+        self.ids = original_ids(self.visual)
+        self._read_lengths()
+        if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
+            self.mask2d = mask = None  # no padding: backends may take their causal fast path
+        self.carried = _carry(pending, self.visual, source, max(self.n_visual))
+        if position_ids is None:
+            position_ids = (self.valid.cumsum(1) - 1).clamp(min=0)
+        self.positions = position_ids.to(device).expand(batch, -1)
+        self.trace = Trace()
+        base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
+        self.request = Request([Stage(0, mask, length)], length, base)
+        live = _live(pending, self.visual, source)
+        if live is not None:
+            self._drop(live)
+
+    def _read_lengths(self) -> None:
+        """Host integers of the request, in one read: visual tokens and other live rows of each sample, text tail."""
+        length = self.visual.shape[1]
+        places = torch.arange(1, length + 1, device=self.visual.device)
+        last = (self.visual * places).amax(1)  # (B,), 1-based, 0 without picture
+        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), last], 1).tolist()
+        self.n_visual = tuple(row[0] for row in table)
+        self.counts = tuple(row[1] for row in table)
+        tail = [length - row[2] for row in table if row[0]]
+        self.n_text = max([*tail, 1])
+        text = self.valid & (places > last[:, None]) & (last > 0)[:, None]
+        text = text[:, length - self.n_text :]
+        alone = (last > 0) & ~text.any(1)  # nothing after the picture: the last row votes
+        text[:, -1] |= alone
+        self.text = text
+
+    def _drop(self, live: Tensor) -> None:
+        """Rows that the vision side did not let through leave before the first layer."""
+        from ..core.select import assemble
+
+        kept = self.visual & live
+        left = kept.sum(1).tolist()
+        cut = assemble(kept, self.visual, self.valid, [c + n for c, n in zip(self.counts, left, strict=True)])
+        self._apply(-1, cut)
+        self.n_visual = tuple(left)
+        self.ids = original_ids(self.visual)
+        self.carried = {}
+
+    def _spans(self) -> Spans:
+        layers = len(self.lm.layers)
+        return Spans(self.hidden.shape[1], self.n_text, self.text, self.n_visual, layers)
+
+    def _view(self, probs: Tensor | None, next_rows: Any) -> View:
+        return View(
+            self.hidden,
+            self.visual,
+            self.valid,
+            self.ids,
+            probs,
+            self._spans(),
+            self.trace.scratch,
+            self.counts,
+            self.carried,
+            next_rows,
+        )
+
+    def _mask(self, layer: int) -> Any:
+        return create_causal_mask(
+            config=self.lm.config,
+            inputs_embeds=self.hidden,
+            attention_mask=self.mask2d,
+            past_key_values=self.cache,
+            position_ids=None,
+            layer_idx=layer,
+        )
+
+    def _rope(self) -> tuple[Tensor, Tensor]:
+        return self.lm.rotary_emb(self.hidden, self.positions)
+
+    def _apply(self, layer: int, cut: Cut) -> None:
+        """Gather every per-row tensor; the new stage begins at layer + 1."""
+        batch, length = self.visual.shape
+        extra = 0 if cut.merged is None else cut.merged.shape[1]
+        if self.state.check:
+            _check_cut(cut, self.visual, self.valid)
+
+        def move(rows: Tensor, fill: Any) -> Tensor:
+            if extra:
+                tail = fill if isinstance(fill, Tensor) else rows.new_full((batch, 1), fill)
+                rows = torch.cat([rows, tail.expand(batch, extra)], 1)
+            return rows.gather(1, cut.index)
+
+        rows = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
+        self.hidden = rows.gather(1, cut.index[..., None].expand(-1, -1, rows.shape[2]))
+        if self.method.positions == "keep":
+            self.positions = move(self.positions, self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True))
+        self.visual, self.ids = move(self.visual, True), move(self.ids, MERGED)
+        if cut.valid is None:
+            self.valid, self.mask2d = torch.ones_like(self.visual), None
+        else:
+            self.valid = self.mask2d = cut.valid
+            self.visual = self.visual & cut.valid
+            self.ids = self.ids.masked_fill(~cut.valid, FILLER)
+        if self.method.positions == "renumber":
+            self.positions = (self.valid.cumsum(1) - 1).clamp(min=0)
+        stage = Stage(layer + 1, self.mask2d, cut.index.shape[1])
+        self.request.stages = [s for s in self.request.stages if s.first != layer + 1] + [stage]
+
+    def run(self, kwargs: dict[str, Any]) -> Tensor:
+        layers = self.lm.layers
+        before = self.method.cut(-1, self._view(None, None))
+        if before is not None:
+            self._apply(-1, before)
+        rope, mask = self._rope(), self._mask(0)
+        for i, layer in enumerate(layers):
+            self.trace.entries.append((self.ids, self.visual))
+            entering = self.hidden
+            wanted = self.method.rows(i, self._spans())
+            self.hidden = layer(
+                entering,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                **kwargs,
+            )
+            score = _Scores(layer, entering, rope, wanted, self.valid, self._keys(i))
+            if i + 1 == len(layers):
+                self.trace.final = _Final(self.method, i, score, self._view(None, None))
+                break
+            nxt = _Scores(layers[i + 1], self.hidden, rope, None, self.valid, None)
+            cut = self.method.cut(i, self._view(score(), nxt.rows))
+            if cut is not None:
+                self._apply(i, cut)
+                rope, mask = self._rope(), self._mask(i + 1)
+        return self.hidden
+
+    def _keys(self, layer: int) -> Tensor | None:
+        """Keys the layer just cached, when the cache shows them as a tensor."""
+        kept = getattr(self.cache, "layers", None)
+        keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
+        if not isinstance(keys, Tensor) or keys.shape[2:3] != self.visual.shape[1:]:
+            return None
+        return keys
+
+
+class _Scores:
+    """Attention rows of one layer, computed when called."""
+
+    def __init__(self, layer: Any, hidden: Tensor, rope: Any, rows: Tensor | None, valid: Tensor, keys: Any) -> None:
+        self.layer, self.hidden, self.rope, self.wanted, self.valid, self.keys = layer, hidden, rope, rows, valid, keys
+
+    def rows(self, rows: Tensor) -> Tensor:
+        return text_rows(self.layer, self.hidden, self.rope, rows, self.valid, self.keys)
+
+    def __call__(self) -> Tensor | None:
+        return None if self.wanted is None else self.rows(self.wanted)
+
+
+class _Final:
+    """The cut after the last layer. It changes no output, so it is computed only when its record is read."""
+
+    def __init__(self, method: Any, layer: int, score: _Scores, view: View) -> None:
+        self.method, self.layer, self.score, self.view = method, layer, score, view
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        view = self.view
+        view.probs = self.score()
+        cut = self.method.cut(self.layer, view)
+        if cut is None:
+            return view.ids, view.visual
+        extra = 0 if cut.merged is None else cut.merged.shape[1]
+        batch = view.ids.shape[0]
+        ids = torch.cat([view.ids, view.ids.new_full((batch, extra), MERGED)], 1).gather(1, cut.index)
+        visual = torch.cat([view.visual, view.visual.new_ones(batch, extra)], 1).gather(1, cut.index)
+        return ids, visual if cut.valid is None else visual & cut.valid
+
+
+class _Decode:
+    """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
+
+    def __init__(self, lm: Any, state: State, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
+        self.lm, self.request, self.cache = lm, request, cache
+        batch, q = hidden.shape[:2]
+        seen = cache.get_seq_length() - request.stages[0].length
+        if seen < 0:
+            raise ValueError("the cache was cropped below the prompt; a pruned cache cannot be shortened")
+        new = seen + q
+        tail = None if mask is None else mask[:, request.length : request.length + new]
+        if tail is not None and tail.shape[1] != new:
+            raise ValueError(
+                f"{q} new tokens on a cache of {seen} after the prompt, but the attention mask covers "
+                f"{tail.shape[1]}: a later turn needs the whole history in its mask, and a method that prunes before "
+                "the first layer cannot continue from input_ids; start a new cache instead"
+            )
+        ones = torch.ones(batch, new, dtype=torch.bool, device=hidden.device)
+        self.tail = ones if tail is None else tail.bool().to(hidden.device)
+        self.q = q
+        steps = self.tail.cumsum(1)[:, -q:] - 1  # (B, q)
+        if q > 1 and tail is not None:
+            request.whole = False
+        self.plain = q == 1 and request.whole
+        self.same = state.method.decode == "original"
+        bases = [request.base] if self.same else [self._base(s, batch, hidden.device) for s in request.stages]
+        positions = torch.stack([(b + steps).clamp(min=0) for b in bases])  # (S or 1, B, q)
+        cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
+        shape = (len(bases), batch, q, cos.shape[-1])
+        self.cos, self.sin = cos.view(shape), sin.view(shape)
+
+    def _base(self, stage: Stage, batch: int, device: Any) -> Tensor:
+        if stage.valid is None:
+            return torch.full((batch, 1), stage.length, device=device)
+        return stage.valid.long().sum(1, keepdim=True).to(device)
+
+    def _mask(self, hidden: Tensor, stage: Stage) -> Any:
+        if stage.valid is None and self.plain:
+            return None  # one query that sees every key
+        before = stage.valid
+        if before is None:
+            before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
+        return create_causal_mask(
+            config=self.lm.config,
+            inputs_embeds=hidden,
+            attention_mask=torch.cat([before.bool(), self.tail], 1),
+            past_key_values=self.cache,
+            position_ids=None,
+            layer_idx=stage.first,
+        )
+
+    def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        stages = {s.first: (n, s) for n, s in enumerate(self.request.stages)}
+        mask: Any = None
+        rope: Any = None
+        for i, layer in enumerate(self.lm.layers):
+            if i in stages:
+                n, stage = stages[i]
+                mask = self._mask(hidden, stage)
+                n = 0 if self.same else n
+                rope = self.cos[n], self.sin[n]
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=True,
+                **kwargs,
+            )
+        return hidden
+
+
+def _carry(pending: Pending, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:
+    """Patch values by original visual index: name -> (B, V), 0 where no patch is behind a token."""
+    if not pending.carry or source is None:
+        return {}
+    order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+    real = visual.gather(1, order)
+    patch = source.gather(1, order).masked_fill(~real, -1)  # (B, V)
+    out = {}
+    for name, values in pending.carry.items():
+        flat = values.flatten().to(patch.device)
+        out[name] = flat[patch.clamp(min=0)].masked_fill(patch < 0, 0)
+    return out
+
+
+def _live(pending: Pending, visual: Tensor, source: Tensor | None) -> Tensor | None:
+    """(B, L) bool, tokens whose patch went through the door; tokens without a patch always do."""
+    if pending.live is None:
+        return None
+    if source is None:
+        raise ValueError("a vision-side method needs to know which patch is behind which token")
+    flat = pending.live.flatten().to(source.device)
+    return flat[source.clamp(min=0)] | (source < 0)
+
+
+def _check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:
+    """Every live row that is not visual is there once and in order (debug runs and tests; reads the device)."""
+    length = visual.shape[1]
+    for b in range(visual.shape[0]):
+        index = cut.index[b] if cut.valid is None else cut.index[b][cut.valid[b]]
+        index = index[index < length]
+        got = index[~visual[b][index]]
+        want = torch.arange(length, device=index.device)[valid[b] & ~visual[b]]
+        if got.shape != want.shape or not bool((got == want).all()):
+            raise ValueError(f"sample {b}: a cut must keep each text row once and in order")
+        if index.unique().numel() != index.numel():
+            raise ValueError(f"sample {b}: a cut repeats a row")

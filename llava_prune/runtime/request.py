@@ -1,0 +1,136 @@
+"""State of one request, carried by its cache, and the record that users read afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.types import FILLER, TEXT
+
+
+@dataclass
+class Pending:
+    """What the splice of text and pictures leaves for the prefill that follows it.
+
+    Attributes:
+        visual: (B, L) bool.
+        source: (B, L) long, patch (flattened over the pictures of the request) behind each visual token, -1 where
+            there is none (a newline token, text); None when the tower left nothing to look up.
+        carry: name -> (N, T) values of the patches.
+        live: (N, T) bool, patches that `reduce` let through; None for all.
+    """
+
+    visual: Tensor
+    source: Tensor | None = None
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    live: Tensor | None = None
+
+
+@dataclass
+class Vision:
+    """What the tower leaves for the projector, and the projector for the splice."""
+
+    sizes: list[tuple[int, int]] | None = None
+    probs: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    live: Tensor | None = None
+    source: Tensor | None = None
+
+
+PENDING: ContextVar[Pending | None] = ContextVar("llava_prune_pending", default=None)
+VISION: ContextVar[Vision | None] = ContextVar("llava_prune_vision", default=None)
+SIZES: ContextVar[list[tuple[int, int]] | None] = ContextVar("llava_prune_sizes", default=None)
+
+
+@dataclass
+class Stage:
+    """Layers from `first` on share this sequence: (B, L) mask (None when all rows live) and its length."""
+
+    first: int
+    valid: Tensor | None
+    length: int
+
+
+@dataclass
+class Request:
+    """Made in prefill, found again by every later step through the cache object.
+
+    Attributes:
+        stages: ascending by first layer, the first at layer 0.
+        length: columns of the prompt as generate() counts them.
+        base: (B, 1) positions that the next token would have in the unpruned sequence.
+        whole: False once a later turn brought tokens that may be padding.
+    """
+
+    stages: list[Stage]
+    length: int
+    base: Tensor
+    whole: bool = True
+
+
+@dataclass
+class Trace:
+    """Raw log of a prefill; one (ids, visual) pair for each layer's entry and one for the last exit."""
+
+    entries: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    final: Callable[[], tuple[Tensor, Tensor]] | None = None
+    scratch: dict[str, Any] = field(default_factory=dict)
+
+
+class Record:
+    """The last prefill of an attached model.
+
+    Attributes:
+        tokens_in: (B, n_layers) long, visual tokens entering each layer.
+        tokens_out: (B, n_layers) long, visual tokens leaving each layer.
+        kept: list over layers of (B, n) long, original indices of the visual tokens that leave the layer, in
+            sequence order; -1 for a merged token, -2 for filler.
+        stats: name -> list of B floats (AutoPrune: mi0, mi1, slope, scale).
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._entries: list[tuple[Tensor, Tensor]] | None = None
+
+    def _all(self) -> list[tuple[Tensor, Tensor]]:
+        if self._entries is None:
+            final = self._trace.final
+            last = final() if final is not None else self._trace.entries[-1]
+            self._entries = [*self._trace.entries, last]
+            self._trace.final = None
+        return self._entries
+
+    @property
+    def tokens_in(self) -> Tensor:
+        return torch.stack([v.sum(1) for _, v in self._trace.entries], 1).cpu()
+
+    @property
+    def tokens_out(self) -> Tensor:
+        return torch.stack([v.sum(1) for _, v in self._all()[1:]], 1).cpu()
+
+    @property
+    def kept(self) -> list[Tensor]:
+        return [visual_ids(ids.cpu(), visual.cpu()) for ids, visual in self._all()[1:]]
+
+    @property
+    def stats(self) -> dict[str, list[float]]:
+        return dict(self._trace.scratch.get("stats", {}))
+
+
+def visual_ids(ids: Tensor, visual: Tensor) -> Tensor:
+    """(B, n) original indices of the visual tokens in sequence order, padded with FILLER at the end."""
+    width = int(visual.sum(1).max()) if visual.numel() else 0
+    order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+    return ids.gather(1, order).masked_fill(~visual.gather(1, order), FILLER)
+
+
+def original_ids(visual: Tensor) -> Tensor:
+    """(B, L) long: index among a sample's visual tokens, TEXT elsewhere."""
+    return (visual.cumsum(1) - 1).masked_fill(~visual, TEXT)
+

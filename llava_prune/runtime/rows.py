@@ -1,0 +1,72 @@
+"""Attention of a few query rows, computed beside the layer.
+
+The real backend (eager, sdpa, flash) makes the layer's output; only the rows a method asks for are scored again,
+so no L x L map exists anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compat import apply_rotary_pos_emb, repeat_kv
+
+
+def text_rows(
+    layer: nn.Module,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    rows: Tensor,
+    valid: Tensor | None,
+    keys: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of `rows` in a decoder layer.
+
+    Args:
+        layer: Llama decoder layer.
+        hidden: (B, L, D) input of the layer.
+        rope: cosine and sine, each (B or 1, L, dh).
+        rows: (R,) long.
+        valid: (B, L) bool, or None when every row is live.
+        keys: (B, KV, L, dh) keys with rotary positions, as the cache holds them; None computes them.
+
+    Returns:
+        (B, H, R, L) float32.
+    """
+    attn: Any = layer.self_attn
+    norm: Any = layer.input_layernorm
+    batch, length = hidden.shape[:2]
+    cos, sin = rope
+    states = norm(hidden if keys is None else hidden[:, rows])
+    if keys is None:
+        keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
+        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+        states = states[:, rows]
+    query = attn.q_proj(states).view(batch, rows.shape[0], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
+    query = apply_rotary_pos_emb(query, query, cos[:, rows], sin[:, rows])[0]
+    score = query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3) * attn.scaling  # (B, H, R, L)
+    hidden_from = torch.arange(length, device=rows.device) > rows[:, None]  # (R, L), the future
+    blocked = hidden_from if valid is None else hidden_from | ~valid[:, None, None]
+    return score.masked_fill(blocked, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
+
+
+def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Softmax attention of `rows` in a CLIP encoder layer, and the layer's keys.
+
+    Args:
+        layer: CLIP encoder layer.
+        hidden: (N, 1 + T, Dv) input of the layer.
+        rows: query rows, 0 being the class token.
+
+    Returns:
+        (N, H, R, 1 + T) float32 and (N, H, 1 + T, dh).
+    """
+    attn: Any = layer.self_attn
+    norm: Any = layer.layer_norm1
+    n, length = hidden.shape[:2]
+    states = norm(hidden)
+    keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)
+    query = attn.q_proj(states[:, rows]).view(n, len(rows), -1, attn.head_dim).transpose(1, 2)
+    return (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32), keys
