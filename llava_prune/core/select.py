@@ -77,8 +77,8 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     """Density-peak clustering with k nearest neighbours, k being the number of clusters.
 
     Source: specs of AutoPrune and SparseVLM; density exp(-mean of the k smallest squared distances, itself
-    included), distance to the nearest denser point, centres by their product. Ties go to the lower index where
-    the official code adds noise of 1e-6.
+    included), distance to the nearest denser point, centres by their product; the official code's random noise of
+    1e-6 on the density is left out. Exact ties of centres go as torch.topk orders them.
 
     Args:
         points: (B, Q, D); the first counts[b] rows of a sample are points, the rest padding.
@@ -101,15 +101,28 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     density = torch.exp(-squares / wanted.clamp(min=1)).masked_fill(~real, -1.0)  # (B, Q)
     denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
     delta = torch.where(denser & pair, distance, farthest).amin(2)  # (B, Q)
-    peak = descending_rank(density * delta, real)  # (B, Q)
-    centre = torch.empty_like(peak).scatter_(1, peak, torch.arange(size, device=device).expand_as(peak))
-    centre = centre[:, :n_max]  # (B, C) point index of each centre
-    to_centre = distance.gather(2, centre[:, None].expand(-1, size, -1))  # (B, Q, C)
-    slots = torch.arange(centre.shape[1], device=device)
-    to_centre = to_centre.masked_fill((slots >= wanted)[:, None], torch.inf)
-    label = to_centre.argmin(2)
-    label = torch.where(peak < wanted, peak, label)  # centres belong to themselves
+    centre = _centres(density * delta, counts, clusters)  # (B, C), Q where there is none
+    to_centre = distance.gather(2, centre.clamp(max=size - 1)[:, None].expand(-1, size, -1))  # (B, Q, C)
+    label = to_centre.masked_fill((centre == size)[:, None], torch.inf).argmin(2)
+    label = torch.cat([label, label[:, :1]], 1)  # one column more, for the centres that are none
+    slots = torch.arange(centre.shape[1], device=device).expand_as(centre)
+    label = label.scatter(1, centre, slots)[:, :size]  # centres belong to themselves
     return label.masked_fill(~real, -1)
+
+
+def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
+    """(B, C) long: the best clusters[b] of the first counts[b] points, best first, Q filling up.
+
+    Equal scores are common (the two densest points are often each other's neighbour), and their order is the order
+    of the merged tokens. torch.topk decides it, as in the official code, so samples with the same counts share a call.
+    """
+    size = score.shape[1]
+    centre = torch.full((score.shape[0], max(max(clusters), 1)), size, dtype=torch.long, device=score.device)
+    for q, c in sorted({(q, c) for q, c in zip(counts, clusters, strict=True) if c}):
+        alike = [b for b, pair in enumerate(zip(counts, clusters, strict=True)) if pair == (q, c)]
+        best = score[alike, :q].topk(c, dim=1).indices
+        centre[alike, :c] = best
+    return centre
 
 
 def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> Tensor:

@@ -86,7 +86,7 @@ class Loaded:
         keys: Sequence[Hashable] | None = None,
         max_new_tokens: int = 128,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Greedy answers (unless `kwargs` say otherwise) to a batch of prompts.
 
         Args:
@@ -98,7 +98,8 @@ class Loaded:
             kwargs: for the model's generate().
 
         Returns:
-            (B, new) long, the new ids only, filled up with the padding id.
+            (B, new) long, the new ids only, filled up with the padding id; with return_dict_in_generate=True the
+            package's output object, `sequences` holding the same.
 
         Raises:
             ValueError: when the placeholders do not match the pictures.
@@ -122,7 +123,8 @@ class Loaded:
         token = KEYS.set(None if keys is None else list(keys))
         try:
             call = _ask_llava if self.family == "llava" else _ask_hf
-            return call(self, rows, pixels, sizes, options).cpu()
+            out = call(self, rows, pixels, sizes, options)
+            return out.cpu() if isinstance(out, Tensor) else out
         finally:
             KEYS.reset(token)
 
@@ -135,7 +137,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tenso
     return ids.to(device), mask.to(device)
 
 
-def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Tensor:
+def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Any:
     model = loaded.model
     ids, mask = _padded(rows, options["pad_token_id"], model.device)
     if pixels is None:
@@ -156,7 +158,7 @@ def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, opt
         model.config.tokenizer_padding_side = side
 
 
-def _ask_hf(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Tensor:
+def _ask_hf(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Any:
     model = loaded.model
     image, n = model.config.image_token_id, loaded.n_visual
     spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
@@ -165,7 +167,10 @@ def _ask_hf(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, option
     extra = {} if pixels is None else {"pixel_values": pixels}
     with image_sizes(None if sizes is None else [(int(w), int(h)) for w, h in sizes]):
         out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
-    return out[:, ids.shape[1] :]
+    if isinstance(out, Tensor):
+        return out[:, ids.shape[1] :]
+    out.sequences = out.sequences[:, ids.shape[1] :]
+    return out
 
 
 # loading ------------------------------------------------------------------------------------------------------
