@@ -1,0 +1,143 @@
+"""Floating-point operations of the decoder by the paper's equation (2), and the two token averages in use.
+
+Every name says what is counted: visual tokens alone or text as well, and tokens entering or leaving each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.budget import Schedule, schedule
+
+
+@dataclass(frozen=True)
+class Size:
+    """What equation (2) needs of a model; the defaults are LLaVA-1.5-7B's.
+
+    Attributes:
+        layers: L.
+        hidden: d.
+        intermediate: m.
+        visual: visual tokens before pruning.
+    """
+
+    layers: int = 32
+    hidden: int = 4096
+    intermediate: int = 11008
+    visual: int = 576
+
+
+def layer_flops(n: float, hidden: int, intermediate: int) -> float:
+    """4 n d^2 + 2 n^2 d + 3 n d m, one layer on n tokens.
+
+    Raises:
+        ValueError: for a negative n.
+    """
+    if n < 0:
+        raise ValueError(f"n={n}: a layer cannot process fewer than 0 tokens")
+    return 4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate
+
+
+def flops_visual_only(counts: Sequence[float], size: Size) -> float:
+    """Equation (2) with n_i the visual tokens of layer i."""
+    return sum(layer_flops(n, size.hidden, size.intermediate) for n in counts)
+
+
+def flops_with_text(counts: Sequence[float], text: float, size: Size) -> float:
+    """Equation (2) with n_i the visual tokens of layer i plus `text` tokens that are never pruned."""
+    return sum(layer_flops(n + text, size.hidden, size.intermediate) for n in counts)
+
+
+def percent_visual_only(counts: Sequence[float], size: Size) -> float:
+    """`flops_visual_only` in percent of the unpruned model's."""
+    return 100 * flops_visual_only(counts, size) / flops_visual_only([size.visual] * len(counts), size)
+
+
+def percent_with_text(counts: Sequence[float], text: float, size: Size) -> float:
+    """`flops_with_text` in percent of the unpruned model's, which has the same text."""
+    return 100 * flops_with_text(counts, text, size) / flops_with_text([size.visual] * len(counts), text, size)
+
+
+def average_tokens(counts: Sequence[float]) -> float:
+    """Mean over layers. Of leaving counts this is the budget in the papers' tables; of entering counts, the work."""
+    return sum(counts) / len(counts)
+
+
+def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> float | None:
+    """Text tokens at which `percent_with_text` is `percent`, by bisection; None when no length 0..10,000 does.
+
+    The share grows with the text as long as counts stay below the unpruned ones.
+    """
+    low, high = 0.0, 10_000.0
+    if not percent_with_text(counts, low, size) <= percent <= percent_with_text(counts, high, size):
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if percent_with_text(counts, middle, size) < percent else (low, middle)
+    return (low + high) / 2
+
+
+def autoprune_schedule(tokens: int, slope: float, size: Size) -> Schedule:
+    """AutoPrune's counts for a budget, with the midpoint it uses at this depth."""
+    from ..methods.autoprune import AutoPrune
+
+    return schedule(slope, tokens, size.visual, size.layers, AutoPrune(tokens=tokens).midpoint(size.layers))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of `llava-prune flops`.
+
+    Attributes:
+        tokens: budget.
+        counting: "nominal" (the budget in every layer), "entering" or "leaving" (AutoPrune's schedule).
+        slope: slope of the schedule, None for nominal.
+        average: mean of the counts over layers.
+        percent_visual_only: share of the unpruned model's FLOPs, visual tokens alone.
+        percent_with_text: the same with `text` text tokens.
+        published: the percentage asked about, or None.
+        text_for_published: text tokens at which it follows, or None.
+    """
+
+    tokens: int
+    counting: str
+    slope: float | None
+    average: float
+    percent_visual_only: float
+    percent_with_text: float
+    published: float | None
+    text_for_published: float | None
+
+
+def table(
+    budgets: Sequence[int], slopes: Sequence[float], size: Size, text: float, published: Sequence[float] = ()
+) -> list[Row]:
+    """FLOPs of each budget under each way of counting.
+
+    Args:
+        budgets: token budgets.
+        slopes: slopes of AutoPrune's curve (0 to 0.4).
+        size: the model.
+        text: text tokens in `percent_with_text`.
+        published: percentages of the budgets, in their order, or nothing.
+
+    Raises:
+        ValueError: when `published` has another length, or a budget is outside 1..visual.
+    """
+    if published and len(published) != len(budgets):
+        raise ValueError(f"{len(published)} published percentages for {len(budgets)} budgets; give one for each")
+    rows = []
+    for i, tokens in enumerate(budgets):
+        if not 1 <= tokens <= size.visual:
+            raise ValueError(f"tokens={tokens} is outside 1..{size.visual}, the model's visual tokens")
+        goal = published[i] if published else None
+        ways: list[tuple[str, float | None, Sequence[float]]] = [("nominal", None, [tokens] * size.layers)]
+        for slope in slopes:
+            plan = autoprune_schedule(tokens, slope, size)
+            ways += [("entering", slope, plan.entering(size.visual)), ("leaving", slope, plan.leaving)]
+        for counting, slope, counts in ways:
+            shares = percent_visual_only(counts, size), percent_with_text(counts, text, size)
+            found = None if goal is None else text_for_percent(counts, goal, size)
+            rows.append(Row(tokens, counting, slope, average_tokens(counts), *shares, goal, found))
+    return rows

@@ -1,0 +1,59 @@
+"""Intervals for figures that are shares of right answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % point of the normal distribution."""
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share.
+
+    Args:
+        right: number of successes, 0..total.
+        total: number of trials; 0 gives (0, 1).
+
+    Returns:
+        (low, high) within 0..1.
+
+    Raises:
+        ValueError: when right is outside 0..total.
+    """
+    if not 0 <= right <= total:
+        raise ValueError(f"right={right} is outside 0..{total}")
+    if total == 0:
+        return 0.0, 1.0
+    p, z2 = right / total, Z95 * Z95
+    middle = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
+    low = 0.0 if right == 0 else max(0.0, middle - half)
+    high = 1.0 if right == total else min(1.0, middle + half)
+    return low, high
+
+
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+    """Mean difference of two runs over the same questions with its 95 % interval (normal, paired).
+
+    Args:
+        ours: right or wrong for each question.
+        theirs: the same questions in the same order.
+
+    Returns:
+        (difference, low, high) as shares, ours minus theirs.
+
+    Raises:
+        ValueError: when the lengths differ or are 0.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{len(ours)} and {len(theirs)} answers cannot be paired; give the same questions, at least one")
+    n = len(ours)
+    gaps = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+    mean = sum(gaps) / n
+    if n == 1:
+        return mean, -1.0, 1.0
+    variance = sum((g - mean) ** 2 for g in gaps) / (n - 1)
+    half = Z95 * math.sqrt(variance / n)
+    return mean, max(-1.0, mean - half), min(1.0, mean + half)

@@ -1,0 +1,125 @@
+"""GQA's scorer: exact match over the balanced questions, as the official eval.py computes it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..stats import wilson
+
+PREDICTIONS = "testdev_balanced_predictions.json"
+_NO_STEP = ("exist", "query: name", "choose name")
+
+
+def prediction(text: str) -> str:
+    """An answer as GQA's tool wants it: all trailing dots off, lower case, nothing else.
+
+    Source: LLaVA scripts/convert_gqa_for_eval.py.
+    """
+    return text.rstrip(".").lower()
+
+
+def load_labels(path: Path) -> dict[str, Any]:
+    """The annotation file: question id -> question.
+
+    Raises:
+        ValueError: for broken JSON or questions without the fields the score needs.
+    """
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from error
+    if not isinstance(labels, dict):
+        raise ValueError(f"{path}: expected one JSON object keyed by question id, found a {type(labels).__name__}")
+    for key, row in labels.items():
+        types = row.get("types") if isinstance(row, dict) else None
+        if not isinstance(types, dict) or not isinstance(row.get("answer"), str) or "structural" not in types:
+            raise ValueError(f"{path}: question {key!r} lacks 'answer' or 'types.structural'; fetch the file again")
+    return labels
+
+
+def _steps(row: Mapping[str, Any]) -> int:
+    named = (f"{s['operation']}: {s['argument']}" for s in row.get("semantic") or [])
+    return sum(not any(o in name for o in _NO_STEP) for name in named)
+
+
+def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[str]]) -> float:
+    """Chi-square between answer histograms per global group, weighted by group size, over 100."""
+    total = weight = 0.0
+    for group, answers in gold.items():
+        size = sum(answers.values())
+        total += size * sum((ours[group][a] - e) ** 2 / e for a, e in answers.items())
+        weight += size
+    return total / weight / 100 if weight else 0.0
+
+
+def _share(right: list[bool]) -> dict[str, Any]:
+    low, high = wilson(sum(right), len(right))
+    value = 100 * sum(right) / len(right) if right else None
+    return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
+
+
+def score(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: set[str] | None = None) -> dict[str, Any]:
+    """GQA's figures in percent.
+
+    Args:
+        answers: rows with `question_id` and `text`; of a repeated id the last counts, as in the official tool.
+        labels: see `load_labels`.
+        asked: ids that were put to the model, where only a part was; None scores every balanced question.
+
+    Returns:
+        figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution)
+        and correct (id -> bool).
+
+    Raises:
+        ValueError: when a balanced question has no answer, or nothing is left to score.
+    """
+    said = {str(a["question_id"]): prediction(a["text"]) for a in answers}
+    wanted = {k: q for k, q in labels.items() if q.get("isBalanced", True) and (asked is None or k in asked)}
+    missing = [k for k in wanted if k not in said]
+    if missing:
+        shown = ", ".join(missing[:10])
+        raise ValueError(f"{len(missing)} of {len(wanted)} questions have no answer ({shown}); finish the run first")
+    if not wanted:
+        raise ValueError("no balanced question to score: the answers and the annotation file share no question id")
+    correct = {k: said[k] == q["answer"] for k, q in wanted.items()}
+    groups: dict[str, dict[Any, list[bool]]] = {n: defaultdict(list) for n in ("structural", "semantic", "steps", "words")}
+    kinds: dict[str, list[bool]] = {"binary": [], "open": []}
+    gold: dict[str, Counter[str]] = defaultdict(Counter)
+    ours: dict[str, Counter[str]] = defaultdict(Counter)
+    for key, row in wanted.items():
+        types = row["types"]
+        groups["structural"][types["structural"]].append(correct[key])
+        groups["semantic"][types.get("semantic")].append(correct[key])
+        groups["steps"][_steps(row)].append(correct[key])
+        groups["words"][len(row.get("question", "").split())].append(correct[key])
+        kinds["open" if types["structural"] == "query" else "binary"].append(correct[key])
+        group = (row.get("groups") or {}).get("global")
+        if group is not None:
+            gold[group][row["answer"]] += 1
+            ours[group][said[key]] += 1
+    tables = {n: {str(k): _share(v) for k, v in sorted(t.items(), key=lambda i: _order(i[0]))} for n, t in groups.items()}
+    overall = _share(list(correct.values()))
+    details = {
+        "overall": overall,
+        **{k: _share(v) for k, v in kinds.items()},
+        **tables,
+        "distribution": _distribution(gold, ours),
+        "answers_without_question": sum(k not in labels for k in said),
+    }
+    return {"figure": overall["accuracy"], "rows": len(wanted), "details": details, "correct": correct}
+
+
+def _order(value: Any) -> tuple[bool, int, str]:
+    return (not isinstance(value, int), value if isinstance(value, int) else 0, str(value))
+
+
+def export(answers: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write the prediction file that the official tool reads; returns its path in a list."""
+    rows = [{"questionId": str(a["question_id"]), "prediction": prediction(a["text"])} for a in answers]
+    path = folder / PREDICTIONS
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return [path]
