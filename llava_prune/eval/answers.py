@@ -19,9 +19,8 @@ except ImportError:  # no file locks on this system
     fcntl = None  # type: ignore[assignment]
 
 ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
-JOURNAL_ONLY = ("seconds",)
-FREE = ("batch",)
-"""Settings a resumed run takes over instead of comparing, unless they are given."""
+RESULT = "result.json"
+JOURNAL_ONLY = ("seconds", "tower_seconds")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -49,13 +48,16 @@ class Answers:
     Use as a context manager; `rows` holds what earlier runs left, by question id as a string.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], restart: bool = False) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], restart: bool = False, fill: dict[str, Any] | None = None
+    ) -> None:
         """Open or resume.
 
         Args:
             folder: made when missing.
             settings: everything that may change an answer.
             restart: discard what is there.
+            fill: values for settings that are None. A resumed run takes the folder's instead.
 
         Raises:
             ValueError: for other settings than the folder's, a broken line that is not the last, or a second writer.
@@ -67,10 +69,10 @@ class Answers:
         try:
             self._lock()
             if restart:
-                for path in (self._final, self._settings):
+                for path in (self._final, self._settings, folder / RESULT):
                     path.unlink(missing_ok=True)
                 self._handle.truncate(0)
-            self.settings = self._agree(settings)
+            self.settings = self._agree(settings, fill or {})
             self.complete = self._final.is_file()
             self.rows = self._read(self._final if self.complete else self._journal)
         except BaseException:
@@ -92,11 +94,15 @@ class Answers:
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another run is writing to {self.folder}; wait for it or set OUT to another folder") from error
+            raise ValueError(
+                f"another run is writing to {self.folder}; wait for it or set OUT to another folder"
+            ) from error
 
-    def _agree(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _agree(self, settings: dict[str, Any], fill: dict[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps(settings))
+        free = {k for k in fill if plain.get(k) is None}
         if not self._settings.is_file():
+            plain.update((k, fill[k]) for k in free)
             write_whole(self._settings, json.dumps(plain, indent=2) + "\n")
             return plain
         try:
@@ -105,7 +111,7 @@ class Answers:
             raise ValueError(f"{self._settings} is broken; use --restart to discard the answers beside it") from error
         for key in sorted(set(old) | set(plain)):
             mine, theirs = plain.get(key), old.get(key)
-            if mine == theirs or (key in FREE and mine is None):
+            if mine == theirs or key in free:
                 continue
             raise ValueError(
                 f"the answers in {self.folder} were made with {key}={theirs!r}, now it is {mine!r}; "
@@ -128,6 +134,19 @@ class Answers:
             with open(path, "r+b") as handle:
                 handle.truncate(len(whole))
         return rows
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the tower and of the rest of generation behind all rows, earlier runs included."""
+        if self.complete:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                old = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))["seconds"]
+                return {k: old[k] for k in ("tower", "generate")}
+            return {}
+        rows = self.rows.values()
+        return {
+            "tower": sum(r.get("tower_seconds", 0.0) for r in rows),
+            "generate": sum(r.get("seconds", 0.0) for r in rows),
+        }
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append answers and force them to disk."""

@@ -60,7 +60,9 @@ def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str) -> None
         ValueError: when there is none, it has more pieces than the model embeds, or other special ids.
     """
     if tokenizer is None:
-        raise ValueError(f"{where} has no tokenizer; put the tokenizer.model or tokenizer.json it was trained with there")
+        raise ValueError(
+            f"{where} has no tokenizer; put the tokenizer.model or tokenizer.json it was trained with there"
+        )
     if len(tokenizer) > vocab:
         raise ValueError(
             f"{where}: the tokenizer has {len(tokenizer)} pieces but the model embeds {vocab}; "

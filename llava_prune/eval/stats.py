@@ -48,7 +48,9 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[flo
         ValueError: when the lengths differ or are 0.
     """
     if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} and {len(theirs)} answers cannot be paired; give the same questions, at least one")
+        raise ValueError(
+            f"{len(ours)} and {len(theirs)} answers cannot be paired; give the same questions, at least one"
+        )
     n = len(ours)
     gaps = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(gaps) / n

@@ -52,7 +52,9 @@ class Task:
         for place in places:
             if place.is_dir() if folder else place.is_file():
                 return place
-        raise ValueError(f"no {kind} of {self.name}: looked for {', '.join(map(str, places))}; set DATA to the right folder")
+        raise ValueError(
+            f"no {kind} of {self.name}: looked for {', '.join(map(str, places))}; set DATA to the right folder"
+        )
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ def _share(right: list[bool]) -> dict[str, Any]:
     return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
 
 
-def score(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: set[str] | None = None) -> dict[str, Any]:
+def score(
+    answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: set[str] | None = None
+) -> dict[str, Any]:
     """GQA's figures in percent.
 
     Args:
@@ -86,7 +88,9 @@ def score(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked
     if not wanted:
         raise ValueError("no balanced question to score: the answers and the annotation file share no question id")
     correct = {k: said[k] == q["answer"] for k, q in wanted.items()}
-    groups: dict[str, dict[Any, list[bool]]] = {n: defaultdict(list) for n in ("structural", "semantic", "steps", "words")}
+    groups: dict[str, dict[Any, list[bool]]] = {
+        n: defaultdict(list) for n in ("structural", "semantic", "steps", "words")
+    }
     kinds: dict[str, list[bool]] = {"binary": [], "open": []}
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     ours: dict[str, Counter[str]] = defaultdict(Counter)
@@ -101,7 +105,9 @@ def score(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked
         if group is not None:
             gold[group][row["answer"]] += 1
             ours[group][said[key]] += 1
-    tables = {n: {str(k): _share(v) for k, v in sorted(t.items(), key=lambda i: _order(i[0]))} for n, t in groups.items()}
+    tables = {
+        n: {str(k): _share(v) for k, v in sorted(t.items(), key=lambda i: _order(i[0]))} for n, t in groups.items()
+    }
     overall = _share(list(correct.values()))
     details = {
         "overall": overall,

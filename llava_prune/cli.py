@@ -1,0 +1,286 @@
+"""The `llava-prune` command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import inspect
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+
+def _names(text: str) -> list[str]:
+    out = [p.strip() for p in text.split(",") if p.strip()]
+    if not out:
+        raise argparse.ArgumentTypeError("give a name or a list a,b")
+    return out
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        out = [int(p) for p in text.split(",") if p.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number or list such as 192,128,64") from None
+    if not out or min(out) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: budgets are whole numbers of at least 1")
+    return out
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(p) for p in text.split(",") if p.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number or list such as 0,0.1,0.2") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
+
+
+def _hyper(text: str) -> dict[str, Any]:
+    from .eval.plan import parse_args
+
+    try:
+        return parse_args(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
+    from .eval.plan import DATA, RESULTS, TINY
+
+    p = commands.add_parser(
+        "eval",
+        help="run a benchmark, pruned beside unpruned",
+        epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
+    )
+    p.add_argument("task", help="benchmark, e.g. gqa")
+    e = p.add_argument_group("settings")
+
+    def flag(name: str, default: str | None, text: str, **kw: Any) -> None:
+        value = env.get(name.upper().replace("-", "_")) or default
+        shown = f" (default {default})" if default is not None else ""
+        e.add_argument(f"--{name}", default=value, help=text + shown, **kw)
+
+    flag("model", TINY, "folder or hub id, in either format")
+    flag("method", "autoprune", "method or list a,b", type=_names)
+    flag("tokens", "64", "visual token budget or list 192,128,64", type=_counts)
+    flag("data", DATA, "folder with the benchmark's files; LLaVA's playground/data/eval works")
+    flag("family", "auto", "auto, llava or hf")
+    flag("batch", "auto", "samples at once, halved when memory runs out; auto: by free memory", type=_batch)
+    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
+    flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
+    flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
+    flag("out", None, f"folder of the results; default {RESULTS}/TASK/MODEL")
+    flag("limit", None, "only the first so many questions", type=_positive)
+    flag("seed", "0", "of sampling and of methods that draw", type=int)
+    flag("method-args", "", "hyper-parameters, e.g. mi_scale=8,k0=0.3", type=_hyper)
+    p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
+    p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
+    p.add_argument("--json", action="store_true", help="print the results as JSON, nothing else")
+    p.set_defaults(run=_eval)
+
+
+def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llava-prune", description="Visual token pruning for LLaVA.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_eval(commands, env)
+    p = commands.add_parser("score", help="score an answer file")
+    p.add_argument("task", help="benchmark, e.g. gqa")
+    p.add_argument("--answers", required=True, type=Path, help="answer file (JSON lines, LLaVA's fields)")
+    p.add_argument("--data", type=Path, help="folder with the benchmark's files")
+    p.add_argument("--questions", type=Path, help="question file: only its questions are scored")
+    p.add_argument("--annotations", type=Path, help="annotation file in place of DATA's")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_score)
+    p = commands.add_parser("methods", help="list methods and their hyper-parameters")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_methods)
+    p = commands.add_parser("run", help="run a program of package llava with its model pruned, unchanged")
+    p.add_argument("--method", default="autoprune")
+    p.add_argument("--tokens", type=_positive, default=None, help="budget (the method's default where not given)")
+    p.add_argument("--hyper", type=_hyper, action="append", default=[], metavar="NAME=VALUE")
+    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
+    p.set_defaults(run=_run)
+    p = commands.add_parser("flops", help="FLOPs by equation (2) under each way of counting")
+    p.add_argument("--tokens", type=_counts, default=[192, 128, 64])
+    p.add_argument("--slope", type=_floats, default=[0.0, 0.1, 0.2], help="slopes of AutoPrune's curve")
+    p.add_argument("--published", type=_floats, default=[], help="percentages, one a budget: find the text length")
+    for name, value in (("layers", 32), ("hidden", 4096), ("intermediate", 11008), ("visual", 576)):
+        p.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
+    p.add_argument("--text", type=float, default=70.0, help="text tokens of a prompt (default 70)")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_flops)
+    return parser
+
+
+def _stdout() -> Console:
+    """A console for tables, wide enough in files and pipes too."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _emit(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .eval.plan import Settings, model_defaults
+    from .eval.result import public
+    from .eval.run import evaluate, out_folder
+    from .eval.show import Bars, results_table
+    from .eval.task import load_task
+
+    err = Console(stderr=True)
+    title = load_task(args.task).title
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    given = {k: v for k, v in vars(args).items() if k in fields}
+    settings = Settings(**given, methods=args.method, reference=not args.no_reference)
+    if settings.data == "" or settings.model == "":
+        raise ValueError("MODEL and DATA must not be empty")
+    defaults = model_defaults(settings.model)
+    if defaults:
+        err.print(f"hyper-parameters stated by {settings.model}: {json.dumps(defaults)}", markup=False)
+    with Bars(err) as bars:
+        results = evaluate(settings, bars, shlex.join(["llava-prune", *args.argv]))
+    if args.json:
+        _emit([public(r) for r in results])
+        return 0
+    console = _stdout()
+    console.print(results_table(results, title))
+    console.print(f"answers and results: {out_folder(settings)}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from .eval.show import score_table
+    from .eval.task import file_version, load_task, read_jsonl, read_questions
+
+    task = load_task(args.task)
+    if args.annotations is None and args.data is None:
+        raise ValueError("give --data, the folder with the benchmark's files, or --annotations")
+    annotations = args.annotations or task.find(args.data, "annotations")
+    files = {"annotations": annotations, **({"questions": args.questions} if args.questions else {})}
+    for path in (args.answers, *files.values()):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+    asked = {str(q.id) for q in read_questions(args.questions)} if args.questions else None
+    rows = read_jsonl(args.answers, ("question_id", "text"))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row["text"], str):
+            raise ValueError(f"{args.answers}, row {number}: text must be a string, found {row['text']!r}")
+    labels = task.scorer.load_labels(annotations)
+    score = task.scorer.score(rows, labels, asked)
+    versions = {k: file_version(p) for k, p in files.items()}
+    versions["annotations"]["rows"] = len(labels)
+    if asked is not None:
+        versions["questions"]["rows"] = len(asked)
+    result = {k: score[k] for k in ("figure", "details", "rows")}
+    result = {"bench": task.name, **result, "versions": versions}
+    if args.json:
+        _emit(result)
+    else:
+        _stdout().print(score_table(result))
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .core.registry import lookup, names
+
+    rows = []
+    for name in names():
+        cls = lookup(name)
+        found = inspect.signature(cls).parameters.values()
+        hyper = {p.name: None if p.default is p.empty else p.default for p in found}
+        rows.append(
+            {"name": name, "hyper": hyper, "about": (inspect.getdoc(cls) or "").split("\n")[0], "paper": cls.paper}
+        )
+    if args.json:
+        _emit(rows)
+        return 0
+    table = Table(title="methods")
+    for column in ("name", "hyper-parameters and defaults", "about"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], ", ".join(f"{k}={v!r}" for k, v in row["hyper"].items()) or "-", row["about"])
+    _stdout().print(table)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .families import llava_cli
+
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    if not program:
+        raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
+    hyper = {k: v for part in args.hyper for k, v in part.items()}
+    if args.tokens is not None:
+        hyper["tokens"] = args.tokens
+    return int(llava_cli.run(program, args.method, hyper) or 0)
+
+
+def _flops(args: argparse.Namespace) -> int:
+    from .bench.flops import Size, table
+
+    size = Size(args.layers, args.hidden, args.intermediate, args.visual)
+    rows = [dataclasses.asdict(r) for r in table(args.tokens, args.slope, size, args.text, args.published)]
+    if args.json:
+        _emit(rows)
+        return 0
+    shown = Table(title=f"equation (2), {args.layers} layers, {args.visual} visual tokens, {args.text:g} text tokens")
+    for name in rows[0]:
+        if args.published or "published" not in name:
+            shown.add_column(name.replace("_", " "), justify="left" if name == "counting" else "right")
+    for row in rows:
+        values = [v for k, v in row.items() if args.published or "published" not in k]
+        shown.add_row(*("-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
+    _stdout().print(shown)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 failed with a message on stderr, 2 wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(os.environ).parse_args(argv)
+    args.argv = argv
+    err = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
+    )
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        message, status = "stopped; the same command goes on where it was", 130
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        message, status = f"{error.strerror or error}{where}", 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left on the disk{where}; what was answered is kept: make room and run the same command"
+    except (MemoryError, ValueError) as error:
+        message, status = str(error) or "out of memory; set BATCH=1 or choose a smaller model", 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        message, status = "out of memory with a single sample; choose a smaller DTYPE or another DEVICE", 1
+    err.print(f"llava-prune: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
