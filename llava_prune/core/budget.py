@@ -68,7 +68,9 @@ def _cost(curve: list[float], factor: float, first: int, cap: int, n_visual: int
     return total if budget == "after" else total - last + n_visual
 
 
-def _search(curve: list[float], first: int, cap: int, tokens: float, n_visual: int, budget: Budget) -> tuple[float, int]:
+def _search(
+    curve: list[float], first: int, cap: int, tokens: float, n_visual: int, budget: Budget
+) -> tuple[float, int]:
     n_layers = len(curve) + 1
     goal = n_layers * tokens
     unscaled = [int(v) for v in (torch.tensor(curve, dtype=torch.float32) * first).tolist()]

@@ -38,7 +38,7 @@ def shards(folder: Path) -> list[Path]:
             names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
             missing = [n for n in names if not (folder / n).is_file()]
             if missing:
-                raise ValueError(f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}")
+                raise ValueError(f"{folder}: {len(missing)} of {len(names)} weight files missing, first {missing[0]}")
             return [folder / n for n in names]
         if (folder / single).is_file():
             return [folder / single]
@@ -183,12 +183,13 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
     image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
+    patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
     common: dict[str, Any] = {
         "vision_config": vision,
         "text_config": text,
         "image_token_id": image_id,
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": "default" if config.get("mm_vision_select_feature", "patch") == "patch" else "full",
+        "vision_feature_select_strategy": "default" if patches_only else "full",
         "projector_hidden_act": "gelu",
     }
     anyres = config.get("image_aspect_ratio") == "anyres"

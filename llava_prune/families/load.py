@@ -192,7 +192,7 @@ def resolve(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise ValueError(f"{path}: neither a local folder nor a hub repository that can be fetched ({error})") from error
+        raise ValueError(f"{path}: neither a local folder nor a hub repository in reach ({error})") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def load(
     Raises:
         ValueError: missing, truncated or foreign checkpoint, or a family that cannot read it.
     """
-    from .checkpoint import load_converted, load_original, load_transformers, load_tokenizer
+    from .checkpoint import load_converted, load_original, load_tokenizer, load_transformers
 
     if family not in ("auto", "llava", "hf"):
         raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")

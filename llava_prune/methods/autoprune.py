@@ -27,8 +27,8 @@ class AutoPrune(Method):
     Layer 0 keeps min(2.5 tokens, N) by s = lam * I0 * alpha_text + alpha_CLS (equation 1). The mutual information
     I1 of layer 1 gives the slope max(k0 - gamma I1, 0); the curve is scaled to the budget. Layers 1..L-1 keep
     their best by text attention and recycle 30 % of the rest as DPC-KNN cluster means. Source: official code as
-    specified; deviations: no random noise on the cluster densities, mutual information in float32, the last layer's cut is
-    accounted but computed only when its record is read, and `tokens` >= N leaves the picture alone.
+    specified; deviations: no random noise on the cluster densities, mutual information in float32, the last layer's
+    cut is accounted but computed only when its record is read, and `tokens` >= N leaves the picture alone.
 
     Where the text gives no information (no text after the picture, or values that are not finite) I0 = I1 = 0,
     so layer 0 goes by the class token alone and the slope is k0.

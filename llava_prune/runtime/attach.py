@@ -41,7 +41,7 @@ class Handle:
             return
         lm = family_of(self._model).language_model(self._model)
         if _state_of(lm) is not self._state:
-            raise RuntimeError("the language model's forward is no longer the one that attach put there; undo the later change first")
+            raise RuntimeError("the model's forward is not the one that attach put there; undo the later change first")
         while self._undo:
             self._undo.pop()()
         PENDING.set(None)
@@ -87,7 +87,7 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
         raise ValueError(f"the model is pruned by {active.method!r} already; detach that first")
     budget, limit = getattr(method, "tokens", None), family.max_visual(model)
     if isinstance(budget, int) and budget > limit:
-        raise ValueError(f"tokens={budget}: this model has at most {limit} visual tokens a picture; give {limit} or fewer")
+        raise ValueError(f"tokens={budget}: a picture has at most {limit} visual tokens here; give {limit} or fewer")
 
     previous = lm.__dict__.get("forward")
     state = State(method, previous)

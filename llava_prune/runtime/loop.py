@@ -83,7 +83,7 @@ def _refuse(kwargs: dict[str, Any], mask: Any, cache: Any, past: int) -> None:
     """Errors for what a sequence of changing length cannot do, before anything runs."""
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None):
-            raise ValueError(f"{name}=True: layers of a pruned model differ in length; detach first, or read handle.last")
+            raise ValueError(f"{name}=True: pruned layers differ in length; detach first, or read handle.last")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise ValueError("a pruned model takes a 2-D attention mask (batch, length); drop custom 4-D masks")
     if getattr(cache, "is_compileable", False):
@@ -116,7 +116,7 @@ class _Prefill:
             visual = visual.repeat_interleave(times, 0)
             source = None if source is None else source.repeat_interleave(times, 0)
         if visual.shape != (batch, length):
-            raise ValueError(f"pictures were spliced into {tuple(visual.shape)} tokens, the model got {(batch, length)}")
+            raise ValueError(f"pictures were spliced into {tuple(visual.shape)} tokens, not {(batch, length)}")
         self.hidden = hidden
         self.valid = torch.ones_like(visual) if mask is None else mask[:, -length:].to(device).bool()
         self.visual = visual & self.valid
