@@ -83,12 +83,16 @@ def tower_folder(folder: Path, name: str) -> str:
     raise ValueError(f"vision tower {name!r} is neither a folder inside {folder} nor a hub id")
 
 
-def image_processor(source: str) -> Any:
+def processor_class() -> Any:
     """CLIP's image processor on Pillow: the one whose pixels LLaVA was trained on."""
     import transformers
 
-    cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    return cls.from_pretrained(source)
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def image_processor(source: str) -> Any:
+    """The processor of a tower's folder or hub id."""
+    return processor_class().from_pretrained(source)
 
 
 def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> list[str]:
@@ -212,24 +216,30 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
     return model, image_processor(source)
 
 
+PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
+
+
+def rename(name: str) -> str:
+    """transformers' name of a tensor of haotian-liu/LLaVA's format (language model, projector, newline)."""
+    for old, new in PROJECTOR.items():
+        if name.startswith(old):
+            return f"model.multi_modal_projector.{new}{name.removeprefix(old)}"
+    if name in ("model.image_newline", "lm_head.weight") or not name.startswith("model."):
+        return name
+    return f"model.language_model.{name.removeprefix('model.')}"
+
+
 def _renamed(folder: Path, tower: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the original format under transformers' names, the tower's last so that trained ones win."""
+    """Tensors of the original format under transformers' names; tower weights of the checkpoint win."""
     seen = set()
-    parts = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
     for name, value in tensors(folder):
         if name.startswith("model.vision_tower."):
             short = name.removeprefix("model.vision_tower.vision_tower.")
             short = short if short in tower else short.removeprefix("vision_model.")
             seen.add(short)
             yield f"model.vision_tower.{short}", value
-        elif name.startswith("model.mm_projector."):
-            for old, new in parts.items():
-                if name.startswith(old):
-                    yield f"model.multi_modal_projector.{new}{name.removeprefix(old)}", value
-        elif name == "model.image_newline" or name == "lm_head.weight":
-            yield name, value
-        elif name.startswith("model."):
-            yield f"model.language_model.{name.removeprefix('model.')}", value
+        else:
+            yield rename(name), value
     for short, value in tower.items():
         if short not in seen:
             yield f"model.vision_tower.{short}", value

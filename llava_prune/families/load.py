@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..runtime.door import image_sizes
 from .base import Family, family_of
+from .hf import is_next
 from .llava import IMAGE
 from .memo import KEYS, Memo, remembering
 
@@ -160,6 +161,11 @@ def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, opt
 
 def _ask_hf(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, options: dict[str, Any]) -> Any:
     model = loaded.model
+    if is_next(model):
+        raise ValueError(
+            "pictures of LLaVA-NeXT become a number of tokens that depends on their size; prepare them with its "
+            "processor and call model.generate() inside pruned(...)"
+        )
     image, n = model.config.image_token_id, loaded.n_visual
     spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
     pad = options["pad_token_id"]
