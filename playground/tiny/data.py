@@ -87,7 +87,7 @@ def load_or_generate(folder: Path, first: int, count: int, workers: int) -> Scen
     """:func:`generate`, kept in ``folder`` so that a resumed run does not render again."""
     names = {key: folder / f"{key}_{first}_{count}.npy" for key in ("patches", "instances", "tables")}
     if all(path.exists() for path in names.values()):
-        return SceneData(**{key: np.load(path) for key, path in names.items()}, first=first)
+        return SceneData(**{key: np.load(path, mmap_mode="r") for key, path in names.items()}, first=first)
     data = generate(first, count, workers)
     folder.mkdir(parents=True, exist_ok=True)
     for key, path in names.items():

@@ -13,11 +13,39 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 Step = Callable[[int, np.random.Generator], tuple[torch.Tensor, dict[str, float]]]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes (0 and 1 without ``torchrun``)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait() -> None:
+    """Let the other processes catch up."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(batch: int) -> int:
+    """This process's part of a global batch."""
+    return max(1, batch // ranks()[1])
+
+
+def average_gradients(modules: nn.Module) -> None:
+    """Mean of the gradients over all processes."""
+    world = ranks()[1]
+    if world > 1:
+        grads = [p.grad for p in modules.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / world).split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -44,8 +72,8 @@ def _save(path: Path, state: dict[str, Any]) -> None:
 def run_stage(name: str, modules: nn.Module, step_fn: Step, cfg: dict[str, Any], folder: Path, seed: int) -> None:
     """Optimise ``modules`` for ``cfg['steps']`` steps; continues from ``folder/name.pt`` when that exists.
 
-    Every step draws from a generator seeded by (seed, stage, step), so a resumed run sees the batches the
-    uninterrupted one would have seen.
+    Every step draws from a generator seeded by (seed, stage, step, rank), so a resumed run sees the batches the
+    uninterrupted one would have seen.  Under ``torchrun`` every process takes its share of each batch.
     """
     path, steps = folder / f"{name}.pt", int(cfg["steps"])
     opt = optimiser(modules, cfg["lr"])
@@ -60,20 +88,23 @@ def run_stage(name: str, modules: nn.Module, step_fn: Step, cfg: dict[str, Any],
     tag = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
     sums: dict[str, list[float]] = defaultdict(list)
     began = time.perf_counter()
-    for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10):
+    rank, _ = ranks()
+    for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10, disable=rank > 0):
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, steps, cfg["lr"], cfg.get("warmup", 100))
-        loss, figures = step_fn(step, np.random.default_rng([seed, tag, step]))
+        loss, figures = step_fn(step, np.random.default_rng([seed, tag, step, rank]))
         opt.zero_grad()
         loss.backward()
+        average_gradients(modules)
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         opt.step()
         for key, value in {"loss": loss.item(), **figures}.items():
             if not math.isnan(value):
                 sums[key].append(value)
-        if (step + 1) % cfg.get("log_every", 50) == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % cfg.get("log_every", 50) == 0 or step + 1 == steps):
             text = " ".join(f"{k} {np.mean(v):.3f}" for k, v in sums.items())
             log.info("%s %d/%d %.0fs %s", name, step + 1, steps, time.perf_counter() - began, text)
             sums.clear()
-        if (step + 1) % cfg.get("save_every", 200) == 0 or step + 1 == steps:
+        if rank == 0 and ((step + 1) % cfg.get("save_every", 200) == 0 or step + 1 == steps):
             _save(path, {"modules": modules.state_dict(), "optimiser": opt.state_dict(), "step": step + 1})
+    wait()

@@ -47,7 +47,9 @@ def select(scenes: list[sc.Scene], per_scene: int) -> list[tuple[int, qs.Questio
 def annotation(question: qs.Question, scene: sc.Scene, identity: str, image: str) -> dict:
     """One entry of ``testdev_balanced_questions.json``."""
     steps = [{"operation": op, "dependencies": list(deps), "argument": arg} for op, arg, deps in question.program]
-    text = "->".join(f"{s['operation']}: {s['argument']}" + (f" {s['dependencies']}" if s["dependencies"] else "") for s in steps)
+    text = "->".join(
+        f"{s['operation']}: {s['argument']}" + (f" {s['dependencies']}" if s["dependencies"] else "") for s in steps
+    )
     words = question.text.rstrip("?").split()
     spots = {}
     for index in question.things:

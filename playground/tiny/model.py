@@ -15,7 +15,6 @@ from torch import nn
 from playground.tiny import scenes as sc
 from playground.tiny.data import PRESENCE, normalise
 
-
 OFFSETS = (
     ((0, -1.2), (0, 1.2), (-1.2, 0), (1.2, 0)),
     ((-1.5, -1.5), (-1.5, 1.5), (1.5, -1.5), (1.5, 1.5)),
@@ -179,7 +178,7 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """One block; ``mask`` is an additive (B, 1, T, T) bias."""
+        """One block; ``mask`` is the additive (B, 1, L, T) bias of the last L rows, those before are plainly causal."""
         b, t, d = x.shape
         a = self.self_attn
         weight = torch.cat([a["q_proj"].weight, a["k_proj"].weight, a["v_proj"].weight])
@@ -190,7 +189,11 @@ class LlamaLayer(nn.Module):
         qk = qk * cos + torch.cat([-qk[..., half:], qk[..., :half]], -1) * sin
         q, k = qk.transpose(1, 2).chunk(2, 1)
         v = v.view(b, t, self.heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        n = t - mask.shape[2]
+        out = F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)
+        if n:
+            start = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True)
+            out = torch.cat([start, out], 2)
         x = x + a["o_proj"](out.transpose(1, 2).reshape(b, t, d))
         h = self.post_attention_layernorm(x)
         gate, up = F.linear(h, torch.cat([self.mlp["gate_proj"].weight, self.mlp["up_proj"].weight])).chunk(2, -1)
@@ -212,6 +215,8 @@ class Llama(nn.Module):
             if p.dim() == 2 and "mm_projector" not in name:
                 small = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 if small or "lm_head" in name else width**-0.5)
+        for layer in self.layers:
+            layer.self_attn["k_proj"].weight.data.copy_(layer.self_attn["q_proj"].weight.data)
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine (B, T, 1, head_dim) for explicit positions."""
@@ -232,7 +237,12 @@ class Llama(nn.Module):
         first = self.layers[0]
         inner, width = first.mlp["gate_proj"].weight.shape
         new = Llama(
-            len(self.embed_tokens.weight), times * len(self.layers), width, first.heads, inner, self.mm_projector[0].in_features
+            len(self.embed_tokens.weight),
+            times * len(self.layers),
+            width,
+            first.heads,
+            inner,
+            self.mm_projector[0].in_features,
         )
         shared = {k: v for k, v in self.state_dict().items() if not k.startswith("layers.")}
         for i in range(len(new.layers)):

@@ -216,7 +216,9 @@ def query_mark(scene: Scene, rng: np.random.Generator) -> Made:
     name, kind = _refer(scene, rng, index), "word" if thing.shape == "sign" else "number"
     text = _pick(rng, [f"What {kind} is on the {name}?", f"What does the {name} say?"])
     program = (("select", name, ()), ("query", "text", (0,)))
-    yield Question(text, thing.mark, f"The {name} says {thing.mark}.", "query", "attr", f"{kind}Query", program, (index,))
+    yield Question(
+        text, thing.mark, f"The {name} says {thing.mark}.", "query", "attr", f"{kind}Query", program, (index,)
+    )
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Made:
@@ -312,7 +314,8 @@ def same_colour(scene: Scene, rng: np.random.Generator) -> Made:
     a, b = _pick(rng, pairs)
     first, second = scene.things[a].shape, scene.things[b].shape
     program = (("select", first, ()), ("select", second, ()), ("same color", "", (0, 1)))
-    full = f"{_yes(want).capitalize()}, the {first} and the {second} have {'the same color' if want else 'different colors'}."
+    shared = "the same color" if want else "different colors"
+    full = f"{_yes(want).capitalize()}, the {first} and the {second} have {shared}."
     text = f"Are the {first} and the {second} the same color?"
     yield Question(text, _yes(want), full, "compare", "attr", "twoSame", program, (a, b))
 

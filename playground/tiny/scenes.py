@@ -140,7 +140,20 @@ def _unit_polygon(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)]
     if shape == "cross":
         a = 0.34
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        return [
+            (-a, -1),
+            (a, -1),
+            (a, -a),
+            (1, -a),
+            (1, a),
+            (a, a),
+            (a, 1),
+            (-a, 1),
+            (-a, a),
+            (-1, a),
+            (-1, -a),
+            (-a, -a),
+        ]
     if shape == "star":
         radii = [1.05 if i % 2 == 0 else 0.42 for i in range(10)]
         return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]

@@ -47,9 +47,26 @@ def corpus(scenes: int = 3000) -> list[str]:
         rng = np.random.default_rng([20_14, seed])
         for q in qs.ask(sc.make_scene(seed), rng, 8):
             lines += [q.text, q.answer, q.full_answer, f".{q.text}", f".{q.answer}"]
-    words = [*sc.WORDS, *sc.SHAPES, *sc.COLOURS, *sc.SIZES, *map(qs.plural, sc.SHAPES), *sc.DIGITS, *qs.LETTERS, "yes", "no"]
+    words = [
+        *sc.WORDS,
+        *sc.SHAPES,
+        *sc.COLOURS,
+        *sc.SIZES,
+        *map(qs.plural, sc.SHAPES),
+        *sc.DIGITS,
+        *qs.LETTERS,
+        "yes",
+        "no",
+    ]
     lines += 40 * [*words, *(w.upper() for w in sc.WORDS)]
-    lines += 400 * [f".{qs.INSTRUCTION}", SYSTEM, "USER: ASSISTANT:", f"{qs.INSTRUCTION} ASSISTANT:", "ASSISTANT: yes", "ASSISTANT: no"]
+    lines += 400 * [
+        f".{qs.INSTRUCTION}",
+        SYSTEM,
+        "USER: ASSISTANT:",
+        f"{qs.INSTRUCTION} ASSISTANT:",
+        "ASSISTANT: yes",
+        "ASSISTANT: no",
+    ]
     return lines + 60 * [*EXTRA_LINES, *(f".{line}" for line in EXTRA_LINES)]
 
 

@@ -1,0 +1,191 @@
+"""Stages 2 to 5: projector alignment, a shallow decoder, its deepening and the joint fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from playground.tiny import scenes as sc
+from playground.tiny import tokenizer as tk
+from playground.tiny.bank import TYPES, Item, attention_bias, pack
+from playground.tiny.data import SceneData, windows
+from playground.tiny.loop import ranks, run_stage, share, wait
+from playground.tiny.model import Llama, Tower, TowerHeads
+from playground.tiny.tower import feature_loss
+
+
+@dataclass
+class Material:
+    """What the language stages draw from."""
+
+    data: SceneData
+    bank: list[list[Item]]
+    features: np.ndarray | None
+    prefix: list[int]
+    device: str
+
+
+@torch.no_grad()
+def cache_features(tower: Tower, data: SceneData, count: int, device: str, path: Path, batch: int = 32) -> np.ndarray:
+    """(count, 576, D) float16 patch features of the frozen tower, computed once and memory-mapped from ``path``.
+
+    Every process fills its own part of the file.
+    """
+    shape = (count, sc.GRID**2, tower.patch.out_features)
+    part = path.with_suffix(".part")
+    if not path.exists():
+        rank, world = ranks()
+        if rank == 0:
+            np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
+        wait()
+        result = np.load(part, mmap_mode="r+")
+        low, high = count * rank // world, count * (rank + 1) // world
+        for at in tqdm(range(low, high, batch), desc="features", mininterval=10, disable=rank > 0):
+            patches = torch.from_numpy(data.patches[at : min(at + batch, high)]).flatten(1, 2).to(device)
+            result[at : at + len(patches)] = tower(patches, last=False)[0][:, 1:].half().cpu().numpy()
+        result.flush()
+        wait()
+        if rank == 0:
+            part.rename(path)
+        wait()
+    return np.load(path, mmap_mode="r")
+
+
+def pick(mat: Material, scenes: np.ndarray, chosen: torch.Tensor) -> torch.Tensor:
+    """Cached features of the chosen patches, float32, on the training device."""
+    return torch.from_numpy(mat.features[scenes[:, None], chosen.numpy()]).float().to(mat.device)
+
+
+def choose_tokens(
+    data: SceneData, index: np.ndarray, keep: int, rng: np.random.Generator, things: bool
+) -> torch.Tensor:
+    """(B, keep) sorted patch indices: random ones, or with ``things`` those on objects first."""
+    keys = rng.random((len(index), sc.GRID**2))
+    if things:
+        keys = keys + 2.0 * (data.instances[index].reshape(len(index), -1) > 0)
+    return torch.from_numpy(np.sort(np.argpartition(-keys, keep - 1, axis=1)[:, :keep], axis=1))
+
+
+def align_projector(
+    llama: Llama, cfg: dict[str, Any], mat: Material, words: dict[str, list[int]], folder: Path, seed: int
+):
+    """Stage 2: bring projected patches near the embeddings of the words for what they show (and keep their place)."""
+    width = llama.lm_head.in_features
+    places = nn.Linear(width, 5)
+    model = nn.ModuleDict({"llama": llama, "places": places}).to(mat.device)
+    for name, p in llama.named_parameters():
+        p.requires_grad_(name.startswith(("mm_projector", "embed_tokens")))
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        scenes = rng.integers(0, len(mat.features), share(cfg["batch"]))
+        chosen = choose_tokens(mat.data, scenes, cfg["keep"], rng, True)
+        feats = pick(mat, scenes, chosen)
+        inst = torch.from_numpy(mat.data.instances[scenes].astype(np.int64)).flatten(1).gather(1, chosen)
+        rows = torch.cat([torch.full((len(scenes), 1, 6), -1.0), torch.from_numpy(mat.data.tables[scenes])], 1)
+        mine = rows.gather(1, inst[..., None].expand(-1, -1, 6))
+        own = torch.stack([chosen % sc.GRID, chosen // sc.GRID], -1) * (2 / sc.GRID) + (1 / sc.GRID - 1)
+        centre = ((own - mine[..., 4:6]).abs().amax(-1) < 1 / sc.GRID) & (inst > 0)
+        out = F.rms_norm(llama.mm_projector(feats), (width,))
+        logits = out @ F.rms_norm(llama.embed_tokens.weight, (width,)).T * (8 / width)
+        loss, figures = logits.new_zeros(()), {}
+        for column, key in enumerate(("shape", "colour", "size", "mark")):
+            table = torch.tensor(words[key])
+            valid = (inst > 0) & (mine[..., column] > (0 if key == "mark" else -1))
+            target = mine[..., column].long()[valid] - (1 if key == "mark" else 0)
+            scores = logits[valid][:, table.to(mat.device)]
+            loss = loss + F.cross_entropy(scores, target.to(mat.device))
+            figures[key] = (scores.argmax(-1).cpu() == target).float().mean().item()
+        guess = places(out)
+        goal = torch.cat([own, torch.where(inst[..., None] > 0, mine[..., 4:6], own)], -1).to(mat.device)
+        loss = loss + 2 * F.smooth_l1_loss(guess[..., :4], goal, beta=0.1)
+        loss = loss + F.binary_cross_entropy_with_logits(guess[..., 4], centre.float().to(mat.device))
+        figures["place"] = (guess[..., :2] - goal[..., :2]).abs().mean().item()
+        return loss, figures
+
+    run_stage("align", model, step, cfg, folder, seed)
+    for p in llama.parameters():
+        p.requires_grad_(True)
+
+
+def answer_loss(
+    llama: Llama, visual: torch.Tensor, mat: Material, index: np.ndarray, rng: np.random.Generator, cfg: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross entropy of answers and end tokens of packed questions, with accuracy by type."""
+    weights = np.array([cfg.get("weights", {}).get(t, 1.0) for t in TYPES])
+    batch = pack(mat.bank, index, cfg["budget"], rng, cfg["full"], weights)
+    device = mat.device
+    start = llama.embed_tokens(torch.tensor(mat.prefix, device=device)).expand(len(index), -1, -1)
+    embeds = torch.cat([start, llama.mm_projector(visual), llama.embed_tokens(batch.ids.to(device))], 1)
+    prefix = len(mat.prefix) + visual.shape[1]
+    positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + prefix], 1).to(device)
+    hidden = llama(embeds, positions, attention_bias(prefix, batch.blocks.to(device)))[:, prefix:]
+    spots = batch.labels != -100
+    labels, kinds = batch.labels[spots].to(device), batch.kinds[spots]
+    logits = llama.lm_head(hidden[spots.to(device)]).float()
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    last = kinds >= 0
+    right = (logits.argmax(-1) == labels).cpu()[last].float()
+    figures = {"right": right.mean().item()}
+    for kind in kinds[last].unique().tolist():
+        figures[TYPES[kind]] = right[kinds[last] == kind].mean().item()
+    weight = torch.where(last, 1.0, 0.2).to(device)
+    return (loss * weight).sum() / weight.sum(), figures
+
+
+def train_decoder(name: str, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int) -> None:
+    """Stages 3 and 4: the decoder on cached features and few visual tokens."""
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        scenes = rng.integers(0, len(mat.features), share(cfg["batch"]))
+        keep = int(np.random.default_rng([seed, index]).integers(cfg["keep"][0], cfg["keep"][1] + 1))
+        chosen = choose_tokens(mat.data, scenes, keep, rng, cfg.get("things", True))
+        visual = pick(mat, scenes, chosen)
+        now = dict(cfg, full=cfg["full"][0] + (cfg["full"][1] - cfg["full"][0]) * index / cfg["steps"])
+        with torch.autocast(mat.device, torch.bfloat16, enabled=mat.device != "cpu"):
+            return answer_loss(llama, visual, mat, scenes, rng, now)
+
+    run_stage(name, llama, step, cfg, folder, seed)
+
+
+def train_jointly(
+    tower: Tower, heads: TowerHeads, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int
+) -> None:
+    """Stage 5: tower and decoder together, all visual tokens in part of the batches, some of them in the others.
+
+    The tower keeps a share of its own supervision, so that CLS goes on meaning what it meant.
+    """
+    model = nn.ModuleDict({"tower": tower, "heads": heads, "llama": llama})
+    total = sc.GRID**2
+
+    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        scenes = rng.integers(0, len(mat.bank), share(cfg["batch"]))
+        batch = {k: v.to(mat.device) for k, v in windows(mat.data, scenes, sc.GRID, rng).items()}
+        common = np.random.default_rng([seed, index])
+        keep = total if common.random() < cfg["whole"] else int(common.integers(int(cfg["least"] * total), total + 1))
+        with torch.autocast(mat.device, torch.bfloat16, enabled=mat.device != "cpu"):
+            feature = tower(batch["patches"], last=False)[0]
+            own, figures = feature_loss(heads, feature, batch)
+            visual = feature[:, 1:]
+            if keep < total:
+                chosen = choose_tokens(mat.data, scenes, keep, rng, False).to(mat.device)
+                visual = visual.gather(1, chosen[..., None].expand(-1, -1, visual.shape[-1]))
+            loss, right = answer_loss(llama, visual, mat, scenes, rng, cfg)
+        if keep == total:
+            right["whole"] = right["right"]
+        return loss + cfg["supervision"] * own, figures | right
+
+    run_stage("joint", model, step, cfg, folder, seed)
+
+
+def word_ids(folder: Path) -> dict[str, list[int]]:
+    """Token of every shape, colour, size and mark word (with its leading space)."""
+    model = tk.load(folder)
+    lists = {"shape": sc.SHAPES, "colour": sc.COLOUR_NAMES, "size": sc.SIZES, "mark": sc.MARKS[1:]}
+    return {key: [model.encode(word)[-1] for word in words] for key, words in lists.items()}
