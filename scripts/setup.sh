@@ -96,12 +96,12 @@ make_venv() {
     : >"$VENV/.unfinished"
 }
 
-fill_venv() {
-    install_torch || die "torch could not be installed; name a build with TORCH_SPEC, e.g. TORCH_SPEC=torch==$TORCH_VERSION"
-    pip_install -c "$ROOT/constraints.txt" setuptools wheel
-    pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava${EXTRA:+,$EXTRA}]"
-    pip_install --no-deps "$LLAVA_SPEC"  # its metadata pins torch 2.0.1; it runs on the present one
-    (cd / && "$VENV/bin/python" -c 'import torch, transformers, llava_prune') || die "the environment does not import"
+fill_venv() {  # chained with &&: the caller tests the outcome, which switches "set -e" off in here
+    install_torch &&
+        pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
+        pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava${EXTRA:+,$EXTRA}]" &&
+        pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1; it runs on the present one
+        (cd / && "$VENV/bin/python" -c 'import torch, transformers, llava_prune')
 }
 
 find_python
@@ -116,7 +116,7 @@ say "making $VENV (some minutes the first time)"
 SITE=no
 if [ -z "${TORCH_SPEC:-}" ] && has_cuda_torch; then SITE=yes; fi
 make_venv
-fill_venv || die "installation failed, see above; the next call repairs it"
+fill_venv || die "installation failed, see above; the next call repairs it (TORCH_SPEC=torch==$TORCH_VERSION names another build)"
 rm -f "$VENV"/.ready-*
 echo "$KEY" >"$VENV/.ready-"
 if [ -n "$EXTRA" ]; then echo "$KEY" >"$VENV/.ready-$EXTRA"; fi

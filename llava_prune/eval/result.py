@@ -1,0 +1,134 @@
+"""The result of one method at one budget: figures, tokens, FLOPs, seconds, versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
+from .stats import paired_difference
+
+PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "safetensors", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a result says about its run.
+
+    Attributes:
+        task: benchmark.
+        figure: name of the headline number.
+        shape: layers, hidden and intermediate of the language model.
+        n_visual: visual tokens of a picture before pruning.
+        settings: everything that may have changed an answer.
+    """
+
+    task: str
+    figure: str
+    shape: Any
+    n_visual: int
+    settings: Mapping[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages at work."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean visual tokens over samples, by layer and over layers, entering and leaving."""
+    out: dict[str, Any] = {}
+    for way in ("entering", "leaving"):
+        layers = [sum(column) / len(rows) for column in zip(*(r["kept"][way] for r in rows), strict=True)]
+        out[f"average_{way}"] = average_tokens(layers)
+        out[f"{way}_by_layer"] = layers
+    return out
+
+
+def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
+    """Mean TFLOPs of a prefill by equation (2) and their share of the unpruned model's, each way of counting."""
+    out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
+    for way in ("entering", "leaving"):
+        only = both = full_only = full_both = 0.0
+        groups = Counter((tuple(r["kept"][way]), r["kept"]["entering"][0], t) for r, t in zip(rows, text, strict=True))
+        for (counts, n, t), times in groups.items():
+            start = [size.visual if n else 0] * len(counts)
+            only += times * flops_visual_only(counts, size)
+            both += times * flops_with_text(counts, t, size)
+            full_only += times * flops_visual_only(start, size)
+            full_both += times * flops_with_text(start, t, size)
+        for name, value, full in (("visual_only", only, full_only), ("with_text", both, full_both)):
+            out[f"{name}_{way}"] = {
+                "tflops": value / len(rows) / 1e12,
+                "percent_of_full": 100 * value / full if full else None,
+            }
+    return out
+
+
+def make_result(
+    facts: Facts,
+    label: str,
+    score: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    text: Sequence[int],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Everything known about a finished run; `correct` stays out of the file (see `dump`).
+
+    Args:
+        facts: see Facts.
+        label: method and budget.
+        score: what the scorer gave.
+        rows: the answer file.
+        text: text tokens of each question's prompt.
+        seconds: stage -> seconds.
+    """
+    size = Size(facts.shape.layers, facts.shape.hidden, facts.shape.intermediate, facts.n_visual)
+    names = rows[0].get("stats", {})
+    return {
+        "bench": facts.task,
+        "label": label,
+        "method": facts.settings["method"],
+        "budget": facts.settings["tokens"],
+        "figure": score["figure"],
+        "figure_name": facts.figure,
+        "rows": score["rows"],
+        "details": score["details"],
+        "visual_tokens": {"unpruned": facts.n_visual, **token_figures(rows)},
+        "flops": flops_figures(rows, text, size),
+        "method_stats": {n: sum(r["stats"].get(n, 0.0) for r in rows) / len(rows) for n in names},
+        "seconds": dict(seconds),
+        "settings": dict(facts.settings),
+        "versions": versions(),
+        "correct": score["correct"],
+    }
+
+
+def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None:
+    """Add the paired difference to the unpruned model, in points with its 95 % interval."""
+    if reference is None or "correct" not in result:
+        return
+    ids = list(reference["correct"])
+    gap = paired_difference([result["correct"][i] for i in ids], [reference["correct"][i] for i in ids])
+    result["difference_to_full"] = dict(zip(("points", "low", "high"), (100 * g for g in gap), strict=True))
+
+
+def public(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without the right-or-wrong list, which follows from the answer file."""
+    return {k: v for k, v in result.items() if k != "correct"}
+
+
+def dump(result: Mapping[str, Any]) -> str:
+    """The result file's text."""
+    return json.dumps(public(result), indent=2, ensure_ascii=False) + "\n"
