@@ -1,0 +1,141 @@
+"""GQA's scorer on rows worked out by hand, and on garbage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_prune.eval.stats import paired_difference, wilson
+from llava_prune.eval.task import read_jsonl, read_questions
+from llava_prune.eval.tasks.gqa import export, load_labels, prediction, score
+
+
+def label(answer: str, structural: str = "query", group: str | None = "thing", **more: object) -> dict:
+    return {
+        "question": "What is it?",
+        "answer": answer,
+        "isBalanced": True,
+        "types": {"structural": structural, "semantic": "obj", "detailed": "d"},
+        "groups": {"global": group, "local": None},
+        "semantic": [
+            {"operation": "select", "argument": "cat (0)", "dependencies": []},
+            {"operation": "query", "argument": "name", "dependencies": [0]},
+        ],
+        **more,
+    }
+
+
+LABELS = {
+    "1": label("yes", "verify", None),
+    "2": label("cup"),
+    "3": label("cat"),
+    "4": label("left", "choose"),
+    "5": label("dog", isBalanced=False),
+}
+
+
+def said(*texts: str) -> list[dict]:
+    return [{"question_id": str(i), "text": t} for i, t in enumerate(texts, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        ("Yes.", "yes"),
+        ("No...", "no"),
+        ("t-shirt", "t-shirt"),
+        ("a. b.", "a. b"),
+        ("Cup. ", "cup. "),
+        ("The Cup", "the cup"),
+    ],
+)
+def test_conversion(text: str, out: str) -> None:
+    assert prediction(text) == out
+
+
+def test_figures_by_hand() -> None:
+    got = score(said("Yes.", "cup", "the cat", "right"), LABELS)
+    assert got["figure"] == 50.0 and got["rows"] == 4
+    details = got["details"]
+    assert details["binary"]["accuracy"] == 50.0 and details["open"]["accuracy"] == 50.0
+    assert {k: v["right"] for k, v in details["structural"].items()} == {"choose": 0, "query": 1, "verify": 1}
+    assert details["steps"] == {"1": details["overall"]} and details["words"] == {"3": details["overall"]}
+    # group "thing": gold cup, cat, left once each; predicted cup once: (0 + 1 + 1) * 3 / 3 / 100
+    assert details["distribution"] == pytest.approx(0.02)
+    assert got["correct"] == {"1": True, "2": True, "3": False, "4": False}
+
+
+def test_every_balanced_question_needs_an_answer() -> None:
+    with pytest.raises(ValueError, match="1 of 4 questions have no answer"):
+        score(said("yes", "cup", "cat"), LABELS)
+    assert score(said("yes", "cup"), LABELS, asked={"1", "2"})["figure"] == 100.0
+    with pytest.raises(ValueError, match="no balanced question"):
+        score(said("yes"), LABELS, asked={"5"})
+
+
+def test_last_of_repeated_answers_counts() -> None:
+    assert score([*said("no"), *said("yes")], LABELS, asked={"1"})["figure"] == 100.0
+
+
+def test_export(tmp_path: Path) -> None:
+    (path,) = export(said("Yes."), tmp_path)
+    assert json.loads(path.read_text()) == [{"questionId": "1", "prediction": "yes"}]
+    assert path.name == "testdev_balanced_predictions.json"
+
+
+@given(st.lists(st.text(), min_size=4, max_size=4))
+def test_any_text_scores(texts: list[str]) -> None:
+    got = score(said(*texts), LABELS)
+    assert 0 <= got["figure"] <= 100 and got["details"]["overall"]["right"] == sum(got["correct"].values())
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_value_error_or_rows(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("x") / "q.jsonl"
+    path.write_bytes(content)
+    for read in (read_questions, load_labels):
+        try:
+            read(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question_id": "1", "text": "a"}\n\n{"question_id": "2", \n')
+    with pytest.raises(ValueError, match="q.jsonl, line 3: broken JSON"):
+        read_questions(path)
+    path.write_text('{"question_id": "1"}\n')
+    with pytest.raises(ValueError, match="line 1: no field 'text'"):
+        read_jsonl(path, ("question_id", "text"))
+    path.write_text('{"question_id": "1", "text": "a"}\n{"question_id": "1", "text": "b"}\n')
+    with pytest.raises(ValueError, match="comes twice"):
+        read_questions(path)
+
+
+def test_wilson() -> None:
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.490162, abs=1e-6), pytest.approx(0.943318, abs=1e-6))
+    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == 1.0 and wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="outside"):
+        wilson(3, 2)
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share(case: tuple[int, int]) -> None:
+    low, high = wilson(*case)
+    assert 0 <= low <= case[0] / case[1] <= high <= 1
+
+
+def test_paired_difference() -> None:
+    mean, low, high = paired_difference([True, True, False, False], [True, False, False, False])
+    assert (
+        mean == 0.25 and low == pytest.approx(0.25 - 1.959964 * 0.25) and high == pytest.approx(0.25 + 1.959964 * 0.25)
+    )
+    assert paired_difference([True, False], [True, False])[1:] == (0.0, 0.0)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_difference([True], [])
