@@ -140,6 +140,14 @@ def _emit(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _quiet() -> None:
+    """Leave the terminal to our own bars: no bars and hints of transformers."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+
+
 def _eval(args: argparse.Namespace) -> int:
     from .eval.plan import Settings, model_defaults
     from .eval.result import public
@@ -157,6 +165,7 @@ def _eval(args: argparse.Namespace) -> int:
     defaults = model_defaults(settings.model)
     if defaults:
         err.print(f"hyper-parameters stated by {settings.model}: {json.dumps(defaults)}", markup=False)
+    _quiet()
     with Bars(err) as bars:
         results = evaluate(settings, bars, shlex.join(["llava-prune", *args.argv]))
     if args.json:

@@ -1,0 +1,301 @@
+"""The runner with a stand-in for the model: resume, settings, out of memory, bad input."""
+
+from __future__ import annotations
+
+import errno
+import json
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llava_prune
+from llava_prune.cli import main
+from llava_prune.eval import run
+from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
+from llava_prune.eval.plan import Settings, parse_args, plan_runs
+
+N = 7
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Seven questions on two pictures, all answers "yes"."""
+    base = tmp_path / "data" / "gqa"
+    (base / "data" / "images").mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(np.full((4, 6, 3), 40 * i, np.uint8)).save(base / "data" / "images" / f"n{i}.png")
+    rows = [{"question_id": str(i), "image": f"n{i % 2}.png", "text": "Is it" + " so" * i + "?"} for i in range(N)]
+    (base / "llava_gqa_testdev_balanced.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    labels = {str(i): {"answer": "yes", "isBalanced": True, "types": {"structural": "verify"}} for i in range(N)}
+    (base / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
+    return tmp_path / "data"
+
+
+class Tokenizer:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[1, *map(ord, text)])
+
+    def __len__(self) -> int:
+        return 200
+
+    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return ["Yes." if i % 2 else " no " for i in ids[:, 0].tolist()]
+
+
+class Model:
+    """Answers by the length of the prompt; `fail` is raised at its n-th call."""
+
+    family, n_visual, tokenizer = "hf", 16, Tokenizer()
+    shape = SimpleNamespace(layers=2, hidden=8, intermediate=16, heads=2)
+    image_processor = SimpleNamespace(image_mean=[0.5] * 3)
+
+    def __init__(self, fail: dict[int, BaseException] | None = None) -> None:
+        weight = torch.nn.Embedding(200, 8)
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(),
+            device=torch.device("cpu"),
+            parameters=lambda: iter([weight.weight]),
+            get_input_embeddings=lambda: weight,
+            model=SimpleNamespace(vision_tower=torch.nn.Identity()),
+        )
+        self.calls: list[list[int]] = []
+        self.fresh: list[str] = []
+        self.fail = fail or {}
+
+    def remember_images(self, methods: Any) -> Any:
+        return nullcontext()
+
+    def generate(self, rows: Any, pixels: Any, sizes: Any, keys: Any, max_new_tokens: int) -> torch.Tensor:
+        self.calls.append([len(r) for r in rows])
+        if len(self.calls) in self.fail:
+            raise self.fail[len(self.calls)]
+        assert max_new_tokens == 128 and sizes == [(6, 4)] * len(rows)
+        self.fresh += [k for k, p in zip(keys, pixels, strict=True) if p.any()]
+        return torch.tensor([[len(r) % 2] for r in rows])
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    @contextmanager
+    def pruned(model: Any, method: Any) -> Any:
+        kept = [[getattr(method, "tokens", 16)] * 2] * 64
+        yield SimpleNamespace(
+            last=SimpleNamespace(tokens_in=torch.tensor(kept), tokens_out=torch.tensor(kept), stats={"mi1": [1.0] * 64})
+        )
+
+    monkeypatch.setattr(llava_prune, "pruned", pruned)
+    monkeypatch.setattr(run, "pads", lambda *_: True)
+    monkeypatch.setattr(run, "pixels", lambda *_: torch.ones(3, 2, 2))
+    monkeypatch.setattr(run, "resolve", lambda model: Path(__file__).parent)
+
+    def install(fail: dict[int, BaseException] | None = None) -> Model:
+        model = Model(fail)
+        monkeypatch.setattr(run, "load_model", lambda settings: model)
+        return model
+
+    return install
+
+
+def settings(data: Path, out: Path, **more: Any) -> Settings:
+    return Settings(**{"model": "a/b", "data": str(data), "out": str(out), "tokens": (4,), "batch": 2, **more})
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / ANSWERS).read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "answer_id"} for x in lines]
+
+
+def test_a_whole_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    model = stand_in()
+    full, pruned = run.evaluate(settings(data, tmp_path / "out", methods=("autoprune",)))
+    assert [full["label"], pruned["label"]] == ["full", "autoprune-4"]
+    assert sorted(model.fresh) == ["n0.png", "n1.png"], "a picture went through the tower twice"
+    first = rows(tmp_path / "out" / "full")
+    assert [r["question_id"] for r in first] == [str(i) for i in range(N)]
+    assert set(first[0]) == {"question_id", "prompt", "text", "model_id", "metadata", "kept", "stats"}
+    assert first[0]["model_id"] == "b" and first[0]["metadata"] == {} and first[0]["text"] in ("Yes.", "no")
+    assert pruned["visual_tokens"]["average_leaving"] == 4 and pruned["difference_to_full"]["points"] == 0
+    assert pruned["flops"]["visual_only_entering"]["percent_of_full"] < 30
+    stored = json.loads((tmp_path / "out" / "autoprune-4" / "result.json").read_text())
+    assert (
+        stored["figure"] == pruned["figure"] and "correct" not in stored and set(stored["seconds"]) >= {"load", "tower"}
+    )
+    assert not (tmp_path / "out" / "full" / JOURNAL).exists()
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_killed_run_goes_on(data: Path, tmp_path: Path, stand_in: Any, at: int) -> None:
+    whole = stand_in()
+    run.evaluate(settings(data, tmp_path / "whole"))
+    stand_in({at: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(settings(data, tmp_path / "cut"))
+    journal = tmp_path / "cut" / "full" / JOURNAL
+    if at > 1:
+        with open(journal, "ab") as handle:
+            handle.write(b'{"question_id": "0", "te')  # a line torn by the kill
+    again = stand_in()
+    run.evaluate(settings(data, tmp_path / "cut"))
+    assert len(again.calls) == len(whole.calls) - (at - 1), "an answered batch was asked again"
+    for label in ("full", "autoprune-4"):
+        assert rows(tmp_path / "cut" / label) == rows(tmp_path / "whole" / label)
+
+
+def test_a_finished_run_is_not_repeated(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    stand_in()
+    first = run.evaluate(settings(data, tmp_path / "out"))
+    model = stand_in()
+    second = run.evaluate(settings(data, tmp_path / "out"))
+    assert model.calls == [] and [r["figure"] for r in first] == [r["figure"] for r in second]
+    assert second[0]["seconds"]["generate"] == first[0]["seconds"]["generate"]
+    run.evaluate(settings(data, tmp_path / "out", restart=True))
+    assert model.calls
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"limit": 3}, {"batch": 3}, {"model": "a/c"}, {"method_args": {"k0": 0.3}}]
+)
+def test_other_settings_are_refused(data: Path, tmp_path: Path, stand_in: Any, other: dict) -> None:
+    stand_in()
+    run.evaluate(settings(data, tmp_path / "out"))
+    with pytest.raises(ValueError, match="were made with (seed|limit|batch|model|hyper)=.*--restart"):
+        run.evaluate(settings(data, tmp_path / "out", **other))
+
+
+def test_batch_is_halved_when_memory_runs_out(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    model = stand_in({1: torch.OutOfMemoryError("no")})
+    run.evaluate(settings(data, tmp_path / "out", batch=4, reference=False))
+    assert [len(c) for c in model.calls] == [4, 2, 2, 2, 1]
+    assert len(rows(tmp_path / "out" / "autoprune-4")) == N
+    stand_in({1: torch.OutOfMemoryError("no")})
+    with pytest.raises(torch.OutOfMemoryError):
+        run.evaluate(settings(data, tmp_path / "one", batch=1))
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    with Answers(tmp_path, {"a": 1}), pytest.raises(ValueError, match="another run is writing"):
+        Answers(tmp_path, {"a": 1})
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    status = main(list(argv))
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return status, err
+
+
+def test_full_disk(data: Path, tmp_path: Path, stand_in: Any, capsys: Any, monkeypatch: Any) -> None:
+    stand_in()
+    before = Answers.add
+
+    def add(self: Answers, new: Any) -> None:
+        if len(self.rows) >= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        before(self, new)
+
+    monkeypatch.setattr(Answers, "add", add)
+    argv = [
+        "eval",
+        "gqa",
+        "--model",
+        "a/b",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "o"),
+        "--batch=2",
+        "--tokens=4",
+    ]
+    status, err = call(capsys, *argv)
+    assert status == 1 and "no space left" in err
+    assert len((tmp_path / "o" / "full" / JOURNAL).read_text().splitlines()) == 4
+    monkeypatch.setattr(Answers, "add", before)
+    assert main([*argv, "--json"]) == 0
+    assert [r["label"] for r in json.loads(capsys.readouterr().out)] == ["full", "autoprune-4"]
+
+
+def test_bad_input_in_one_line(data: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    stand_in()
+    base = ["eval", "gqa", "--model", "a/b", "--out", str(tmp_path / "o"), "--data"]
+    assert call(capsys, *base, str(tmp_path / "none"))[0] == 1
+    status, err = call(capsys, *base, str(data), "--tokens", "17")
+    assert status == 1 and "TOKENS=17" in err and "16 visual tokens" in err
+    status, err = call(capsys, *base, str(data), "--method", "nosuch")
+    assert status == 1 and "unknown method 'nosuch'" in err
+    status, err = call(capsys, *base, str(data), "--method-args", "nosuch=1")
+    assert status == 1 and "nosuch" in err
+    status, err = call(capsys, "eval", "nosuch")
+    assert status == 1 and "known are gqa" in err
+    for name in ("n0.png", "n1.png"):
+        (data / "gqa" / "data" / "images" / name).unlink()
+    status, err = call(capsys, *base, str(data))
+    assert status == 1 and "2 of 2 pictures are missing" in err and "n0.png, n1.png" in err
+    with pytest.raises(SystemExit) as stop:
+        main([*base, str(data), "--tokens", "many"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "bert"}'])
+def test_foreign_checkpoints(data: Path, tmp_path: Path, capsys: Any, content: str | None) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    status, err = call(capsys, "eval", "gqa", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "o"))
+    assert status == 1 and "config.json" in err
+
+
+def test_truncated_weights(data: Path, tmp_path: Path, tiny_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_path.iterdir():
+        (folder / path.name).symlink_to(path)
+    weights = (folder / "model.safetensors").resolve().read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    status, err = call(capsys, "eval", "gqa", "--model", str(folder), "--data", str(data), "--out", str(tmp_path / "o"))
+    assert status == 1 and str(folder) in err.replace("\n", "")
+
+
+def test_environment_sets_the_flags(data: Path, tmp_path: Path, stand_in: Any, capsys: Any, monkeypatch: Any) -> None:
+    stand_in()
+    for name, value in {"MODEL": "a/b", "DATA": str(data), "OUT": str(tmp_path / "o"), "TOKENS": "8,4"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["eval", "gqa", "--json", "--limit", "3"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert [r["label"] for r in got] == ["full", "autoprune-8", "autoprune-4"] and got[0]["rows"] == 3
+
+
+def test_score_command(data: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    stand_in()
+    result = run.evaluate(settings(data, tmp_path / "out"))[0]
+    argv = ["score", "gqa", "--answers", str(tmp_path / "out" / "full" / ANSWERS), "--data", str(data), "--json"]
+    assert main(argv) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["bench"] == "gqa" and got["figure"] == result["figure"] and got["rows"] == N
+    assert len(got["versions"]["annotations"]["sha256"]) == 64 and got["versions"]["annotations"]["rows"] == N
+
+
+def test_hyper_parameters(tmp_path: Path) -> None:
+    assert parse_args("mi_scale=8, budget=after,strict=false") == {"mi_scale": 8, "budget": "after", "strict": False}
+    with pytest.raises(ValueError, match="name=value"):
+        parse_args("mi_scale")
+    (tmp_path / "llava_prune.json").write_text('{"method_args": {"autoprune": {"mi_scale": 8.0, "k0": 0.1}}}')
+    made = plan_runs(
+        Settings(model=str(tmp_path), tokens=(8, 4), methods=("autoprune", "random"), method_args={"k0": 0.2})
+    )
+    assert [r.label for r in made] == ["full", "autoprune-8", "autoprune-4", "random-8", "random-4"]
+    assert made[1].method.hyper()["mi_scale"] == 8.0 and made[1].method.hyper()["k0"] == 0.2
+
+
+def test_model_id() -> None:
+    assert model_id("playground/models/llava-tiny/") == "llava-tiny"
+    assert model_id("/x/run/checkpoint-500") == "run_checkpoint-500"

@@ -1,0 +1,43 @@
+"""The shell scripts parse, are executable, and refuse what they cannot use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_bash_reads_it(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_ci_entry_is_executable() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def setup(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "scripts" / "setup.sh"), *args]
+    full = {**os.environ, "VENV": str(tmp_path / "venv"), **env}
+    return subprocess.run(command, env=full, capture_output=True, text=True, timeout=60)
+
+
+def test_setup_names_the_way_out(tmp_path: Path) -> None:
+    got = setup(tmp_path, PYTHON="/bin/false")
+    assert got.returncode == 1 and "Python 3.10 to 3.13" in got.stderr
+    got = setup(tmp_path, "nonsense")
+    assert got.returncode == 1 and "nonsense" in got.stderr
+
+
+def test_setup_leaves_foreign_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "mine.txt").write_text("keep")
+    got = setup(tmp_path)
+    assert got.returncode == 1 and "not made by this script" in got.stderr
+    assert (tmp_path / "venv" / "mine.txt").read_text() == "keep"
