@@ -87,7 +87,10 @@ class View:
             ValueError: when nothing was left under that name.
         """
         if name not in self.carried:
-            raise ValueError(f"no value {name!r} was carried from the vision tower; there are {sorted(self.carried)}")
+            raise ValueError(
+                f"no {name!r} came from the vision tower (there is {sorted(self.carried) or 'nothing'}): pictures must "
+                "be encoded while the method is attached"
+            )
         values = self.carried[name]  # (B, V) by original index
         if values.shape[1] == 0:
             return torch.zeros_like(self.visual, dtype=values.dtype)

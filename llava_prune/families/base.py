@@ -56,6 +56,14 @@ def block_index(select_layer: int, depth: int) -> int:
     return index
 
 
+def restore(owner: Any, name: str, before: Any) -> None:
+    """Take back an instance attribute; `before` is what the instance itself had, None for nothing."""
+    if before is None:
+        owner.__dict__.pop(name, None)
+    else:
+        setattr(owner, name, before)
+
+
 def encoder_blocks(clip: Any) -> nn.ModuleList:
     """Blocks of a CLIPVisionModel, which older releases wrap once more."""
     return getattr(clip, "vision_model", clip).encoder.layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.request import PENDING, VISION, Pending
-from .base import block_index, encoder_blocks
+from .base import block_index, encoder_blocks, restore
 
 CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
 
@@ -62,10 +62,14 @@ class HF:
     def mark(self, model: Any) -> list[Callable[[], None]]:
         inner = model.model
         undo: list[Callable[[], None]] = [inner.register_forward_pre_hook(_before, with_kwargs=True).remove]
-        if is_next(model):
-            before = inner.__dict__.get("pack_image_features")
-            inner.pack_image_features = functools.partial(_pack, inner, before)
-            undo.append(functools.partial(_unpack, inner, before))
+        wrappers = {"get_image_features": _encode, **({"pack_image_features": _pack} if is_next(model) else {})}
+        for name, wrapper in wrappers.items():
+            before = inner.__dict__.get(name)
+            stock = before or getattr(type(inner), name).__get__(inner)
+            wrapped = functools.partial(wrapper, inner, before)
+            wrapped.__wrapped__ = stock  # type: ignore[attr-defined]  # generate() reads its signature
+            setattr(inner, name, wrapped)
+            undo.append(functools.partial(restore, inner, name, before))
         undo.append(self.projector(model).register_forward_hook(_number).remove)
         undo.append(self.language_model(model).register_forward_pre_hook(_after, with_kwargs=True).remove)
         return undo
@@ -81,6 +85,13 @@ def _number(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
     vision = VISION.get()
     if vision is not None and vision.source is None:
         vision.source = torch.arange(output.shape[0] * output.shape[1], device=output.device)
+
+
+def _encode(inner: Any, before: Any, *args: Any, **kwargs: Any) -> Any:
+    """The package's encoding; what the tower left travels with it, since generate() encodes ahead of the prefill."""
+    out = (before or type(inner).get_image_features.__get__(inner))(*args, **kwargs)
+    out.llava_prune = VISION.get()
+    return out
 
 
 def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,24 +112,20 @@ def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> 
     return out
 
 
-def _unpack(inner: Any, before: Any) -> None:
-    if before is None:
-        inner.__dict__.pop("pack_image_features", None)
-    else:
-        inner.pack_image_features = before
-
-
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the multimodal model: where are the placeholders of a prefill?"""
     PENDING.set(None)
     ids = args[0] if args else kwargs.get("input_ids")
-    pictures = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+    pictures = kwargs.get("pixel_values") is not None or encoded is not None
     if ids is None:
         if pictures:
             raise ValueError("a pruned model needs input_ids to find the pictures; do not pass inputs_embeds with them")
         return
     if pictures and ids.shape[1] > 1:
         PENDING.set(Pending(ids == module.config.image_token_id))
+        if encoded is not None:
+            VISION.set(getattr(encoded, "llava_prune", None))
 
 
 def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

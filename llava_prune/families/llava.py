@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.request import PENDING, SIZES, VISION, Pending, Vision
-from .base import block_index, encoder_blocks
+from .base import block_index, encoder_blocks, restore
 
 IMAGE = -200
 """The placeholder id of a picture in the package's prompts."""
@@ -66,15 +66,8 @@ class Llava:
         for name, wrapper in (("prepare_inputs_labels_for_multimodal", _splice), ("generate", _generate)):
             before = model.__dict__.get(name)
             setattr(model, name, functools.partial(wrapper, model, before))
-            undo.append(functools.partial(_restore, model, name, before))
+            undo.append(functools.partial(restore, model, name, before))
         return undo
-
-
-def _restore(model: Any, name: str, before: Any) -> None:
-    if before is None:
-        model.__dict__.pop(name, None)
-    else:
-        setattr(model, name, before)
 
 
 def _generate(model: Any, before: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +148,7 @@ def _source(
     try:
         embeds = stock(input_ids, None, mask, None, torch.zeros_like(input_ids), images, image_sizes)[4].float()
     finally:
-        _restore(model, "encode_images", encode)
+        restore(model, "encode_images", encode)
     number = embeds[..., 0].round().long()
     real = visual & (embeds == embeds[..., :1]).all(-1) & (number >= 1)
     return (number - 1).masked_fill(~real, -1)

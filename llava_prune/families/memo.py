@@ -14,7 +14,7 @@ from torch import Tensor
 from ..runtime.compat import BaseModelOutputWithPooling
 from ..runtime.request import VISION
 from ..runtime.rows import vision_rows
-from .base import Family
+from .base import Family, restore
 
 KEYS: ContextVar[list[Hashable] | None] = ContextVar("llava_prune_keys", default=None)
 
@@ -70,10 +70,7 @@ def remembering(model: Any, family: Family, methods: list[Any]) -> Iterator[Memo
     finally:
         for hook in hooks:
             hook.remove()
-        if before is None:
-            tower.__dict__.pop("forward", None)
-        else:
-            tower.forward = before
+        restore(tower, "forward", before)
 
 
 def _forward(memo: Memo, stock: Any, caught: dict[int, Any], pixels: Any = None, *args: Any, **kwargs: Any) -> Any:

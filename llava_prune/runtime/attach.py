@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.registry import build
-from ..families.base import family_of
+from ..families.base import family_of, restore
 from .door import Door
 from .loop import State, pruned_forward
 from .request import PENDING, VISION, Record
@@ -94,15 +94,9 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
     state.check = check
     undo: list[Callable[[], None]] = []
 
-    def restore() -> None:
-        if previous is None:
-            lm.__dict__.pop("forward", None)
-        else:
-            lm.forward = previous
-
     try:
         lm.forward = functools.partial(pruned_forward, lm, state)
-        undo.append(restore)
+        undo.append(functools.partial(restore, lm, "forward", previous))
         tower = family.tower(model)
         door = Door(method, family.feature_layer(model), family.grid(model), family.pads(model))
         undo.append(tower.register_forward_pre_hook(door.start).remove)
