@@ -1,0 +1,282 @@
+"""The documents hold: their Python runs, their tables match the code, what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import llava_prune
+from llava_prune.core import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = [ROOT / n for n in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+RUN = ("README.md", "docs/quickstart.md", "docs/methods/autoprune.md", "docs/adding-a-method.md")
+IMAGE = ROOT / "playground/data/mini/gqa/data/images/n9000000.jpg"
+BLOCK = re.compile(r"(?:<!-- test: ([^>]*?) -->\n)?^```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[tuple[str, str, int]]:
+    """(instruction, code, line) of every fenced block of a language."""
+    text = path.read_text(encoding="utf-8")
+    found = [m for m in BLOCK.finditer(text) if m[2] == language]
+    return [(m[1] or "", m[3], text[: m.start(3)].count("\n") + 1) for m in found]
+
+
+@pytest.fixture(scope="module")
+def ready() -> dict[str, Any]:
+    """What a reader has at hand: a model of transformers' classes and a batch for it."""
+    torch.manual_seed(0)
+    loaded = llava_prune.load(ROOT / "playground/models/llava-tiny", family="hf", dtype="float32", device="cpu")
+    image = [loaded.model.config.image_token_id] * loaded.n_visual
+    ids = torch.tensor([[1, 5, 7, *image, 9, 11, 13], [0, 1, 5, *image, 8, 12, 14]])
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    size = loaded.model.config.vision_config.image_size
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, size, size)}
+    return {"model": loaded.model, "inputs": inputs}
+
+
+@pytest.fixture
+def clean() -> Any:
+    """Take back what documents register and import."""
+    llava_prune.names()  # all of the package's own are there before
+    methods, presets = dict(registry._METHODS), dict(registry._PRESETS)
+    yield
+    for table, before in ((registry._METHODS, methods), (registry._PRESETS, presets)):
+        table.clear()
+        table.update(before)
+    for name in ("norm", "cls-top"):
+        sys.modules.pop(name, None)
+
+
+def run_document(path: Path, ready: dict[str, Any], folder: Path) -> tuple[int, dict[str, Any]]:
+    """Run the Python blocks of a document in one namespace; returns how many ran."""
+    names: dict[str, Any] = {}
+    done = 0
+    for instruction, code, line in blocks(path, "python"):
+        compiled = compile("\n" * (line - 1) + code, str(path), "exec")
+        if instruction == "compile":
+            continue
+        if instruction.startswith("method "):
+            name = instruction.removeprefix("method ")
+            (folder / f"{name}.py").write_text(code, encoding="utf-8")
+            module = ModuleType(name)
+            module.__file__ = str(folder / f"{name}.py")
+            sys.modules[name] = module  # dataclasses look their module up
+            exec(compiled, module.__dict__)
+        else:
+            if instruction.startswith("uses "):
+                names.update({k.strip(): ready[k.strip()] for k in instruction.removeprefix("uses ").split(",")})
+            exec(compiled, names)
+        done += 1
+    return done, names
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_python_blocks_run(name: str, ready: dict[str, Any], clean: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    before = "forward" in ready["model"].model.language_model.__dict__
+    done, names = run_document(ROOT / name, ready, tmp_path)
+    assert done >= 1
+    assert ("forward" in ready["model"].model.language_model.__dict__) == before == False  # noqa: E712
+    if name == "README.md":
+        record = names["handle"].last
+        assert record.tokens_in[:, 0].tolist() == [576, 576]
+        assert record.tokens_out.float().mean(1).tolist() == pytest.approx([64, 64], abs=1)
+
+
+@pytest.mark.parametrize("name", ["norm", "cls-top"])
+def test_example_methods_do_what_they_say(name: str, ready: dict[str, Any], clean: Any, tmp_path: Path) -> None:
+    model, inputs = ready["model"], ready["inputs"]
+    run_document(ROOT / "docs/adding-a-method.md", ready, tmp_path)
+    method = llava_prune.build(name, tokens=40)
+    layers = len(model.model.language_model.layers)
+    with torch.inference_mode():
+        whole = model(**inputs).logits[:, -1]
+        with llava_prune.pruned(model, method, check=True) as handle:
+            out = model(**inputs, use_cache=True)
+            text = inputs["input_ids"].shape[1] - 576
+            lengths = [layer.keys.shape[2] - text for layer in out.past_key_values.layers]
+            assert handle.last.tokens_in.tolist() == [method.plan(576, layers)] * 2
+            assert lengths == method.plan(576, layers)
+            assert handle.last.kept[-1].shape == (2, 40)
+            assert not torch.equal(out.logits[:, -1], whole)
+        with llava_prune.pruned(model, name, tokens=576):
+            assert torch.allclose(model(**inputs).logits[:, -1], whole, atol=2e-5)
+        assert torch.equal(model(**inputs).logits[:, -1], whole)
+    if name == "norm":
+        states = hidden_after(model, inputs, 2)
+        visual = inputs["input_ids"] == model.config.image_token_id
+        for b in range(2):
+            best = states[b][visual[b]].norm(dim=1).topk(40).indices.sort().values
+            assert handle.last.kept[1][b].tolist() == best.tolist()
+
+
+@torch.inference_mode()
+def hidden_after(model: Any, inputs: dict[str, Any], layers: int) -> torch.Tensor:
+    """Output of the first `layers` decoder layers of the unpruned model."""
+    caught = []
+    hook = model.model.language_model.layers[layers - 1].register_forward_hook(
+        lambda module, args, output: caught.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def signature_tables() -> list[tuple[str, str, dict[str, Any]]]:
+    out = []
+    for path in DOCS:
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(r"<!-- signature: ([\w-]+) -->\n((?:\|.*\n)+)", text):
+            rows = [re.match(r"\| `(\w+)` \| `([^`]+)` \|", line) for line in found[2].splitlines()[2:]]
+            assert all(rows), f"{relative(path)}: a row of the table of {found[1]} has no name and default"
+            out.append((relative(path), found[1], {r[1]: ast.literal_eval(r[2]) for r in rows if r}))
+    return out
+
+
+def test_hyper_parameter_tables_equal_the_signatures() -> None:
+    tables = signature_tables()
+    assert {"autoprune", "autoprune-flash"} <= {name for _, name, _ in tables}
+    for path, name, told in tables:
+        real = {p.name: p.default for p in inspect.signature(registry.lookup(name)).parameters.values()}
+        assert told == real, f"{path}: {name}"
+        assert {k: type(v) for k, v in told.items()} == {k: type(v) for k, v in real.items()}
+
+
+def slug(heading: str) -> str:
+    plain = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+    return plain.strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=relative)
+def test_relative_links(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        place = (path.parent / file).resolve() if file else path
+        assert place.exists(), f"{relative(path)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.M)
+            assert anchor in {slug(h) for h in headings}, f"{relative(path)} links to {target}"
+
+
+OURS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/internals.md",
+        "docs/adding-a-method.md", "docs/methods/autoprune.md")  # fmt: skip
+MADE = ("playground/data/eval", "playground/results")
+"""What users bring or runs write."""
+
+
+def named_paths(text: str) -> set[str]:
+    """Repository paths named in code spans and commands."""
+    spans = re.findall(r"`([^`\n]+)`", text) + [c for m in BLOCK.finditer(text) if m[2] == "bash" for c in m[3].split()]
+    starts = ("scripts/", "docs/", "tests/", "playground/", "llava_prune/")
+    words = (w.split("=", 1)[-1].strip(",:;.()") for s in spans for w in s.split())
+    return {w for w in words if w.startswith(starts) and not re.search(r"[<>*]", w)}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_named_files_exist(name: str) -> None:
+    paths = {p for p in named_paths((ROOT / name).read_text(encoding="utf-8")) if not p.startswith(MADE)}
+    absent = sorted(p for p in paths if not (ROOT / p).exists() and not (ROOT / "llava_prune" / p).exists())
+    assert not absent
+    if name == "README.md":
+        assert {"scripts/eval/gqa.sh", "scripts/test.sh"} <= paths
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_named_modules_and_symbols_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for module in re.findall(r"`((?:core|runtime|families|eval|bench|methods)/\w+\.py)`", text):
+        assert (ROOT / "llava_prune" / module).is_file(), module
+    for symbol in re.findall(r"`llava_prune\.(?!json)(\w+)", text):
+        assert hasattr(llava_prune, symbol), symbol
+
+
+def commands() -> dict[str, set[str]]:
+    """Subcommands of llava-prune and their flags."""
+    from llava_prune.cli import _parser
+
+    actions = _parser({})._subparsers._group_actions[0]  # type: ignore[union-attr]
+    return {n: {o for a in p._actions for o in a.option_strings} for n, p in actions.choices.items()}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_and_flags_exist(name: str) -> None:
+    known = commands()
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for inside in re.findall(r"`llava-prune ([\w |]+)`", text):
+        assert set(inside.replace("|", " ").split()) <= set(known), inside
+    for block in (c for m in BLOCK.finditer(text) if m[2] == "bash" for c in re.sub(r"\\\n\s*", " ", m[3]).split("\n")):
+        line = block.split("#")[0].split(" -- ")[0]
+        found = re.search(r"llava-prune (\w+)", line)
+        command = found[1] if found else "eval" if "gqa.sh" in line or "eval gqa" in line else None
+        if command is None:
+            continue
+        assert command in known, line
+        assert set(re.findall(r"(?<=\s)--[\w-]+", line)) <= known[command] | {"--help"}, line
+
+
+def test_environment_settings_are_flags() -> None:
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    listed = re.search(r"flag of the same name: ([A-Z_,\s]+)\.", text)
+    assert listed
+    names = {n.strip() for n in listed[1].split(",")}
+    assert len(names) >= 10
+    assert {"--" + n.lower().replace("_", "-") for n in names} <= commands()["eval"]
+
+
+def messages() -> list[str]:
+    """Constant parts of every string in the package; of an f-string, those between its values."""
+    out = []
+    for path in (ROOT / "llava_prune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                out.append(node.value)
+    return out
+
+
+def test_quoted_error_messages_are_real() -> None:
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split("## Troubleshooting")[1]
+    quoted = re.findall(r"^\| `([^`]+)` \|", text, re.M)
+    assert len(quoted) >= 15
+    known = messages()
+    for message in quoted:
+        for part in filter(None, (p.strip() for p in message.split("…"))):
+            assert any(part in k for k in known), message
+
+
+def test_changelog_names_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{llava_prune.__version__}]" in text
+    assert f'version="{llava_prune.__version__}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_readme_names_every_method_and_keeps_its_results_block() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{n}`" in text for n in llava_prune.names())
+    assert text.count("<!-- results:begin -->") == text.count("<!-- results:end -->") == 1
+    assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_lines_and_fences(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    assert lines[-1] == "" and not any(line != line.rstrip() for line in lines)
