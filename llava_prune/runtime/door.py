@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Method
+from ..core.types import VisionView
 from .request import SIZES, VISION, Vision
 from .rows import vision_rows
 
@@ -84,8 +85,6 @@ class Door:
 
     def reduce(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """Projector pre-hook: ask the method."""
-        from ..core.types import VisionView
-
         vision = VISION.get()
         if vision is None:
             return None

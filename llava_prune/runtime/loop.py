@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.method import Method
+from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids
@@ -66,11 +68,12 @@ def pruned_forward(
     kwargs.pop("return_dict", None)
     kwargs.pop("cache_position", None)
     if request is not None:
-        hidden = _Decode(lm, state, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
+        hidden = _Decode(lm, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
     else:
         assert pending is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=lm.config)
+        state.last = None  # frees what the record before holds
         prefill = _Prefill(lm, state, pending, past_key_values, attention_mask, position_ids, hidden)
         hidden = prefill.run(kwargs)
         state.last = Record(prefill.trace)
@@ -131,7 +134,7 @@ class _Prefill:
         self.positions = position_ids.to(device).expand(batch, -1)
         self.trace = Trace()
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
-        self.request = Request([Stage(0, mask, length)], length, base)
+        self.request = Request([Stage(0, mask, length)], length, base[None])
         live = _live(pending, self.visual, source)
         if live is not None:
             self._drop(live)
@@ -154,8 +157,6 @@ class _Prefill:
 
     def _drop(self, live: Tensor) -> None:
         """Rows that the vision side did not let through leave before the first layer."""
-        from ..core.select import assemble
-
         kept = self.visual & live
         left = kept.sum(1).tolist()
         cut = assemble(kept, self.visual, self.valid, [c + n for c, n in zip(self.counts, left, strict=True)])
@@ -245,14 +246,23 @@ class _Prefill:
             )
             score = _Scores(layer, entering, rope, wanted, self.valid, self._keys(i))
             if i + 1 == len(layers):
-                self.trace.final = _Final(self.method, i, score, self._view(None, None))
+                if type(self.method).cut is not Method.cut:
+                    self.trace.final = _Final(self.method, i, score, self._view(None, None))
                 break
             nxt = _Scores(layers[i + 1], self.hidden, rope, None, self.valid, None)
             cut = self.method.cut(i, self._view(score(), nxt.rows))
             if cut is not None:
                 self._apply(i, cut)
                 rope, mask = self._rope(), self._mask(i + 1)
+        if self.method.decode == "cache":
+            self.request.starts = torch.stack([self._cached(s) for s in self.request.stages])
         return self.hidden
+
+    def _cached(self, stage: Stage) -> Tensor:
+        """(B, 1) live rows that the layers of a stage have cached."""
+        if stage.valid is None:
+            return self.positions.new_full((self.hidden.shape[0], 1), stage.length)
+        return stage.valid.long().sum(1, keepdim=True)
 
     def _keys(self, layer: int) -> Tensor | None:
         """Keys the layer just cached, when the cache shows them as a tensor."""
@@ -299,7 +309,7 @@ class _Final:
 class _Decode:
     """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
 
-    def __init__(self, lm: Any, state: State, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
+    def __init__(self, lm: Any, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
         self.lm, self.request, self.cache = lm, request, cache
         batch, q = hidden.shape[:2]
         seen = cache.get_seq_length() - request.stages[0].length
@@ -320,17 +330,10 @@ class _Decode:
         if q > 1 and tail is not None:
             request.whole = False
         self.plain = q == 1 and request.whole
-        self.same = state.method.decode == "original"
-        bases = [request.base] if self.same else [self._base(s, batch, hidden.device) for s in request.stages]
-        positions = torch.stack([(b + steps).clamp(min=0) for b in bases])  # (S or 1, B, q)
+        positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
         cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
-        shape = (len(bases), batch, q, cos.shape[-1])
+        shape = (*positions.shape, cos.shape[-1])
         self.cos, self.sin = cos.view(shape), sin.view(shape)
-
-    def _base(self, stage: Stage, batch: int, device: Any) -> Tensor:
-        if stage.valid is None:
-            return torch.full((batch, 1), stage.length, device=device)
-        return stage.valid.long().sum(1, keepdim=True).to(device)
 
     def _mask(self, hidden: Tensor, stage: Stage) -> Any:
         if stage.valid is None and self.plain:
@@ -355,7 +358,7 @@ class _Decode:
             if i in stages:
                 n, stage = stages[i]
                 mask = self._mask(hidden, stage)
-                n = 0 if self.same else n
+                n = min(n, self.cos.shape[0] - 1)
                 rope = self.cos[n], self.sin[n]
             hidden = layer(
                 hidden,

@@ -64,13 +64,13 @@ class Request:
     Attributes:
         stages: ascending by first layer, the first at layer 0.
         length: columns of the prompt as generate() counts them.
-        base: (B, 1) positions that the next token would have in the unpruned sequence.
+        starts: (S, B, 1) position of the next token in each stage, or (1, B, 1) when all stages share it.
         whole: False once a later turn brought tokens that may be padding.
     """
 
     stages: list[Stage]
     length: int
-    base: Tensor
+    starts: Tensor
     whole: bool = True
 
 
