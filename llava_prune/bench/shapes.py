@@ -1,6 +1,6 @@
 """Checkpoints of true shapes with random weights, in either format, for tests of loading and speed.
 
-    python -m llava_prune.bench.shapes 7b --format llava --out DIR --tokenizer playground/models/llava-tiny
+python -m llava_prune.bench.shapes 7b --format llava --out DIR --tokenizer playground/models/llava-tiny
 """
 
 from __future__ import annotations

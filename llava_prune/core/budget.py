@@ -115,7 +115,7 @@ def schedule(
         first: tokens kept by layer 0; default min(2.5 B, N).
 
     Raises:
-        ValueError: for fewer than 2 layers or a budget below 1.
+        ValueError: for fewer than 2 layers, a budget below 1, or one that no curve can meet.
     """
     if n_layers < 2:
         raise ValueError(f"a schedule needs at least 2 layers, got {n_layers}")
@@ -127,6 +127,14 @@ def schedule(
         whole, none = (n_visual,) * n_layers, (0,) * n_layers
         return Schedule(whole, none, none, whole, 1.0, 0)
     curve = logistic(slope, x0, n_layers)
+    least = _cost(curve, 0.0, first, cap, n_visual, budget)
+    if least > n_layers * tokens:
+        what = "entering" if budget == "before" else "leaving"
+        raise ValueError(
+            f"tokens={tokens}: the first layers alone bring the average of tokens {what} each of {n_layers} layers to "
+            f"{least / n_layers:.1f} for {n_visual} visual tokens; give a larger budget"
+            + (" or budget='after'" if budget == "before" else "")
+        )
     factor, steps = _search(curve, first, cap, tokens, n_visual, budget)
     scaled = torch.tensor([factor * r for r in curve], dtype=torch.float32)
     wanted = [int(v) for v in torch.ceil(scaled * torch.tensor(float(first - 1), dtype=torch.float32)).tolist()]

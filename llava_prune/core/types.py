@@ -24,15 +24,16 @@ TEXT = -3
 class Spans:
     """Where the rows of a request stand at one layer.
 
-    Every cut leaves samples aligned at the right end, so the text after the picture is always the last
-    ``n_text`` columns, whatever was dropped before it.
+    Samples are aligned at the right end: padding on the right is moved to the left before a method sees the batch,
+    and every cut keeps it so. The text after the picture is always the last ``n_text`` columns, whatever was dropped
+    before it.
 
     Attributes:
         length: L, columns of the sequence now.
         n_text: R, columns after the last visual token (at least 1).
         text: (B, R) bool, which of the last R columns vote for a sample. A sample with nothing after its
             picture votes with its last row; one without a picture has no voter.
-        n_visual: visual tokens of each sample before any cut.
+        n_visual: visual tokens of each sample that came out of the projector's door, before any cut.
         n_layers: decoder layers of the model.
     """
 
@@ -64,8 +65,7 @@ class View:
         spans: see Spans.
         scratch: dict that lives as long as the request; a method keeps its state here, never on itself.
         counts: rows of each sample that are not visual and not padding.
-        carried: name -> (B, L0) tensors that `reduce` left for the visual tokens, aligned with the sequence
-            before any cut; read them with `carry`.
+        carried: name -> (B, V) values that `reduce` left, by original visual index; read them with `carry`.
         next_rows: function rows (R,) -> (B, H, R, L) float32, the next layer's attention on these states.
     """
 

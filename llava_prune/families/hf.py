@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.request import PENDING, VISION, Pending
+from ..runtime.request import PENDING, VISION, Pending, refuse_picture, request_of
 from .base import block_index, encoder_blocks, restore
 
 CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
@@ -114,10 +114,14 @@ def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> 
 
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the multimodal model: where are the placeholders of a prefill?"""
-    PENDING.set(None)
     ids = args[0] if args else kwargs.get("input_ids")
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     pictures = kwargs.get("pixel_values") is not None or encoded is not None
+    if request_of(kwargs.get("past_key_values")) is not None:
+        if pictures and (ids is None or ids.shape[1] > 1):
+            refuse_picture(kwargs["past_key_values"].get_seq_length())
+        return
+    PENDING.set(None)
     if ids is None:
         if pictures:
             raise ValueError("a pruned model needs input_ids to find the pictures; do not pass inputs_embeds with them")
@@ -130,6 +134,8 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the language model: the tower has run by now, so say which patch is behind which token."""
+    if request_of(kwargs.get("past_key_values")) is not None:
+        return
     pending, vision = PENDING.get(), VISION.get()
     if pending is None or vision is None:
         return
@@ -149,5 +155,3 @@ def _spread(visual: Tensor, source: Tensor) -> Tensor:
         places = visual[::times].flatten().cumsum(0).view(-1, visual.shape[1]) - 1
         places = places.repeat_interleave(times, 0)
     return source[places.clamp(0, patches - 1)].masked_fill(~visual, -1)
-
-

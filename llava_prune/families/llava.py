@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.request import PENDING, SIZES, VISION, Pending, Vision
+from ..runtime.request import PENDING, SIZES, VISION, Pending, Vision, refuse_picture, request_of
 from .base import block_index, encoder_blocks, restore
 
 IMAGE = -200
@@ -90,6 +90,10 @@ def _splice(
 ) -> tuple[Any, ...]:
     """The package's splice, run once with labels and mask of ours so that it says where the pictures went."""
     stock = before or type(model).prepare_inputs_labels_for_multimodal.__get__(model)
+    if request_of(past_key_values) is not None:
+        if images is not None and input_ids.shape[1] > 1:
+            refuse_picture(past_key_values.get_seq_length())
+        return stock(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
     PENDING.set(None)
     if images is None or input_ids.shape[1] == 1:
         return stock(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)

@@ -130,9 +130,7 @@ class AutoPrune(Method):
     def _first(self, view: View) -> Cut | None:
         assert view.probs is not None
         text = view.spans.text
-        n_text = text.sum(1).clamp(min=1)
-        heads = mutual_information(view.probs, text, view.visual)  # (B, H)
-        information = torch.nan_to_num(heads.sum(1) / n_text * self.mi_scale, posinf=0.0)
+        information = self._information(view) / text.sum(1).clamp(min=1)
         view.scratch["mi0"] = information
         score = self.lam * information[:, None] * text_attention(view.probs, text) + view.carry("cls")
         keep = [min(int(2.5 * self.tokens), n) if self.tokens < n else n for n in view.spans.n_visual]
@@ -140,11 +138,16 @@ class AutoPrune(Method):
             return None
         return self._cut(view, score, keep)
 
+    def _information(self, view: View) -> Tensor:
+        """(B,) mutual information, summed over heads; 0 where no text follows the picture."""
+        assert view.probs is not None
+        text = view.spans.text & ~view.visual[:, -view.spans.n_text :]  # a visual row may vote, but tells nothing
+        heads = mutual_information(view.probs, text, view.visual)  # (B, H)
+        return torch.nan_to_num(heads.sum(1) * self.mi_scale, posinf=0.0)
+
     def _plan(self, view: View) -> None:
         """The one read from the device: the mutual informations, from which every count follows."""
-        assert view.probs is not None
-        heads = mutual_information(view.probs, view.spans.text, view.visual).sum(1) * self.mi_scale
-        both = torch.stack([view.scratch["mi0"], torch.nan_to_num(heads, posinf=0.0)], 1)
+        both = torch.stack([view.scratch["mi0"], self._information(view)], 1)
         mi0, mi1 = zip(*both.tolist(), strict=True)
         slopes = [max(self.k0 - self.gamma * i, 0.0) for i in mi1]
         x0 = self.midpoint(view.spans.n_layers)

@@ -38,7 +38,8 @@ class _Blind(Method):
         table = torch.zeros(len(view.spans.n_visual), width)  # (B, V)
         for b, n in enumerate(view.spans.n_visual):
             table[b, :n] = self.score(n)
-        score = table.to(view.hidden.device).gather(1, view.ids.clamp(0, width - 1))  # (B, L)
+        place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) which visual token of its sample
+        score = table.to(view.hidden.device).gather(1, place)
         keep = [min(n, self.tokens) for n in view.spans.n_visual]
         kept = view.visual & (descending_rank(score, view.visual) < column(keep, score))
         return assemble(kept, view.visual, view.valid, [c + k for c, k in zip(view.counts, keep, strict=True)])

@@ -15,7 +15,7 @@ from ..core.method import Method
 from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
-from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids
+from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import text_rows
 
 
@@ -46,11 +46,13 @@ def pruned_forward(
 ) -> Any:
     """LlamaModel.forward with the method's cuts; requests without pictures go to the stock forward."""
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    request: Request | None = getattr(past_key_values, "_llava_prune", None) if past else None
+    request = request_of(past_key_values)
     pending = PENDING.get() if request is None else None
     if pending is not None:
         PENDING.set(None)
     if request is None and pending is None:
+        if not past:
+            state.last = None  # a prefill without pictures leaves no record
         return state.base(lm)(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -92,10 +94,7 @@ def _refuse(kwargs: dict[str, Any], mask: Any, cache: Any, past: int) -> None:
     if getattr(cache, "is_compileable", False):
         raise ValueError(f"{type(cache).__name__} has one length for all layers; use cache_implementation='dynamic'")
     if past:
-        raise ValueError(
-            f"a picture after {past} cached tokens: pictures are pruned in the prefill only; start a new cache with "
-            "the whole conversation"
-        )
+        refuse_picture(past)
 
 
 class _Prefill:
@@ -125,7 +124,7 @@ class _Prefill:
         self.visual = visual & self.valid
         self.mask2d: Tensor | None = mask
         self.ids = original_ids(self.visual)
-        self._read_lengths()
+        gaps = self._read_lengths()
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
         self.carried = _carry(pending, self.visual, source, max(self.n_visual))
@@ -138,32 +137,44 @@ class _Prefill:
         live = _live(pending, self.visual, source)
         if live is not None:
             self._drop(live)
+        elif gaps and type(self.method).cut is not Method.cut:
+            self._drop(self.visual)
+        self.text = self._voters()
 
-    def _read_lengths(self) -> None:
-        """Host integers of the request, in one read: visual tokens and other live rows of each sample, text tail."""
-        length = self.visual.shape[1]
-        places = torch.arange(1, length + 1, device=self.visual.device)
-        last = (self.visual * places).amax(1)  # (B,), 1-based, 0 without picture
-        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), last], 1).tolist()
+    def _read_lengths(self) -> bool:
+        """Host integers of the request, in one read: visual tokens and other live rows of each sample, text after.
+
+        Returns:
+            Whether padding stands anywhere but at the left end.
+        """
+        after = self._after().sum(1)
+        gap = (self.valid[:, :-1] & ~self.valid[:, 1:]).any(1)
+        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), after, gap], 1).tolist()
         self.n_visual = tuple(row[0] for row in table)
         self.counts = tuple(row[1] for row in table)
-        tail = [length - row[2] for row in table if row[0]]
-        self.n_text = max([*tail, 1])
-        text = self.valid & (places > last[:, None]) & (last > 0)[:, None]
-        text = text[:, length - self.n_text :]
-        alone = (last > 0) & ~text.any(1)  # nothing after the picture: the last row votes
+        self.n_text = max(1, *(row[2] for row in table))
+        return any(row[3] for row in table)
+
+    def _after(self) -> Tensor:
+        """(B, L) bool: live rows after the last visual token of a sample that has one."""
+        places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
+        last = (self.visual * places).amax(1, keepdim=True)  # (B, 1), 1-based, 0 without picture
+        return self.valid & (places > last) & (last > 0)
+
+    def _voters(self) -> Tensor:
+        """(B, R) bool, see Spans.text; samples are aligned at the right end by now."""
+        text = self._after()[:, -self.n_text :]
+        alone = self.visual.any(1) & ~text.any(1)
         text[:, -1] |= alone
-        self.text = text
+        return text
 
     def _drop(self, live: Tensor) -> None:
-        """Rows that the vision side did not let through leave before the first layer."""
+        """Rows that the vision side did not let through leave before the first layer; the rest is right-aligned."""
         kept = self.visual & live
         left = kept.sum(1).tolist()
         cut = assemble(kept, self.visual, self.valid, [c + n for c, n in zip(self.counts, left, strict=True)])
         self._apply(-1, cut)
         self.n_visual = tuple(left)
-        self.ids = original_ids(self.visual)
-        self.carried = {}
 
     def _spans(self) -> Spans:
         layers = len(self.lm.layers)
@@ -322,6 +333,11 @@ class _Decode:
                 f"{q} new tokens on a cache of {seen} after the prompt, but the attention mask covers "
                 f"{tail.shape[1]}: a later turn needs the whole history in its mask, and a method that prunes before "
                 "the first layer cannot continue from input_ids; start a new cache instead"
+            )
+        if tail is None and q > 1 and request.stages[0].length != request.length:
+            raise ValueError(
+                f"{q} new tokens after a prompt that was shortened before the first layer: pass the attention mask of "
+                "the whole history, so that it shows where they begin"
             )
         ones = torch.ones(batch, new, dtype=torch.bool, device=hidden.device)
         self.tail = ones if tail is None else tail.bool().to(hidden.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,6 +74,20 @@ class Request:
     whole: bool = True
 
 
+def request_of(cache: Any) -> Request | None:
+    """The request that a cache with tokens in it belongs to; None for a new cache or an unpruned one."""
+    request: Request | None = getattr(cache, "_llava_prune", None)
+    return request if request is not None and cache.get_seq_length() else None
+
+
+def refuse_picture(past: int) -> NoReturn:
+    """A picture that comes after the prefill."""
+    raise ValueError(
+        f"a picture after {past} cached tokens: pictures are pruned in the prefill only; start a new cache with the "
+        "whole conversation"
+    )
+
+
 @dataclass
 class Trace:
     """Raw log of a prefill; one (ids, visual) pair for each layer's entry and one for the last exit."""
@@ -133,4 +147,3 @@ def visual_ids(ids: Tensor, visual: Tensor) -> Tensor:
 def original_ids(visual: Tensor) -> Tensor:
     """(B, L) long: index among a sample's visual tokens, TEXT elsewhere."""
     return (visual.cumsum(1) - 1).masked_fill(~visual, TEXT)
-
