@@ -49,7 +49,8 @@ class Bench:
         batch: samples at once, halved for good when memory runs out.
         load: seconds that loading took.
         tower: seconds in the vision tower so far.
-        seen: sizes (width, height) of the pictures whose features are remembered.
+        memo: what the tower made of each picture.
+        sizes: (width, height) of the pictures so far.
         shape: (3, H, W) of the tower's input.
     """
 
@@ -61,7 +62,8 @@ class Bench:
     batch: int
     load: float
     tower: float = 0.0
-    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    memo: Any = None
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
 
 
@@ -207,26 +209,22 @@ def ask(bench: Bench, numbers: Sequence[int]) -> torch.Tensor:
     for name in (bench.files.questions[i].image for i in numbers):
         if name is None:
             continue
-        if name in bench.seen:  # the features are remembered, so the pixels do not matter
+        if bench.memo is not None and bench.memo.holds(name):  # the pixels do not matter
             values.append(torch.zeros(bench.shape))
         else:
             image = open_rgb(bench.files.images / name)
             values.append(pixels(image, bench.loaded.image_processor, bench.pad))  # (3, H, W)
             bench.shape = tuple(values[-1].shape)
-            bench.seen[name] = image.size
-        sizes.append(bench.seen[name])
+            bench.sizes[name] = image.size
+        sizes.append(bench.sizes[name])
         keys.append(name)
-    try:
-        return bench.loaded.generate(
-            [bench.rows[i] for i in numbers],
-            torch.stack(values) if values else None,
-            sizes=sizes or None,
-            keys=keys or None,
-            max_new_tokens=bench.task.max_new_tokens,
-        )
-    except BaseException:
-        bench.seen.clear()  # some may not have reached the tower
-        raise
+    return bench.loaded.generate(
+        [bench.rows[i] for i in numbers],
+        torch.stack(values) if values else None,
+        sizes=sizes or None,
+        keys=keys or None,
+        max_new_tokens=bench.task.max_new_tokens,
+    )
 
 
 def answer(bench: Bench, handle: Any, numbers: Sequence[int], name: str) -> list[dict[str, Any]]:
@@ -254,7 +252,10 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], name: str) -> list
     tower = bench.tower - tower
     seconds = time.perf_counter() - start - tower
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
-    entering, leaving = handle.last.tokens_in.tolist(), handle.last.tokens_out.tolist()
+    none = [[0] * bench.loaded.shape.layers] * len(numbers)  # no picture in the whole batch
+    entering = handle.last.tokens_in.tolist() if handle.last else none
+    leaving = handle.last.tokens_out.tolist() if handle.last else none
+    stats = handle.last.stats if handle.last else {}
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
@@ -266,7 +267,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], name: str) -> list
             "model_id": name,
             "metadata": {},
             "kept": {"entering": entering[k], "leaving": leaving[k]},
-            "stats": {s: float(v[k]) for s, v in (handle.last.stats or {}).items()},
+            "stats": {s: float(v[k]) for s, v in stats.items()},
             "seconds": seconds / len(numbers),
             "tower_seconds": tower / len(numbers),
         })  # fmt: skip
@@ -343,7 +344,7 @@ def evaluate(settings: Settings, progress: Progress = lambda *_: None, command: 
     bench = prepare(settings, task, files, runs)
     checkpoint = fingerprint(resolve(settings.model))
     results: list[dict[str, Any]] = []
-    with bench.loaded.remember_images([r.method for r in runs]), tower_clock(bench):
+    with bench.loaded.remember_images([r.method for r in runs]) as bench.memo, tower_clock(bench):
         for run in runs:
             wanted = {**settings_of(settings, run, bench, checkpoint), "batch": settings.batch}
             with Answers(out / run.label, wanted, settings.restart, fill={"batch": bench.batch}) as answers:

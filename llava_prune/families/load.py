@@ -17,7 +17,7 @@ from ..runtime.door import image_sizes
 from .base import Family, family_of
 from .hf import is_next
 from .llava import IMAGE
-from .memo import KEYS, Memo, remembering
+from .memo import BLANK, KEYS, LIMIT, Memo, remembering
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
@@ -69,13 +69,14 @@ class Loaded:
         return Shape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size)
 
     @contextmanager
-    def remember_images(self, methods: Sequence[Any] = ()) -> Iterator[Memo]:
+    def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[Memo]:
         """Encode each picture once for the length of the block; pictures are told by the `keys` of `generate`.
 
         Args:
             methods: the methods that will run in the block.
+            limit: bytes of features to hold at most, on the model's device.
         """
-        with remembering(self.model, self._family, list(methods)) as memo:
+        with remembering(self.model, self._family, list(methods), limit) as memo:
             yield memo
 
     @torch.inference_mode()
@@ -144,13 +145,15 @@ def _ask_llava(loaded: Loaded, rows: Any, pixels: Tensor | None, sizes: Any, opt
     if pixels is None:
         return model.generate(ids, attention_mask=mask, **options)
     if any(IMAGE not in r for r in rows):  # the package takes one picture from the list for a prompt without any
-        blank, filled, at = pixels.new_zeros(1, *pixels.shape[1:]), [], 0
+        side, order, at = pixels.shape[-1], [], 0  # order: picture numbers, None for a blank one
         for r in rows:
             n = list(r).count(IMAGE)
-            filled.append(pixels[at : at + n] if n else blank)
+            order += list(range(at, at + n)) or [None]
             at += n
-        pixels, sizes = torch.cat(filled), None
-        KEYS.set(None)
+        keys, blank = KEYS.get(), pixels.new_zeros(pixels.shape[1:])
+        pixels = torch.stack([blank if i is None else pixels[i] for i in order])
+        sizes = None if sizes is None else [(side, side) if i is None else sizes[i] for i in order]
+        KEYS.set(None if keys is None else [BLANK if i is None else keys[i] for i in order])
     side = getattr(model.config, "tokenizer_padding_side", "right")
     model.config.tokenizer_padding_side = "left"
     try:
