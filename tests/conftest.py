@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # tests import tests.models
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +27,28 @@ def tiny_path(root: Path) -> Path:
     path = root / "playground" / "models" / "llava-tiny"
     assert (path / "config.json").is_file(), f"{path} is part of the repository and is missing"
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, Any]:
+    """One random model of each class for the session: "llava", "hf", "next". Leave them as you found them."""
+    from tests import models
+
+    return {"llava": models.tiny_llava(), "hf": models.tiny_hf(), "next": models.tiny_next()}
+
+
+@pytest.fixture(params=["llava", "hf"])
+def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, Any]) -> Any:
+    """The random model of package llava, then that of transformers; both have the same weights."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture
+def logits() -> Callable[..., torch.Tensor]:
+    """Logits of the last column for what `tests.models.inputs` gave, without a gradient."""
+
+    def last(model: Any, given: dict[str, Any], **more: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(**given, **more).logits[:, -1]
+
+    return last

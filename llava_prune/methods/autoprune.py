@@ -79,6 +79,10 @@ class AutoPrune(Method):
             return self.x0
         return 14.9 if n_layers in (32, 40) else 14.9 * n_layers / 32
 
+    def slope(self, information: float) -> float:
+        """k of the retention curve, for the mutual information I1 of layer 1."""
+        return max(self.k0 - self.gamma * information, 0.0)
+
     # the tower ----------------------------------------------------------------------------------------------
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer: [0]}
@@ -149,7 +153,7 @@ class AutoPrune(Method):
         """The one read from the device: the mutual informations, from which every count follows."""
         both = torch.stack([view.scratch["mi0"], self._information(view)], 1)
         mi0, mi1 = zip(*both.tolist(), strict=True)
-        slopes = [max(self.k0 - self.gamma * i, 0.0) for i in mi1]
+        slopes = [self.slope(i) for i in mi1]
         x0 = self.midpoint(view.spans.n_layers)
         plans = [
             schedule(k, self.tokens, n, view.spans.n_layers, x0, self.budget)
