@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import inspect
 import json
 import logging
 import os
@@ -110,8 +109,11 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     p.add_argument("--annotations", type=Path, help="annotation file in place of DATA's")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_score)
-    p = commands.add_parser("methods", help="list methods and their hyper-parameters")
-    p.add_argument("--json", action="store_true")
+    p = commands.add_parser(
+        "methods", help="methods side by side: hyper-parameters, tokens of every layer, cost, origin"
+    )
+    p.add_argument("--tokens", type=_counts, default=[64], help="budget or list 192,128,64 (default 64)")
+    _add_size(p)
     p.set_defaults(run=_methods)
     p = commands.add_parser("run", help="run a program of package llava with its model pruned, unchanged")
     p.add_argument("--method", default="autoprune")
@@ -123,12 +125,17 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=_counts, default=[192, 128, 64])
     p.add_argument("--slope", type=_floats, default=[0.0, 0.1, 0.2], help="slopes of AutoPrune's curve")
     p.add_argument("--published", type=_floats, default=[], help="percentages, one a budget: find the text length")
+    _add_size(p)
+    p.set_defaults(run=_flops)
+    return parser
+
+
+def _add_size(p: argparse.ArgumentParser) -> None:
+    """Flags of a model's size; the defaults are LLaVA-1.5-7B's."""
     for name, value in (("layers", 32), ("hidden", 4096), ("intermediate", 11008), ("visual", 576)):
         p.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
     p.add_argument("--text", type=float, default=70.0, help="text tokens of a prompt (default 70)")
     p.add_argument("--json", action="store_true")
-    p.set_defaults(run=_flops)
-    return parser
 
 
 def _stdout() -> Console:
@@ -210,25 +217,17 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from .core.registry import lookup, names
+    from .bench.flops import Size
+    from .bench.methods import table
+    from .eval.show import methods_tables
 
-    rows = []
-    for name in names():
-        cls = lookup(name)
-        found = inspect.signature(cls).parameters.values()
-        hyper = {p.name: None if p.default is p.empty else p.default for p in found}
-        rows.append(
-            {"name": name, "hyper": hyper, "about": (inspect.getdoc(cls) or "").split("\n")[0], "paper": cls.paper}
-        )
+    size = Size(args.layers, args.hidden, args.intermediate, args.visual)
+    rows = table(args.tokens, size, args.text)
     if args.json:
-        _emit(rows)
+        _emit([dataclasses.asdict(r) for r in rows])
         return 0
-    table = Table(title="methods")
-    for column in ("name", "hyper-parameters and defaults", "about"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(row["name"], ", ".join(f"{k}={v!r}" for k, v in row["hyper"].items()) or "-", row["about"])
-    _stdout().print(table)
+    for shown in methods_tables(rows, size, args.text):
+        _stdout().print(shown)
     return 0
 
 

@@ -19,11 +19,24 @@ class Method:
         positions: "keep" leaves surviving tokens their position ids, "renumber" makes them 0..n-1 after a cut.
         decode: "original" gives a generated token the position it has in the unpruned sequence, "cache" the
             length of each layer's own cache.
-        merges: whether cuts may bring in merged rows.
+
+    Class attributes that only tables and documents read (`llava-prune methods`):
+        where: the place it prunes, e.g. "language model, after layers 8, 16, 24 of 32".
+        source: repository and commit of the official code, or what stands in for it.
+        licence: of that code (not of ours).
+        backends: attention implementations it works with.
+        batch: limits on batches and pictures; "any" where there are none.
+        instead: arguments that fix the counts in place of `tokens`. A run that gives one of them gives no budget.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    where: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    licence: ClassVar[str] = ""
+    backends: ClassVar[str] = "eager, sdpa, flash"
+    batch: ClassVar[str] = "any"
+    instead: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[Literal["keep", "renumber"]] = "keep"
     decode: ClassVar[Literal["original", "cache"]] = "original"
 
@@ -50,6 +63,29 @@ class Method:
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
         """Visual tokens entering each layer for one picture, or None where the data decide."""
         return None
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        """Visual tokens entering and leaving each layer, and what that assumes; for tables.
+
+        By default what `plan` says, assuming nothing. A method whose data decide may give a typical case and say
+        which; None where there is nothing to show.
+        """
+        plan = self.plan(n_visual, n_layers)
+        return None if plan is None else (plan, [*plan[1:], *plan[-1:]], "")
+
+    def keep_after(self, layer: int, spans: Spans) -> list[int] | None:
+        """Visual tokens of each sample that `plan` lets through after `layer` (-1: before the first).
+
+        Returns:
+            One count a sample, or None when the layer drops nothing (and after the last layer).
+        """
+        plans = [self.plan(n, spans.n_layers) for n in spans.n_visual]
+        if layer + 1 >= spans.n_layers or any(p is None for p in plans):
+            return None
+        pairs = zip(plans, spans.n_visual, strict=True)
+        now = [n if layer < 0 else p[layer] for p, n in pairs if p is not None]
+        after = [p[layer + 1] for p in plans if p is not None]
+        return None if after == now else after
 
     def hyper(self) -> dict[str, Any]:
         """The hyper-parameters of this instance by argument name."""

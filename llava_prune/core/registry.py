@@ -68,6 +68,16 @@ def lookup(name: str) -> type[Method]:
     return _METHODS[name]
 
 
+def presets(name: str) -> dict[str, dict[str, Any]]:
+    """The presets of the method `name`: preset -> hyper-parameters.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    lookup(name)
+    return {preset: dict(values) for preset, values in _PRESETS[name].items()}
+
+
 def build(name: str, **hyper: Any) -> Method:
     """A new instance of the method `name` ("name" or "name:preset").
 

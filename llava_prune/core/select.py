@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Cut
+from .types import Cut, View
 
 
 def descending_rank(score: Tensor, among: Tensor) -> Tensor:
@@ -139,3 +139,29 @@ def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> 
     member = torch.nn.functional.one_hot(label + 1, n_clusters + 1)[..., 1:].transpose(1, 2).float()  # (B, C, Q)
     total = member @ points.float()
     return (total / (member.sum(2, keepdim=True) + eps)).to(points.dtype)
+
+
+def keep_best(
+    view: View, score: Tensor, keep: Sequence[int], clusters: Sequence[int] = (), recycle: Sequence[int] = ()
+) -> Cut:
+    """The best visual tokens stay in sequence order; the best of the others may come back as cluster means.
+
+    Args:
+        view: the request.
+        score: (B, L) ranking of columns, ties by index.
+        keep: visual tokens that stay, one count a sample.
+        clusters: merged tokens a sample, appended behind the kept ones in the order of their centres; none if empty.
+        recycle: tokens those are made of, the best behind the kept ones.
+    """
+    rank = descending_rank(score, view.visual)
+    kept = view.visual & (rank < column(keep, rank))
+    if not any(recycle):
+        lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
+        return assemble(kept, view.visual, view.valid, lengths)
+    lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
+    best = rank.sort(dim=1).indices  # (B, L) columns by rank
+    slots = torch.arange(max(recycle), device=rank.device)
+    picked = best.gather(1, (column(keep, rank) + slots).clamp(max=rank.shape[1] - 1))  # (B, Q)
+    points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
+    label = dpc_knn(points, recycle, clusters)
+    return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)

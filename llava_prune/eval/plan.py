@@ -15,7 +15,7 @@ import yaml
 import llava_prune
 
 from ..core.method import Method
-from ..core.registry import lookup
+from ..core.registry import lookup, presets
 
 TINY = "playground/models/llava-tiny"
 DATA = "playground/data/mini"
@@ -127,13 +127,16 @@ def plan_runs(settings: Settings) -> list[Run]:
         raise ValueError("no budget given; TOKENS is a number of visual tokens or a list, e.g. 192,128,64")
     defaults, used, runs = model_defaults(settings.model), set(), []
     for name in names:
-        base = name.partition(":")[0]
+        base, _, preset = name.partition(":")
         known = set(inspect.signature(lookup(base)).parameters)
         hyper = {**defaults.get(base, {}), **{k: v for k, v in settings.method_args.items() if k in known}}
         used |= known
         if "seed" in known:
             hyper.setdefault("seed", settings.seed)
-        budgets = list(dict.fromkeys(settings.tokens)) if "tokens" in known else [None]
+        own = presets(base).get(preset, {})
+        budgets: list[int | None] = [own["tokens"]] if "tokens" in own else [*dict.fromkeys(settings.tokens)]
+        if "tokens" not in known or {**own, **hyper}.keys() & set(lookup(base).instead):
+            budgets = [None]
         for tokens in budgets:
             extra = {} if tokens is None else {"tokens": tokens}
             label = name.replace(":", "-") + ("" if tokens is None else f"-{tokens}")

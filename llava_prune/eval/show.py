@@ -11,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.flops import Size
+from ..bench.methods import Row, runs
+
 
 class _Rate(ProgressColumn):
     """Answers a second."""
@@ -88,3 +91,41 @@ def score_table(result: Mapping[str, Any]) -> Table:
             for key, share in value.items():
                 table.add_row(f"{name}: {key}", _interval(share), str(share["rows"]))
     return table
+
+
+def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
+    """What every method costs, what it does to positions and where it comes from, and its arguments."""
+    about = f"{size.layers} layers, {size.visual} visual tokens; FLOPs of a prefill by equation (2) on entering tokens"
+    cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers with C tokens")
+    for name in ("method", "budget", "prunes", "tokens entering each layer", "avg in", "avg out"):
+        cost.add_column(name, overflow="fold")
+    cost.add_column("FLOPs % visual only", justify="right")
+    cost.add_column(f"FLOPs % with {text:g} text", justify="right")
+    for r in rows:
+        counts = "-" if r.entering is None else runs(r.entering)
+        cost.add_row(
+            r.name,
+            "-" if r.tokens is None else str(r.tokens),
+            r.where,
+            f"{counts} ({r.note})" if r.note else counts,
+            _number(r.average_entering),
+            _number(r.average_leaving),
+            _number(r.percent_visual_only),
+            _number(r.percent_with_text),
+        )
+    facts = Table(title="positions and origin")
+    for name in ("method", "positions", "new tokens count from", "backends", "batch", "official code", "its licence"):
+        facts.add_column(name, overflow="fold")
+    arguments = Table(title="hyper-parameters")
+    for name in ("method", "about", "arguments and defaults", "presets"):
+        arguments.add_column(name, overflow="fold")
+    seen: set[str] = set()
+    for r in rows:
+        if r.name in seen:
+            continue
+        seen.add(r.name)
+        counted = "unpruned length" if r.decode == "original" else "each layer's cache"
+        facts.add_row(r.name, r.positions, counted, r.backends, r.batch, r.source, r.licence)
+        hyper = ", ".join(f"{k}={v!r}" for k, v in r.hyper.items()) or "-"
+        arguments.add_row(r.name, r.about, hyper, ", ".join(r.presets) or "-")
+    return [cost, facts, arguments]

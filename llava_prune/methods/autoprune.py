@@ -13,7 +13,7 @@ from ..core.budget import Budget, Schedule, schedule
 from ..core.information import mutual_information, text_attention
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import assemble, column, descending_rank, dpc_knn, merge
+from ..core.select import keep_best
 from ..core.types import Cut, Spans, View, VisionView
 
 PAPER = "Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
@@ -57,6 +57,9 @@ class AutoPrune(Method):
     strict: bool = True
 
     paper = PAPER
+    where = "language model, after every layer"
+    source = "AutoLab-SAI-SJTU/AutoPrune @ e4a9918"
+    licence = "Apache-2.0"
     positions = "renumber"
     decode = "cache"
 
@@ -82,6 +85,11 @@ class AutoPrune(Method):
     def slope(self, information: float) -> float:
         """k of the retention curve, for the mutual information I1 of layer 1."""
         return max(self.k0 - self.gamma * information, 0.0)
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str]:
+        """The schedule of a middling question: slope k0 / 2."""
+        plan = schedule(self.k0 / 2, self.tokens, n_visual, n_layers, self.midpoint(n_layers), self.budget)
+        return plan.entering(n_visual), list(plan.leaving), f"slope {self.k0 / 2:g}; the question sets it"
 
     # the tower ----------------------------------------------------------------------------------------------
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
@@ -129,7 +137,7 @@ class AutoPrune(Method):
         if all(k + c == p.leaving[layer - 1] and c == 0 for k, c, p in zip(keep, clusters, plans, strict=True)):
             return None
         recycle = [p.recycle[layer] if c else 0 for p, c in zip(plans, clusters, strict=True)]
-        return self._cut(view, self.score(layer, view), keep, recycle, clusters)
+        return keep_best(view, self.score(layer, view), keep, clusters, recycle)
 
     def _first(self, view: View) -> Cut | None:
         assert view.probs is not None
@@ -140,7 +148,7 @@ class AutoPrune(Method):
         keep = [min(int(2.5 * self.tokens), n) if self.tokens < n else n for n in view.spans.n_visual]
         if list(view.spans.n_visual) == keep:
             return None
-        return self._cut(view, score, keep)
+        return keep_best(view, score, keep)
 
     def _information(self, view: View) -> Tensor:
         """(B,) mutual information, summed over heads; 0 where no text follows the picture."""
@@ -167,27 +175,6 @@ class AutoPrune(Method):
             "scale": [p.scale for p in plans],
         }
 
-    def _cut(
-        self,
-        view: View,
-        score: Tensor,
-        keep: list[int],
-        recycle: list[int] | None = None,
-        clusters: list[int] | None = None,
-    ) -> Cut:
-        rank = descending_rank(score, view.visual)
-        kept = view.visual & (rank < column(keep, rank))
-        if not recycle or not any(recycle) or clusters is None:
-            lengths = [c + k for c, k in zip(view.counts, keep, strict=True)]
-            return assemble(kept, view.visual, view.valid, lengths)
-        lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
-        best = rank.sort(dim=1).indices  # (B, L) columns by rank
-        slots = torch.arange(max(recycle), device=rank.device)
-        picked = best.gather(1, (column(keep, rank) + slots).clamp(max=rank.shape[1] - 1))  # (B, Q)
-        points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
-        label = dpc_knn(points, recycle, clusters)
-        return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)
-
 
 @register("autoprune-flash")
 @dataclass(frozen=True)
@@ -203,6 +190,9 @@ class AutoPruneFlash(AutoPrune):
     """
 
     flash_score: Literal["softmax", "dot"] = "softmax"
+
+    source = "none; section C of the supplement"
+    licence = "-"
 
     def __post_init__(self) -> None:
         super().__post_init__()

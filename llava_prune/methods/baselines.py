@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import assemble, column, descending_rank
+from ..core.select import keep_best
 from ..core.types import Cut, View
 
 
@@ -21,6 +21,9 @@ class _Blind(Method):
 
     positions = "renumber"
     decode = "cache"
+    where = "before the language model"
+    source = "ours"
+    licence = "-"
     tokens: int
 
     def _check(self) -> None:
@@ -41,8 +44,7 @@ class _Blind(Method):
         place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) which visual token of its sample
         score = table.to(view.hidden.device).gather(1, place)
         keep = [min(n, self.tokens) for n in view.spans.n_visual]
-        kept = view.visual & (descending_rank(score, view.visual) < column(keep, score))
-        return assemble(kept, view.visual, view.valid, [c + k for c, k in zip(view.counts, keep, strict=True)])
+        return keep_best(view, score, keep)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers

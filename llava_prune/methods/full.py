@@ -14,6 +14,9 @@ class Full(Method):
     """No pruning: every visual token goes through every layer."""
 
     paper = "the unpruned model"
+    where = "nowhere"
+    source = "ours"
+    licence = "-"
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [n_visual] * n_layers
