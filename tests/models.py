@@ -274,7 +274,7 @@ def _taken(stack: Any, n: int, blank: bool) -> list[Tensor]:
 
 def _spread(model: Any, rows: Any, images: Any, sizes: Any) -> list[list[int]]:
     """Placeholders repeated as transformers wants them: one for each visual token."""
-    counts = [PATCHES] * sum(list(r).count(IMAGE) for r in rows)
+    counts = [loaded(model).n_visual] * sum(list(r).count(IMAGE) for r in rows)
     if images is not None and not isinstance(images, Tensor):
         flat = torch.cat(list(images))
         with torch.no_grad():
