@@ -1,0 +1,409 @@
+"""A pruned model worked out densely: plain tensors, no cache, no masks of a backend, one sample at a time.
+
+From a method only its decisions are taken: which rows leave after which layer, and the values of merged ones. `Watch`
+records them; `replay` computes from weights and input embeddings what every layer and every generated token must be.
+Nothing of `llava_prune.runtime` or `llava_prune.families` is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.models import is_llava, language_model
+
+NEWLINE, TEXT = -1, -2
+MERGED = "merged"
+
+
+# the spliced prompt -------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    pass
+
+
+@dataclass
+class Prompt:
+    """What the language model of an unpruned model would be given.
+
+    Attributes:
+        embeds: (B, L, D).
+        valid: (B, L) bool.
+        source: (B, L) long, the patch behind each row, counted over all pictures; NEWLINE or TEXT elsewhere.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+    source: Tensor
+
+
+def _projector(model: Any) -> Any:
+    return model.model.mm_projector if is_llava(model) else model.model.multi_modal_projector
+
+
+def _caught(model: Any, given: dict[str, Any], hook: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """Embeddings and mask that the package hands its language model, with a hook on the projector."""
+    caught: dict[str, Any] = {}
+
+    def stop(module: Any, args: Any, kwargs: Any) -> None:
+        caught.update(kwargs)
+        raise _Stop
+
+    handles = [language_model(model).register_forward_pre_hook(stop, with_kwargs=True), hook(_projector(model))]
+    try:
+        with torch.no_grad():
+            model(**given)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    embeds = caught["inputs_embeds"]
+    if embeds is None:
+        embeds = language_model(model).embed_tokens(caught["input_ids"])
+    mask = caught["attention_mask"]
+    return embeds.detach(), torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def spliced(model: Any, given: dict[str, Any], features: Tensor | None = None) -> Prompt:
+    """The prompt an unpruned model would run on; `features` (N, T, Dv) take the place of the tower's.
+
+    Patches are found by letting the projector answer with their numbers.
+    """
+
+    def number(module: Any, args: Any, output: Tensor) -> Tensor:
+        n = torch.arange(output.shape[0] * output.shape[1]).view(*output.shape[:2])
+        out = torch.zeros_like(output)
+        out[..., 0], out[..., 1], out[..., 2] = 200, n // 200, n % 200  # small enough for bfloat16
+        return out
+
+    def replace(module: Any, args: Any) -> Any:
+        return None if features is None else (features,)
+
+    embeds, valid = _caught(model, given, lambda p: p.register_forward_pre_hook(replace))
+    newline = getattr(model.model, "image_newline", None)
+    if newline is not None:
+        before = newline.data
+        newline.data = torch.zeros_like(before).index_fill(0, torch.tensor(0), 100)
+    try:
+        marked, _ = _caught(model, given, lambda p: p.register_forward_hook(number))
+    finally:
+        if newline is not None:
+            newline.data = before
+    source = (marked[..., 1] * 200 + marked[..., 2]).round().long()
+    source = source.masked_fill(marked[..., 0] == 100, NEWLINE).masked_fill(marked[..., 0] < 100, TEXT)
+    return Prompt(embeds, valid, source.masked_fill(~valid, TEXT))
+
+
+# a method's decisions -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """One question to a method and its answer."""
+
+    layer: int
+    hidden: Tensor
+    visual: Tensor
+    valid: Tensor
+    ids: Tensor
+    probs: Tensor | None
+    rows: Tensor | None
+    spans: Any
+    next_row: Tensor | None
+    answer: Any
+
+
+@dataclass
+class Watch:
+    """Notes every decision of a method; `asked` holds those of the prefills since `clear`."""
+
+    method: Any
+    asked: list[Asked] = field(default_factory=list)
+    vision: Any = None
+    wanted: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cut, rows, reduce = self.method.cut, self.method.rows, self.method.reduce
+
+        def watched_rows(layer: int, spans: Any) -> Any:
+            self.wanted[layer] = rows(layer, spans)
+            return self.wanted[layer]
+
+        def watched_reduce(view: Any) -> Any:
+            self.vision = reduce(view)
+            return self.vision
+
+        def watched_cut(layer: int, view: Any) -> Any:
+            nxt = None if view.next_rows is None else view.next_rows(view.spans.last_row())
+            seen = (view.hidden, view.visual, view.valid, view.ids, view.probs, self.wanted.get(layer), view.spans, nxt)
+            answer = cut(layer, view)
+            self.asked.append(Asked(layer, *seen, answer))
+            return answer
+
+        for name, hook in (("cut", watched_cut), ("rows", watched_rows), ("reduce", watched_reduce)):
+            object.__setattr__(self.method, name, hook)
+
+    def clear(self) -> None:
+        self.asked, self.vision, self.wanted = [], None, {}
+
+
+# dense arithmetic ---------------------------------------------------------------------------------------------
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight.to(x.dtype) * (x * scale)
+
+
+def _turn(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of (n, H, dh) at (n,) positions."""
+    half = x.shape[2] // 2
+    angle = positions[:, None].to(x.dtype) * theta ** (-torch.arange(half).to(x.dtype) / half)  # (n, dh / 2)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+class Dense:
+    """The decoder layers of a language model as plain arithmetic in `dtype`."""
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float64) -> None:
+        self.lm, self.head, self.dtype = language_model(model), model.lm_head, dtype
+        config = self.lm.config
+        self.heads, self.dh = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.theta = config.rope_parameters["rope_theta"]
+
+    def _linear(self, module: Any, x: Tensor) -> Tensor:
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, module.weight.to(x.dtype), bias)
+
+    def attention(self, n: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed (n, D) states' output of layer n's attention, and its (H, n, n) weights."""
+        attn, length = self.lm.layers[n].self_attn, x.shape[0]
+        q = _turn(self._linear(attn.q_proj, x).view(length, -1, self.dh), positions, self.theta)
+        k = _turn(self._linear(attn.k_proj, x).view(length, -1, self.dh), positions, self.theta)
+        v = self._linear(attn.v_proj, x).view(length, -1, self.dh)
+        k, v = (t.repeat_interleave(self.heads // t.shape[1], 1) for t in (k, v))
+        score = torch.einsum("qhd,khd->hqk", q, k) / self.dh**0.5
+        score = score + torch.full((length, length), -torch.inf, dtype=x.dtype).triu(1)
+        weight = score.softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", weight, v).flatten(1)
+        return self._linear(attn.o_proj, out), weight
+
+    def layer(self, n: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (n, D) of layer n and its attention weights (H, n, n)."""
+        layer = self.lm.layers[n]
+        out, weight = self.attention(n, _norm(layer.input_layernorm, x), positions)
+        x = x + out
+        normed = _norm(layer.post_attention_layernorm, x)
+        gate, up = self._linear(layer.mlp.gate_proj, normed), self._linear(layer.mlp.up_proj, normed)
+        return x + self._linear(layer.mlp.down_proj, F.silu(gate) * up), weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self._linear(self.head, _norm(self.lm.norm, x))
+
+
+@dataclass
+class Sample:
+    """What `replay` found for one sample.
+
+    Attributes:
+        logits: (1 + new, V), after the prompt's last row and after each further token.
+        leaving: visual tokens leaving each layer: original index, or -1 for a merged one.
+        entering: rows entering each layer: (live rows, visual ones).
+    """
+
+    logits: Tensor
+    leaving: list[list[int]] = field(default_factory=list)
+    entering: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Replay:
+    """All samples, and the columns each layer's cache must have after the prefill."""
+
+    samples: list[Sample]
+    columns: list[int]
+
+
+class _Board:
+    """Which row stands in which column, by sample; None for padding and filler.
+
+    A row is its column in the unpruned prompt, or (MERGED, layer, number).
+    """
+
+    def __init__(self, prompt: Prompt, method: Any, vision: Any) -> None:
+        self.prompt = prompt
+        valid, source = prompt.valid, prompt.source
+        gap = bool((valid[:, :-1] & ~valid[:, 1:]).any())
+        live = valid.clone()
+        if vision is not None:
+            live &= (source < 0) | vision.live.flatten()[source.clamp(min=0)]
+        self.columns: list[list[Any]] = [[i if v else None for i, v in enumerate(r)] for r in valid.tolist()]
+        self.moved = vision is not None or gap
+        if self.moved:
+            rows = [[i for i, v in enumerate(r) if v] for r in live.tolist()]
+            width = max(len(r) for r in rows)
+            self.columns = [[None] * (width - len(r)) + r for r in rows]
+        self.numbers: list[dict[int, int]] = []
+        for s, v in zip(source.tolist(), valid.tolist(), strict=True):
+            places = [i for i, x in enumerate(s) if x != TEXT and v[i]]
+            self.numbers.append({column: n for n, column in enumerate(places)})
+
+    def visual(self, b: int, row: Any) -> bool:
+        return row is not None and (isinstance(row, tuple) or row in self.numbers[b])
+
+    def number(self, b: int, row: Any) -> int:
+        if row is None:
+            return -2
+        if isinstance(row, tuple):
+            return -1
+        return self.numbers[b].get(row, -3)
+
+    def move(self, layer: int, cut: Any) -> None:
+        """Apply a cut, after checking that it leaves the text alone and repeats nothing."""
+        for b, old in enumerate(self.columns):
+            tail = 0 if cut.merged is None else cut.merged.shape[1]
+            table = [*old, *((MERGED, layer, c) for c in range(tail))]
+            live = [True] * cut.index.shape[1] if cut.valid is None else cut.valid[b].tolist()
+            new = [table[i] if ok else None for i, ok in zip(cut.index[b].tolist(), live, strict=True)]
+            rows = [r for r in new if r is not None]
+            assert len(set(rows)) == len(rows), "a row stands twice"
+            assert None not in [r for r, ok in zip(new, live, strict=True) if ok], "padding came back to life"
+            text = [r for r in old if r is not None and not self.visual(b, r)]
+            assert [r for r in new if r is not None and not self.visual(b, r)] == text, "text was touched"
+            self.columns[b] = new
+
+    def check(self, asked: Asked) -> None:
+        """What the method was shown agrees with the board."""
+        for b, columns in enumerate(self.columns):
+            assert asked.valid[b].tolist() == [c is not None for c in columns]
+            assert asked.visual[b].tolist() == [self.visual(b, c) for c in columns]
+            numbers = [self.number(b, c) for c in columns]
+            live = [(n, g) for n, g, c in zip(numbers, asked.ids[b].tolist(), columns, strict=True) if c is not None]
+            assert [n for n, _ in live] == [g for _, g in live]
+
+
+def _positions(method: Any, rows: list[Any], place: dict[Any, int], renumbered: bool) -> list[int]:
+    if renumbered:
+        return list(range(len(rows)))
+    return [place[r] for r in rows]
+
+
+@torch.no_grad()
+def replay(
+    model: Any,
+    prompt: Prompt,
+    watch: Watch,
+    new: list[list[int]],
+    dtype: torch.dtype = torch.float64,
+    tol: float = 2e-4,
+) -> Replay:
+    """Work out densely what a pruned request must be.
+
+    Args:
+        new: token ids of each sample that follow the prompt (the answer, or later turns without padding).
+        tol: for states and attention rows that the method was shown, relative to their size.
+    """
+    dense, method = Dense(model, dtype), watch.method
+    layers = len(dense.lm.layers)
+    asked = {a.layer: a for a in watch.asked}
+    board = _Board(prompt, method, watch.vision)
+    batch = prompt.embeds.shape[0]
+    renumbered = board.moved and method.positions == "renumber"
+    place = [{c: n for n, c in enumerate([i for i, v in enumerate(r) if v])} for r in prompt.valid.tolist()]
+    base = [len(p) for p in place]
+    samples = [Sample(torch.empty(0)) for _ in range(batch)]
+    embeds = prompt.embeds.to(dtype)
+    states = [embeds[b] for b in range(batch)]  # (columns of the prompt, then merged rows, D)
+    line = [{c: c for c in p} for p in place]  # which line of `states` a row has
+    fresh = [dense.lm.embed_tokens(torch.tensor(t, dtype=torch.long)).detach().to(dtype) for t in new]
+    columns = []
+
+    def cut(layer: int) -> None:
+        nonlocal renumbered
+        answer = asked[layer].answer if layer in asked else None
+        if answer is None:
+            return
+        for b, old in enumerate(board.columns):  # a merged row stands at the end of the picture
+            last = max((place[b][c] for c in old if board.visual(b, c)), default=0)
+            for c in range(0 if answer.merged is None else answer.merged.shape[1]):
+                place[b][MERGED, layer, c] = last
+                line[b][MERGED, layer, c] = len(states[b]) + c
+            if answer.merged is not None:
+                states[b] = torch.cat([states[b], answer.merged[b].to(dtype)])
+        board.move(layer, answer)
+        renumbered = renumbered or method.positions == "renumber"
+
+    if -1 in asked:
+        board.check(asked[-1])
+    cut(-1)
+    for n in range(layers):
+        columns.append(len(board.columns[0]))
+        shown = asked.get(n)
+        if shown is not None:
+            board.check(shown)
+        for b in range(batch):
+            rows = [c for c in board.columns[b] if c is not None]
+            visual = [c for c in rows if board.visual(b, c)]
+            samples[b].entering.append((len(rows), len(visual)))
+            positions = _positions(method, rows, place[b], renumbered)
+            start = len(rows) if method.decode == "cache" else base[b]
+            positions = positions + [start + t for t in range(len(new[b]))]
+            lines = torch.tensor([line[b][c] for c in rows])
+            out, weight = dense.layer(n, torch.cat([states[b][lines], fresh[b]]), torch.tensor(positions))
+            states[b] = states[b].index_copy(0, lines, out[: len(rows)])
+            fresh[b] = out[len(rows) :]
+            if shown is not None:
+                _compare(dense, shown, b, board.columns[b], out[: len(rows)], weight, positions, n, tol)
+        if n + 1 == layers:
+            for b in range(batch):
+                end = states[b][line[b][[c for c in board.columns[b] if c is not None][-1]]]
+                samples[b].logits = dense.logits(torch.cat([end[None], fresh[b]]))
+        cut(n)
+        for b in range(batch):
+            samples[b].leaving.append([board.number(b, c) for c in board.columns[b] if board.visual(b, c)])
+    return Replay(samples, columns)
+
+
+def _compare(
+    dense: Dense,
+    shown: Asked,
+    b: int,
+    columns: list[Any],
+    out: Tensor,
+    weight: Tensor,
+    positions: list[int],
+    n: int,
+    tol: float,
+) -> None:
+    """States and attention rows that a method was shown after layer n."""
+    live = torch.tensor([i for i, c in enumerate(columns) if c is not None])
+    at = {int(c): i for i, c in enumerate(live.tolist())}
+    near(shown.hidden[b, live], out, tol, f"hidden after layer {n}, sample {b}")
+    if shown.probs is not None:
+        assert shown.rows is not None and shown.probs.dtype == torch.float32
+        rows = [(r, at[c]) for r, c in enumerate(shown.rows.tolist()) if c in at]
+        got = shown.probs[b][:, [r for r, _ in rows]]  # (H, R, L)
+        near(got[..., live], weight[:, [i for _, i in rows], : len(live)], tol, f"rows of layer {n}, sample {b}")
+        dead = [i for i, c in enumerate(columns) if c is None]
+        assert not dead or float(got[..., dead].abs().max()) == 0.0
+    if shown.next_row is not None and n + 1 < len(dense.lm.layers):
+        normed = _norm(dense.lm.layers[n + 1].input_layernorm, out)
+        _, nxt = dense.attention(n + 1, normed, torch.tensor(positions[: len(live)]))
+        near(shown.next_row[b, :, 0][:, live], nxt[:, -1], tol, f"next row after layer {n}, sample {b}")
+
+
+def near(got: Tensor, want: Tensor, tol: float, what: str) -> None:
+    """Largest difference relative to the largest value wanted."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} against {tuple(want.shape)}"
+    gap = float((got.to(want.dtype) - want).abs().max()) if got.numel() else 0.0
+    size = max(float(want.abs().max()) if want.numel() else 0.0, 1e-6)
+    assert gap <= tol * size, f"{what}: off by {gap:.2e} at a size of {size:.2e}"
