@@ -27,7 +27,7 @@ class _Blind(Method):
     tokens: int
 
     def _check(self) -> None:
-        if not (isinstance(self.tokens, int) and self.tokens >= 0):
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
             raise ValueError(f"tokens={self.tokens!r}: give the number of visual tokens to keep, 0 or more")
 
     def score(self, n: int) -> Tensor:

@@ -128,11 +128,12 @@ class _Prefill:
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
         self.carried = _carry(pending, self.visual, source, max(self.n_visual))
-        if position_ids is None:
-            position_ids = (self.valid.cumsum(1) - 1).clamp(min=0)
+        if position_ids is None:  # as the stock forward numbers them, padding included
+            position_ids = torch.arange(length, device=device)[None]
         self.positions = position_ids.to(device).expand(batch, -1)
         self.trace = Trace()
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
+        self.origin = base - self.valid.sum(1, keepdim=True)  # (B, 1) where numbering begins: padding, as a rule
         self.request = Request([Stage(0, mask, length)], length, base[None])
         live = _live(pending, self.visual, source)
         if live is not None:
@@ -232,7 +233,7 @@ class _Prefill:
             self.visual = self.visual & cut.valid
             self.ids = self.ids.masked_fill(~cut.valid, FILLER)
         if self.method.positions == "renumber":
-            self.positions = (self.valid.cumsum(1) - 1).clamp(min=0)
+            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
         stage = Stage(layer + 1, self.mask2d, cut.index.shape[1])
         self.request.stages = [s for s in self.request.stages if s.first != layer + 1] + [stage]
 
@@ -270,10 +271,10 @@ class _Prefill:
         return self.hidden
 
     def _cached(self, stage: Stage) -> Tensor:
-        """(B, 1) live rows that the layers of a stage have cached."""
+        """(B, 1) position after the live rows that the layers of a stage have cached."""
         if stage.valid is None:
-            return self.positions.new_full((self.hidden.shape[0], 1), stage.length)
-        return stage.valid.long().sum(1, keepdim=True)
+            return self.origin + stage.length
+        return self.origin + stage.valid.long().sum(1, keepdim=True)
 
     def _keys(self, layer: int) -> Tensor | None:
         """Keys the layer just cached, when the cache shows them as a tensor."""
