@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["llava_prune", "llava_prune.*"]),
-    package_data={"llava_prune": ["py.typed", "eval/tasks/*.yaml"]},
+    package_data={"llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.4",
@@ -28,6 +28,7 @@ setup(
         "shortuuid",
         "sentencepiece",
         "protobuf",
+        "openpyxl",
     ],
     extras_require={
         # what importing haotian-liu/LLaVA (llava-torch, installed with --no-deps) takes beyond the above

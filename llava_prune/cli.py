@@ -70,7 +70,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
         help="run a benchmark, pruned beside unpruned",
         epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
     )
-    p.add_argument("task", help="benchmark, e.g. gqa")
+    p.add_argument("task", help="benchmark, a list a,b, or all: every one whose data are there")
     e = p.add_argument_group("settings")
 
     def flag(name: str, default: str | None, text: str, **kw: Any) -> None:
@@ -90,6 +90,8 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     flag("out", None, f"folder of the results; default {RESULTS}/TASK/MODEL")
     flag("limit", None, "only the first so many questions", type=_positive)
     flag("seed", "0", "of sampling and of methods that draw", type=int)
+    flag("num-chunks", "1", "cut the questions into so many contiguous parts", type=_positive)
+    flag("chunk-idx", "0", "the part to run; the last to end joins the answers", type=int)
     flag("method-args", "", "hyper-parameters, e.g. mi_scale=8,k0=0.3", type=_hyper)
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
@@ -104,9 +106,10 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     p = commands.add_parser("score", help="score an answer file")
     p.add_argument("task", help="benchmark, e.g. gqa")
     p.add_argument("--answers", required=True, type=Path, help="answer file (JSON lines, LLaVA's fields)")
-    p.add_argument("--data", type=Path, help="folder with the benchmark's files")
-    p.add_argument("--questions", type=Path, help="question file: only its questions are scored")
-    p.add_argument("--annotations", type=Path, help="annotation file in place of DATA's")
+    p.add_argument("--data", type=Path, help="the benchmark's folder in LLaVA's layout")
+    p.add_argument("--questions", type=Path, help="question file in place of DATA's: only its questions are scored")
+    p.add_argument("--annotations", type=Path, help="annotation file (POPE, MME: folder) in place of DATA's")
+    p.add_argument("--export", type=Path, help="folder for the official formats (default: beside the answers)")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_score)
     p = commands.add_parser(
@@ -158,12 +161,11 @@ def _quiet() -> None:
 def _eval(args: argparse.Namespace) -> int:
     from .eval.plan import Settings, model_defaults
     from .eval.result import public
-    from .eval.run import evaluate, out_folder
-    from .eval.show import Bars, results_table
+    from .eval.run import evaluate_all, out_folder
+    from .eval.show import Bars, results_table, summary_table
     from .eval.task import load_task
 
     err = Console(stderr=True)
-    title = load_task(args.task).title
     fields = {f.name for f in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, reference=not args.no_reference)
@@ -174,43 +176,43 @@ def _eval(args: argparse.Namespace) -> int:
         err.print(f"hyper-parameters stated by {settings.model}: {json.dumps(defaults)}", markup=False)
     _quiet()
     with Bars(err) as bars:
-        results = evaluate(settings, bars, shlex.join(["llava-prune", *args.argv]))
+        results, failed = evaluate_all(settings, bars.of, shlex.join(["llava-prune", *args.argv]))
     if args.json:
-        _emit([public(r) for r in results])
-        return 0
-    console = _stdout()
-    console.print(results_table(results, title))
-    console.print(f"answers and results: {out_folder(settings)}", markup=False, soft_wrap=True)
+        _emit([public(r) for runs in results.values() for r in runs])
+    else:
+        console = _stdout()
+        for name, runs in results.items():
+            task = load_task(name)
+            if runs:
+                console.print(results_table(runs, task.title, task.figure, task.columns))
+            else:
+                console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, others are missing")
+            for note in dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"]):
+                console.print(f"{name}: {note}", markup=False, soft_wrap=True)
+            console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
+        if len(results) > 1:
+            console.print(summary_table(results))
+    if failed:
+        raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
+    from .eval.score import score_files
     from .eval.show import score_table
-    from .eval.task import file_version, load_task, read_jsonl, read_questions
 
-    task = load_task(args.task)
-    if args.annotations is None and args.data is None:
-        raise ValueError("give --data, the folder with the benchmark's files, or --annotations")
-    annotations = args.annotations or task.find(args.data, "annotations")
-    files = {"annotations": annotations, **({"questions": args.questions} if args.questions else {})}
-    for path in (args.answers, *files.values()):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-    asked = {str(q.id) for q in read_questions(args.questions)} if args.questions else None
-    rows = read_jsonl(args.answers, ("question_id", "text"))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row["text"], str):
-            raise ValueError(f"{args.answers}, row {number}: text must be a string, found {row['text']!r}")
-    labels = task.scorer.load_labels(annotations)
-    score = task.scorer.score(rows, labels, asked)
-    versions = {k: file_version(p) for k, p in files.items()}
-    versions["annotations"]["rows"] = len(labels)
-    if asked is not None:
-        versions["questions"]["rows"] = len(asked)
-    result = {k: score[k] for k in ("figure", "details", "rows")}
-    result = {"bench": task.name, **result, "versions": versions}
+    result, written, warnings = score_files(
+        args.task, args.answers, args.data, args.questions, args.annotations, args.export
+    )
+    err = Console(stderr=True)
+    for text in warnings:
+        err.print(f"note: {text}", markup=False, soft_wrap=True)
+    if written:
+        err.print(f"for the official tools: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
+    if result["figure"] is None:
+        raise ValueError(result["why"])
     if args.json:
-        _emit(result)
+        _emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
     else:
         _stdout().print(score_table(result))
     return 0

@@ -20,7 +20,8 @@ except ImportError:  # no file locks on this system
 
 ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
 RESULT = "result.json"
-JOURNAL_ONLY = ("seconds", "tower_seconds")
+JOURNAL_ONLY = ("row", "seconds", "tower_seconds")
+"""Fields of a journal row that the answer file does not have; `row` is the question's number."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -42,14 +43,59 @@ def model_id(path: str) -> str:
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
 
 
+def named(file: str, stem: str) -> str:
+    """Name of a chunk's file: "4_0.jsonl", "4_0.partial.jsonl", "4_0.settings.json"; the file's own without a stem."""
+    if not stem:
+        return file
+    return f"{stem}{file.removeprefix('answers')}" if file.startswith("answers") else f"{stem}.{file}"
+
+
+def merge(
+    folder: Path, count: int, stem: str, seconds: dict[str, float]
+) -> tuple[list[dict[str, Any]] | None, dict[str, float]]:
+    """Join the chunks of a run in order, once all are complete.
+
+    Args:
+        folder: of the method.
+        count: number of chunks.
+        stem: of the chunk at hand, whose settings the others must have.
+        seconds: of the chunk at hand.
+
+    Returns:
+        All rows, which are written to the answer file too, and the seconds of all chunks; None and the given seconds
+        while a chunk is missing.
+
+    Raises:
+        ValueError: for chunks made with other settings.
+    """
+    stems = [f"{count}_{i}" for i in range(count)]
+    if not all((folder / named(ANSWERS, s)).is_file() for s in stems):
+        return None, seconds
+    parts = [json.loads((folder / named(SETTINGS, s)).read_text(encoding="utf-8")) for s in [stem, *stems]]
+    for other, name in zip(parts[1:], stems, strict=True):
+        differ = [k for k in parts[0] if k != "batch" and other.get(k) != parts[0][k]]
+        if differ:
+            raise ValueError(f"chunk {name} in {folder} was made with other {', '.join(differ)}; use --restart for it")
+    text = "".join((folder / named(ANSWERS, s)).read_text(encoding="utf-8") for s in stems)
+    times = [json.loads((folder / named(RESULT, s)).read_text(encoding="utf-8"))["seconds"] for s in stems]
+    write_whole(folder / ANSWERS, text)
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    return rows, {k: sum(t.get(k, 0.0) for t in times) for k in ("tower", "generate")}
+
+
 class Answers:
     """The answers of one method on one benchmark, in a folder of their own.
 
-    Use as a context manager; `rows` holds what earlier runs left, by question id as a string.
+    Use as a context manager; `rows` holds what earlier runs left, by number of the question.
     """
 
     def __init__(
-        self, folder: Path, settings: dict[str, Any], restart: bool = False, fill: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        restart: bool = False,
+        fill: dict[str, Any] | None = None,
+        stem: str = "",
     ) -> None:
         """Open or resume.
 
@@ -58,18 +104,20 @@ class Answers:
             settings: everything that may change an answer.
             restart: discard what is there.
             fill: values for settings that are None. A resumed run takes the folder's instead.
+            stem: of a chunk's files, "4_0" for the first of four; none for the whole.
 
         Raises:
             ValueError: for other settings than the folder's, a broken line that is not the last, or a second writer.
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._journal, self._final, self._settings = folder / JOURNAL, folder / ANSWERS, folder / SETTINGS
+        self._journal, self._final = folder / named(JOURNAL, stem), folder / named(ANSWERS, stem)
+        self._settings, self._result = folder / named(SETTINGS, stem), folder / named(RESULT, stem)
         self._handle = open(self._journal, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
             self._lock()
             if restart:
-                for path in (self._final, self._settings, folder / RESULT):
+                for path in (self._final, self._settings, self._result):
                     path.unlink(missing_ok=True)
                 self._handle.truncate(0)
             self.settings = self._agree(settings, fill or {})
@@ -119,15 +167,15 @@ class Answers:
             )
         return old
 
-    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        """Rows of the journal; a last line cut short by a kill is taken off the file."""
+    def _read(self, path: Path) -> dict[int, dict[str, Any]]:
+        """Rows by number; a last line of the journal that a kill cut short is taken off the file."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        rows: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(whole.splitlines(), 1):
+        rows: dict[int, dict[str, Any]] = {}
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                rows[str(row["question_id"])] = row
+                rows[number if self.complete else row["row"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: broken; discard the answers with --restart") from error
         if len(whole) < len(content):
@@ -139,7 +187,7 @@ class Answers:
         """Seconds of the tower and of the rest of generation behind all rows, earlier runs included."""
         if self.complete:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                old = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))["seconds"]
+                old = json.loads(self._result.read_text(encoding="utf-8"))["seconds"]
                 return {k: old[k] for k in ("tower", "generate")}
             return {}
         rows = self.rows.values()
@@ -150,29 +198,35 @@ class Answers:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append answers and force them to disk."""
-        fresh = [r for r in rows if str(r["question_id"]) not in self.rows]
+        fresh = [r for r in rows if r["row"] not in self.rows]
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
         rest = text.encode("utf-8")
         while rest:  # a disk that fills up takes a part first, then raises
             rest = rest[self._handle.write(rest) or 0 :]
         os.fsync(self._handle.fileno())
-        self.rows.update((str(r["question_id"]), r) for r in fresh)
+        self.rows.update((r["row"], r) for r in fresh)
 
-    def finish(self, order: Sequence[Any]) -> list[dict[str, Any]]:
+    def finish(self, order: Sequence[int]) -> list[dict[str, Any]]:
         """Write the answer file in question order and drop the journal.
 
         Args:
-            order: all question ids.
+            order: numbers of all questions.
 
         Raises:
             ValueError: when an answer is missing.
         """
-        missing = [q for q in order if str(q) not in self.rows]
+        if self.complete:
+            rows = list(self.rows.values())
+            if len(rows) != len(order):
+                raise ValueError(f"{self._final} has {len(rows)} rows, not {len(order)}; discard it with --restart")
+            return rows
+        missing = [q for q in order if q not in self.rows]
         if missing:
             raise ValueError(f"{len(missing)} of {len(order)} questions have no answer yet; run again to go on")
-        rows = [{k: v for k, v in self.rows[str(q)].items() if k not in JOURNAL_ONLY} for q in order]
-        if not self.complete:
-            write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-            self._handle.truncate(0)
-            self.complete = True
+        rows = [{k: v for k, v in self.rows[q].items() if k not in JOURNAL_ONLY} for q in order]
+        if self._result.name != RESULT:  # a chunk: the whole run's result wants its seconds
+            write_whole(self._result, json.dumps({"seconds": self.seconds()}) + "\n")
+        write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        self._handle.truncate(0)
+        self.complete = True
         return rows

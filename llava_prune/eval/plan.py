@@ -28,7 +28,7 @@ class Settings:
     """One call of `llava-prune eval`.
 
     Attributes:
-        task: benchmark.
+        task: benchmark, a list a,b or "all".
         model: folder or hub id.
         methods: names, in order.
         tokens: budgets, in order.
@@ -41,6 +41,7 @@ class Settings:
         method_args: hyper-parameters for every method that has them.
         reference: run the unpruned model as well.
         restart: discard earlier answers in `out`.
+        num_chunks, chunk_idx: run one of so many contiguous parts; the last to end joins them.
     """
 
     task: str = "gqa"
@@ -59,6 +60,8 @@ class Settings:
     method_args: dict[str, Any] = field(default_factory=dict)
     reference: bool = True
     restart: bool = False
+    num_chunks: int = 1
+    chunk_idx: int = 0
 
 
 @dataclass(frozen=True)

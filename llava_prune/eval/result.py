@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from statistics import fmean
 from typing import Any
 
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
-from .stats import paired_difference
+from .stats import mean_interval, paired_difference
 
 PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "safetensors", "pillow", "numpy")
 
@@ -84,7 +85,7 @@ def make_result(
     text: Sequence[int],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything known about a finished run; `correct` stays out of the file (see `dump`).
+    """Everything known about a finished run; `scores` stays out of the file (see `dump`).
 
     Args:
         facts: see Facts.
@@ -95,7 +96,9 @@ def make_result(
         seconds: stage -> seconds.
     """
     size = Size(facts.shape.layers, facts.shape.hidden, facts.shape.intermediate, facts.n_visual)
-    names = rows[0].get("stats", {})
+    names = dict.fromkeys(n for r in rows for n in r.get("stats", {}))
+    scores, scale = score.get("scores"), score.get("scale", 100)
+    interval = [scale * v for v in mean_interval(list(scores.values()))] if scores else None
     return {
         "bench": facts.task,
         "label": label,
@@ -103,30 +106,36 @@ def make_result(
         "budget": facts.settings["tokens"],
         "figure": score["figure"],
         "figure_name": facts.figure,
+        "interval": interval,
+        "why_no_figure": score.get("why"),
         "rows": score["rows"],
         "details": score["details"],
         "visual_tokens": {"unpruned": facts.n_visual, **token_figures(rows)},
         "flops": flops_figures(rows, text, size),
-        "method_stats": {n: sum(r["stats"].get(n, 0.0) for r in rows) / len(rows) for n in names},
+        "method_stats": {n: fmean(r["stats"][n] for r in rows if n in r["stats"]) for n in names},
         "seconds": dict(seconds),
         "settings": dict(facts.settings),
         "versions": versions(),
-        "correct": score["correct"],
+        "scores": scores,
+        "scale": scale,
     }
 
 
 def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None:
-    """Add the paired difference to the unpruned model, in points with its 95 % interval."""
-    if reference is None or "correct" not in result:
+    """Add the difference to the unpruned model, where the figure is a mean of scores with its paired 95 % interval."""
+    if reference is None or result["figure"] is None or reference["figure"] is None:
         return
-    ids = list(reference["correct"])
-    gap = paired_difference([result["correct"][i] for i in ids], [reference["correct"][i] for i in ids])
-    result["difference_to_full"] = dict(zip(("points", "low", "high"), (100 * g for g in gap), strict=True))
+    gap = {"points": result["figure"] - reference["figure"], "low": None, "high": None}
+    ours, theirs = result.get("scores"), reference.get("scores")
+    if ours and theirs:
+        pair = paired_difference([ours[i] for i in theirs], list(theirs.values()))
+        gap = dict(zip(gap, (result["scale"] * g for g in pair), strict=True))
+    result["difference_to_full"] = gap
 
 
 def public(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the right-or-wrong list, which follows from the answer file."""
-    return {k: v for k, v in result.items() if k != "correct"}
+    """A result without the score of each question, which follows from the answer file."""
+    return {k: v for k, v in result.items() if k not in ("scores", "scale")}
 
 
 def dump(result: Mapping[str, Any]) -> str:

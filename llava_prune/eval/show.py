@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,9 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-from ..bench.flops import Size
-from ..bench.methods import Row, runs
 
 
 class _Rate(ProgressColumn):
@@ -40,6 +37,10 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
+    def of(self, task: str) -> Callable[[str, int, int], None]:
+        """Bars of a benchmark's runs."""
+        return lambda label, done, total: self(f"{task} {label}", done, total)
+
     def __call__(self, label: str, done: int, total: int) -> None:
         if label not in self._ids:
             self._ids[label] = self._progress.add_task(label, total=total)
@@ -56,20 +57,47 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def results_table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """All runs side by side, the reference first."""
-    table = Table(title=title, caption="accuracy in percent with 95 % interval; TFLOPs of a prefill by equation (2)")
-    for name in ("method", "budget", "accuracy", "to full", "binary", "open", "tokens in/out", "FLOPs %", "seconds"):
+def _figure(result: Mapping[str, Any]) -> str:
+    interval = result["interval"]
+    tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return _number(result["figure"], 2) + tail
+
+
+def _gap(result: Mapping[str, Any]) -> str:
+    gap = result.get("difference_to_full")
+    if gap is None:
+        return "-"
+    return f"{gap['points']:+.2f}" + ("" if gap["low"] is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]")
+
+
+def _look_up(details: Mapping[str, Any], path: str) -> str:
+    """A figure of the details by its dotted path."""
+    value: Any = details
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) <= 1 else _number(value)
+
+
+def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str, columns: Mapping[str, str]) -> Table:
+    """All runs of a benchmark side by side, the reference first.
+
+    Args:
+        results: see `result.make_result`.
+        title: of the benchmark.
+        figure: name of its headline number.
+        columns: heading -> dotted path into the details.
+    """
+    table = Table(title=title, caption="figures with 95 % interval; TFLOPs of a prefill by equation (2)")
+    for name in ("method", "budget", figure, "to full", *columns, "tokens in/out", "FLOPs %", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for r in results:
-        gap, tokens, flops = r.get("difference_to_full"), r["visual_tokens"], r["flops"]
+        tokens, flops = r["visual_tokens"], r["flops"]
         table.add_row(
             r["method"],
             "-" if r["budget"] is None else str(r["budget"]),
-            _interval(r["details"]["overall"]),
-            "-" if gap is None else f"{gap['points']:+.2f} [{gap['low']:+.1f}, {gap['high']:+.1f}]",
-            _number(r["details"]["binary"]["accuracy"]),
-            _number(r["details"]["open"]["accuracy"]),
+            _figure(r),
+            _gap(r),
+            *(_look_up(r["details"], path) for path in columns.values()),
             f"{tokens['average_entering']:.1f} / {tokens['average_leaving']:.1f}",
             f"{_number(flops['with_text_entering']['percent_of_full'])}",
             _number(sum(v for k, v in r["seconds"].items() if k != "load")),
@@ -77,55 +105,40 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def score_table(result: Mapping[str, Any]) -> Table:
-    """A scorer's details."""
-    table = Table(title=f"{result['bench']}: {result['figure']:.2f} over {result['rows']} questions")
-    for name in ("group", "accuracy [95 %]", "rows"):
-        table.add_column(name, justify="left" if name == "group" else "right")
-    for name, value in result["details"].items():
-        if not isinstance(value, dict):
-            table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value), "")
-        elif "accuracy" in value:
-            table.add_row(name, _interval(value), str(value["rows"]))
-        else:
-            for key, share in value.items():
-                table.add_row(f"{name}: {key}", _interval(share), str(share["rows"]))
+def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """One row a benchmark, one column a run, the reference first."""
+    labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
+    table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
+    for name in ("benchmark", "figure", "rows", *labels):
+        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right", overflow="fold")
+    for name, runs in results.items():
+        by = {r["label"]: _figure(r) for r in runs}
+        if runs:
+            table.add_row(name, runs[0]["figure_name"], str(runs[0]["rows"]), *(by.get(label, "-") for label in labels))
     return table
 
 
-def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
-    """What every method costs, what it does to positions and where it comes from, and its arguments."""
-    about = f"{size.layers} layers, {size.visual} visual tokens; FLOPs of a prefill by equation (2) on entering tokens"
-    cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers with C tokens")
-    for name in ("method", "budget", "prunes", "tokens entering each layer", "avg in", "avg out"):
-        cost.add_column(name, overflow="fold")
-    cost.add_column("FLOPs % visual only", justify="right")
-    cost.add_column(f"FLOPs % with {text:g} text", justify="right")
-    for r in rows:
-        counts = "-" if r.entering is None else runs(r.entering)
-        cost.add_row(
-            r.name,
-            "-" if r.tokens is None else str(r.tokens),
-            r.where,
-            f"{counts} ({r.note})" if r.note else counts,
-            _number(r.average_entering),
-            _number(r.average_leaving),
-            _number(r.percent_visual_only),
-            _number(r.percent_with_text),
-        )
-    facts = Table(title="positions and origin")
-    for name in ("method", "positions", "new tokens count from", "backends", "batch", "official code", "its licence"):
-        facts.add_column(name, overflow="fold")
-    arguments = Table(title="hyper-parameters")
-    for name in ("method", "about", "arguments and defaults", "presets"):
-        arguments.add_column(name, overflow="fold")
-    seen: set[str] = set()
-    for r in rows:
-        if r.name in seen:
-            continue
-        seen.add(r.name)
-        counted = "unpruned length" if r.decode == "original" else "each layer's cache"
-        facts.add_row(r.name, r.positions, counted, r.backends, r.batch, r.source, r.licence)
-        hyper = ", ".join(f"{k}={v!r}" for k, v in r.hyper.items()) or "-"
-        arguments.add_row(r.name, r.about, hyper, ", ".join(r.presets) or "-")
-    return [cost, facts, arguments]
+def score_table(result: Mapping[str, Any]) -> Table:
+    """A scorer's details, and the releases the label files are."""
+    files = "; ".join(f"{n}: {v['version'] or 'unknown release'}" for n, v in result["versions"].items())
+    title = f"{result['bench']}: {result['figure_name']} {_number(result['figure'], 2)} over {result['rows']} questions"
+    table = Table(title=title, caption=files)
+    for name in ("group", "value", "rows"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    _details(table, result["details"], "")
+    return table
+
+
+def _details(table: Table, details: Mapping[str, Any], before: str) -> None:
+    for name, value in details.items():
+        label = f"{before}{name}"
+        if not isinstance(value, Mapping):
+            table.add_row(label, f"{value:.4f}" if isinstance(value, float) else str(value), "")
+        elif "low" in value:
+            table.add_row(label, _interval(value), str(value["rows"]))
+        elif not any(isinstance(v, Mapping) for v in value.values()):
+            rest = {k: v for k, v in value.items() if k not in ("rows", "samples")}
+            text = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+            table.add_row(label, text, str(value.get("rows", value.get("samples", ""))))
+        else:
+            _details(table, value, f"{label}: ")

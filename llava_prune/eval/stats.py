@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
@@ -34,11 +35,42 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return low, high
 
 
-def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean of scores in 0..1: Wilson's where all are 0 or 1, else the normal one.
+
+    Args:
+        values: one score a question; none gives (0, 1).
+
+    Returns:
+        (low, high) within 0..1.
+    """
+    n = len(values)
+    if all(v in (0, 1) for v in values):
+        return wilson(int(sum(values)), n)
+    mean = sum(values) / n
+    half = 1.0 if n == 1 else Z95 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def share(right: Sequence[bool]) -> dict[str, Any]:
+    """Percentage of right answers with its interval, as results hold it; accuracy is None without any."""
+    low, high = wilson(sum(right), len(right))
+    value = 100 * sum(right) / len(right) if right else None
+    return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
+
+
+def average(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of scores in 0..1 in percent with its interval, as results hold it; accuracy is None without any."""
+    low, high = mean_interval(values)
+    value = 100 * sum(values) / len(values) if values else None
+    return {"accuracy": value, "low": 100 * low, "high": 100 * high, "rows": len(values)}
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Mean difference of two runs over the same questions with its 95 % interval (normal, paired).
 
     Args:
-        ours: right or wrong for each question.
+        ours: score of each question, 0..1.
         theirs: the same questions in the same order.
 
     Returns:
@@ -52,7 +84,7 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[flo
             f"{len(ours)} and {len(theirs)} answers cannot be paired; give the same questions, at least one"
         )
     n = len(ours)
-    gaps = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+    gaps = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(gaps) / n
     if n == 1:
         return mean, -1.0, 1.0

@@ -1,19 +1,48 @@
-"""What a benchmark is: one YAML file in tasks/ with its scorer module, and where its files lie under DATA."""
+"""What a benchmark is: one YAML file in tasks/ with its scorer module, and where its files lie."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
+from .images import open_rgb
+from .reading import read_answers, read_jsonl, shown
+
 FOLDER = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file of a benchmark.
+
+    Attributes:
+        places: under the benchmark's folder, in order of preference.
+        folder: whether a place is a folder.
+        holds: pattern of files without which a folder does not count.
+        optional: whether a run or score goes without.
+        rows: expected rows, or files in a folder.
+        source: who publishes it, in words.
+        url: the page where its owner does.
+        get: direct downloads: url, and "to" (a file) or "unzip" (a folder).
+        known: releases told apart by md5, rows and other figures.
+    """
+
+    places: list[str]
+    folder: bool = False
+    holds: str = ""
+    optional: bool = False
+    rows: int | None = None
+    source: str = ""
+    url: str = ""
+    get: list[dict[str, str]] = field(default_factory=list)
+    known: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -27,8 +56,10 @@ class Task:
         suffix: instruction line of every question.
         add_suffix: whether the runner appends it (False where the question file has it already).
         max_new_tokens: limit of an answer.
-        layout: kind of file -> places under DATA, in order of preference.
-        scorer: module with load_labels, score and export.
+        folders: spellings of its folder under DATA.
+        files: kind -> places and origin.
+        columns: heading -> dotted path into the details, for the table of results.
+        scorer: module with load_labels, score and export, and where they differ read_answers and read_questions.
     """
 
     name: str
@@ -37,39 +68,113 @@ class Task:
     suffix: str
     add_suffix: bool
     max_new_tokens: int
-    layout: dict[str, list[str]]
+    folders: list[str]
+    files: dict[str, Kind]
+    columns: dict[str, str]
     scorer: ModuleType
 
-    def find(self, data: Path, kind: str, folder: bool = False) -> Path:
-        """The first place of a kind of file that exists.
-
-        Raises:
-            ValueError: when DATA is no folder or holds none of the places.
-        """
-        if not data.is_dir():
-            raise ValueError(f"DATA={data}: no such folder; name the folder that holds {self.name}/ (DATA or --data)")
-        places = [data / p for p in self.layout[kind]]
-        for place in places:
-            if place.is_dir() if folder else place.is_file():
-                return place
-        raise ValueError(
-            f"no {kind} of {self.name}: looked for {', '.join(map(str, places))}; set DATA to the right folder"
-        )
+    def complete(self, text: str) -> str:
+        """A question's text with the instruction line."""
+        return f"{text}\n{self.suffix}" if self.add_suffix else text
 
 
 @dataclass(frozen=True)
 class Question:
-    """A line of a question file.
+    """A question to be put to the model.
 
     Attributes:
-        id: as the file has it.
-        image: path under the image folder, or None.
-        text: complete user text.
+        id: as the file has it; not unique in every benchmark.
+        image: name of its picture (see `Sources.picture`), or None.
+        text: complete user text after the image line, instruction included.
+        stored: what the answer file has as prompt.
+        extra: further fields of its answer row.
     """
 
     id: Any
     image: str | None
     text: str
+    stored: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Sources:
+    """The files of a benchmark as one call sees them, and what was learnt about them."""
+
+    def __init__(
+        self, task: Task, data: Path | None, given: Mapping[str, Path | None] | None = None, inside: bool = False
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            task: the benchmark.
+            data: folder with the benchmarks' folders, or the benchmark's own.
+            given: kind -> file in place of the one in `data`.
+            inside: whether `data` is looked at as the benchmark's own folder first.
+        """
+        self.task, self.data = task, data
+        self.given = {k: v for k, v in (given or {}).items() if v is not None}
+        self.versions: dict[str, dict[str, Any]] = {}
+        self.pictures: Callable[[str], Any] | None = None
+        self.cache: dict[str, Any] = {}
+        names = ["", *task.folders] if inside else [*task.folders, ""]
+        self.bases = [] if data is None else [data / n for n in names]
+
+    def places(self, kind: str) -> list[Path]:
+        """Everywhere a kind of file is looked for."""
+        return [base / place for base in self.bases for place in self.task.files[kind].places]
+
+    def find(self, kind: str) -> Path | None:
+        """The first place of a kind of file that exists, or None.
+
+        Raises:
+            ValueError: for a given file that is not there.
+        """
+        spec = self.task.files[kind]
+        if kind in self.given:
+            path = self.given[kind]
+            if not (path.is_file() or path.is_dir()):
+                raise ValueError(f"{path}: no such file")
+            return path
+        for place in self.places(kind):
+            if place.is_dir() if spec.folder else place.is_file():
+                if spec.holds and next(place.glob(spec.holds), None) is None:
+                    continue
+                return place
+        return None
+
+    def path(self, kind: str) -> Path:
+        """The place of a kind of file that cannot be missing.
+
+        Raises:
+            ValueError: when DATA is no folder or holds none of the places.
+        """
+        found = self.find(kind)
+        if found is not None:
+            return found
+        name = self.task.name
+        if self.data is None:
+            raise ValueError(f"no {kind} of {name}: give --data, the folder with the benchmark's files, or --{kind}")
+        if not self.data.is_dir():
+            raise ValueError(f"DATA={self.data}: no such folder; name the folder that holds {name}/ (DATA or --data)")
+        looked = ", ".join(map(str, self.places(kind)))
+        raise ValueError(f"no {kind} of {name}: looked for {looked}; set DATA to the right folder")
+
+    def note(self, name: str, path: Path, kind: str, **figures: int) -> None:
+        """Record a file that decides the figure: checksum, size, rows, and the release it is."""
+        facts = file_version(path)
+        md5 = facts.pop("md5")
+        known = [k for k in self.task.files[kind].known if k.get("file", path.name) == path.name]
+        same = [k for k in known if k.get("md5") == md5]
+        alike = [k for k in known if "md5" not in k and all(k.get(f, n) == n for f, n in figures.items())]
+        self.versions[name] = {**facts, **figures, "version": (same or alike or [{"version": None}])[0]["version"]}
+
+    def picture(self, name: str) -> Any:
+        """A question's picture as RGB.
+
+        Raises:
+            ValueError: when it cannot be read.
+        """
+        return self.pictures(name) if self.pictures else open_rgb(self.path("images") / name)
 
 
 def task_names() -> list[str]:
@@ -86,52 +191,52 @@ def load_task(name: str) -> Task:
     if name not in task_names():
         raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(task_names())}")
     raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    module = importlib.import_module(f"llava_prune.eval.tasks.{raw['scorer']}")
-    prompt = raw["prompt"]
+    files = {k: Kind(**{("source" if f == "from" else f): v for f, v in s.items()}) for k, s in raw["files"].items()}
     return Task(
-        name, raw["title"], raw["figure"], prompt["suffix"], prompt["add"], raw["max_new_tokens"], raw["layout"], module
+        name=name,
+        title=raw["title"],
+        figure=raw["figure"],
+        suffix=raw["prompt"]["suffix"],
+        add_suffix=raw["prompt"]["add"],
+        max_new_tokens=raw["max_new_tokens"],
+        folders=raw["folders"],
+        files=files,
+        columns=raw.get("columns", {}),
+        scorer=importlib.import_module(f"llava_prune.eval.tasks.{raw['scorer']}"),
     )
 
 
-def read_jsonl(path: Path, required: Sequence[str]) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file.
+def answers_of(task: Task, path: Path) -> list[dict[str, Any]]:
+    """An answer file in LLaVA's format, or another the scorer knows.
 
     Raises:
-        ValueError: naming file and line, for broken JSON, rows that are no objects, or missing fields.
+        ValueError: naming file and row.
     """
-    rows = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: broken JSON ({error}); fetch the file again") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found a {type(row).__name__}")
-        absent = [f for f in required if f not in row]
-        if absent:
-            raise ValueError(f"{path}, line {number}: no field {', '.join(map(repr, absent))}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return getattr(task.scorer, "read_answers", read_answers)(path)
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+def questions_of(sources: Sources) -> list[Question]:
+    """All questions of a benchmark in order.
+
+    Raises:
+        ValueError: naming file and row.
+    """
+    return getattr(sources.task.scorer, "read_questions", read_questions)(sources)
+
+
+def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
     """Questions of a JSON-lines file in order.
 
     Args:
-        path: rows with question_id, text and usually image.
-        limit: only the first so many.
+        sources: rows with question_id, text and usually image.
+        unique: whether an id that comes twice is an error.
 
     Raises:
         ValueError: for broken rows, ids of other types than str and int, or an id that comes twice.
     """
+    path = sources.path("questions")
     out: list[Question] = []
     seen: set[str] = set()
     for number, row in enumerate(read_jsonl(path, ("question_id", "text")), 1):
@@ -140,27 +245,39 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
             raise ValueError(f"{path}, row {number}: question_id must be a string or integer and text a string")
         if image is not None and not isinstance(image, str):
             raise ValueError(f"{path}, row {number}: image must be a path, found {image!r}")
-        if str(key) in seen:
+        if unique and str(key) in seen:
             raise ValueError(f"{path}, row {number}: question_id {key!r} comes twice")
         seen.add(str(key))
-        out.append(Question(key, image, text))
-    return out[:limit]
+        out.append(Question(key, image, sources.task.complete(text), sources.task.complete(text)))
+    sources.note("questions", path, "questions", rows=len(out))
+    return out
 
 
-def check_images(questions: Sequence[Question], folder: Path) -> None:
+def check_images(questions: Sequence[Question], sources: Sources) -> None:
     """Refuse to start where pictures are missing.
 
     Raises:
         ValueError: naming at most ten of the missing files and their number.
     """
     named = sorted({q.image for q in questions if q.image is not None})
+    if sources.pictures is not None or not named:
+        return
+    folder = sources.path("images")
     missing = [n for n in named if not (folder / n).is_file()]
     if missing:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise ValueError(f"{len(missing)} of {len(named)} pictures are missing in {folder}: {shown}; add them there")
+        raise ValueError(
+            f"{len(missing)} of {len(named)} pictures are missing in {folder}: {shown(missing)}; add them there"
+        )
 
 
 def file_version(path: Path) -> dict[str, Any]:
-    """sha256 and size in bytes of a data file."""
-    content = path.read_bytes()
-    return {"file": path.name, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    """sha256, md5 and size in bytes of a data file, or of all text files below a folder."""
+    sha, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+    for part in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+        content = part.read_bytes()
+        size += len(content)
+        if path.is_dir():
+            sha.update(f"{part.relative_to(path).as_posix()}:{len(content)};".encode())
+        sha.update(content)
+        md5.update(content)
+    return {"file": path.name, "sha256": sha.hexdigest(), "bytes": size, "md5": md5.hexdigest()}

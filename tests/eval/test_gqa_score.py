@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_prune.eval.stats import paired_difference, wilson
-from llava_prune.eval.task import read_jsonl, read_questions
+from llava_prune.eval.reading import read_jsonl
+from llava_prune.eval.stats import mean_interval, paired_difference, wilson
+from llava_prune.eval.task import Question, Sources, load_task, read_questions
 from llava_prune.eval.tasks.gqa import export, load_labels, prediction, score
 
 
@@ -36,6 +37,14 @@ LABELS = {
     "4": label("left", "choose"),
     "5": label("dog", isBalanced=False),
 }
+
+
+def asked(*ids: str) -> list[Question]:
+    return [Question(i, None, "", "") for i in ids]
+
+
+def files(**given: Path) -> Sources:
+    return Sources(load_task("gqa"), None, given)
 
 
 def said(*texts: str) -> list[dict]:
@@ -66,23 +75,23 @@ def test_figures_by_hand() -> None:
     assert details["steps"] == {"1": details["overall"]} and details["words"] == {"3": details["overall"]}
     # group "thing": gold cup, cat, left once each; predicted cup once: (0 + 1 + 1) * 3 / 3 / 100
     assert details["distribution"] == pytest.approx(0.02)
-    assert got["correct"] == {"1": True, "2": True, "3": False, "4": False}
+    assert got["scores"] == {"1": True, "2": True, "3": False, "4": False}
 
 
 def test_every_balanced_question_needs_an_answer() -> None:
     with pytest.raises(ValueError, match="1 of 4 questions have no answer"):
         score(said("yes", "cup", "cat"), LABELS)
-    assert score(said("yes", "cup"), LABELS, asked={"1", "2"})["figure"] == 100.0
+    assert score(said("yes", "cup"), LABELS, asked=asked("1", "2"))["figure"] == 100.0
     with pytest.raises(ValueError, match="no balanced question"):
-        score(said("yes"), LABELS, asked={"5"})
+        score(said("yes"), LABELS, asked=asked("5"))
 
 
 def test_last_of_repeated_answers_counts() -> None:
-    assert score([*said("no"), *said("yes")], LABELS, asked={"1"})["figure"] == 100.0
+    assert score([*said("no"), *said("yes")], LABELS, asked=asked("1"))["figure"] == 100.0
 
 
 def test_export(tmp_path: Path) -> None:
-    (path,) = export(said("Yes."), tmp_path)
+    (path,) = export(said("Yes."), LABELS, tmp_path, "m")
     assert json.loads(path.read_text()) == [{"questionId": "1", "prediction": "yes"}]
     assert path.name == "testdev_balanced_predictions.json"
 
@@ -90,16 +99,16 @@ def test_export(tmp_path: Path) -> None:
 @given(st.lists(st.text(), min_size=4, max_size=4))
 def test_any_text_scores(texts: list[str]) -> None:
     got = score(said(*texts), LABELS)
-    assert 0 <= got["figure"] <= 100 and got["details"]["overall"]["right"] == sum(got["correct"].values())
+    assert 0 <= got["figure"] <= 100 and got["details"]["overall"]["right"] == sum(got["scores"].values())
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_value_error_or_rows(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("x") / "q.jsonl"
     path.write_bytes(content)
-    for read in (read_questions, load_labels):
+    for read, kind in ((read_questions, "questions"), (load_labels, "annotations")):
         try:
-            read(path)
+            read(files(**{kind: path}))
         except ValueError as error:
             assert str(path) in str(error)
 
@@ -108,13 +117,13 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question_id": "1", "text": "a"}\n\n{"question_id": "2", \n')
     with pytest.raises(ValueError, match="q.jsonl, line 3: broken JSON"):
-        read_questions(path)
+        read_questions(files(questions=path))
     path.write_text('{"question_id": "1"}\n')
     with pytest.raises(ValueError, match="line 1: no field 'text'"):
         read_jsonl(path, ("question_id", "text"))
     path.write_text('{"question_id": "1", "text": "a"}\n{"question_id": "1", "text": "b"}\n')
     with pytest.raises(ValueError, match="comes twice"):
-        read_questions(path)
+        read_questions(files(questions=path))
 
 
 def test_wilson() -> None:
@@ -137,5 +146,8 @@ def test_paired_difference() -> None:
         mean == 0.25 and low == pytest.approx(0.25 - 1.959964 * 0.25) and high == pytest.approx(0.25 + 1.959964 * 0.25)
     )
     assert paired_difference([True, False], [True, False])[1:] == (0.0, 0.0)
+    assert paired_difference([0.3, 1.0], [0.0, 1.0])[0] == pytest.approx(0.15)
+    low, high = mean_interval([0.0, 0.3, 1.0, 0.9])
+    assert 0 <= low < 0.55 < high <= 1 and mean_interval([1, 0]) == wilson(1, 2)
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_difference([True], [])

@@ -16,7 +16,7 @@ from PIL import Image
 
 import llava_prune
 from llava_prune.cli import main
-from llava_prune.eval import run
+from llava_prune.eval import asking, run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
 from llava_prune.eval.plan import Settings, parse_args, plan_runs
 
@@ -71,14 +71,17 @@ class Model:
         self.fail = fail or {}
 
     def remember_images(self, methods: Any) -> Any:
-        return nullcontext()
+        seen: set[str] = set()
+        self.seen = seen
+        return nullcontext(SimpleNamespace(holds=seen.__contains__))
 
     def generate(self, rows: Any, pixels: Any, sizes: Any, keys: Any, max_new_tokens: int) -> torch.Tensor:
         self.calls.append([len(r) for r in rows])
         if len(self.calls) in self.fail:
             raise self.fail[len(self.calls)]
         assert max_new_tokens == 128 and sizes == [(6, 4)] * len(rows)
-        self.fresh += [k for k, p in zip(keys, pixels, strict=True) if p.any()]
+        self.fresh += [k for k, p in zip(keys, pixels, strict=True) if p.any() and k not in self.seen]
+        self.seen |= set(keys)
         return torch.tensor([[len(r) % 2] for r in rows])
 
 
@@ -92,12 +95,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
     monkeypatch.setattr(llava_prune, "pruned", pruned)
-    monkeypatch.setattr(run, "pads", lambda *_: True)
-    monkeypatch.setattr(run, "pixels", lambda *_: torch.ones(3, 2, 2))
+    monkeypatch.setattr(asking, "pads", lambda *_: True)
+    monkeypatch.setattr(asking, "pixels", lambda *_: torch.ones(3, 2, 2))
     monkeypatch.setattr(run, "resolve", lambda model: Path(__file__).parent)
 
     def install(fail: dict[int, BaseException] | None = None) -> Model:
         model = Model(fail)
+        monkeypatch.setattr(asking, "load_model", lambda settings: model)
         monkeypatch.setattr(run, "load_model", lambda settings: model)
         return model
 
@@ -110,7 +114,7 @@ def settings(data: Path, out: Path, **more: Any) -> Settings:
 
 def rows(folder: Path) -> list[dict]:
     lines = (folder / ANSWERS).read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "answer_id"} for x in lines]
+    return [json.loads(x) for x in lines]
 
 
 def test_a_whole_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
@@ -120,13 +124,15 @@ def test_a_whole_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
     assert sorted(model.fresh) == ["n0.png", "n1.png"], "a picture went through the tower twice"
     first = rows(tmp_path / "out" / "full")
     assert [r["question_id"] for r in first] == [str(i) for i in range(N)]
-    assert set(first[0]) == {"question_id", "prompt", "text", "model_id", "metadata", "kept", "stats"}
+    assert set(first[0]) == {
+        "question_id", "prompt", "text", "answer_id", "model_id", "metadata", "kept", "stats"
+    }  # fmt: skip
     assert first[0]["model_id"] == "b" and first[0]["metadata"] == {} and first[0]["text"] in ("Yes.", "no")
     assert pruned["visual_tokens"]["average_leaving"] == 4 and pruned["difference_to_full"]["points"] == 0
     assert pruned["flops"]["visual_only_entering"]["percent_of_full"] < 30
     stored = json.loads((tmp_path / "out" / "autoprune-4" / "result.json").read_text())
     assert (
-        stored["figure"] == pruned["figure"] and "correct" not in stored and set(stored["seconds"]) >= {"load", "tower"}
+        stored["figure"] == pruned["figure"] and "scores" not in stored and set(stored["seconds"]) >= {"load", "tower"}
     )
     assert not (tmp_path / "out" / "full" / JOURNAL).exists()
 
@@ -233,7 +239,7 @@ def test_bad_input_in_one_line(data: Path, tmp_path: Path, stand_in: Any, capsys
     status, err = call(capsys, *base, str(data), "--method-args", "nosuch=1")
     assert status == 1 and "nosuch" in err
     status, err = call(capsys, "eval", "nosuch")
-    assert status == 1 and "known are gqa" in err
+    assert status == 1 and "known are gqa, mmbench" in err
     for name in ("n0.png", "n1.png"):
         (data / "gqa" / "data" / "images" / name).unlink()
     status, err = call(capsys, *base, str(data))

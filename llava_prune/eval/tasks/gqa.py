@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..stats import wilson
+from ..reading import last_by_id, read_json, shown
+from ..stats import share
+from ..task import Question, Sources
 
 PREDICTIONS = "testdev_balanced_predictions.json"
 _NO_STEP = ("exist", "query: name", "choose name")
@@ -22,23 +24,25 @@ def prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def load_labels(path: Path) -> dict[str, Any]:
+def load_labels(sources: Sources) -> dict[str, Any]:
     """The annotation file: question id -> question.
 
     Raises:
         ValueError: for broken JSON or questions without the fields the score needs.
     """
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from error
-    if not isinstance(labels, dict):
-        raise ValueError(f"{path}: expected one JSON object keyed by question id, found a {type(labels).__name__}")
+    path = sources.path("annotations")
+    labels = read_json(path)
     for key, row in labels.items():
         types = row.get("types") if isinstance(row, dict) else None
         if not isinstance(types, dict) or not isinstance(row.get("answer"), str) or "structural" not in types:
             raise ValueError(f"{path}: question {key!r} lacks 'answer' or 'types.structural'; fetch the file again")
+    sources.note("annotations", path, "annotations", rows=len(labels))
     return labels
+
+
+def unknown(labels: Mapping[str, Any], asked: Sequence[Question]) -> list[str]:
+    """Ids of questions that have no label."""
+    return [str(q.id) for q in asked if str(q.id) not in labels]
 
 
 def _steps(row: Mapping[str, Any]) -> int:
@@ -56,35 +60,31 @@ def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[s
     return total / weight / 100 if weight else 0.0
 
 
-def _share(right: list[bool]) -> dict[str, Any]:
-    low, high = wilson(sum(right), len(right))
-    value = 100 * sum(right) / len(right) if right else None
-    return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
-
-
 def score(
-    answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: set[str] | None = None
+    answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
     """GQA's figures in percent.
 
     Args:
         answers: rows with `question_id` and `text`; of a repeated id the last counts, as in the official tool.
         labels: see `load_labels`.
-        asked: ids that were put to the model, where only a part was; None scores every balanced question.
+        asked: questions put to the model, where only a part was; None scores every balanced question.
 
     Returns:
         figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution)
-        and correct (id -> bool).
+        and scores (id -> 0 or 1).
 
     Raises:
         ValueError: when a balanced question has no answer, or nothing is left to score.
     """
-    said = {str(a["question_id"]): prediction(a["text"]) for a in answers}
-    wanted = {k: q for k, q in labels.items() if q.get("isBalanced", True) and (asked is None or k in asked)}
+    said = {k: prediction(t) for k, t in last_by_id(answers).items()}
+    ids = labels if asked is None else {str(q.id) for q in asked}
+    wanted = {k: q for k, q in labels.items() if q.get("isBalanced", True) and k in ids}
     missing = [k for k in wanted if k not in said]
     if missing:
-        shown = ", ".join(missing[:10])
-        raise ValueError(f"{len(missing)} of {len(wanted)} questions have no answer ({shown}); finish the run first")
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} questions have no answer ({shown(missing)}); finish the run first"
+        )
     if not wanted:
         raise ValueError("no balanced question to score: the answers and the annotation file share no question id")
     correct = {k: said[k] == q["answer"] for k, q in wanted.items()}
@@ -106,24 +106,24 @@ def score(
             gold[group][row["answer"]] += 1
             ours[group][said[key]] += 1
     tables = {
-        n: {str(k): _share(v) for k, v in sorted(t.items(), key=lambda i: _order(i[0]))} for n, t in groups.items()
+        n: {str(k): share(v) for k, v in sorted(t.items(), key=lambda i: _order(i[0]))} for n, t in groups.items()
     }
-    overall = _share(list(correct.values()))
+    overall = share(list(correct.values()))
     details = {
         "overall": overall,
-        **{k: _share(v) for k, v in kinds.items()},
+        **{k: share(v) for k, v in kinds.items()},
         **tables,
         "distribution": _distribution(gold, ours),
         "answers_without_question": sum(k not in labels for k in said),
     }
-    return {"figure": overall["accuracy"], "rows": len(wanted), "details": details, "correct": correct}
+    return {"figure": overall["accuracy"], "rows": len(wanted), "details": details, "scores": correct}
 
 
 def _order(value: Any) -> tuple[bool, int, str]:
     return (not isinstance(value, int), value if isinstance(value, int) else 0, str(value))
 
 
-def export(answers: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
+def export(answers: Iterable[Mapping[str, Any]], labels: Any, folder: Path, name: str) -> list[Path]:
     """Write the prediction file that the official tool reads; returns its path in a list."""
     rows = [{"questionId": str(a["question_id"]), "prediction": prediction(a["text"])} for a in answers]
     path = folder / PREDICTIONS

@@ -1,0 +1,88 @@
+"""Score an answer file: files in, figure and the official tools' formats out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .task import Sources, Task, answers_of, load_task, questions_of
+
+SUFFIX = "_official"
+
+
+def score_files(
+    bench: str,
+    answers: Path,
+    data: Path | None,
+    questions: Path | None = None,
+    annotations: Path | None = None,
+    export: Path | None = None,
+) -> tuple[dict[str, Any], list[Path], list[str]]:
+    """Score answers and write the formats of the official tools.
+
+    Args:
+        bench: benchmark.
+        answers: answer file in LLaVA's format, or another the scorer knows.
+        data: the benchmark's folder.
+        questions: question file in place of the folder's; only its questions are scored.
+        annotations: labels in place of the folder's.
+        export: folder of the written formats; None for one beside the answers, if it can be made.
+
+    Returns:
+        result (bench, figure, figure_name, details, rows, versions, why), files written, and warnings. The figure is
+        None where the files have no labels or the score is undefined; `why` says so.
+
+    Raises:
+        ValueError: for broken files or files that do not belong together.
+    """
+    task = load_task(bench)
+    if data is None and annotations is None and questions is None:
+        raise ValueError("give --data, the folder with the benchmark's files, or --annotations")
+    if data is not None and not data.is_dir():
+        raise ValueError(f"DATA={data}: no such folder; name the folder that holds the files of {bench}")
+    if annotations is not None and "annotations" not in task.files and questions is None:
+        questions, annotations = annotations, None  # the question file is the label file
+        asked = None
+        sources = Sources(task, data, {"questions": questions}, inside=True)
+    else:
+        sources = Sources(task, data, {"questions": questions, "annotations": annotations}, inside=True)
+        asked = questions_of(sources) if questions is not None else None
+    rows = answers_of(task, answers)
+    labels = task.scorer.load_labels(sources)
+    if asked is not None:
+        absent = task.scorer.unknown(labels, asked)
+        if absent:
+            raise ValueError(f"{len(absent)} of {len(asked)} questions have no annotation: {', '.join(absent[:10])}")
+    score = task.scorer.score(rows, labels, asked)
+    result = {
+        "bench": task.name,
+        "figure": score["figure"],
+        "figure_name": task.figure,
+        "details": score["details"],
+        "rows": score["rows"],
+        "versions": sources.versions,
+        "why": score.get("why"),
+    }
+    written, warnings = _export(task, rows, labels, answers, export)
+    warnings += [
+        f"{name} is no release known here ({facts.get('rows', '?')} rows)"
+        for name, facts in sources.versions.items()
+        if facts["version"] is None
+    ]
+    return result, written, warnings
+
+
+def _export(
+    task: Task, rows: list[dict[str, Any]], labels: Any, answers: Path, folder: Path | None
+) -> tuple[list[Path], list[str]]:
+    if not hasattr(task.scorer, "export"):
+        return [], []
+    name = answers.stem
+    place = folder or answers.with_name(name + SUFFIX)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        return task.scorer.export(rows, labels, place, name), []
+    except OSError as error:
+        if folder is not None:
+            raise
+        return [], [f"{place} cannot be written ({error.strerror}); name another folder with --export"]

@@ -1,0 +1,205 @@
+"""MMBench's scorer, English and Chinese: circular accuracy where the table has answers, and the upload sheet."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..reading import last_by_id, read_table, shown
+from ..stats import share
+from ..task import Question, Sources
+
+LETTERS = "ABCD"
+CIRCLE = 1_000_000
+"""Rows of one question differ in index by multiples of this."""
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+PLACE = 6
+"""Column of the prediction in the upload."""
+_START = re.compile(r"\(?([A-D])(?![A-Za-z'])")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+Row = dict[str, str | None]
+
+
+def load_labels(sources: Sources) -> dict[str, Row]:
+    """Rows of the table by index; a table without answers can be run and uploaded, not scored.
+
+    Raises:
+        ValueError: for missing columns, or an index that is no number or comes twice.
+    """
+    kind = "annotations" if "annotations" in sources.given else "questions"
+    path = sources.given.get(kind) or sources.path("questions")
+    if path in sources.cache:
+        return sources.cache[path]
+    table: dict[str, Row] = {}
+    for number, row in enumerate(read_table(path, ("index", "question", "A", "B")), 1):
+        index = (row["index"] or "").removesuffix(".0")
+        if not index.isascii() or not index.isdecimal() or len(index) > 18:
+            raise ValueError(f"{path}, row {number}: index must be a whole number, found {row['index']!r}")
+        if str(int(index)) in table:
+            raise ValueError(f"{path}, row {number}: index {index} comes twice; fetch the file again")
+        if row.get("answer") is not None and row["answer"] not in LETTERS:
+            raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {row['answer']!r}")
+        table[str(int(index))] = row
+    questions = len({int(k) % CIRCLE for k in table})
+    sources.note(kind, path, "questions", rows=len(table), questions=questions)
+    sources.cache[path] = table
+    return table
+
+
+def options(row: Row) -> list[str]:
+    """Option texts up to the first that is missing, which "none" and "nan" in any case are too (LLaVA's rule)."""
+    out: list[str] = []
+    for key in LETTERS:
+        value = row.get(key)
+        if value is None or value.lower() in ("nan", "none"):
+            break
+        out.append(value)
+    return out
+
+
+def text_of(row: Row) -> str:
+    """Hint, question and options, a line each.
+
+    Source: llava/eval/model_vqa_mmbench.py.
+    """
+    lines = [f"{key}. {option}" for key, option in zip(LETTERS, options(row), strict=False)]
+    hint = row.get("hint")
+    head = [] if hint is None or hint.lower() in ("nan", "none") else [hint]
+    return "\n".join([*head, row["question"] or "nan", *lines])
+
+
+def read_questions(sources: Sources) -> list[Question]:
+    """One question a row, rotations included; pictures are opened from the table.
+
+    Raises:
+        ValueError: for rows without a picture.
+    """
+    table = load_labels(sources)
+    payloads: dict[str, str] = {}
+    out = []
+    for key, row in table.items():
+        payload = row.get("image") or ""
+        if payload in table:  # an index of the row that has the picture
+            payload = table[payload].get("image") or ""
+        if not payload:
+            raise ValueError(f"index {key}: no picture in column image; fetch the table again")
+        name = hashlib.sha1(payload.encode(), usedforsecurity=False).hexdigest()
+        payloads[name] = payload
+        stored, given = text_of(row), options(row)
+        extra = {"round_id": 0, "options": given, "option_char": list(LETTERS[: len(given)])}
+        out.append(Question(int(key), name, sources.task.complete(stored), stored, extra))
+
+    def picture(name: str) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(payloads[name]))) as image:
+                return image.convert("RGB")
+        except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            key = next(str(q.id) for q in out if q.image == name)
+            raise ValueError(f"index {key}: no readable picture in column image ({error})") from error
+
+    sources.pictures = picture
+    return out
+
+
+def unknown(labels: Mapping[str, Row], asked: Sequence[Question]) -> list[str]:
+    """Ids of questions that have no row."""
+    return [str(q.id) for q in asked if str(q.id) not in labels]
+
+
+def lenient(text: str, row: Row) -> str | None:
+    """A letter at the start, or the one option whose text is in the answer: our rule, not the server's."""
+    found = _START.match(text.strip())
+    if found:
+        return found[1]
+    held = [k for k, o in zip(LETTERS, options(row), strict=False) if o.lower() in text.lower()]
+    return held[0] if len(held) == 1 else None
+
+
+def score(
+    answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], asked: Sequence[Question] | None = None
+) -> dict[str, Any]:
+    """Circular accuracy in percent: a question counts when every one of its rows is answered with the right letter.
+
+    An answer is right when it is the bare letter. The server may read a letter out of other answers, so the figure is a
+    lower bound; `details` has the same with letters read leniently.
+
+    Args:
+        answers: rows with `question_id` and `text`; of a repeated id the last counts.
+        labels: see `load_labels`.
+        asked: questions put to the model, where only a part was.
+
+    Returns:
+        figure (None for a table without answers), rows, details, scores by question.
+
+    Raises:
+        ValueError: when a row has no answer.
+    """
+    said = last_by_id(answers)
+    ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
+    missing = [k for k in ids if k not in said]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(ids)} rows have no answer ({shown(missing)}); finish the run first")
+    details: dict[str, Any] = {"answers_without_question": sum(k not in labels for k in said)}
+    if any(labels[k].get("answer") is None for k in ids):
+        why = "the table has no answers, so there is no local figure; send the upload sheet to the server"
+        return {"figure": None, "rows": len(ids), "details": details, "why": why}
+    strict = {k: said[k].strip() == labels[k]["answer"] for k in ids}
+    loose = {k: strict[k] or lenient(said[k], labels[k]) == labels[k]["answer"] for k in ids}
+    groups: dict[int, list[str]] = defaultdict(list)
+    for key in ids:
+        groups[int(key) % CIRCLE].append(key)
+    circular = {str(g): all(strict[k] for k in keys) for g, keys in groups.items()}
+    overall = share(list(circular.values()))
+    details = {
+        "circular": overall,
+        "circular_lenient": share([all(loose[k] for k in keys) for keys in groups.values()]),
+        "single": share([strict[min(keys, key=int)] for keys in groups.values()]),
+        "rows": share(list(strict.values())),
+        "questions": len(groups),
+        "not_a_letter": sum(said[k].strip() not in tuple(LETTERS) for k in ids),
+        **details,
+    }
+    for column in ("category", "l2-category"):
+        by: dict[str, list[bool]] = defaultdict(list)
+        for group, keys in groups.items():
+            by[str(labels[keys[0]].get(column))].append(circular[str(group)])
+        if column in labels[ids[0]]:
+            details[column] = {k: share(v) for k, v in sorted(by.items())}
+    return {"figure": overall["accuracy"], "rows": len(ids), "details": details, "scores": circular}
+
+
+def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], folder: Path, name: str) -> list[Path]:
+    """Write the upload sheet: the table without pictures and hints, `prediction` with the text as it is.
+
+    Source: scripts/convert_mmbench_for_submission.py.
+    """
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+
+    said = last_by_id(answers)
+    names = [c for c in next(iter(labels.values())) if c not in DROPPED and c != "prediction"]
+    names.insert(min(PLACE, len(names)), "prediction")
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    sheet.append(names)
+    for key, row in labels.items():
+        cells: list[Any] = []
+        for column in names:
+            value = int(key) if column == "index" else said.get(key) if column == "prediction" else row.get(column)
+            cell = WriteOnlyCell(sheet, value=_CONTROL.sub("", value) if isinstance(value, str) else value)
+            if isinstance(value, str):
+                cell.data_type = "s"  # "=A" is an answer, not a formula
+            cells.append(cell)
+        sheet.append(cells)
+    path = folder / f"{name}.xlsx"
+    book.save(path)
+    return [path]

@@ -1,0 +1,205 @@
+"""MME's scorer: accuracy and accuracy+ of each task, as the official calculation.py adds them up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..reading import read_rows, read_text, shown
+from ..task import Question, Sources
+from ..task import read_questions as read_lines
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+ASKED = "Answer the question using a single word or phrase."
+TAIL = " Please answer yes or no."
+_FLAT = str.maketrans("\t\n\r", "   ")
+"""Characters that break the official tool's lines."""
+Key = tuple[str, str, str]
+"""Task, text file of the picture, question as the release has it."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer joined with its label."""
+
+    key: Key
+    gold: str
+    text: str
+
+
+def read_questions(sources: Sources) -> list[Question]:
+    """The question file; ids are those of pictures and come twice."""
+    return read_lines(sources, unique=False)
+
+
+def label_of(text: str) -> str:
+    """ "yes", "no" or "other": looked for in the first four characters, yes first."""
+    text = text.lower()
+    start = text if text in ("yes", "no") else text[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
+    """(file, cells, task, text file of the picture) of every line below a folder of labels."""
+    for entry in sorted(folder.iterdir()):
+        inner = entry / "questions_answers_YN"
+        files = sorted((inner if inner.is_dir() else entry).glob("*.txt")) if entry.is_dir() else [entry]
+        for path in files:
+            if path.suffix != ".txt":
+                continue
+            for line in read_text(path).split("\n"):
+                cells = line.strip().split("\t")
+                if entry.is_dir() and len(cells) >= 2:
+                    yield path, cells[:2], entry.name, path.name
+                elif len(cells) >= 3:  # the tool's own <task>.txt: picture, question, label
+                    yield path, cells[1:3], path.stem, _text_file(cells[0])
+                elif line.strip():
+                    raise ValueError(f"{path}: no question and label separated by a tab in {line[:80]!r}")
+
+
+def _text_file(image: str) -> str:
+    return image.split("/")[-1].split(".")[0] + ".txt"
+
+
+def load_labels(sources: Sources) -> dict[Key, str]:
+    """Labels of the release folder, of the tool's <task>.txt files, or of a JSON-lines file with `label` or `answer`.
+
+    Raises:
+        ValueError: for broken files, labels other than Yes and No, or no labels at all.
+    """
+    path = sources.path("annotations")
+    labels: dict[Key, str] = {}
+    if path.is_dir():
+        found = [((task, name, cells[0]), cells[1], file) for file, cells, task, name in _lines(path)]
+    else:
+        rows = read_rows(path, ("question_id",))
+        found = [(_key(r, r.get("text", r.get("question", ""))), r.get("label", r.get("answer")), path) for r in rows]
+    for key, label, file in found:
+        if not isinstance(label, str) or label.strip().lower() not in ("yes", "no"):
+            raise ValueError(f"{file}: label must be Yes or No, found {label!r}")
+        labels[key] = label.strip()
+    if not labels:
+        raise ValueError(f"{path} holds no labels (text files with question, tab, Yes or No)")
+    sources.note("annotations", path, "annotations", rows=len(labels))
+    return labels
+
+
+def _key(row: Mapping[str, Any], prompt: str) -> Key:
+    """Key of a row; the instruction in its prompt gives way to the release's own tail.
+
+    Source: convert_answer_to_mme.py in LLaVA's eval.zip.
+    """
+    image = str(row["question_id"])
+    question = prompt.replace(ASKED, "").strip() if ASKED in prompt else prompt
+    return image.split("/")[0], _text_file(image), question if TAIL.strip() in question else question + TAIL
+
+
+def _known(key: Key, labels: Mapping[Key, str]) -> Key | None:
+    """The key as the labels have it; a few questions have two spaces before the tail."""
+    double = (*key[:2], key[2].replace(TAIL, f" {TAIL}"))
+    return key if key in labels else double if double in labels else None
+
+
+def unknown(labels: Mapping[Key, str], asked: Sequence[Question]) -> list[str]:
+    """Ids of questions that have no label."""
+    return [str(q.id) for q in asked if _known(_key({"question_id": q.id}, q.stored), labels) is None]
+
+
+def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dict[str, list[Said]]:
+    """Answers by task in their order, each with its label.
+
+    Raises:
+        ValueError: for an answer whose question has no label.
+    """
+    out: dict[str, list[Said]] = defaultdict(list)
+    strange = []
+    for row in answers:
+        key = _known(_key(row, row.get("prompt", "")), labels)
+        if key is None:
+            strange.append(f"{row['question_id']}: {row.get('prompt', '')[:60]!r}")
+        else:
+            out[key[0]].append(Said(key, labels[key], row["text"]))
+    if strange:
+        raise ValueError(
+            f"{len(strange)} answers have no label ({shown(strange[:3])}); the file is shifted or mixed, or its "
+            "prompts are not those of LLaVA's question file"
+        )
+    return out
+
+
+def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
+    """Refuse answers that are not two a picture, side by side, one for each label."""
+    given = [r.key for r in rows]
+    missing = sorted(wanted - set(given))
+    if missing:
+        raise ValueError(f"{task}: {len(missing)} of {len(wanted)} questions have no answer, e.g. {missing[0][1:]}")
+    if len(set(given)) < len(given):
+        twice = next(k for i, k in enumerate(given) if k in given[:i])
+        raise ValueError(f"{task}: a question is answered twice: {twice[1:]}")
+    for at in range(0, len(given), 2):
+        pair = given[at : at + 2]
+        if len(pair) < 2 or pair[0][1] != pair[1][1]:
+            raise ValueError(
+                f"{task}: answers {at + 1} and {at + 2} are not to one picture ({', '.join(k[1] for k in pair)}); the "
+                "score pairs lines, so the two questions of a picture must stand side by side"
+            )
+
+
+def score(
+    answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], asked: Sequence[Question] | None = None
+) -> dict[str, Any]:
+    """Perception (the figure, of 2,000), cognition (of 800) and their sum.
+
+    Args:
+        answers: rows with `question_id`, `prompt` and `text`, the two of a picture side by side.
+        labels: see `load_labels`.
+        asked: questions put to the model, where only a part was.
+
+    Raises:
+        ValueError: when answers do not belong to the labels one by one, or stand in another order.
+    """
+    said = join(answers, labels)
+    wanted: dict[str, set[Key]] = defaultdict(set)
+    keys: Iterable[Key | None] = labels
+    if asked is not None:
+        keys = [_known(_key({"question_id": q.id}, q.stored), labels) for q in asked]
+        if len(keys) % 2:
+            keys = keys[:-1]
+    for key in filter(None, keys):
+        wanted[key[0]].add(key)
+    tasks: dict[str, dict[str, Any]] = {}
+    for task in [t for t in (*PERCEPTION, *COGNITION) if t in wanted] + sorted(set(wanted) - {*PERCEPTION, *COGNITION}):
+        rows = said.get(task, [])
+        rows = rows if asked is None else [r for r in rows if r.key in wanted[task]]
+        _check(task, rows, wanted[task])
+        right = [label_of(r.text) == r.gold.lower() for r in rows]
+        both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
+        acc, plus = sum(right) / len(right), sum(both) / len(both)
+        other = sum(label_of(r.text) == "other" for r in rows)
+        tasks[task] = {"score": 100 * (acc + plus), "acc": acc, "acc_plus": plus, "rows": len(rows), "other": other}
+    if not tasks:
+        raise ValueError("no question to score: the answers and the labels share no question")
+    perception, cognition = (sum(tasks[t]["score"] for t in g if t in tasks) for g in (PERCEPTION, COGNITION))
+    details = {"perception": perception, "cognition": cognition, "total": perception + cognition, "tasks": tasks}
+    absent = [t for t in (*PERCEPTION, *COGNITION) if t not in tasks]
+    if absent:
+        details["tasks_without_labels"] = ", ".join(absent)
+    return {"figure": perception, "rows": sum(t["rows"] for t in tasks.values()), "details": details}
+
+
+def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], folder: Path, name: str) -> list[Path]:
+    """Write the text files of the official tool, one a task: picture, question, label, answer."""
+    out = []
+    for task, rows in join(answers, labels).items():
+        lines = ("\t".join((r.key[1], r.key[2], r.gold, r.text.translate(_FLAT))) + "\n" for r in rows)
+        path = folder / name / f"{Path(task).name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes("".join(lines).encode("utf-8", "replace"))
+        out.append(path)
+    return out

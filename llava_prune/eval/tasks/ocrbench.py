@@ -1,0 +1,161 @@
+"""OCRBench's scorer: a reference that stands in the answer counts one, out of 1,000."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..reading import check_answers, read_json, read_rows
+from ..task import Question, Sources
+
+FORMULAS = "HME100k"
+"""The dataset whose answers are compared without spaces and with case."""
+GROUPS = {
+    "text recognition": (
+        "Regular Text Recognition", "Irregular Text Recognition", "Artistic Text Recognition",
+        "Handwriting Recognition", "Digit String Recognition", "Non-Semantic Text Recognition",
+    ),
+    "scene text VQA": ("Scene Text-centric VQA",),
+    "document VQA": ("Doc-oriented VQA",),
+    "key information": ("Key Information Extraction",),
+    "formulas": ("Handwritten Mathematical Expression Recognition",),
+}  # fmt: skip
+Row = dict[str, Any]
+
+
+def load_labels(sources: Sources) -> list[Row]:
+    """Rows of OCRBench.json in order.
+
+    Raises:
+        ValueError: for broken rows.
+    """
+    kind = "annotations" if "annotations" in sources.given else "questions"
+    path = sources.given.get(kind) or sources.path("questions")
+    rows = read_json(path, list)
+    for number, row in enumerate(rows, 1):
+        fields = ("dataset_name", "image_path", "question", "type")
+        if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in fields):
+            raise ValueError(f"{path}, row {number}: needs the fields {', '.join(fields)} as strings")
+        given = row.get("answers")
+        if not (isinstance(given, str) or isinstance(given, list) and all(isinstance(g, str) for g in given)):
+            raise ValueError(f"{path}, row {number}: answers must be a string or a list of strings")
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    sources.note(kind, path, "questions", rows=len(rows))
+    return rows
+
+
+def read_questions(sources: Sources) -> list[Question]:
+    """One question a row, with the short-answer instruction of OCRBench's LLaVA-1.5 script."""
+    out = []
+    for number, row in enumerate(load_labels(sources)):
+        text = sources.task.complete(row["question"])
+        out.append(Question(row.get("id", number), row["image_path"], text, text))
+    return out
+
+
+def unknown(labels: Sequence[Row], asked: Sequence[Question]) -> list[str]:
+    """None: questions and labels are the same rows."""
+    return []
+
+
+def read_answers(path: Path) -> list[Row]:
+    """Answers in LLaVA's format, or the official result file (rows of OCRBench.json with `predict`).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    rows = read_rows(path, ())
+    if not any("predict" in r for r in rows):
+        absent = [i for i, r in enumerate(rows, 1) if not {"question_id", "text"} <= set(r)]
+        if absent:
+            raise ValueError(f"{path}, row {absent[0]}: no field 'question_id' or 'text' (nor 'predict')")
+        check_answers(path, rows)
+        return rows
+    out = [
+        {"question_id": r.get("id", i), "text": r.get("predict", ""), "prompt": r.get("question", "")}
+        for i, r in enumerate(rows)
+    ]
+    check_answers(path, out)
+    return out
+
+
+def right(text: str, row: Mapping[str, Any]) -> bool:
+    """Whether a reference is a part of the answer; an empty answer never is."""
+    given = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
+
+    def plain(value: str) -> str:
+        if row["dataset_name"] == FORMULAS:
+            return value.strip().replace("\n", " ").replace(" ", "")
+        return value.lower().strip().replace("\n", " ")
+
+    return text != "" and any(plain(g) in plain(text) for g in given)
+
+
+def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[str]:
+    """Text of each label's answer.
+
+    question_id may be the row's id (in the file's order, for ids are not unique), its number from 0 or 1, or its
+    picture. The first reading that gives each row one answer, with the question in its prompt, is taken.
+
+    Raises:
+        ValueError: when none does.
+    """
+    ids = [str(a["question_id"]) for a in answers]
+    if len(ids) != len(labels):
+        raise ValueError(f"{len(ids)} answers to {len(labels)} questions; finish the run first")
+    readings: list[Callable[[int, Row], str]] = [
+        lambda i, r: str(r.get("id", i)),
+        lambda i, r: str(i),
+        lambda i, r: str(i + 1),
+        lambda i, r: r["image_path"],
+    ]
+    for reading in readings:
+        keys = [reading(i, r) for i, r in enumerate(labels)]
+        if keys == ids:
+            ordered = list(answers)
+        elif len(set(keys)) == len(keys) and set(keys) == set(ids):
+            by_id = dict(zip(ids, answers, strict=True))
+            ordered = [by_id[k] for k in keys]
+        else:
+            continue
+        if all(not a.get("prompt") or r["question"] in a["prompt"] for a, r in zip(ordered, labels, strict=True)):
+            return [a["text"] for a in ordered]
+    doubled = [k for k, n in Counter(ids).items() if n > 1][:3]
+    raise ValueError(
+        "the answers do not match OCRBench.json row by row: question_id must be the row's id in the file's order (ids "
+        f"are not unique), its number or its picture; repeated here: {', '.join(doubled) or 'none'}"
+    )
+
+
+def score(
+    answers: Iterable[Mapping[str, Any]], labels: Sequence[Row], asked: Sequence[Question] | None = None
+) -> dict[str, Any]:
+    """Right answers out of all rows (1,000 in the official file), by type and group.
+
+    Args:
+        answers: rows with `question_id` and `text`.
+        labels: see `load_labels`.
+        asked: questions put to the model, where only the first were.
+
+    Raises:
+        ValueError: when answers and rows do not belong together.
+    """
+    labels = labels if asked is None else labels[: len(asked)]
+    texts = _join(list(answers), labels)
+    hits = [right(t, r) for t, r in zip(texts, labels, strict=True)]
+    types: dict[str, dict[str, int]] = {}
+    for hit, row in zip(hits, labels, strict=True):
+        entry = types.setdefault(row["type"], {"right": 0, "rows": 0})
+        entry["right"] += hit
+        entry["rows"] += 1
+    groups = {
+        name: {f: sum(types[t][f] for t in members if t in types) for f in ("right", "rows")}
+        for name, members in GROUPS.items()
+        if any(t in types for t in members)
+    }
+    details = {"share": sum(hits) / len(hits), "groups": groups, "types": types}
+    scores = {str(i): h for i, h in enumerate(hits)}
+    return {"figure": sum(hits), "rows": len(hits), "details": details, "scores": scores, "scale": len(hits)}

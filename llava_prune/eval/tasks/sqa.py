@@ -1,0 +1,185 @@
+"""ScienceQA's scorer: letters as LLaVA's eval_science_qa.py reads them, over all questions and those with a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..prompt import IMAGE_MARK
+from ..reading import check_answers, read_json, read_text, shown
+from ..reading import read_answers as read_lines
+from ..stats import share
+from ..task import Question, Sources
+
+LETTERS = "ABCDE"
+FAILED = "FAILED"
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A question's right answer: index among `options` choices."""
+
+    answer: int
+    options: int
+
+
+def letter(text: str) -> str:
+    """The letter of an answer, or FAILED: the bare letter, "A. ...", or one "The answer is A." in the text."""
+    if len(text) == 1 and text in LETTERS:
+        return text
+    if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = _SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else FAILED
+
+
+def _conversations(path: Path) -> list[tuple[str, str | None, str, str]]:
+    """(id, image, what the human says, letter) of each row of the question file."""
+    out = []
+    for number, row in enumerate(read_json(path, list), 1):
+        try:
+            (_, human), (_, gpt) = ((t["from"], t["value"]) for t in row["conversations"][:2])
+            item = (row["id"], row.get("image"), human, gpt)
+            if not all(isinstance(v, str) for v in (item[0], human, gpt)) or not isinstance(item[1], str | None):
+                raise TypeError("a field is no string")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}, row {number}: no question with id and conversations ({error!r})") from error
+        out.append(item)
+    if not out:
+        raise ValueError(f"{path} holds no rows")
+    return out
+
+
+def read_questions(sources: Sources) -> list[Question]:
+    """The question file (llava_test_CQM-A.json); text-only rows have no image.
+
+    Source: llava/eval/model_vqa_science.py with --single-pred-prompt.
+
+    Raises:
+        ValueError: for broken rows or an id that comes twice.
+    """
+    path = sources.path("questions")
+    out = []
+    for key, image, human, _ in _conversations(path):
+        text = sources.task.complete(human.replace(IMAGE_MARK, "").strip())
+        out.append(Question(key, image, text, f"{IMAGE_MARK}\n{text}" if image else text))
+    if len({q.id for q in out}) < len(out):
+        raise ValueError(f"{path}: an id comes twice; fetch the file again")
+    sources.note("questions", path, "questions", rows=len(out))
+    return out
+
+
+def _options(human: str) -> int:
+    """Number of options at the end of a question."""
+    lines, count = human.split("\n"), 0
+    starts = [i for i, line in enumerate(lines) if line.startswith("A. ")]
+    for line in lines[starts[-1] :] if starts else []:
+        if count < len(LETTERS) and line.startswith(f"{LETTERS[count]}. "):
+            count += 1
+    return count
+
+
+def load_labels(sources: Sources) -> dict[str, Label]:
+    """Question id -> label of the test split, in order.
+
+    From problems.json, the split from pid_splits.json where it is there; else from the question file.
+
+    Raises:
+        ValueError: for broken files, or a question that has no label.
+    """
+    path = sources.find("annotations") or sources.path("questions")
+    if path.suffix == ".jsonl" or read_text(path).lstrip()[:1] == "[":
+        rows = _conversations(path)
+        sources.note("questions", path, "questions", rows=len(rows))
+        return {key: Label(LETTERS.find(gpt.strip()[:1] or "?"), _options(human)) for key, _, human, gpt in rows}
+    problems, labels = read_json(path), {}
+    split = sources.find("splits")
+    ids = [k for k, p in problems.items() if isinstance(p, dict) and p.get("split", "test") == "test"]
+    if split is not None:
+        ids = read_json(split).get("test")
+        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+            raise ValueError(f"{split}: no list of ids named 'test'; fetch the file again")
+        sources.note("splits", split, "splits", rows=len(ids))
+    for key in ids:
+        try:
+            labels[key] = Label(int(problems[key]["answer"]), len(problems[key]["choices"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: question {key!r} lacks 'answer' or 'choices'; fetch the file again") from error
+    sources.note("annotations", path, "annotations", rows=len(problems))
+    return labels
+
+
+def unknown(labels: Mapping[str, Label], asked: Sequence[Question]) -> list[str]:
+    """Ids of questions that have no label."""
+    return [str(q.id) for q in asked if str(q.id) not in labels]
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Answers in LLaVA's format, or the output file of LLaVA's own scorer (one object, correct and incorrect).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        whole = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        return read_lines(path)
+    if not isinstance(whole, dict) or not {"correct", "incorrect"} <= set(whole):
+        return read_lines(path)
+    try:
+        given = [*whole["correct"], *whole["incorrect"]]
+        rows = [{"question_id": r["question_id"], "prompt": r["question"], "text": r["pred"]} for r in given]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a row lacks 'question_id', 'question' or 'pred'; fetch the file again") from error
+    check_answers(path, rows)
+    return [r for r in rows if (r["prompt"], r["text"]) != ("Unknown", FAILED)]
+
+
+def score(
+    answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Label], asked: Sequence[Question] | None = None
+) -> dict[str, Any]:
+    """Accuracy over all questions and IMG-Accuracy in percent.
+
+    A question without an answer is wrong in the former and absent from the latter; whether a question has a picture is
+    read from the stored prompt. Both are LLaVA's rules.
+
+    Args:
+        answers: rows with `question_id`, `prompt` and `text`; of a repeated id the last counts.
+        labels: see `load_labels`.
+        asked: questions put to the model, where only a part was.
+
+    Raises:
+        ValueError: when nothing is left to score.
+    """
+    given = {str(a["question_id"]): a for a in answers}
+    ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
+    if not any(k in given for k in ids):
+        raise ValueError("no question to score: the answers and the test split share no question id")
+    correct, seen = {}, {}
+    for key in ids:
+        row = given.get(key)
+        choice = FAILED if row is None else letter(row["text"])
+        index = LETTERS.find(choice) if choice in LETTERS[: labels[key].options] else -1
+        correct[key] = index >= 0 and index == labels[key].answer
+        seen[key] = row is not None and IMAGE_MARK in row.get("prompt", "")
+    missing = [k for k in ids if k not in given]
+    image = share([correct[k] for k in ids if seen[k]])
+    details = {
+        "overall": share(list(correct.values())),
+        "image": image,
+        "text": share([correct[k] for k in ids if not seen[k] and k in given]),
+        "missing": len(missing),
+        "answers_without_question": sum(k not in labels for k in given),
+    }
+    why = None if image["rows"] else "no stored prompt holds <image>, so there is no IMG-Accuracy"
+    scores = {k: correct[k] for k in ids if seen[k]}
+    out = {"figure": image["accuracy"], "rows": len(ids), "details": details, "scores": scores, "why": why}
+    if missing:
+        details["missing_ids"] = shown(missing)
+    return out
+

@@ -1,0 +1,61 @@
+"""How the VQA evaluation and LLaVA's M4C evaluator make answers comparable.
+
+The rules are those of GT-Vision-Lab/VQA (vqaEval.py) and llava/eval/m4c_evaluator.py, quirks included.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(_WORDS)}}
+_ARTICLES = ("a", "an", "the")
+_DOT = re.compile(r"\.(?!\d)")
+_DOTS = 32
+"""Dots deleted at most: the original hands a flag where a count belongs."""
+_COMMA = re.compile(r"\d,\d")
+_COMMAS = re.compile(r"\d,+\d")
+
+
+@cache
+def contractions() -> dict[str, str]:
+    """Word -> replacement."""
+    table = (Path(__file__).parent / "contractions.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(table))
+
+
+def one_line(text: str) -> str:
+    """Newlines and tabs as spaces, ends stripped."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def punctuation(text: str, commas: bool = False) -> str:
+    """Delete or blank each mark: deleted everywhere when it touches a space or the text has 1,000; then dots.
+
+    Args:
+        text: the answer.
+        commas: M4C's test, which lets several commas stand between the digits.
+    """
+    out = text
+    number = (_COMMAS if commas else _COMMA).search(text) is not None
+    for mark in PUNCTUATION:
+        if mark in text:
+            out = out.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
+    return _DOT.sub("", out, count=_DOTS)
+
+
+def digits_articles(text: str) -> str:
+    """Lower case, number words as digits, articles dropped, contractions spelt the table's way."""
+    words = (_NUMBERS.get(w, w) for w in text.lower().split())
+    return " ".join(contractions().get(w, w) for w in words if w not in _ARTICLES)
+
+
+def m4c(text: str) -> str:
+    """LLaVA's normalised answer, for TextVQA's score and VQAv2's upload."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return digits_articles(punctuation(one_line(text), commas=True))
