@@ -271,14 +271,18 @@ def _add_placeholder(model: Any) -> None:
 
 
 def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
-    """transformers' own format."""
+    """transformers' own format. A placeholder past the vocabulary, as `load_converted` makes it, is read back."""
     from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     shards(folder)
     build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
-    extra = {} if attn is None else {"attn_implementation": attn}
+    extra: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
+    vocabulary = (config.get("text_config") or {}).get("vocab_size")
+    past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
     try:
-        model, info = build.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **extra)
+        model, info = build.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=past, **extra
+        )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from error
     except Exception as error:
@@ -288,5 +292,26 @@ def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, 
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    if past:
+        _read_placeholder(model, folder, info["mismatched_keys"])
     has_processor = (folder / "preprocessor_config.json").is_file()
     return model, image_processor(str(folder)) if has_processor else None
+
+
+def _read_placeholder(model: Any, folder: Path, mismatched: Any) -> None:
+    """Input embeddings of the vocabulary and the placeholder behind it, which transformers found one row too long.
+
+    Raises:
+        ValueError: when anything else has a size that the config does not ask for.
+    """
+    last = "embed_tokens.weight"
+    names = sorted(str(m[0] if isinstance(m, tuple) else m) for m in mismatched)
+    _add_placeholder(model)
+    weight = model.get_input_embeddings().weight
+    stored = [v for n, v in tensors(folder) if n.endswith(last)]
+    wrong = [n for n in names if not n.endswith(last)]
+    if wrong or len(stored) != 1 or stored[0].shape[1] != weight.shape[1] or len(weight) - len(stored[0]) not in (0, 1):
+        shapes = [tuple(v.shape) for v in stored]
+        raise ValueError(f"{folder}: {wrong or last} have other sizes than the config asks for (embeddings {shapes})")
+    with torch.no_grad():
+        weight[: len(stored[0])] = stored[0].to(weight)
