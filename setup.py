@@ -36,7 +36,8 @@ setup(
         "flash": ["flash-attn>=2.5"],
         "deepspeed": ["deepspeed>=0.15", "accelerate"],
         "lmms-eval": ["lmms-eval>=0.7"],
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest>=8", "hypothesis>=6.100"],
+        "plot": ["matplotlib>=3.7"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest>=8", "hypothesis>=6.100", "matplotlib>=3.7"],
     },
     entry_points={"console_scripts": ["llava-prune = llava_prune.cli:main"]},
     classifiers=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
@@ -62,6 +63,13 @@ def _hyper(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
+    """A flag whose default is the environment variable of the same name in capitals."""
+    value = env.get(name.upper().replace("-", "_")) or default
+    shown = f" (default {default})" if default is not None else ""
+    group.add_argument(f"--{name}", default=value, help=text + shown, **kw)
+
+
 def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     from .eval.plan import DATA, RESULTS, TINY
 
@@ -73,11 +81,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("task", help="benchmark, a list a,b, or all: every one whose data are there")
     e = p.add_argument_group("settings")
 
-    def flag(name: str, default: str | None, text: str, **kw: Any) -> None:
-        value = env.get(name.upper().replace("-", "_")) or default
-        shown = f" (default {default})" if default is not None else ""
-        e.add_argument(f"--{name}", default=value, help=text + shown, **kw)
-
+    flag = functools.partial(_flag, e, env)
     flag("model", TINY, "folder or hub id, in either format")
     flag("method", "autoprune", "method or list a,b", type=_names)
     flag("tokens", "64", "visual token budget or list 192,128,64", type=_counts)
@@ -99,10 +103,41 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     p.set_defaults(run=_eval)
 
 
+def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "bench",
+        help="time and memory, pruned beside unpruned in turn",
+        epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
+    )
+    flag = functools.partial(_flag, p.add_argument_group("settings"), env)
+    flag("model", None, "folder or hub id; without it a random model of the shape")
+    flag("shape", "300m", "random model: tiny, 300m, 7b, 13b, next-7b")
+    flag("method", "autoprune", "method or list a,b", type=_names)
+    flag("tokens", "192,128,64", "visual token budget or list", type=_counts)
+    flag("batch", "1", "samples at once or list", type=_counts)
+    flag("text", "84", "text tokens of a prompt or list; the picture's come on top", type=_counts)
+    flag("new", "8", "new tokens of a request", type=_positive)
+    flag("repeats", "5", "pairs of an unpruned and a pruned request", type=_positive)
+    flag("warmup", "1", "pairs before the count", type=int)
+    flag("family", "auto", "auto, llava or hf (with a model)")
+    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
+    flag("dtype", None, "float32, float16 or bfloat16")
+    flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
+    flag("threads", None, "of the CPU", type=_positive)
+    flag("method-args", "", "hyper-parameters, e.g. slope_step=0.05", type=_hyper)
+    flag("seed", "0", "of weights, prompts and pictures", type=int)
+    flag("out", None, "folder of the results; default playground/results/bench/SHAPE or MODEL")
+    p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    p.add_argument("--profile", action="store_true", help="write a trace of a pruned prefill each")
+    p.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    p.set_defaults(run=_bench)
+
+
 def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-prune", description="Visual token pruning for LLaVA.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_eval(commands, env)
+    _add_bench(commands, env)
     p = commands.add_parser("score", help="score an answer file")
     p.add_argument("task", help="benchmark, e.g. gqa")
     p.add_argument("--answers", required=True, type=Path, help="answer file (JSON lines, LLaVA's fields)")
@@ -197,6 +232,31 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.plot import plot
+    from .bench.show import speed_tables
+    from .bench.speed import Settings, out_folder, speed
+
+    err = Console(stderr=True)
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    given = {k: v for k, v in vars(args).items() if k in fields}
+    settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
+    _quiet()
+    result = speed(settings, lambda what: err.print(what, markup=False), shlex.join(["llava-prune", *args.argv]))
+    try:
+        plot(result, out_folder(settings) / "bench.png")
+    except ValueError as error:
+        err.print(f"no plot: {error}", markup=False)
+    if args.json:
+        _emit(result)
+        return 0
+    console = _stdout()
+    for table in speed_tables(result):
+        console.print(table)
+    console.print(f"results: {out_folder(settings)}", markup=False, soft_wrap=True)
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from .eval.score import score_files
     from .eval.show import score_table
@@ -221,7 +281,7 @@ def _score(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     from .bench.flops import Size
     from .bench.methods import table
-    from .eval.show import methods_tables
+    from .bench.show import methods_tables
 
     size = Size(args.layers, args.hidden, args.intermediate, args.visual)
     rows = table(args.tokens, size, args.text)

@@ -23,7 +23,7 @@ SHARD = 2_000_000_000
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA-1.5: language model, then tower."""
+    """Sizes of a LLaVA: language model, then tower; `anyres` for LLaVA-NeXT's crops."""
 
     layers: int
     hidden: int
@@ -34,13 +34,18 @@ class ModelShape:
     vision_hidden: int = 1024
     vision_intermediate: int = 4096
     vision_heads: int = 16
+    anyres: bool = False
 
 
 SHAPES = {
+    "tiny": ModelShape(4, 64, 160, 4, 512, 3, 64, 128, 4),
     "300m": ModelShape(12, 1024, 2752, 16, 32000, 6, 512, 2048, 8),
     "7b": ModelShape(32, 4096, 11008, 32, 32000),
     "13b": ModelShape(40, 5120, 13824, 40, 32000),
+    "next-7b": ModelShape(32, 4096, 11008, 32, 32000, anyres=True),
 }
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""(width, height) of LLaVA-NeXT's canvases; transformers reads the same list as (height, width)."""
 
 
 def llm_tensors(s: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -60,6 +65,8 @@ def llm_tensors(s: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer, width in ((0, s.vision_hidden), (2, d)):
         yield f"model.mm_projector.{layer}.weight", (d, width)
         yield f"model.mm_projector.{layer}.bias", (d,)
+    if s.anyres:
+        yield "model.image_newline", (d,)
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -167,9 +174,10 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
             **_text_config(s),
             "architectures": ["LlavaLlamaForCausalLM"],
             "model_type": "llava_llama",
-            "image_aspect_ratio": "pad",
+            "image_aspect_ratio": "anyres" if s.anyres else "pad",
+            "image_grid_pinpoints": PINPOINTS if s.anyres else None,
             "mm_hidden_size": s.vision_hidden,
-            "mm_patch_merge_type": "flat",
+            "mm_patch_merge_type": "spatial_unpad" if s.anyres else "flat",
             "mm_projector_type": "mlp2x_gelu",
             "mm_use_im_patch_token": False,
             "mm_use_im_start_end": False,
@@ -192,21 +200,58 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
             shutil.copy(tokenizer / name, out / name)
 
 
-def _write_hf(out: Path, s: ModelShape, tower: Any, llm: Iterator[tuple[str, Tensor]]) -> None:
-    """The same weights under transformers' names; vocabulary 64 larger, as the published conversions have it."""
-    from transformers import LlamaConfig, LlavaConfig
+def hf_config(s: ModelShape) -> Any:
+    """transformers' config; vocabulary 64 larger, as the published conversions have it."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
-    from ..families.checkpoint import rename
-
-    config = LlavaConfig(
+    extra = {"image_grid_pinpoints": PINPOINTS} if s.anyres else {}
+    config = (LlavaNextConfig if s.anyres else LlavaConfig)(
         vision_config=_vision_config(s),
         text_config=LlamaConfig(**{**_text_config(s), "vocab_size": s.vocab + 64}),
         image_token_id=s.vocab,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         dtype="bfloat16",
+        **extra,
     )
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [f"Llava{'Next' if s.anyres else ''}ForConditionalGeneration"]
+    return config
+
+
+def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str | None = None, seed: int = 0) -> Any:
+    """A model of transformers' classes with random weights, made on the device without touching the disk.
+
+    Args:
+        shape: a key of SHAPES.
+        device: where it goes.
+        dtype: torch dtype; default float32.
+        attn: attention implementation, transformers' choice where not given.
+        seed: of the weights.
+
+    Returns:
+        `llava_prune.families.load.Loaded` without tokenizer and image processor.
+
+    Raises:
+        ValueError: for an unknown shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from ..families.load import Loaded
+
+    if shape not in SHAPES:
+        raise ValueError(f"shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    torch.manual_seed(seed)
+    extra = {} if attn is None else {"attn_implementation": attn}
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(hf_config(SHAPES[shape]), dtype=dtype or torch.float32, **extra)
+    return Loaded(model.to(device).eval(), None, None, "hf", shape)
+
+
+def _write_hf(out: Path, s: ModelShape, tower: Any, llm: Iterator[tuple[str, Tensor]]) -> None:
+    """The same weights under transformers' names."""
+    from ..families.checkpoint import rename
+
+    config = hf_config(s)
     config.save_pretrained(out)
     _processor(out)
 

@@ -1,0 +1,97 @@
+"""The least time a prefill or a decoding step can take on a machine: its arithmetic, or the bytes it has to move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .flops import Size, layer_flops
+from .latency import Clock
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does at its best, measured on it.
+
+    Attributes:
+        flops: floating-point operations a second of a matrix product (a multiplication and an addition are two).
+        bandwidth: bytes a second, read and written together, of a large copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype, tokens: int, size: Size) -> Machine:
+    """The best of several products of `tokens` rows with an MLP weight of the model, and of several copies."""
+    clock = Clock(device)
+    rows = torch.randn(tokens, size.hidden, device=device).to(dtype)
+    weight = torch.randn(size.intermediate, size.hidden, device=device).to(dtype)
+    source = torch.ones(1 << 25, dtype=torch.float32, device=device)  # 128 MiB
+    target = torch.empty_like(source)
+    product = _best(clock, lambda: torch.nn.functional.linear(rows, weight))
+    copy = _best(clock, lambda: target.copy_(source))
+    return Machine(2 * tokens * weight.numel() / product, 2 * source.nbytes / copy)
+
+
+def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float = 1.0) -> float:
+    """Seconds of the fastest of up to `times` calls."""
+    best, began = float("inf"), time.perf_counter()
+    for i in range(times + 1):
+        clock.wait()
+        start = clock.mark()
+        call()
+        end = clock.mark()
+        clock.wait()
+        if i:  # the first one warms up
+            best = min(best, clock.ms(start, end) / 1000)
+        if i and time.perf_counter() - began > seconds:
+            break
+    return best
+
+
+def layer_bytes(size: Size, cached: float, width: int) -> float:
+    """Bytes a decoder layer has to move: its weights once, and keys and values of `cached` tokens.
+
+    Args:
+        size: the model.
+        cached: tokens in the layer's cache, all samples together.
+        width: bytes of a value.
+    """
+    weights = 4 * size.hidden**2 + 3 * size.hidden * size.intermediate
+    return width * (weights + 2 * cached * size.hidden)
+
+
+def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
+    """Milliseconds that no prefill can beat, layer by layer the longer of arithmetic and traffic.
+
+    Args:
+        counts: tokens of each sample (visual and text) in each layer, samples first.
+        size: the model.
+        width: bytes of a value.
+        machine: see `measure_machine`.
+    """
+    total = 0.0
+    for layer in zip(*counts, strict=True):
+        arithmetic = sum(2 * _causal(n, size) for n in layer) / machine.flops
+        total += max(arithmetic, layer_bytes(size, sum(layer), width) / machine.bandwidth)
+    return 1000 * total
+
+
+def _causal(n: float, size: Size) -> float:
+    """Equation (2) for one layer, with half its attention: the upper triangle need not be computed."""
+    return layer_flops(n, size.hidden, size.intermediate) - n**2 * size.hidden
+
+
+def decode_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
+    """Milliseconds that no step with one new token a sample can beat, given the tokens cached in each layer."""
+    total = 0.0
+    for layer in zip(*counts, strict=True):
+        arithmetic = sum(2 * layer_flops(1, size.hidden, size.intermediate) for _ in layer)
+        arithmetic += sum(4 * n * size.hidden for n in layer)
+        total += max(arithmetic / machine.flops, layer_bytes(size, sum(layer), width) / machine.bandwidth)
+    return 1000 * total

@@ -1,0 +1,187 @@
+"""Times of a request's stages: vision, prefill, decode and the whole, pruned and unpruned in turn.
+
+Times are taken where the language model is entered and left, by CUDA events on a GPU and the host's clock elsewhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..families.base import family_of
+from ..runtime.attach import pruned
+
+STAGES = ("vision", "prefill", "decode", "total")
+Ask = Callable[[], Any]
+"""Answers one batch of prompts with a fixed number of new tokens, at least 2."""
+
+
+class Clock:
+    """Marks in time on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Now, in the order of the device's work."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until the device has done all work."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two marks; call `wait` before."""
+        return float(start.elapsed_time(end)) if self.cuda else 1000 * (end - start)
+
+
+@dataclass
+class Probe:
+    """Marks of one request: entry and exit of every call of the language model, and of its layers if asked."""
+
+    clock: Clock
+    calls: list[list[Any]] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
+
+    def enter(self, *_: Any) -> None:
+        """Pre-hook of the language model."""
+        self.calls.append([self.clock.mark()])
+
+    def leave(self, *_: Any) -> None:
+        """Hook of the language model."""
+        self.calls[-1].append(self.clock.mark())
+
+    def layer(self, *_: Any) -> None:
+        """Hook and pre-hook of a decoder layer; the first call, which is the prefill, counts."""
+        if len(self.calls) == 1:
+            self.layers.append(self.clock.mark())
+
+
+@contextmanager
+def probing(model: Any, layers: bool = False) -> Iterator[Probe]:
+    """Hooks of a `Probe` for the length of the block. Enter it before `pruned`, so that its hooks run first."""
+    lm = family_of(model).language_model(model)
+    probe = Probe(Clock(next(model.parameters()).device))
+    hooks = [lm.register_forward_pre_hook(probe.enter), lm.register_forward_hook(probe.leave)]
+    for layer in lm.layers if layers else ():
+        hooks += [layer.register_forward_pre_hook(probe.layer), layer.register_forward_hook(probe.layer)]
+    try:
+        yield probe
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def once(ask: Ask, probe: Probe) -> dict[str, float]:
+    """Milliseconds of each stage of one request.
+
+    Returns:
+        "vision": from the call to the language model's first entry (tower, projector, splice and whatever a method
+        does there); "prefill": the language model on the prompt; "decode": the language model on a new token, median
+        over the tokens; "total": the whole call, with head and bookkeeping of `generate`.
+
+    Raises:
+        ValueError: when the request had fewer than 2 new tokens.
+    """
+    probe.calls.clear()
+    probe.layers.clear()
+    clock = probe.clock
+    clock.wait()
+    start = clock.mark()
+    ask()
+    end = clock.mark()
+    clock.wait()
+    if len(probe.calls) < 2:
+        raise ValueError("a request needs at least 2 new tokens to time decoding")
+    spans = [clock.ms(a, b) for a, b in probe.calls]
+    return {
+        "vision": clock.ms(start, probe.calls[0][0]),
+        "prefill": spans[0],
+        "decode": statistics.median(spans[1:]),
+        "total": clock.ms(start, end),
+    }
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def alternate(
+    model: Any, ask: Ask, method: Any, repeats: int, warmup: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]], Any]:
+    """Unpruned and pruned requests in turn, A B A B, in this process.
+
+    Args:
+        model: see `pruned`.
+        ask: one request.
+        method: a Method.
+        repeats: pairs that count.
+        warmup: pairs before them.
+
+    Returns:
+        (stages of each unpruned request, of each pruned one, the last pruned prefill's Record).
+    """
+    plain, cut, last = [], [], None
+    with probing(model) as probe, _no_collection():
+        for i in range(warmup + repeats):
+            first = once(ask, probe)
+            with pruned(model, method) as handle:
+                second = once(ask, probe)
+                last = handle.last
+            if i >= warmup:
+                plain.append(first)
+                cut.append(second)
+    return plain, cut, last
+
+
+def deciding(model: Any, ask: Ask, method: Any, repeats: int) -> list[float]:
+    """Milliseconds of a pruned prefill spent outside the decoder layers, in runs of their own.
+
+    That is scores, selection, merging and gathering, and also what an unpruned model needs there: rotary table, mask
+    and final norm.
+    """
+    out = []
+    with probing(model, layers=True) as probe, pruned(model, method), _no_collection():
+        for i in range(1 + repeats):
+            whole = once(ask, probe)["prefill"]
+            marks = probe.layers
+            inside = sum(probe.clock.ms(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True))
+            if i:
+                out.append(whole - inside)
+    return out
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """First quartile, median and third quartile under "q1", "median", "q3"."""
+    if len(values) == 1:
+        return dict.fromkeys(("q1", "median", "q3"), values[0])
+    return dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4, method="inclusive"), strict=True))
+
+
+def stages(plain: Sequence[dict[str, float]], cut: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Quartiles of both models for each stage, and of the ratio within each pair (above 1: pruned is faster)."""
+    out = {}
+    for name in STAGES:
+        a, b = [x[name] for x in plain], [x[name] for x in cut]
+        ratio = [x / y for x, y in zip(a, b, strict=True)]
+        out[name] = {"full": quartiles(a), "pruned": quartiles(b), "speedup": quartiles(ratio)}
+    return out

@@ -1,0 +1,81 @@
+"""Peak memory of a request, and of the language model in it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Peak:
+    """Bytes of tensors alive at the worst moment between `start` and `stop`, less those alive at the start.
+
+    On a GPU the allocator's own count. On a CPU the running sum of all allocations and frees that torch's profiler
+    saw: exact for tensors and for what kernels allocate through torch, blind to what a library takes from the system.
+
+    Attributes:
+        bytes: the result.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._before = 0
+        self._profile: Any = None
+
+    def start(self, *_: Any) -> None:
+        """Begin; usable as a module's pre-hook."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile.start()
+
+    def stop(self, *_: Any) -> None:
+        """End; usable as a module's hook."""
+        if self.device.type == "cuda":
+            self.bytes = int(torch.cuda.max_memory_allocated(self.device) - self._before)
+            return
+        self._profile.stop()
+        self.bytes = _highest(self._profile)
+
+
+def peaks(call: Callable[[], Any], lm: nn.Module, device: torch.device) -> dict[str, int]:
+    """Peak bytes of `call` and of the language model in it, by two calls.
+
+    Args:
+        call: a prefill that calls `lm` once.
+        lm: the language model.
+        device: where it runs.
+
+    Returns:
+        {"request": bytes above what was alive before the call, "prefill": above what was alive at the entry of `lm`}.
+    """
+    gc.collect()
+    whole, inner = Peak(device), Peak(device)
+    whole.start()
+    call()
+    whole.stop()
+    gc.collect()
+    hooks = [lm.register_forward_pre_hook(inner.start), lm.register_forward_hook(inner.stop)]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"request": whole.bytes, "prefill": inner.bytes}
+
+
+def _highest(profile: Any) -> int:
+    """Largest running sum of the allocations (positive) and frees (negative) of a profile."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest

@@ -1,0 +1,105 @@
+"""Requests of a known size for any LLaVA: random text around one random picture a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families.hf import is_next
+from ..families.load import IMAGE
+
+BEFORE = 35
+"""Text tokens before the picture in LLaVA-1.5's prompts (its system sentence), where the prompt is long enough."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch that can be asked again and again.
+
+    Attributes:
+        batch: samples.
+        text: text tokens of each.
+        visual: visual tokens of each.
+        ask: generates a fixed number of new tokens.
+        prefill: the same with a single one.
+    """
+
+    batch: int
+    text: int
+    visual: int
+    ask: Callable[[], Any]
+    prefill: Callable[[], Any]
+
+
+def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Request:
+    """Prompts with `text` tokens around a picture, greedy answers of `new` tokens.
+
+    LLaVA-NeXT gets a square picture of 672 pixels, five crops of 576 patches.
+
+    Raises:
+        ValueError: for fewer than 2 text tokens, or for package llava's anyres models.
+    """
+    if text < 2:
+        raise ValueError(f"text={text}: a prompt has at least 2 text tokens, one of them behind the picture")
+    config = loaded.model.config
+    if loaded.family == "llava" and getattr(config, "image_aspect_ratio", None) == "anyres":
+        raise ValueError("bench asks anyres models of transformers' classes only; use family='hf'")
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, min(loaded.shape.vocab, 30_000) - 64, (batch, text), generator=draw)
+    before = min(BEFORE, text // 2)
+    anyres = loaded.family == "hf" and is_next(loaded.model)
+    ask = _next(loaded, ids, before, draw) if anyres else _plain(loaded, ids, before, draw)
+    visual = _crops(loaded)[0] if anyres else loaded.n_visual
+    return Request(batch, text, visual, lambda: ask(new), lambda: ask(1))
+
+
+def _side(loaded: Any) -> int:
+    if loaded.family == "llava":
+        return int(loaded.model.get_vision_tower().config.image_size)
+    return int(loaded.model.config.vision_config.image_size)
+
+
+def _picture(loaded: Any, size: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    parameter = next(loaded.model.parameters())
+    return torch.randn(size, generator=draw).to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _plain(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:
+    rows = [[*row[:before], IMAGE, *row[before:]] for row in ids.tolist()]
+    side = _side(loaded)
+    pixels = _picture(loaded, (len(rows), 3, side, side), draw)
+    return lambda new: loaded.generate(rows, pixels, max_new_tokens=new, min_new_tokens=new)
+
+
+def _crops(loaded: Any) -> tuple[int, int]:
+    """(visual tokens of a square picture of twice the tower's side, crops of it)."""
+    side = _side(loaded)
+    grid = loaded.model.config.vision_config.image_size // loaded.model.config.vision_config.patch_size
+    sizes = torch.tensor([[2 * side, 2 * side]])
+    features = torch.zeros(5, grid * grid, loaded.shape.hidden)
+    newline = torch.zeros(loaded.shape.hidden)
+    packed = loaded.model.model.pack_image_features([features], sizes, "default", image_newline=newline)[0]
+    return packed[0].shape[0], 5
+
+
+def _next(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:
+    side, batch = _side(loaded), ids.shape[0]
+    visual, crops = _crops(loaded)
+    pictures = ids.new_full((batch, visual), loaded.model.config.image_token_id)
+    whole = torch.cat([ids[:, :before], pictures, ids[:, before:]], 1).to(loaded.model.device)
+    given = {
+        "input_ids": whole,
+        "attention_mask": torch.ones_like(whole),
+        "pixel_values": _picture(loaded, (batch, crops, 3, side, side), draw),
+        "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch),
+    }
+
+    @torch.inference_mode()
+    def ask(new: int) -> Any:
+        return loaded.model.generate(**given, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+
+    return ask

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What a GPU should show: LLaVA-1.5-7B's shape at batch 1 and 16 and LLaVA-NeXT-7B's at batch 1, random weights in
+# bfloat16, against the unpruned model with sdpa. About 20 GB of memory at batch 1, 40 GB at batch 16.
+#   bash scripts/bench/gpu.sh                         # sdpa
+#   ATTN=flash_attention_2 bash scripts/bench/gpu.sh  # with the flash-attn package
+# OUT is the folder of the results (default playground/results/bench/gpu).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+VENV="${VENV:-$PWD/.venv}"
+export VENV DEVICE="${DEVICE:-cuda}" DTYPE="${DTYPE:-bfloat16}" METHOD="${METHOD:-autoprune,autoprune-flash}"
+OUT="${OUT:-playground/results/bench/gpu}"
+bash scripts/setup.sh
+"$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "gpu.sh: no CUDA device; scripts/bench/prefill.sh runs on a CPU" >&2; exit 1; }
+bench() { "$VENV/bin/python" -m llava_prune bench --repeats "${REPEATS:-20}" --warmup "${WARMUP:-5}" "$@"; }
+bench --shape 7b --batch 1,16 --tokens 192,128,64 --text 84 --new 32 --out "$OUT/7b" --profile
+bench --shape next-7b --batch 1 --tokens 640,320,160 --text 84 --new 32 --out "$OUT/next-7b" --profile
