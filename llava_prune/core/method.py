@@ -56,6 +56,10 @@ class Method:
         """(R,) long: columns whose attention in `layer` `cut` wants to see; None for none."""
         return None
 
+    def middle(self, layer: int, spans: Spans) -> bool:
+        """Whether `cut` wants `View.middle` of `layer`."""
+        return False
+
     def cut(self, layer: int, view: View) -> Cut | None:
         """Asked after each decoder layer, and with layer -1 before the first. None leaves the sequence alone."""
         return None

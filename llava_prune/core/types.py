@@ -67,6 +67,9 @@ class View:
         counts: rows of each sample that are not visual and not padding.
         carried: name -> (B, V) values that `reduce` left, by original visual index; read them with `carry`.
         next_rows: function rows (R,) -> (B, H, R, L) float32, the next layer's attention on these states.
+        rope: cosine and sine of the layer's positions, each (B or 1, L, dh).
+        entering: (B, L, D) input of the layer, None before the first.
+        middle: (B, L, D) what the layer's MLP was given (the norm after attention), where `Method.middle` asked.
     """
 
     hidden: Tensor
@@ -79,6 +82,9 @@ class View:
     counts: tuple[int, ...]
     carried: dict[str, Tensor] = field(default_factory=dict)
     next_rows: Callable[[Tensor], Tensor] | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    entering: Tensor | None = None
+    middle: Tensor | None = None
 
     def carry(self, name: str) -> Tensor:
         """(B, L) values that `reduce` left under `name`; 0 on text, filler and merged tokens.

@@ -16,7 +16,7 @@ from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids, refuse_picture, request_of
-from .rows import text_rows
+from .rows import middle_of, text_rows
 
 
 class State:
@@ -181,7 +181,7 @@ class _Prefill:
         layers = len(self.lm.layers)
         return Spans(self.hidden.shape[1], self.n_text, self.text, self.n_visual, layers)
 
-    def _view(self, probs: Tensor | None, next_rows: Any) -> View:
+    def _view(self, probs: Tensor | None, next_rows: Any, *layer: Any) -> View:
         return View(
             self.hidden,
             self.visual,
@@ -193,6 +193,7 @@ class _Prefill:
             self.counts,
             self.carried,
             next_rows,
+            *layer,
         )
 
     def _mask(self, layer: int) -> Any:
@@ -246,23 +247,26 @@ class _Prefill:
         for i, layer in enumerate(layers):
             self.trace.entries.append((self.ids, self.visual))
             entering = self.hidden
-            wanted = self.method.rows(i, self._spans())
-            self.hidden = layer(
-                entering,
-                attention_mask=mask,
-                position_embeddings=rope,
-                position_ids=None,
-                past_key_values=self.cache,
-                use_cache=self.cache is not None,
-                **kwargs,
-            )
+            spans = self._spans()
+            wanted = self.method.rows(i, spans)
+            with middle_of(layer, self.method.middle(i, spans)) as middle:
+                self.hidden = layer(
+                    entering,
+                    attention_mask=mask,
+                    position_embeddings=rope,
+                    position_ids=None,
+                    past_key_values=self.cache,
+                    use_cache=self.cache is not None,
+                    **kwargs,
+                )
             score = _Scores(layer, entering, rope, wanted, self.valid, self._keys(i))
             if i + 1 == len(layers):
                 if type(self.method).cut is not Method.cut:
                     self.trace.final = _Final(self.method, i, score, self._view(None, None))
                 break
+            seen = rope, entering, middle[0] if middle else None
             nxt = _Scores(layers[i + 1], self.hidden, rope, None, self.valid, None)
-            cut = self.method.cut(i, self._view(score(), nxt.rows))
+            cut = self.method.cut(i, self._view(score(), nxt.rows, *seen))
             if cut is not None:
                 self._apply(i, cut)
                 rope, mask = self._rope(), self._mask(i + 1)

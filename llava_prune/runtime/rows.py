@@ -6,6 +6,9 @@ so no L x L map exists anywhere.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,3 +73,24 @@ def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> tuple[Tens
     keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)
     query = attn.q_proj(states[:, rows]).view(n, len(rows), -1, attn.head_dim).transpose(1, 2)
     return (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32), keys
+
+
+@contextmanager
+def middle_of(layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Catch what a decoder layer's MLP is given while it runs in this thread: a list of one tensor (B, L, D)."""
+    box: list[Tensor] = []
+    if not wanted:
+        yield box
+        return
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:
+            box[:] = [output.detach()]
+
+    norm: Any = layer.post_attention_layernorm
+    hook = norm.register_forward_hook(keep)
+    try:
+        yield box
+    finally:
+        hook.remove()

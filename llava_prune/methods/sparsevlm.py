@@ -1,0 +1,310 @@
+"""SparseVLM: words that look at the picture rate its tokens; some of the pruned ones are recycled."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.budget import recycled
+from ..core.checks import choice, real, whole
+from ..core.information import text_attention
+from ..core.method import Method
+from ..core.registry import register
+from ..core.select import keep_best
+from ..core.types import Cut, Spans, View
+
+LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
+RETAIN: dict[str, dict[int, tuple[int, ...]]] = {
+    "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+SCALES = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
+"""Version 1.0: (scale, bias) of the released scripts, each tuned on another benchmark (MME, POPE, TextVQA)."""
+Step = tuple[int, int, int]
+"""(kept, recycled, clusters) after one layer."""
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    **{str(b): {"tokens": b} for b in (192, 128, 96, 64, 288, 144, 58, 640, 320, 160)},
+    **{f"plus-{b}": {"tokens": b, "version": "2.0"} for b in (192, 128, 96, 64, 288, 144, 58, 640, 320, 160)},
+    **{f"v1-{b}": {"tokens": b, "version": "1.0"} for b in (192, 128, 64)},
+}
+
+
+def chain(n_visual: int, retain: Sequence[int], merging: bool) -> list[Step]:
+    """What every sparse layer keeps, recycles and merges; at least one token goes at each.
+
+    Returns:
+        One (kept, recycled, clusters) a sparse layer; kept + clusters leave it.
+    """
+    steps, now = [], n_visual
+    for want in retain:
+        keep = max(0, min(want, now - 1))
+        pool, clusters = recycled(now - keep) if merging else (0, 0)
+        steps.append((keep, pool, clusters))
+        now = keep + clusters
+    return steps
+
+
+@functools.lru_cache(maxsize=512)
+def schedule(tokens: int, n_visual: int, n_layers: int, version: str) -> dict[int, Step]:
+    """Sparse layers and their counts for a budget, an average of tokens *leaving* the layers.
+
+    32 layers, 576 tokens and a budget of the official table: that table. Otherwise the sparse layers move with the depth
+    ("after 3, 7 and 16 of 32 layers"), and the counts of the table's nearest budget, as a share of the picture, are
+    multiplied by the factor that brings the average nearest to the budget. Where the layers before the first sparse one
+    alone exceed it, that one moves forward.
+
+    Raises:
+        ValueError: when no factor meets the budget.
+    """
+    tables, merging = RETAIN[version], version != "2.0"
+    if n_layers == 32 and n_visual == 576 and tokens in tables:
+        return dict(zip(LAYERS[version], chain(n_visual, tables[tokens], merging), strict=True))
+    share = tokens * 576 / n_visual
+    shape = tables[min(tables, key=lambda b: abs(math.log(b / share)))]
+    wanted = [max(1, round((x + 1) * n_layers / 32)) - 1 for x in LAYERS[version]]
+    for first in range(wanted[0], -1, -1):
+        layers = [first]
+        for x in wanted[1:]:
+            layers.append(max(layers[-1] + 1, x))
+        if layers[-1] > n_layers - 1:
+            break
+        gap, steps = _fit(tokens, n_visual, n_layers, layers, shape, merging)
+        if gap <= 0.05 * tokens:
+            return dict(zip(layers, steps, strict=True))
+    raise ValueError(
+        f"tokens={tokens}: no counts of {len(wanted)} sparse layers on {n_layers} layers bring {n_visual} visual tokens "
+        "to that average; give layers and retain, or another budget"
+    )
+
+
+def _fit(
+    tokens: int, n_visual: int, n_layers: int, layers: Sequence[int], shape: Sequence[int], merging: bool
+) -> tuple[float, list[Step]]:
+    """The factor on `shape` by bisection: distance of the average to the budget, and the counts."""
+    low, high = 0.0, n_visual / min(shape)
+    best: tuple[float, list[Step]] = (math.inf, [])
+    for _ in range(40):
+        factor = (low + high) / 2
+        steps = chain(n_visual, [max(1, round(factor * k)) for k in shape], merging)
+        leaving = _entering(dict(zip(layers, steps, strict=True)), n_visual, n_layers + 1)[1:]
+        average = sum(leaving) / n_layers
+        if abs(average - tokens) < best[0]:
+            best = abs(average - tokens), steps
+        low, high = (factor, high) if average < tokens else (low, factor)
+    return best
+
+
+def _entering(steps: dict[int, Step], n_visual: int, n_layers: int) -> list[int]:
+    counts = [n_visual]
+    for layer in range(n_layers - 1):
+        keep, _, clusters = steps.get(layer, (counts[-1], 0, 0))
+        counts.append(keep + clusters)
+    return counts
+
+
+@register("sparsevlm", presets=_PRESETS)
+@dataclass(frozen=True)
+class SparseVLM(Method):
+    """At a few layers the visual tokens that the raters attend to least go, and some come back as cluster means.
+
+    Raters: text tokens after the picture whose mean softmax weight under raw products of embeddings (visual x text, over
+    the text) is above the average, chosen once before layer 0; all of them where none is. Score at a sparse layer: its
+    attention, mean over heads and raters. Source: Gumpest/SparseVLMs; deviations: no random noise on the cluster
+    densities, raters and scores in float32, and rows of all text tokens are computed (the raters' number is known to
+    the device only).
+
+    "1.5": fixed counts, recycling, positions 0..n-1 and each layer's cache length for new tokens. "2.0" (SparseVLM+):
+    no recycling, positions kept, attention divided by its value for vectors of ones under the rotary embedding, and only
+    the heads with the most attention from raters to the picture vote. "1.0": the count is scale x rank of the raters'
+    attention + bias, which the data decide and which is read from the device at every sparse layer; the scripts'
+    scales were tuned per benchmark, others are not published.
+
+    Args:
+        tokens: budget, the mean over layers of visual tokens *leaving* (the official counter); see `schedule`.
+        version: "1.0", "1.5" or "2.0".
+        layers: sparse layers, 0-based, in place of the table's.
+        retain: tokens kept at each of them, in place of the table's.
+        heads: heads that vote in "2.0"; default 14 of 32, the same share of other numbers.
+        scale: of the rank in "1.0"; default by `tokens` (192, 128 and 64 only).
+        bias: added to it.
+    """
+
+    tokens: int | None = None
+    version: Literal["1.0", "1.5", "2.0"] = "1.5"
+    layers: Sequence[int] | None = None
+    retain: Sequence[int] | None = None
+    heads: int | None = None
+    scale: float | None = None
+    bias: float | None = None
+
+    paper = "SparseVLM: Visual Token Sparsification for Efficient VLM Inference, ICML 2025 (arXiv 2410.04417)"
+    where = "language model, after layers 2, 6, 15 of 32 (0-based)"
+    source = "Gumpest/SparseVLMs @ 26a5f48"
+    licence = "Apache-2.0"
+    positions = "renumber"
+    decode = "cache"
+    batch = "any (official code: 1)"
+    instead = ("retain", "scale")
+
+    def __post_init__(self) -> None:
+        choice("version", self.version, tuple(LAYERS))
+        for name in ("layers", "retain"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+                for n in getattr(self, name):
+                    whole(name, n)
+        for name in ("tokens", "heads"):
+            whole(name, getattr(self, name), 1)
+        real("scale", self.scale, 0)
+        real("bias", self.bias)
+        if self.version == "2.0":
+            object.__setattr__(self, "positions", "keep")
+            object.__setattr__(self, "decode", "original")
+        self._check()
+
+    def _check(self) -> None:
+        layers = self.layers or LAYERS[self.version]
+        if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
+            raise ValueError(f"layers={self.layers}: give them in ascending order")
+        ranked = self.version == "1.0"
+        if (self.retain is not None and ranked) or (self.scale is not None and not ranked):
+            raise ValueError("version '1.0' counts by scale and bias, '1.5' and '2.0' by retain")
+        if self.tokens is not None and (self.retain is not None or self.scale is not None):
+            raise ValueError(f"tokens={self.tokens} and retain or scale both fix the counts; give one")
+        if ranked and self.scale is None and self.budget not in SCALES:
+            raise ValueError(
+                f"tokens={self.tokens}: scales of version '1.0' are known for {sorted(SCALES)}; give scale"
+            )
+        if not ranked and self.retain is None and self.layers is not None:
+            raise ValueError("layers need retain, the tokens kept at each of them")
+        if self.retain is not None and len(self.retain) != len(layers):
+            raise ValueError(f"retain={self.retain}: give one count for each of the layers {layers}")
+
+    @property
+    def budget(self) -> int:
+        """`tokens`, 192 where it was not given."""
+        return 192 if self.tokens is None else self.tokens
+
+    def steps(self, n_visual: int, n_layers: int) -> dict[int, Step]:
+        """Layer -> (kept, recycled, clusters) for versions 1.5 and 2.0.
+
+        Raises:
+            ValueError: for a layer the model does not have, or a budget nobody can meet.
+        """
+        if n_visual == 0 or (self.retain is None and self.budget >= n_visual):
+            return {}
+        if self.retain is None:
+            return schedule(self.budget, n_visual, n_layers, self.version)
+        layers = self._layers(n_layers)
+        return dict(zip(layers, chain(n_visual, self.retain, self.version == "1.5"), strict=True))
+
+    def _layers(self, n_layers: int) -> Sequence[int]:
+        layers = self.layers or LAYERS[self.version]
+        if layers[-1] >= n_layers:
+            raise ValueError(f"layers={layers}: this model has {n_layers} layers, 0 to {n_layers - 1}")
+        return layers
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        if self.version == "1.0":
+            return None
+        return _entering(self.steps(n_visual, n_layers), n_visual, n_layers)
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        if self.version == "1.0":
+            return None
+        counts = _entering(self.steps(n_visual, n_layers), n_visual, n_layers + 1)
+        return counts[:-1], counts[1:], ""
+
+    # ---------------------------------------------------------------------------------------------------------
+    def _sparse(self, layer: int, spans: Spans) -> bool:
+        if self.version == "1.0":
+            return layer in self._layers(spans.n_layers)
+        return any(layer in self.steps(n, spans.n_layers) for n in spans.n_visual)
+
+    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+        return spans.text_rows() if self._sparse(layer, spans) else None
+
+    def cut(self, layer: int, view: View) -> Cut | None:
+        if layer < 0:
+            view.scratch["raters"] = raters(view.hidden, view.visual, view.spans.text)
+            view.scratch["now"] = list(view.spans.n_visual)
+            return None
+        if view.probs is None or not self._sparse(layer, view.spans):
+            return None
+        score = self._score(view)
+        now: list[int] = view.scratch["now"]
+        if self.version == "1.0":
+            steps = self._ranked(view, now)
+        else:
+            tables = [self.steps(n, view.spans.n_layers) for n in view.spans.n_visual]
+            steps = [t.get(layer, (n, 0, 0)) for t, n in zip(tables, now, strict=True)]
+        keep, pool, clusters = (list(x) for x in zip(*steps, strict=True))
+        view.scratch["now"] = [k + c for k, c in zip(keep, clusters, strict=True)]
+        return None if keep == now else keep_best(view, score, keep, clusters, pool)
+
+    def _score(self, view: View) -> Tensor:
+        """(B, L) attention of the raters."""
+        assert view.probs is not None
+        voters: Tensor = view.scratch["raters"]  # (B, R)
+        if self.version != "2.0":
+            return text_attention(view.probs, voters)
+        assert view.rope is not None
+        scaled = view.probs / rotary_ones(*view.rope, view.spans.text_rows())[:, None]  # (B, H, R, L)
+        live = voters[:, None, :, None] & view.visual[:, None, None]
+        mass = scaled.masked_fill(~live, 0).sum((2, 3))  # (B, H)
+        count = mass.shape[1] if self.heads is None else self.heads
+        count = max(1, round(14 / 32 * count)) if self.heads is None else min(count, mass.shape[1])
+        chosen = mass.topk(count, dim=1).indices  # (B, h)
+        return text_attention(scaled.gather(1, chosen[..., None, None].expand(-1, -1, *scaled.shape[2:])), voters)
+
+    def _ranked(self, view: View, now: list[int]) -> list[Step]:
+        """Version 1.0: counts from the rank of the raters' attention, the one read of a sparse layer."""
+        assert view.probs is not None
+        voters: Tensor = view.scratch["raters"]
+        live = voters[:, :, None] & view.visual[:, None]  # (B, R, L)
+        matrix = view.probs.mean(1).masked_fill(~live, 0)
+        size = torch.maximum(voters.sum(1), view.visual.sum(1)).float()
+        ranks = torch.linalg.matrix_rank(matrix, rtol=size * torch.finfo(matrix.dtype).eps).tolist()
+        known = SCALES.get(self.budget, (0.0, 0.0))
+        scale = known[0] if self.scale is None else self.scale
+        bias = (known[1] if self.scale is None else 0.0) if self.bias is None else self.bias
+        steps = []
+        for rank, n in zip(ranks, now, strict=True):
+            keep = n if rank == n else max(0, min(int(rank * scale + bias), n - 1))
+            steps.append((keep, *recycled(n - keep)))
+        return steps
+
+
+def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """Text tokens that vote.
+
+    Args:
+        hidden: (B, L, D) embeddings.
+        visual: (B, L) bool.
+        text: (B, R) bool, live ones among the last R columns.
+
+    Returns:
+        (B, R) bool: weight above the average; all of `text` where none is.
+    """
+    states = hidden.float()
+    product = states @ states[:, -text.shape[1] :].transpose(1, 2)  # (B, L, R)
+    share = product.masked_fill(~text[:, None], torch.finfo(product.dtype).min).softmax(2)
+    picture = visual.to(share.dtype)
+    weight = (share * picture[..., None]).sum(1) / picture.sum(1, keepdim=True).clamp(min=1)  # (B, R)
+    average = weight.masked_fill(~text, 0).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
+    chosen = text & (weight > average)
+    return torch.where(chosen.any(1, keepdim=True), chosen, text)
+
+
+def rotary_ones(cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
+    """(B or 1, R, L): scaled product of vectors of ones under the rotary embedding, 2/sqrt(d) sum cos((p_i - p_j) t)."""
+    half = cos.shape[-1] // 2
+    turned = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()  # (B, L, dh)
+    return turned[:, rows] @ turned.transpose(1, 2) / cos.shape[-1] ** 0.5

@@ -1,0 +1,142 @@
+"""VTW: visual tokens withdrawal. From one layer on there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.checks import at_most_one, real, whole
+from ..core.method import Method
+from ..core.registry import register
+from ..core.select import assemble
+from ..core.types import Cut, View
+
+_PRESETS: dict[str, dict[str, int | float]] = {
+    "half": {"flops": 0.5},
+    "k15": {"layer": 15},
+    "k16": {"layer": 16},
+    "k20": {"layer": 20},
+    **{str(b): {"tokens": b} for b in (192, 128, 64, 288, 144, 58, 640, 320, 160)},
+}
+
+
+@register("vtw", presets=_PRESETS)
+@dataclass(frozen=True)
+class VTW(Method):
+    """All visual tokens leave before layer index `layer`; nothing is ranked.
+
+    Source: lzhxmu/VTW. Text keeps its positions, layers before the withdrawal keep the visual tokens in their caches.
+
+    Nothing given is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of the FLOPs
+    counted on visual tokens alone ("half"). "k15" is the README's setting. The paper has no rows at 192, 128 and 64:
+    there the layer is the one whose average is nearest.
+
+    Args:
+        tokens: budget, the mean over layers of visual tokens entering; the nearest layer, at least 1.
+        layer: first layer without visual tokens, 0..L.
+        flops: share of the unpruned model's FLOPs on visual tokens alone, 0..1; with no text every layer costs the
+            same, so it is the share of layers.
+    """
+
+    tokens: int | None = None
+    layer: int | None = None
+    flops: float | None = None
+
+    paper = "Boosting Multimodal LLMs via Visual Tokens Withdrawal, AAAI 2025 (arXiv 2405.05803)"
+    where = "language model, all of them before one layer"
+    source = "lzhxmu/VTW @ a3d8cfc"
+    licence = "none given"
+    batch = "any (official code: 1)"
+    instead = ("layer", "flops")
+
+    def __post_init__(self) -> None:
+        at_most_one(tokens=self.tokens, layer=self.layer, flops=self.flops)
+        whole("tokens", self.tokens, 1)
+        whole("layer", self.layer)
+        real("flops", self.flops, 0, 1)
+
+    def first(self, n_visual: int, n_layers: int) -> int:
+        """First layer without visual tokens.
+
+        Raises:
+            ValueError: for a layer above the model's depth.
+        """
+        if self.layer is not None:
+            if self.layer > n_layers:
+                raise ValueError(f"layer={self.layer}: this model has {n_layers} layers; give at most {n_layers}")
+            return self.layer
+        if self.tokens is not None:
+            if self.tokens >= n_visual:
+                return n_layers
+            return max(1, int(self.tokens * n_layers / n_visual + 0.5))
+        return int((0.5 if self.flops is None else self.flops) * n_layers + 0.5)
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        if n_visual == 0:
+            return [0] * n_layers
+        first = self.first(n_visual, n_layers)
+        return [n_visual] * first + [0] * (n_layers - first)
+
+    def cut(self, layer: int, view: View) -> Cut | None:
+        keep = self.keep_after(layer, view.spans)
+        if keep is None:
+            return None
+        stays = torch.tensor([k > 0 for k in keep]).to(view.visual.device, non_blocking=True)[:, None]  # (B, 1)
+        lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
+        return assemble(view.visual & stays, view.visual, view.valid, lengths)
+
+
+ETA = {"llava-v1.5-7b": 0.003, "llava-v1.5-13b": 0.0005, "llava-v1.6-vicuna-7b": 0.0001}
+"""Thresholds of the official search; 0.003 for any other model."""
+
+
+def divergence(full: Tensor, withdrawn: Tensor) -> Tensor:
+    """KL(P_withdrawn || P_full) of the last prompt token, the direction of the official code.
+
+    Args:
+        full: (..., vocabulary) logits of the unpruned model.
+        withdrawn: the same with visual tokens withdrawn.
+
+    Returns:
+        (...,) float32.
+    """
+    p, q = withdrawn.float().log_softmax(-1), full.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def first_below(errors: Sequence[float], eta: float, start: int = 5) -> int:
+    """The first layer whose mean divergence is at most `eta`, errors beginning at layer `start`.
+
+    Raises:
+        ValueError: when none is.
+    """
+    for layer, error in enumerate(errors, start):
+        if error <= eta:
+            return layer
+    raise ValueError(f"no layer from {start} on has a divergence of at most {eta:g}; least is {min(errors):g}")
+
+
+def find_layer(
+    logits: Callable[[VTW | None], Tensor], n_layers: int, eta: float = 0.003, start: int = 5
+) -> tuple[int, list[float]]:
+    """The official search for the withdrawal layer.
+
+    Args:
+        logits: gives (samples, vocabulary) logits at the last prompt token, of the model pruned by what it is given,
+            or unpruned for None.
+        n_layers: depth of the model.
+        eta: threshold, see `ETA`.
+        start: first candidate.
+
+    Returns:
+        The layer, and the mean divergence of every candidate.
+
+    Raises:
+        ValueError: when no candidate is good enough.
+    """
+    full = logits(None)
+    errors = [float(divergence(full, logits(VTW(layer=k))).mean()) for k in range(start, n_layers)]
+    return first_below(errors, eta, start), errors
