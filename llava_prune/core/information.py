@@ -1,4 +1,4 @@
-"""Mutual information between text and image as attention shows it."""
+"""What text says of a picture: mutual information, attention, and which words look at it."""
 
 from __future__ import annotations
 
@@ -41,3 +41,31 @@ def text_attention(attention: Tensor, text: Tensor) -> Tensor:
     """
     weight = text / text.sum(1, keepdim=True).clamp(min=1)  # (B, R)
     return torch.einsum("bhrl,br->bl", torch.nan_to_num(attention), weight.to(attention.dtype)) / attention.shape[1]
+
+
+def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
+    """Text tokens that vote.
+
+    Args:
+        hidden: (B, L, D) embeddings.
+        visual: (B, L) bool.
+        text: (B, R) bool, live ones among the last R columns.
+
+    Returns:
+        (B, R) bool: weight above the average; all of `text` where none is.
+    """
+    states = hidden.float()
+    product = states @ states[:, -text.shape[1] :].transpose(1, 2)  # (B, L, R)
+    share = product.masked_fill(~text[:, None], torch.finfo(product.dtype).min).softmax(2)
+    picture = visual.to(share.dtype)
+    weight = (share * picture[..., None]).sum(1) / picture.sum(1, keepdim=True).clamp(min=1)  # (B, R)
+    average = weight.masked_fill(~text, 0).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
+    chosen = text & (weight > average)
+    return torch.where(chosen.any(1, keepdim=True), chosen, text)
+
+
+def rotary_ones(cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
+    """(B or 1, R, L): 2 / sqrt(d) sum_k cos((p_i - p_j) theta_k), the scaled product of rotated vectors of ones."""
+    half = cos.shape[-1] // 2
+    turned = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()  # (B, L, dh)
+    return turned[:, rows] @ turned.transpose(1, 2) / cos.shape[-1] ** 0.5

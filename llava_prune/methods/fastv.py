@@ -10,6 +10,7 @@ from ..core.checks import at_most_one, real, whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
+from ..core.stages import after_full
 from ..core.types import Cut, Spans, View
 
 _PRESETS: dict[str, dict[str, int | float]] = {
@@ -78,10 +79,9 @@ class FastV(Method):
         if self.tokens >= n_visual:
             return self.layer or 1, n_visual
         for full in (2, 1) if self.layer is None else (self.layer,):
-            if full < n_layers:
-                keep = round((self.tokens * n_layers - full * n_visual) / (n_layers - full))
-                if keep >= 1:
-                    return full, keep
+            keep = after_full(self.tokens, n_visual, n_layers, full)
+            if keep >= 1:
+                return full, keep
         raise ValueError(
             f"tokens={self.tokens}: {full} full layer(s) of {n_layers} with {n_visual} visual tokens exceed that; "
             f"give at least {full * n_visual // n_layers + 1}" + (" or a smaller layer" if full > 1 else "")

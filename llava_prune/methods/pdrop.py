@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +13,10 @@ from ..core.checks import at_most_one, choice, real, whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
+from ..core.stages import pyramid, pyramid_recipe
 from ..core.types import Cut, Spans, View
 
 HALVES = (0.5, 0.25, 0.125)
-STAGES = (2, 8, 16)
-"""Stages of 32 layers that the author recommends for small budgets (issue #29 of the official repository)."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "official": {"layers": (8, 16, 24), "ratios": HALVES},
@@ -29,56 +27,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "64-script": {"layers": (2, 8, 16), "ratios": (0.111, 0.056, 0.028)},
     "128-fork": {"layers": (1, 10, 15), "ratios": (218 / 576, 128 / 576, 54 / 576)},
 }
-
-
-@functools.lru_cache(maxsize=512)
-def recipe(tokens: int, n_visual: int, n_layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Stages and ratios for a budget: the author's l, l^2, l^3 with the stages [2, 8, 16] of 32 layers.
-
-    Other depths scale the stages. l has as few decimals, from two on, as bring the mean of tokens entering within 2 %
-    of the budget; on 32 layers and 576 tokens that is .56, .42 and .19 for 192, 128 and 64. Where the layers before the
-    first drop alone exceed the budget, the first drop moves to layer 1.
-
-    Raises:
-        ValueError: when no l meets the budget.
-    """
-    first, *later = (round(s * n_layers / 32) for s in STAGES)
-    for start in dict.fromkeys((max(1, first), 1)):
-        if start * n_visual >= tokens * n_layers:
-            continue
-        stages = [start]
-        for s in later:
-            stages.append(max(stages[-1] + 1, s))
-        if stages[-1] >= n_layers:
-            break
-        for decimals in (2, 3, 4, 5, 6):
-            unit = 10**decimals
-            low, high = 0, unit  # the mean grows with l: the last l that is not above the budget, and its neighbour
-            while high - low > 1:
-                middle = (low + high) // 2
-                over = _mean(middle / unit, stages, n_visual, n_layers) > tokens
-                low, high = (low, middle) if over else (middle, high)
-            best = min((low, high), key=lambda x: abs(_mean(x / unit, stages, n_visual, n_layers) - tokens))
-            if abs(_mean(best / unit, stages, n_visual, n_layers) - tokens) <= 0.02 * tokens:
-                break
-        share = best / unit
-        return tuple(stages), (share, share**2, share**3)
-    raise ValueError(
-        f"tokens={tokens}: no schedule of three drops on {n_layers} layers brings {n_visual} visual tokens to that "
-        "average; give layers and ratios, or a larger budget"
-    )
-
-
-def _mean(share: float, stages: Sequence[int], n_visual: int, n_layers: int) -> float:
-    counts = _counts(stages, (share, share**2, share**3), n_visual, n_layers)
-    return sum(counts) / n_layers
-
-
-def _counts(stages: Sequence[int], ratios: Sequence[float], n_visual: int, n_layers: int) -> list[int]:
-    """Visual tokens entering each layer: int(share of the original count) from each stage on."""
-    ends = [0, *stages, n_layers]
-    kept = [n_visual, *(int(n_visual * r) for r in ratios)]
-    return [k for k, a, b in zip(kept, ends[:-1], ends[1:], strict=True) for _ in range(b - a)]
 
 
 @register("pdrop", presets=_PRESETS)
@@ -92,8 +40,8 @@ class PyramidDrop(Method):
 
     Nothing given is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40 layers
     the official scripts pass [8, 16, 24] all the same ("official"). Schedules of the published rows at 192, 128 and 64
-    are unknown; `tokens` follows the author's recipe (see `recipe`), and other candidates are presets: "192-stages"
-    keeps the paper's stages, "128-script", "64-script" and "128-fork" are third parties'.
+    are unknown; `tokens` follows the author's recipe (`core.stages.pyramid_recipe`), and other candidates are presets:
+    "192-stages" keeps the paper's stages, "128-script", "64-script" and "128-fork" are third parties'.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering (the author's definition).
@@ -143,7 +91,7 @@ class PyramidDrop(Method):
             ValueError: for layers the model does not have, or a budget nobody can meet.
         """
         if self.tokens is not None:
-            return ((), ()) if self.tokens >= n_visual else recipe(self.tokens, n_visual, n_layers)
+            return ((), ()) if self.tokens >= n_visual else pyramid_recipe(self.tokens, n_visual, n_layers)
         ratios = tuple(self.ratios or HALVES)
         stages = self.layers
         if stages is None:
@@ -156,7 +104,7 @@ class PyramidDrop(Method):
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         if n_visual == 0:
             return [0] * n_layers
-        return _counts(*self.schedule(n_visual, n_layers), n_visual, n_layers)
+        return pyramid(*self.schedule(n_visual, n_layers), n_visual, n_layers)
 
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
         if self.score == "next" or self.keep_after(layer, spans) is None:

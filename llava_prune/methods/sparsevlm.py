@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from ..core.budget import recycled
 from ..core.checks import choice, real, whole
-from ..core.information import text_attention
+from ..core.information import raters, rotary_ones, text_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
+from ..core.stages import Step, chain, entering, sparse_schedule
 from ..core.types import Cut, Spans, View
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
@@ -26,8 +26,6 @@ RETAIN: dict[str, dict[int, tuple[int, ...]]] = {
 }
 SCALES = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 """Version 1.0: (scale, bias) of the released scripts, each tuned on another benchmark (MME, POPE, TextVQA)."""
-Step = tuple[int, int, int]
-"""(kept, recycled, clusters) after one layer."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     **{str(b): {"tokens": b} for b in (192, 128, 96, 64, 288, 144, 58, 640, 320, 160)},
@@ -36,98 +34,27 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def chain(n_visual: int, retain: Sequence[int], merging: bool) -> list[Step]:
-    """What every sparse layer keeps, recycles and merges; at least one token goes at each.
-
-    Returns:
-        One (kept, recycled, clusters) a sparse layer; kept + clusters leave it.
-    """
-    steps, now = [], n_visual
-    for want in retain:
-        keep = max(0, min(want, now - 1))
-        pool, clusters = recycled(now - keep) if merging else (0, 0)
-        steps.append((keep, pool, clusters))
-        now = keep + clusters
-    return steps
-
-
-@functools.lru_cache(maxsize=512)
-def schedule(tokens: int, n_visual: int, n_layers: int, version: str) -> dict[int, Step]:
-    """Sparse layers and their counts for a budget, an average of tokens *leaving* the layers.
-
-    32 layers, 576 tokens and a budget of the official table: that table. Otherwise the sparse layers move with the depth
-    ("after 3, 7 and 16 of 32 layers"), and the counts of the table's nearest budget, as a share of the picture, are
-    multiplied by the factor that brings the average nearest to the budget. Where the layers before the first sparse one
-    alone exceed it, that one moves forward.
-
-    Raises:
-        ValueError: when no factor meets the budget.
-    """
-    tables, merging = RETAIN[version], version != "2.0"
-    if n_layers == 32 and n_visual == 576 and tokens in tables:
-        return dict(zip(LAYERS[version], chain(n_visual, tables[tokens], merging), strict=True))
-    share = tokens * 576 / n_visual
-    shape = tables[min(tables, key=lambda b: abs(math.log(b / share)))]
-    wanted = [max(1, round((x + 1) * n_layers / 32)) - 1 for x in LAYERS[version]]
-    for first in range(wanted[0], -1, -1):
-        layers = [first]
-        for x in wanted[1:]:
-            layers.append(max(layers[-1] + 1, x))
-        if layers[-1] > n_layers - 1:
-            break
-        gap, steps = _fit(tokens, n_visual, n_layers, layers, shape, merging)
-        if gap <= 0.05 * tokens:
-            return dict(zip(layers, steps, strict=True))
-    raise ValueError(
-        f"tokens={tokens}: no counts of {len(wanted)} sparse layers on {n_layers} layers bring {n_visual} visual tokens "
-        "to that average; give layers and retain, or another budget"
-    )
-
-
-def _fit(
-    tokens: int, n_visual: int, n_layers: int, layers: Sequence[int], shape: Sequence[int], merging: bool
-) -> tuple[float, list[Step]]:
-    """The factor on `shape` by bisection: distance of the average to the budget, and the counts."""
-    low, high = 0.0, n_visual / min(shape)
-    best: tuple[float, list[Step]] = (math.inf, [])
-    for _ in range(40):
-        factor = (low + high) / 2
-        steps = chain(n_visual, [max(1, round(factor * k)) for k in shape], merging)
-        leaving = _entering(dict(zip(layers, steps, strict=True)), n_visual, n_layers + 1)[1:]
-        average = sum(leaving) / n_layers
-        if abs(average - tokens) < best[0]:
-            best = abs(average - tokens), steps
-        low, high = (factor, high) if average < tokens else (low, factor)
-    return best
-
-
-def _entering(steps: dict[int, Step], n_visual: int, n_layers: int) -> list[int]:
-    counts = [n_visual]
-    for layer in range(n_layers - 1):
-        keep, _, clusters = steps.get(layer, (counts[-1], 0, 0))
-        counts.append(keep + clusters)
-    return counts
-
-
 @register("sparsevlm", presets=_PRESETS)
 @dataclass(frozen=True)
 class SparseVLM(Method):
     """At a few layers the visual tokens that the raters attend to least go, and some come back as cluster means.
 
-    Raters: text tokens after the picture whose mean softmax weight under raw products of embeddings (visual x text, over
-    the text) is above the average, chosen once before layer 0; all of them where none is. Score at a sparse layer: its
-    attention, mean over heads and raters. Source: Gumpest/SparseVLMs; deviations: no random noise on the cluster
-    densities, raters and scores in float32, and rows of all text tokens are computed (the raters' number is known to
-    the device only).
+    Raters: text tokens behind the picture whose weight under products of embeddings is above the average (`raters`),
+    chosen once. Score at a sparse layer: its attention, mean over heads and raters. Source: Gumpest/SparseVLMs;
+    deviations: no random noise on cluster densities, raters and scores in float32, and rows of all text tokens are
+    computed (how many rate is known to the device only).
 
-    "1.5": fixed counts, recycling, positions 0..n-1 and each layer's cache length for new tokens. "2.0" (SparseVLM+):
-    no recycling, positions kept, attention divided by its value for vectors of ones under the rotary embedding, and only
-    the heads with the most attention from raters to the picture vote. "1.0": the count is scale x rank of the raters'
-    attention + bias, which the data decide and which is read from the device at every sparse layer; the scripts'
-    scales were tuned per benchmark, others are not published.
+    "1.5": fixed counts, recycling, positions 0..n-1, new tokens after each layer's cache. "2.0" (SparseVLM+): no
+    recycling, positions kept, attention divided by its value for vectors of ones under the rotary embedding, and only
+    the heads with the most of it from raters to the picture vote. "1.0": the count is scale x rank of the raters'
+    attention + bias, read from the device at each of four layers; its scales were tuned per benchmark.
+
+    `tokens` of the official tables (192, 128, 96, 64 on 32 layers and 576 tokens) take those; otherwise counts of the
+    nearest table are scaled to the budget (`core.stages.sparse_schedule`). Readings as presets: "192" is version 1.5,
+    "plus-192" 2.0, "v1-192" 1.0 with the scripts' scale (tuned on MME; 128 on POPE, 64 on TextVQA).
 
     Args:
-        tokens: budget, the mean over layers of visual tokens *leaving* (the official counter); see `schedule`.
+        tokens: budget, the mean over layers of visual tokens *leaving* (the official counter); default 192.
         version: "1.0", "1.5" or "2.0".
         layers: sparse layers, 0-based, in place of the table's.
         retain: tokens kept at each of them, in place of the table's.
@@ -200,10 +127,13 @@ class SparseVLM(Method):
         """
         if n_visual == 0 or (self.retain is None and self.budget >= n_visual):
             return {}
-        if self.retain is None:
-            return schedule(self.budget, n_visual, n_layers, self.version)
-        layers = self._layers(n_layers)
-        return dict(zip(layers, chain(n_visual, self.retain, self.version == "1.5"), strict=True))
+        tables, layers, merging = RETAIN[self.version], LAYERS[self.version], self.version == "1.5"
+        if self.retain is not None:
+            return dict(zip(self._layers(n_layers), chain(n_visual, self.retain, merging), strict=True))
+        if n_layers == 32 and n_visual == 576 and self.budget in tables:
+            return dict(zip(layers, chain(n_visual, tables[self.budget], merging), strict=True))
+        nearest = min(tables, key=lambda b: abs(math.log(b * n_visual / (self.budget * 576))))
+        return sparse_schedule(self.budget, n_visual, n_layers, layers, tables[nearest], merging)
 
     def _layers(self, n_layers: int) -> Sequence[int]:
         layers = self.layers or LAYERS[self.version]
@@ -214,12 +144,12 @@ class SparseVLM(Method):
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
         if self.version == "1.0":
             return None
-        return _entering(self.steps(n_visual, n_layers), n_visual, n_layers)
+        return entering(self.steps(n_visual, n_layers), n_visual, n_layers)
 
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
         if self.version == "1.0":
             return None
-        counts = _entering(self.steps(n_visual, n_layers), n_visual, n_layers + 1)
+        counts = entering(self.steps(n_visual, n_layers), n_visual, n_layers + 1)
         return counts[:-1], counts[1:], ""
 
     # ---------------------------------------------------------------------------------------------------------
@@ -280,31 +210,3 @@ class SparseVLM(Method):
             keep = n if rank == n else max(0, min(int(rank * scale + bias), n - 1))
             steps.append((keep, *recycled(n - keep)))
         return steps
-
-
-def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-    """Text tokens that vote.
-
-    Args:
-        hidden: (B, L, D) embeddings.
-        visual: (B, L) bool.
-        text: (B, R) bool, live ones among the last R columns.
-
-    Returns:
-        (B, R) bool: weight above the average; all of `text` where none is.
-    """
-    states = hidden.float()
-    product = states @ states[:, -text.shape[1] :].transpose(1, 2)  # (B, L, R)
-    share = product.masked_fill(~text[:, None], torch.finfo(product.dtype).min).softmax(2)
-    picture = visual.to(share.dtype)
-    weight = (share * picture[..., None]).sum(1) / picture.sum(1, keepdim=True).clamp(min=1)  # (B, R)
-    average = weight.masked_fill(~text, 0).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
-    chosen = text & (weight > average)
-    return torch.where(chosen.any(1, keepdim=True), chosen, text)
-
-
-def rotary_ones(cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
-    """(B or 1, R, L): scaled product of vectors of ones under the rotary embedding, 2/sqrt(d) sum cos((p_i - p_j) t)."""
-    half = cos.shape[-1] // 2
-    turned = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()  # (B, L, dh)
-    return turned[:, rows] @ turned.transpose(1, 2) / cos.shape[-1] ** 0.5

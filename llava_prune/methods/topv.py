@@ -13,6 +13,8 @@ from ..core.checks import at_most_one, real, whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import assemble, column, descending_rank
+from ..core.stages import after_full
+from ..core.transport import feature_cost, grid_distance, transport, unit_range
 from ..core.types import Cut, Spans, View, VisionView
 
 WIDTH, INNER = 4096, 11008
@@ -37,10 +39,10 @@ class TopV(Method):
     """A reconstruction: no code of the authors exists, and parity with the paper is not claimed.
 
     Sources are the visual tokens entering layer index `full_layers` - 1, targets what its MLP is given. The cost of a
-    pair is alpha (squared distance) + beta (1 - Gaussian of the distance on the grid) + gamma (distance of the source to
-    the centre), the first and last scaled to 0..1; the importance of a source is its row sum of the transport plan with
-    uniform marginals, row steps damped by `tau`, the exact column step last. Other constants than the paper states are
-    ours or those of a third-party attempt; docs/methods/topv.md lists every decision.
+    pair is alpha (squared distance) + beta (1 - Gaussian of the distance on the grid) + gamma (distance of the source
+    to the centre), the first and last scaled to 0..1; the importance of a source is its row sum of the transport plan
+    with uniform marginals, row steps damped by `tau`, the exact column step last. What the paper does not state is our
+    choice or a third party's; docs/methods/topv.md lists every decision.
 
     Nothing given is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32 layers). The
     paper's "49 %" is read as a reduction ("49-less"). "recover4" and "recover6" put discarded tokens back within the
@@ -134,7 +136,7 @@ class TopV(Method):
         """Tokens after the full layers; by FLOPs the count whose share is nearest."""
         rest = n_layers - full
         if self.tokens is not None:
-            return round((self.tokens * n_layers - full * n_visual) / rest)
+            return after_full(self.tokens, n_visual, n_layers, full)
         share = 0.5 if self.flops is None else self.flops
         linear, square = 4 * WIDTH**2 + 3 * WIDTH * INNER, 2 * WIDTH
         each = n_visual * linear + n_visual**2 * square
@@ -190,10 +192,12 @@ class TopV(Method):
         source, target = view.entering.gather(1, wide).float(), view.middle.gather(1, wide).float()  # (B, V, D)
         if self.unit:
             source, target = (torch.nn.functional.normalize(z, dim=2) for z in (source, target))
-        x, y, crop, off = (
-            _filled(view.carry(k).gather(1, place), crop_of(view, place)) for k in ("x", "y", "crop", "off")
-        )
-        cost = self.cost(feature_cost(source, target), grid_distance(x, y, crop), off, live)
+        crop = view.carry("crop").gather(1, place)  # (B, V), 0 on tokens without a patch
+        index = torch.arange(crop.shape[1], device=crop.device).expand_as(crop)
+        before = index.masked_fill(crop == 0, 0).cummax(1).values  # a newline token stands where the one before it does
+        x, y, off = (view.carry(k).gather(1, place).gather(1, before) for k in ("x", "y", "off"))
+        grid = grid_distance(x, y, crop.gather(1, before))
+        cost = self.cost(feature_cost(source, target), grid, off, live)
         return transport(cost, live, self.eps, self.tau, self.iterations)
 
     def cost(self, feature: Tensor, grid: Tensor, off: Tensor, live: Tensor) -> Tensor:
@@ -208,63 +212,3 @@ class TopV(Method):
         pair = live[:, :, None] & live[:, None]
         near = 1 - torch.exp(-grid / (2 * self.sigma**2))
         return self.alpha * unit_range(feature, pair) + self.beta * near + self.gamma * unit_range(off, live)[..., None]
-
-
-def crop_of(view: View, place: Tensor) -> Tensor:
-    """(B, V) number of the picture or crop, from 1; 0 on tokens without a patch."""
-    return view.carry("crop").gather(1, place)
-
-
-def _filled(values: Tensor, crop: Tensor) -> Tensor:
-    """A token without a patch (a newline of an anyres picture) stands where the one before it does."""
-    index = torch.arange(values.shape[1], device=values.device).expand_as(values)
-    last = index.masked_fill(crop == 0, 0).cummax(1).values
-    return values.gather(1, last)
-
-
-def feature_cost(source: Tensor, target: Tensor) -> Tensor:
-    """(B, V, V) squared distances."""
-    return torch.cdist(source, target).square()
-
-
-def grid_distance(x: Tensor, y: Tensor, crop: Tensor) -> Tensor:
-    """(B, V, V) squared distances on the grid; patches of different pictures or crops are infinitely far."""
-    square = (x[:, :, None] - x[:, None]).square() + (y[:, :, None] - y[:, None]).square()
-    return square.masked_fill(crop[:, :, None] != crop[:, None], torch.inf)
-
-
-def unit_range(values: Tensor, live: Tensor) -> Tensor:
-    """Min-max to 0..1 over the live entries of a sample; 0 where all are equal."""
-    flat, mask = values.flatten(1), live.flatten(1)
-    low = flat.masked_fill(~mask, torch.inf).amin(1)
-    high = flat.masked_fill(~mask, -torch.inf).amax(1)
-    shape = (-1, *[1] * (values.ndim - 1))
-    spread = (high - low).clamp(min=torch.finfo(values.dtype).tiny)
-    return ((values - low.view(shape)) / spread.view(shape)).masked_fill(~live, 0)
-
-
-def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: int) -> Tensor:
-    """Row sums of the plan diag(u) exp(-C / eps) diag(v), uniform marginals, log-domain.
-
-    Each iteration takes a row step damped by `tau`, u = (p / K v)^tau, then the exact column step.
-
-    Args:
-        cost: (B, V, V).
-        live: (B, V) bool.
-        eps: regularisation.
-        tau: damping of the row step.
-        iterations: at least 1.
-
-    Returns:
-        (B, V), 0 on entries that are not live.
-    """
-    pair = live[:, :, None] & live[:, None]
-    kernel = (-cost / eps).masked_fill(~pair, -1e30)
-    mass = -live.sum(1, keepdim=True).clamp(min=1).to(cost.dtype).log()  # (B, 1) log of the uniform marginal
-    u = v = torch.zeros_like(kernel[:, 0])
-    for _ in range(iterations):
-        if tau:
-            u = (tau * (mass - (kernel + v[:, None]).logsumexp(2))).masked_fill(~live, 0)
-        v = (mass - (kernel + u[..., None]).logsumexp(1)).masked_fill(~live, 0)
-    plan = (kernel + u[..., None] + v[:, None]).exp().masked_fill(~pair, 0)
-    return plan.sum(2)
