@@ -75,6 +75,10 @@ class AutoPrune(Method):
                 raise ValueError(f"{name}={value!r}: give a finite number{'' if name == 'x0' else ', 0 or more'}")
         if self.budget not in ("after", "before"):
             raise ValueError(f"budget={self.budget!r}: choose 'after' or 'before'")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r}: choose True or False")
+        if not (isinstance(self.mask_padding, (bool, list, tuple)) or hasattr(self.mask_padding, "shape")):
+            raise ValueError(f"mask_padding={self.mask_padding!r}: give True, False or a mask, 1 on padding")
 
     def midpoint(self, n_layers: int) -> float:
         """x0 for a model of `n_layers`."""

@@ -68,6 +68,8 @@ class Random(_Blind):
 
     def __post_init__(self) -> None:
         self._check()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r}: give a whole number")
 
     def score(self, n: int) -> Tensor:
         return torch.rand(n, generator=torch.Generator().manual_seed(self.seed))

@@ -52,8 +52,6 @@ def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     border = (side + cells - 1) // cells
     gap = abs(width - height) // 2
     low, high = max(gap - border, 0), min((width + height) // 2 + border, side)
-    if width > height:
-        low, high = max((width - height) // 2 - border, 0), min((width + height) // 2 + border, side)
     pixel = torch.arange(cells) * side // cells
     outside = (pixel < low) | (pixel >= high)
     return outside[:, None].expand(grid).clone() if width > height else outside[None].expand(grid).clone()
