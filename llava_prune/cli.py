@@ -134,6 +134,8 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
+    from .eval.plan import DATA
+
     parser = argparse.ArgumentParser(prog="llava-prune", description="Visual token pruning for LLaVA.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_eval(commands, env)
@@ -147,6 +149,12 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     p.add_argument("--export", type=Path, help="folder for the official formats (default: beside the answers)")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_score)
+    p = commands.add_parser("data", help="which files of a benchmark are there, and where the rest is published")
+    p.add_argument("task", help="benchmark, or all")
+    p.add_argument("--data", type=Path, default=env.get("DATA") or DATA, help=f"see eval (default {DATA})")
+    p.add_argument("--download", action="store_true", help="fetch what is missing; goes on where it was")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_data)
     p = commands.add_parser(
         "methods", help="methods side by side: hyper-parameters, tokens of every layer, cost, origin"
     )
@@ -276,6 +284,32 @@ def _score(args: argparse.Namespace) -> int:
     else:
         _stdout().print(score_table(result))
     return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from .eval.data import download, inspect
+    from .eval.show import Bars, data_table
+    from .eval.task import load_task, task_names
+
+    names = task_names() if args.task == "all" else [load_task(args.task).name]
+    by_hand: list[str] = []
+    if args.download:
+        with Bars(Console(stderr=True), "MB") as bars:
+            for name in names:
+                left = download(load_task(name), args.data, lambda u, n, t: bars(u, n >> 20, (t or n) >> 20))[1]
+                by_hand += [f"{name}: {kind}" for kind in left]
+    reports = [inspect(name, args.data) for name in names]
+    if args.json:
+        _emit(reports)
+    else:
+        console = _stdout()
+        for report in reports:
+            console.print(data_table(report))
+            for problem in report["problems"]:
+                console.print(f"{report['bench']}: {problem}", markup=False, soft_wrap=True)
+        if by_hand:
+            console.print(f"only on their owners' pages: {'; '.join(by_hand)}", markup=False, soft_wrap=True)
+    return 0 if all(r["complete"] for r in reports) else 1
 
 
 def _methods(args: argparse.Namespace) -> int:

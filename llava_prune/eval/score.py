@@ -40,13 +40,12 @@ def score_files(
         raise ValueError("give --data, the folder with the benchmark's files, or --annotations")
     if data is not None and not data.is_dir():
         raise ValueError(f"DATA={data}: no such folder; name the folder that holds the files of {bench}")
-    if annotations is not None and "annotations" not in task.files and questions is None:
-        questions, annotations = annotations, None  # the question file is the label file
-        asked = None
-        sources = Sources(task, data, {"questions": questions}, inside=True)
-    else:
-        sources = Sources(task, data, {"questions": questions, "annotations": annotations}, inside=True)
-        asked = questions_of(sources) if questions is not None else None
+    given, asked = {"questions": questions, "annotations": annotations}, None
+    if "annotations" not in task.files:  # the question file has the labels
+        given = {"questions": annotations or questions}
+    sources = Sources(task, data, given, inside=True)
+    if questions is not None and "annotations" in task.files:
+        asked = questions_of(sources)
     rows = answers_of(task, answers)
     labels = task.scorer.load_labels(sources)
     if asked is not None:

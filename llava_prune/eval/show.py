@@ -13,18 +13,23 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Answers a second."""
+    """Answers (or what else is counted) a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("-- answers/s" if speed is None else f"{speed:.1f} answers/s")
+        return Text(f"-- {self._unit}/s" if speed is None else f"{speed:.1f} {self._unit}/s")
 
 
 class Bars:
     """One progress bar a run; call with (label, done, total)."""
 
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    def __init__(self, console: Console, unit: str = "answers") -> None:
+        ends = (MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), *ends)
         self._progress = Progress(*columns, console=console)
         self._ids: dict[str, Any] = {}
 
@@ -116,6 +121,26 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
         if runs:
             table.add_row(name, runs[0]["figure_name"], str(runs[0]["rows"]), *(by.get(label, "-") for label in labels))
     return table
+
+
+def data_table(report: Mapping[str, Any]) -> Table:
+    """The files of a benchmark: there or not, size, rows beside those of the known releases, and who has them."""
+    state = "complete" if report["complete"] else "not complete"
+    table = Table(title=f"{report['bench']}: {state}")
+    for name in ("kind", "place", "size", "rows", "release", "published by"):
+        table.add_column(name, overflow="fold")
+    for f in report["files"]:
+        place = f["path"] or ("missing (optional)" if f["optional"] else "missing")
+        size = "-" if f["bytes"] is None else f"{f['bytes'] / 1e6:.1f} MB, {f['files']} files"
+        wanted = f["expected"]
+        rows = f"{_text(f['rows'])} of {' or '.join(map(str, wanted)) if isinstance(wanted, list) else _text(wanted)}"
+        page = f"{f['source']} {f['url']}" + (" (--download)" if f["direct"] else "")
+        table.add_row(f["kind"], place, size, rows, _text(f["version"]), page)
+    return table
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
 
 
 def score_table(result: Mapping[str, Any]) -> Table:

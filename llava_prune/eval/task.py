@@ -114,6 +114,7 @@ class Sources:
         self.task, self.data = task, data
         self.given = {k: v for k, v in (given or {}).items() if v is not None}
         self.versions: dict[str, dict[str, Any]] = {}
+        self.kinds: dict[str, str] = {}
         self.pictures: Callable[[str], Any] | None = None
         self.cache: dict[str, Any] = {}
         names = ["", *task.folders] if inside else [*task.folders, ""]
@@ -161,6 +162,7 @@ class Sources:
 
     def note(self, name: str, path: Path, kind: str, **figures: int) -> None:
         """Record a file that decides the figure: checksum, size, rows, and the release it is."""
+        self.kinds[name] = kind
         facts = file_version(path)
         md5 = facts.pop("md5")
         known = [k for k in self.task.files[kind].known if k.get("file", path.name) == path.name]
@@ -212,7 +214,7 @@ def answers_of(task: Task, path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: naming file and row.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such file")
     return getattr(task.scorer, "read_answers", read_answers)(path)
 

@@ -3,8 +3,4 @@
 #   TOKENS=192,128,64 METHOD=autoprune,random bash scripts/eval/gqa.sh
 #   bash scripts/eval/gqa.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-VENV="${VENV:-$PWD/.venv}"
-export VENV
-bash scripts/setup.sh
-exec "$VENV/bin/python" -m llava_prune eval gqa "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/_run.sh" gqa "$@"

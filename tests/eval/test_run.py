@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import llava_prune
 from llava_prune.cli import main
-from llava_prune.eval import asking, run
+from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
 from llava_prune.eval.plan import Settings, parse_args, plan_runs
 
@@ -35,77 +32,6 @@ def data(tmp_path: Path) -> Path:
     labels = {str(i): {"answer": "yes", "isBalanced": True, "types": {"structural": "verify"}} for i in range(N)}
     (base / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
     return tmp_path / "data"
-
-
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __call__(self, text: str) -> Any:
-        return SimpleNamespace(input_ids=[1, *map(ord, text)])
-
-    def __len__(self) -> int:
-        return 200
-
-    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
-        return ["Yes." if i % 2 else " no " for i in ids[:, 0].tolist()]
-
-
-class Model:
-    """Answers by the length of the prompt; `fail` is raised at its n-th call."""
-
-    family, n_visual, tokenizer = "hf", 16, Tokenizer()
-    shape = SimpleNamespace(layers=2, hidden=8, intermediate=16, heads=2)
-    image_processor = SimpleNamespace(image_mean=[0.5] * 3)
-
-    def __init__(self, fail: dict[int, BaseException] | None = None) -> None:
-        weight = torch.nn.Embedding(200, 8)
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(),
-            device=torch.device("cpu"),
-            parameters=lambda: iter([weight.weight]),
-            get_input_embeddings=lambda: weight,
-            model=SimpleNamespace(vision_tower=torch.nn.Identity()),
-        )
-        self.calls: list[list[int]] = []
-        self.fresh: list[str] = []
-        self.fail = fail or {}
-
-    def remember_images(self, methods: Any) -> Any:
-        seen: set[str] = set()
-        self.seen = seen
-        return nullcontext(SimpleNamespace(holds=seen.__contains__))
-
-    def generate(self, rows: Any, pixels: Any, sizes: Any, keys: Any, max_new_tokens: int) -> torch.Tensor:
-        self.calls.append([len(r) for r in rows])
-        if len(self.calls) in self.fail:
-            raise self.fail[len(self.calls)]
-        assert max_new_tokens == 128 and sizes == [(6, 4)] * len(rows)
-        self.fresh += [k for k, p in zip(keys, pixels, strict=True) if p.any() and k not in self.seen]
-        self.seen |= set(keys)
-        return torch.tensor([[len(r) % 2] for r in rows])
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    @contextmanager
-    def pruned(model: Any, method: Any) -> Any:
-        kept = [[getattr(method, "tokens", 16)] * 2] * 64
-        yield SimpleNamespace(
-            last=SimpleNamespace(tokens_in=torch.tensor(kept), tokens_out=torch.tensor(kept), stats={"mi1": [1.0] * 64})
-        )
-
-    monkeypatch.setattr(llava_prune, "pruned", pruned)
-    monkeypatch.setattr(asking, "pads", lambda *_: True)
-    monkeypatch.setattr(asking, "pixels", lambda *_: torch.ones(3, 2, 2))
-    monkeypatch.setattr(run, "resolve", lambda model: Path(__file__).parent)
-
-    def install(fail: dict[int, BaseException] | None = None) -> Model:
-        model = Model(fail)
-        monkeypatch.setattr(asking, "load_model", lambda settings: model)
-        monkeypatch.setattr(run, "load_model", lambda settings: model)
-        return model
-
-    return install
 
 
 def settings(data: Path, out: Path, **more: Any) -> Settings:

@@ -313,6 +313,7 @@ def test_mme_text_files_score_the_same(tmp_path: Path) -> None:
     written.rename(tool)
     second = run("mme", answers, tmp_path / "two")
     assert second["details"] == first["details"] and second["figure"] == 400.0
+    assert run("mme", tool, data, export=tmp_path / "three")["details"] == first["details"]
 
 
 # MMBench ------------------------------------------------------------------------------------------------------
@@ -388,8 +389,10 @@ def test_mmbench_sheet(tmp_path: Path) -> None:
     assert cells[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert cells[1] == [7, "What?", "cat", "dog", "cow", None, "A", "A", "dev"]
     assert [r[6] for r in cells[1:]] == ["A", "=1+1", "B\u4e2d", "C", "D"]
-    got = run("mmbench", path, tmp_path, annotations=tmp_path / "m_official" / "m.xlsx")
+    sheet_path = tmp_path / "m_official" / "m.xlsx"
+    got = run("mmbench", path, tmp_path, annotations=sheet_path)
     assert got["rows"] == 5 and got["versions"]["questions"]["file"] == "m.xlsx"
+    assert run("mmbench", sheet_path, tmp_path)["details"]["rows"] == got["details"]["rows"]
 
 
 def test_mmbench_without_answers(tmp_path: Path) -> None:

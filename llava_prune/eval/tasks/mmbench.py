@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..reading import last_by_id, read_table, shown
+from ..reading import read_answers as read_lines
 from ..stats import share
 from ..task import Question, Sources
 
@@ -33,14 +34,13 @@ def load_labels(sources: Sources) -> dict[str, Row]:
     """Rows of the table by index; a table without answers can be run and uploaded, not scored.
 
     Raises:
-        ValueError: for missing columns, or an index that is no number or comes twice.
+        ValueError: when there is no index, or one that is no number or comes twice.
     """
-    kind = "annotations" if "annotations" in sources.given else "questions"
-    path = sources.given.get(kind) or sources.path("questions")
+    path = sources.path("questions")
     if path in sources.cache:
         return sources.cache[path]
     table: dict[str, Row] = {}
-    for number, row in enumerate(read_table(path, ("index", "question", "A", "B")), 1):
+    for number, row in enumerate(read_table(path, ("index",)), 1):
         index = (row["index"] or "").removesuffix(".0")
         if not index.isascii() or not index.isdecimal() or len(index) > 18:
             raise ValueError(f"{path}, row {number}: index must be a whole number, found {row['index']!r}")
@@ -50,7 +50,7 @@ def load_labels(sources: Sources) -> dict[str, Row]:
             raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {row['answer']!r}")
         table[str(int(index))] = row
     questions = len({int(k) % CIRCLE for k in table})
-    sources.note(kind, path, "questions", rows=len(table), questions=questions)
+    sources.note("questions", path, "questions", rows=len(table), questions=questions)
     sources.cache[path] = table
     return table
 
@@ -74,14 +74,14 @@ def text_of(row: Row) -> str:
     lines = [f"{key}. {option}" for key, option in zip(LETTERS, options(row), strict=False)]
     hint = row.get("hint")
     head = [] if hint is None or hint.lower() in ("nan", "none") else [hint]
-    return "\n".join([*head, row["question"] or "nan", *lines])
+    return "\n".join([*head, str(row["question"]), *lines])
 
 
 def read_questions(sources: Sources) -> list[Question]:
     """One question a row, rotations included; pictures are opened from the table.
 
     Raises:
-        ValueError: for rows without a picture.
+        ValueError: for rows without a question or picture.
     """
     table = load_labels(sources)
     payloads: dict[str, str] = {}
@@ -90,8 +90,8 @@ def read_questions(sources: Sources) -> list[Question]:
         payload = row.get("image") or ""
         if payload in table:  # an index of the row that has the picture
             payload = table[payload].get("image") or ""
-        if not payload:
-            raise ValueError(f"index {key}: no picture in column image; fetch the table again")
+        if not payload or row.get("question") is None:
+            raise ValueError(f"index {key}: columns question and image must not be empty; fetch the table again")
         name = hashlib.sha1(payload.encode(), usedforsecurity=False).hexdigest()
         payloads[name] = payload
         stored, given = text_of(row), options(row)
@@ -108,6 +108,18 @@ def read_questions(sources: Sources) -> list[Question]:
 
     sources.pictures = picture
     return out
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Answers in LLaVA's format, or an upload sheet (.xlsx with index and prediction).
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if path.suffix.lower() != ".xlsx":
+        return read_lines(path)
+    table = read_table(path, ("index", "prediction"))
+    return [{"question_id": r["index"] or "", "text": r["prediction"]} for r in table if r["prediction"] is not None]
 
 
 def unknown(labels: Mapping[str, Row], asked: Sequence[Question]) -> list[str]:

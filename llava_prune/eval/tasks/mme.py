@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reading import read_answers as read_jsonl_answers
 from ..reading import read_rows, read_text, shown
 from ..task import Question, Sources
 from ..task import read_questions as read_lines
@@ -61,6 +62,27 @@ def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
                     yield path, cells[1:3], path.stem, _text_file(cells[0])
                 elif line.strip():
                     raise ValueError(f"{path}: no question and label separated by a tab in {line[:80]!r}")
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Answers in LLaVA's format, or a folder of the official tool's <task>.txt files of four cells.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not path.is_dir():
+        return read_jsonl_answers(path)
+    rows = []
+    for file in sorted(path.glob("*.txt")):
+        for number, line in enumerate(read_text(file).split("\n"), 1):
+            cells = line.removesuffix("\r").split("\t")
+            if len(cells) == 4:
+                rows.append({"question_id": f"{file.stem}/{cells[0]}", "prompt": cells[1], "text": cells[3]})
+            elif line.strip():
+                raise ValueError(f"{file}, line {number}: {len(cells)} cells, not picture, question, label and answer")
+    if not rows:
+        raise ValueError(f"{path} holds no <task>.txt with answers")
+    return rows
 
 
 def _text_file(image: str) -> str:

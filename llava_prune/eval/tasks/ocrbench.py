@@ -31,8 +31,7 @@ def load_labels(sources: Sources) -> list[Row]:
     Raises:
         ValueError: for broken rows.
     """
-    kind = "annotations" if "annotations" in sources.given else "questions"
-    path = sources.given.get(kind) or sources.path("questions")
+    path = sources.path("questions")
     rows = read_json(path, list)
     for number, row in enumerate(rows, 1):
         fields = ("dataset_name", "image_path", "question", "type")
@@ -43,7 +42,7 @@ def load_labels(sources: Sources) -> list[Row]:
             raise ValueError(f"{path}, row {number}: answers must be a string or a list of strings")
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    sources.note(kind, path, "questions", rows=len(rows))
+    sources.note("questions", path, "questions", rows=len(rows))
     return rows
 
 

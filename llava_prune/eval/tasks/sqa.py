@@ -182,4 +182,3 @@ def score(
     if missing:
         details["missing_ids"] = shown(missing)
     return out
-

@@ -110,4 +110,3 @@ def score(
     scores = {str(i): tables[k].get(m4c(text), 0.0) for i, (k, text) in enumerate(rows)}
     overall = average(list(scores.values()))
     return {"figure": overall["accuracy"], "rows": len(rows), "details": {"overall": overall}, "scores": scores}
-

@@ -1,0 +1,170 @@
+"""Which files of a benchmark are there, whether they are the known releases, and how to get the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .task import Kind, Question, Sources, Task, load_task, questions_of
+
+CHUNK = 1 << 20
+PART = ".part"
+"""Ending of a download under way; the next call goes on behind it."""
+TIMEOUT = 60
+"""Seconds without a byte after which a download gives up."""
+
+
+def size_of(path: Path, pattern: str = "") -> tuple[int, int]:
+    """(files, bytes) of a file, or of all files below a folder; with a pattern only those right in it that match."""
+    files = path.glob(pattern) if pattern else path.rglob("*") if path.is_dir() else [path]
+    sizes = [p.stat().st_size for p in files if p.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def inspect(name: str, data: Path) -> dict[str, Any]:
+    """Look at a benchmark's files.
+
+    Args:
+        name: benchmark.
+        data: folder with the benchmarks' folders, or the benchmark's own.
+
+    Returns:
+        bench, complete (whether it can be run), problems (messages) and files: kind, path, optional, files, bytes,
+        rows, expected, version, source and url of each.
+    """
+    task = load_task(name)
+    sources = Sources(task, data)
+    problems: list[str] = []
+    questions: list[Question] = []
+    with _noting(problems):
+        if sources.find("questions"):
+            questions = questions_of(sources)
+    with _noting(problems):
+        if all(sources.find(k) for k, spec in task.files.items() if not spec.optional and k != "images"):
+            absent = task.scorer.unknown(task.scorer.load_labels(sources), questions)
+            if absent:
+                problems.append(f"{len(absent)} of {len(questions)} questions have no label, e.g. {absent[0]}")
+    files = [_file(kind, spec, sources, questions, problems) for kind, spec in task.files.items()]
+    complete = not problems and all(f["path"] or f["optional"] for f in files)
+    return {"bench": name, "complete": complete, "problems": problems, "files": files}
+
+
+@contextlib.contextmanager
+def _noting(problems: list[str]) -> Any:
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def _file(kind: str, spec: Kind, sources: Sources, questions: list[Question], problems: list[str]) -> dict[str, Any]:
+    path = sources.find(kind)
+    facts = [v for k, v in sources.versions.items() if sources.kinds[k] == kind]
+    out: dict[str, Any] = {
+        "kind": kind,
+        "path": None if path is None else str(path),
+        "optional": spec.optional,
+        "files": None,
+        "bytes": None,
+        "rows": sum(f.get("rows", 0) for f in facts) or None,
+        "expected": sorted({k["rows"] for k in spec.known if "rows" in k}) if not spec.folder else spec.rows,
+        "version": ", ".join(sorted({f["version"] or "unknown release" for f in facts})) or None,
+        "source": spec.source,
+        "url": spec.url,
+        "direct": bool(spec.get),
+    }
+    if path is not None:
+        out["files"], out["bytes"] = size_of(path, spec.holds)
+    if path is not None and kind == "images":
+        named = {q.image for q in questions if q.image is not None}
+        missing = sorted(n for n in named if not (path / n).is_file())
+        out["rows"] = len(named) - len(missing)
+        if missing:
+            problems.append(f"{len(missing)} of {len(named)} pictures are missing in {path}, e.g. {missing[0]}")
+    return out
+
+
+def fetch(url: str, to: Path, progress: Callable[[int, int | None], None] = lambda *_: None) -> Path:
+    """Download a file; what an earlier call left in `<to>.part` is gone on with.
+
+    Args:
+        url: http or https.
+        to: file to be made.
+        progress: told (bytes so far, bytes in all or None).
+
+    Raises:
+        ValueError: when the server refuses or the connection breaks; the part stays.
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(to.name + PART)
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    total: int | None = None
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            if have and answer.status != 206:  # the server starts over
+                have = 0
+            length = answer.headers.get("Content-Length")
+            total = None if length is None else have + int(length)
+            with open(part, "ab" if have else "wb") as handle:
+                while block := answer.read(CHUNK):
+                    handle.write(block)
+                    have += len(block)
+                    progress(have, total)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to fetch
+            raise ValueError(f"{url}: the server says {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise ValueError(f"{url}: {error}; {have} bytes are kept, the same command goes on") from error
+    if total is not None and have < total:
+        raise ValueError(f"{url}: ended after {have} of {total} bytes; the same command goes on")
+    part.replace(to)
+    return to
+
+
+def download(task: Task, data: Path, progress: Callable[[str, int, int | None], None]) -> tuple[list[str], list[str]]:
+    """Fetch the missing files that have a direct address.
+
+    Args:
+        task: benchmark.
+        data: folder with the benchmarks' folders.
+        progress: told (url, bytes so far, bytes in all or None).
+
+    Returns:
+        (kinds that were fetched, kinds their owners hand out on a page only).
+
+    Raises:
+        ValueError: when a download fails; what came stays and is gone on with.
+    """
+    sources = Sources(task, data)
+    base = next((b for b in sources.bases[:-1] if b.is_dir()), sources.bases[0])
+    done, by_hand = [], []
+    for kind, spec in task.files.items():
+        if sources.find(kind) is not None:
+            continue
+        if not spec.get:
+            by_hand.append(kind)
+            continue
+        for item in spec.get:
+            url = item["url"]
+            to = base / item.get("to", f"downloads/{url.rsplit('/', 1)[-1]}")
+            if not to.exists():
+                fetch(url, to, lambda have, total, url=url: progress(url, have, total))
+            if "unzip" in item:
+                _unzip(to, base / item["unzip"])
+        done.append(kind)
+    return done, by_hand
+
+
+def _unzip(path: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: broken archive ({error}); delete it and run the command again") from error
