@@ -118,8 +118,10 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     pictures = kwargs.get("pixel_values") is not None or encoded is not None
     if request_of(kwargs.get("past_key_values")) is not None:
-        if pictures and (ids is None or ids.shape[1] > 1):
-            refuse_picture(kwargs["past_key_values"].get_seq_length())
+        if ids is None or ids.shape[1] > 1:
+            PENDING.set(None)  # of a prefill that failed on the way
+            if pictures:
+                refuse_picture(kwargs["past_key_values"].get_seq_length())
         return
     PENDING.set(None)
     if ids is None:

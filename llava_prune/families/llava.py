@@ -91,8 +91,10 @@ def _splice(
     """The package's splice, run once with labels and mask of ours so that it says where the pictures went."""
     stock = before or type(model).prepare_inputs_labels_for_multimodal.__get__(model)
     if request_of(past_key_values) is not None:
-        if images is not None and input_ids.shape[1] > 1:
-            refuse_picture(past_key_values.get_seq_length())
+        if input_ids.shape[1] > 1:
+            PENDING.set(None)  # of a prefill that failed on the way
+            if images is not None:
+                refuse_picture(past_key_values.get_seq_length())
         return stock(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
     PENDING.set(None)
     if images is None or input_ids.shape[1] == 1:

@@ -1,7 +1,7 @@
 """The forward of a pruned language model: stock decoder layers, with cuts between them.
 
-Every layer keeps its own cache length. One mask serves all layers of a stage; positions of generated tokens are
-worked out here, from each layer's cache or from the unpruned length, as the method says.
+Every layer keeps its own cache length. One mask serves all layers of a stage. Later tokens of a request are the
+business of `decode.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..core.method import Method
 from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
+from .decode import Decode
 from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, text_rows
 
@@ -70,7 +71,10 @@ def pruned_forward(
     kwargs.pop("return_dict", None)
     kwargs.pop("cache_position", None)
     if request is not None:
-        hidden = _Decode(lm, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
+        if hidden.shape[1] > 1 and PENDING.get() is not None:
+            PENDING.set(None)
+            refuse_picture(past)
+        hidden = Decode(lm, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
     else:
         assert pending is not None
         if use_cache and past_key_values is None:
@@ -284,9 +288,8 @@ class _Prefill:
         """Keys the layer just cached, when the cache shows them as a tensor."""
         kept = getattr(self.cache, "layers", None)
         keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
-        if not isinstance(keys, Tensor) or keys.shape[2:3] != self.visual.shape[1:]:
-            return None
-        return keys
+        fits = isinstance(keys, Tensor) and keys.shape[2:3] == self.visual.shape[1:]
+        return keys if fits and keys.device == self.hidden.device else None  # an offloaded cache has them elsewhere
 
 
 class _Scores:
@@ -320,77 +323,6 @@ class _Final:
         ids = torch.cat([view.ids, view.ids.new_full((batch, extra), MERGED)], 1).gather(1, cut.index)
         visual = torch.cat([view.visual, view.visual.new_ones(batch, extra)], 1).gather(1, cut.index)
         return ids, visual if cut.valid is None else visual & cut.valid
-
-
-class _Decode:
-    """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
-
-    def __init__(self, lm: Any, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
-        self.lm, self.request, self.cache = lm, request, cache
-        batch, q = hidden.shape[:2]
-        seen = cache.get_seq_length() - request.stages[0].length
-        if seen < 0:
-            raise ValueError("the cache was cropped below the prompt; a pruned cache cannot be shortened")
-        new = seen + q
-        tail = None if mask is None else mask[:, request.length : request.length + new]
-        if tail is not None and tail.shape[1] != new:
-            raise ValueError(
-                f"{q} new tokens on a cache of {seen} after the prompt, but the attention mask covers "
-                f"{tail.shape[1]}: a later turn needs the whole history in its mask, and a method that prunes before "
-                "the first layer cannot continue from input_ids; start a new cache instead"
-            )
-        if tail is None and q > 1 and request.stages[0].length != request.length:
-            raise ValueError(
-                f"{q} new tokens after a prompt that was shortened before the first layer: pass the attention mask of "
-                "the whole history, so that it shows where they begin"
-            )
-        ones = torch.ones(batch, new, dtype=torch.bool, device=hidden.device)
-        self.tail = ones if tail is None else tail.bool().to(hidden.device)
-        self.q = q
-        steps = self.tail.cumsum(1)[:, -q:] - 1  # (B, q)
-        if q > 1 and tail is not None:
-            request.whole = False
-        self.plain = q == 1 and request.whole
-        positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
-        cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
-        shape = (*positions.shape, cos.shape[-1])
-        self.cos, self.sin = cos.view(shape), sin.view(shape)
-
-    def _mask(self, hidden: Tensor, stage: Stage) -> Any:
-        if stage.valid is None and self.plain:
-            return None  # one query that sees every key
-        before = stage.valid
-        if before is None:
-            before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
-        return create_causal_mask(
-            config=self.lm.config,
-            inputs_embeds=hidden,
-            attention_mask=torch.cat([before.bool(), self.tail], 1),
-            past_key_values=self.cache,
-            position_ids=None,
-            layer_idx=stage.first,
-        )
-
-    def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        stages = {s.first: (n, s) for n, s in enumerate(self.request.stages)}
-        mask: Any = None
-        rope: Any = None
-        for i, layer in enumerate(self.lm.layers):
-            if i in stages:
-                n, stage = stages[i]
-                mask = self._mask(hidden, stage)
-                n = min(n, self.cos.shape[0] - 1)
-                rope = self.cos[n], self.sin[n]
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rope,
-                position_ids=None,
-                past_key_values=self.cache,
-                use_cache=True,
-                **kwargs,
-            )
-        return hidden
 
 
 def _carry(pending: Pending, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:

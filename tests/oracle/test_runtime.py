@@ -101,6 +101,7 @@ def test_right_padding(family: str, positions: str, decode: str, monkeypatch: An
 
 
 def test_a_mask_with_holes() -> None:
+    """Masked columns in the middle of the text behind a picture."""
     model = model_of("hf")
     given = batch(model, "padded")
     ids, mask = given["input_ids"], given["attention_mask"]
@@ -282,3 +283,106 @@ def test_all_logits_of_a_forward() -> None:
     found = replay(model, spliced(model, given), watch, [[]])
     assert out.logits.shape == (1, found.columns[-1], VOCAB)
     assert language_model(model).forward.__qualname__.startswith("LlamaModel"), "detach restores the stock forward"
+
+
+def test_flash_attention_gets_what_it_can_read(monkeypatch: Any) -> None:
+    """A stand-in for the flash kernel: 2-D masks of the keys' length or none, no positions, causal at the end."""
+    from transformers.integrations import flash_attention
+
+    masks = []
+
+    def kernel(query: Any, key: Any, value: Any, mask: Any, query_length: int, is_causal: bool, **rest: Any) -> Any:
+        assert rest["attn_implementation"] == "flash_attention_2" and is_causal
+        assert rest.get("position_ids") is None, "gapped positions look packed to the kernel"
+        assert not any(k.startswith(("cu_seq", "max_length")) for k in rest)
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        assert k.shape[2] >= q.shape[2] == query_length
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        blocked = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])[None, None]
+        masks.append(mask)
+        if mask is not None:
+            assert mask.shape == (k.shape[0], k.shape[2]) and not mask.all()
+            blocked = blocked | ~mask.bool()[:, None, None]
+        score = (q @ k.transpose(2, 3) * rest["softmax_scale"]).masked_fill(blocked, torch.finfo(q.dtype).min)
+        return (score.softmax(-1) @ v).transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
+    model = tiny_hf()
+    config = language_model(model).config
+    config._attn_implementation_internal = "flash_attention_2"
+    for kind in ("one", "padded"):
+        masks.clear()
+        check(model, Scripted(SCRIPT, "keep", "original"), batch(model, kind))
+        assert len(masks) == 6 * 4
+        assert any(m is not None for m in masks) == (kind == "padded")
+    with llava_prune.pruned(model, "autoprune", tokens=9):
+        assert config._attn_implementation == "flash_attention_2"
+        assert all(layer.self_attn.config is config for layer in language_model(model).layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_in_a_later_turn_is_refused(family: str) -> None:
+    model = model_of(family)
+    given = batch(model, "one")
+    turn = {k: v for k, v in given.items() if k != "attention_mask"}
+    with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():
+        cache = model(**given, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="a picture after"):
+            model(**turn, past_key_values=cache)
+        if family == "llava":  # spliced by generate() itself, which knows no cache by then
+            with pytest.raises(ValueError, match="a picture after"):
+                more = {"inputs": turn.pop("input_ids"), **turn}
+                model.generate(**more, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        out = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)  # text goes on
+        assert out.logits.shape[1] == 2
+
+
+def test_a_failed_prefill_leaves_no_picture_behind() -> None:
+    """What a broken call noted must not make a later turn on another cache look like a picture."""
+    model = model_of("hf")
+    given = batch(model, "one")
+    with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():
+        cache = model(**given, use_cache=True).past_key_values
+        with pytest.raises(ValueError):
+            model(**{**given, "input_ids": given["input_ids"][:, :-20], "attention_mask": None})  # tokens missing
+        assert model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache).logits.shape[1] == 2
+
+
+def test_cropped_caches() -> None:
+    """The same number of later tokens taken off every layer is fine; anything else is refused."""
+    model = model_of("hf")
+    given = batch(model, "one")
+    watch = Watch(Scripted({-1: (0.9, 0), 1: (0.5, 0)}, "renumber", "cache"))
+    with llava_prune.pruned(model, watch.method), torch.inference_mode():
+        cache = model(**given, use_cache=True).past_key_values
+        for token in (5, 6, 7):
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        cache.crop(-2)
+        out = model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+        found = replay(model, spliced(model, given), watch, [[5, 8]])
+        near(out.logits[0], found.samples[0].logits[-1:], 1e-4, "logits")
+        assert cache_lengths(cache) == [c + 2 for c in found.columns]
+        cache.layers[0].crop(-1)
+        with pytest.raises(ValueError, match="cropped"):
+            model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+        cache.crop(-3)
+        with pytest.raises(ValueError, match="cropped"):
+            model(input_ids=torch.tensor([[8]]), past_key_values=cache)
+
+
+def test_prompt_lookup_is_refused() -> None:
+    """It puts guesses behind the prompt before the prefill and crops them away afterwards."""
+    model = model_of("hf")
+    given = batch(model, "one")
+    given["input_ids"][0, -6:] = torch.tensor([7, 8, 7, 8, 7, 8])
+    with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), pytest.raises(ValueError, match="cropped"):
+        generate(model, given, 12, prompt_lookup_num_tokens=2)
+
+
+def test_samples_cannot_be_picked_from_a_pruned_cache() -> None:
+    model = model_of("hf")
+    with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():
+        cache = model(**batch(model, "pair"), use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        with pytest.raises(ValueError, match="made for 2 samples"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)

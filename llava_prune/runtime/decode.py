@@ -1,0 +1,102 @@
+"""Later tokens of a pruned request.
+
+Masks and positions are worked out per stage, from each layer's cache or from the unpruned length, as the method says;
+what generate() hands down knows nothing of cuts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import create_causal_mask
+from .request import Request, Stage
+
+
+def _seen(request: Request, cache: Any, batch: int) -> int:
+    """Tokens that every layer has cached since the prefill.
+
+    Raises:
+        ValueError: when the cache was cropped into the prompt or unevenly, or its samples were selected or repeated.
+    """
+    seen: int = cache.get_seq_length() - request.stages[0].length
+    if seen < 0 or any(cache.get_seq_length(s.first) != s.length + seen for s in request.stages):
+        raise ValueError(
+            "the cache was cropped into the prompt, or its layers by different numbers of tokens (assisted generation "
+            "and prompt lookup do that); a pruned prompt cannot be shortened, start a new cache"
+        )
+    made = request.starts.shape[1]
+    if made != batch:
+        raise ValueError(f"the cache was made for {made} samples and there are {batch} now; start a new cache")
+    return seen
+
+
+class Decode:
+    """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
+
+    def __init__(self, lm: Any, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
+        self.lm, self.request, self.cache = lm, request, cache
+        batch, q = hidden.shape[:2]
+        seen = _seen(request, cache, batch)
+        new = seen + q
+        tail = None if mask is None else mask[:, request.length : request.length + new]
+        if tail is not None and tail.shape[1] != new:
+            raise ValueError(
+                f"{q} new tokens on a cache of {seen} after the prompt, but the attention mask covers "
+                f"{tail.shape[1]}: a later turn needs the whole history in its mask, and a method that prunes before "
+                "the first layer cannot continue from input_ids; start a new cache instead"
+            )
+        if tail is None and q > 1 and request.stages[0].length != request.length:
+            raise ValueError(
+                f"{q} new tokens after a prompt that was shortened before the first layer: pass the attention mask of "
+                "the whole history, so that it shows where they begin"
+            )
+        ones = torch.ones(batch, new, dtype=torch.bool, device=hidden.device)
+        self.tail = ones if tail is None else tail.bool().to(hidden.device)
+        self.q = q
+        steps = self.tail.cumsum(1)[:, -q:] - 1  # (B, q)
+        if q > 1 and tail is not None:
+            request.whole = False
+        self.plain = q == 1 and request.whole
+        positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
+        cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
+        shape = (*positions.shape, cos.shape[-1])
+        self.cos, self.sin = cos.view(shape), sin.view(shape)
+
+    def _mask(self, hidden: Tensor, stage: Stage) -> Any:
+        if stage.valid is None and self.plain:
+            return None  # one query that sees every key
+        before = stage.valid
+        if before is None:
+            before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
+        return create_causal_mask(
+            config=self.lm.config,
+            inputs_embeds=hidden,
+            attention_mask=torch.cat([before.bool(), self.tail], 1),
+            past_key_values=self.cache,
+            position_ids=None,
+            layer_idx=stage.first,
+        )
+
+    def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        stages = {s.first: (n, s) for n, s in enumerate(self.request.stages)}
+        mask: Any = None
+        rope: Any = None
+        for i, layer in enumerate(self.lm.layers):
+            if i in stages:
+                n, stage = stages[i]
+                mask = self._mask(hidden, stage)
+                n = min(n, self.cos.shape[0] - 1)
+                rope = self.cos[n], self.sin[n]
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=True,
+                **kwargs,
+            )
+        return hidden
