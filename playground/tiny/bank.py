@@ -12,60 +12,77 @@ import torch
 
 from playground.tiny import questions as qs
 from playground.tiny import scenes as sc
+from playground.tiny import suite as su
 from playground.tiny import tokenizer as tk
 
-TYPES = tuple(qs.GENERATORS)
+TYPES = (*qs.GENERATORS, *su.MAKERS)
 SHORT = {"existAnd": "logical", "existOr": "logical", "wordQuery": "markQuery", "numberQuery": "markQuery"}
 _STATE: dict[str, object] = {}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question: ids with and without the instruction line, answer ids with </s>, index of its type."""
+    """One question: ids with and without the instruction line, answer ids with </s>, index of its type.
+
+    ``alone`` marks a prompt without a picture; its ids follow the system text directly.
+    """
 
     full: tuple[int, ...]
     short: tuple[int, ...]
     answer: tuple[int, ...]
     kind: int
+    alone: bool = False
 
 
-def _begin(folder: Path, number: int) -> None:
-    _STATE.update(model=tk.load(folder), number=number)
+def _begin(folder: Path, numbers: tuple[int, int]) -> None:
+    _STATE.update(model=tk.load(folder), numbers=numbers)
 
 
 def _items(seed: int) -> list[Item]:
-    """The questions of one scene."""
+    """The questions of one scene: GQA's kinds, then those of the other benchmarks."""
     model, rng = _STATE["model"], np.random.default_rng([20_17, seed])
+    scene, (number, others) = sc.make_scene(seed), _STATE["numbers"]
     result = []
-    for q in qs.ask(sc.make_scene(seed), rng, _STATE["number"]):
+    for q in qs.ask(scene, rng, number):
         text = q.text
         if q.answer in ("yes", "no") and rng.random() < 0.1:
             text += " Please answer yes or no."
         full, short = model.encode(f"\n{text}\n{q.suffix} ASSISTANT:"), model.encode(f"\n{text} ASSISTANT:")
         kind = TYPES.index(SHORT.get(q.detailed, q.detailed))
         result.append(Item(tuple(full), tuple(short), (*model.encode(q.answer), model.eos_id()), kind))
+    for name, case in su.ask(scene, rng, others):
+        answer = (*model.encode(case.answer), model.eos_id())
+        texts = (case.prompt, case.body)
+        if case.image:
+            full, short = (tuple(model.encode(f"\n{text} ASSISTANT:")) for text in texts)
+        else:
+            full, short = (tuple(tk.after_system(model, text)) for text in texts)
+        result.append(Item(full, short, answer, TYPES.index(name), not case.image))
     return result
 
 
-def build(folder: Path, first: int, count: int, number: int, workers: int) -> list[list[Item]]:
-    """``number`` questions for each of ``count`` scenes."""
-    with mp.get_context("fork").Pool(workers, _begin, (folder, number)) as pool:
+def build(folder: Path, first: int, count: int, numbers: tuple[int, int], workers: int) -> list[list[Item]]:
+    """``numbers`` questions (GQA's, others) for each of ``count`` scenes."""
+    with mp.get_context("fork").Pool(workers, _begin, (folder, numbers)) as pool:
         return pool.map(_items, range(first, first + count), chunksize=64)
 
 
-def load_or_build(folder: Path, path: Path, count: int, number: int, workers: int) -> list[list[Item]]:
+def load_or_build(
+    folder: Path, path: Path, count: int, numbers: tuple[int, int], workers: int
+) -> list[list[Item]]:
     """:func:`build` for scenes 0 to ``count`` - 1, kept in ``path`` for a resumed run and for the other processes."""
     if not path.exists():
-        bank = build(folder, 0, count, number, workers)
-        path.write_bytes(pickle.dumps([[(i.full, i.short, i.answer, i.kind) for i in items] for items in bank]))
+        bank = build(folder, 0, count, numbers, workers)
+        path.write_bytes(pickle.dumps([[(i.full, i.short, i.answer, i.kind, i.alone) for i in b] for b in bank]))
     return [[Item(*values) for values in items] for items in pickle.loads(path.read_bytes())]
 
 
 @dataclass
 class Packed:
-    """A batch of text blocks: ids, positions after the prefix, block numbers (-1 pads), labels, types; all (B, L).
+    """A batch of text blocks: ids, positions in the block, block numbers (-1 pads), labels, types; all (B, L).
 
-    A question's type stands where the last token of its answer is predicted, -1 elsewhere.
+    A question's type stands where the last token of its answer is predicted, -1 elsewhere; ``alone`` (B, L) marks
+    the blocks that see no picture.
     """
 
     ids: torch.Tensor
@@ -73,6 +90,7 @@ class Packed:
     blocks: torch.Tensor
     labels: torch.Tensor
     kinds: torch.Tensor
+    alone: torch.Tensor
 
 
 def pack(
@@ -84,7 +102,7 @@ def pack(
     """
     shape = (len(index), budget)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    blocks, labels, kinds = np.full(shape, -1), np.full(shape, -100), np.full(shape, -1)
+    blocks, labels, kinds, alone = (np.full(shape, v) for v in (-1, -100, -1, 0))
     for row, scene in enumerate(index):
         items, at, block = bank[scene], 0, 1
         keys = rng.random(len(items)) ** (1 / weights[[i.kind for i in items]])
@@ -97,19 +115,26 @@ def pack(
             ids[row, span] = (*text, *item.answer[:-1])
             positions[row, span] = np.arange(length)
             blocks[row, span] = block
+            alone[row, span] = item.alone
             labels[row, at + len(text) - 1 : at + length] = item.answer
             kinds[row, at + length - 2] = item.kind
             at, block = at + length, block + 1
             if at > budget - 14:
                 break
-    return Packed(*(torch.from_numpy(a.astype(np.int64)) for a in (ids, positions, blocks, labels, kinds)))
+    arrays = (ids, positions, blocks, labels, kinds)
+    return Packed(*(torch.from_numpy(a.astype(np.int64)) for a in arrays), torch.from_numpy(alone > 0))
 
 
-def attention_bias(prefix: int, blocks: torch.Tensor) -> torch.Tensor:
-    """(B, 1, L, prefix + L) additive mask of the text rows: every block sees the prefix and, causally, itself."""
+def attention_bias(prefix: int, system: int, batch: Packed) -> torch.Tensor:
+    """(B, 1, L, prefix + L) additive mask of the text rows: every block sees the prefix and, causally, itself.
+
+    Blocks without a picture see the first ``system`` columns of the prefix only.
+    """
+    blocks = batch.blocks
     b, length = blocks.shape
     causal = torch.ones(length, length, dtype=torch.bool, device=blocks.device).tril()
     allowed = causal & (blocks[:, None, :] == blocks[:, :, None])
     bias = torch.zeros(b, length, prefix + length, device=blocks.device)
     bias[:, :, prefix:].masked_fill_(~allowed, float("-inf"))
+    bias[:, :, system:prefix].masked_fill_(batch.alone[:, :, None], float("-inf"))
     return bias[:, None]

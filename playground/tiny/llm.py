@@ -124,8 +124,10 @@ def answer_loss(
     start = llama.embed_tokens(torch.tensor(mat.prefix, device=device)).expand(len(index), -1, -1)
     embeds = torch.cat([start, llama.mm_projector(visual), llama.embed_tokens(batch.ids.to(device))], 1)
     prefix = len(mat.prefix) + visual.shape[1]
-    positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + prefix], 1).to(device)
-    hidden = llama(embeds, positions, attention_bias(prefix, batch.blocks.to(device)))[:, prefix:]
+    system = len(mat.prefix) - 1  # a prompt without a picture lacks the space before it
+    begin = torch.where(batch.alone, system, prefix)
+    positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + begin], 1).to(device)
+    hidden = llama(embeds, positions, attention_bias(prefix, system, batch).to(device))[:, prefix:]
     spots = batch.labels != -100
     labels, kinds = batch.labels[spots].to(device), batch.kinds[spots]
     logits = llama.lm_head(hidden[spots.to(device)]).float()

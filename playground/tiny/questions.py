@@ -23,6 +23,7 @@ RELATIONS = {
     "above": ("above", lambda a, b: b.cy - a.cy),
     "below": ("below", lambda a, b: a.cy - b.cy),
 }
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MARGIN = 15.0
 
 
@@ -59,7 +60,7 @@ def article(name: str) -> str:
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
-def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[int]:
+def unique(scene: Scene, key: Callable[[Thing], object]) -> list[int]:
     """Indices of things whose key occurs once."""
     counts = Counter(key(t) for t in scene.things)
     return [i for i, t in enumerate(scene.things) if counts[key(t)] == 1]
@@ -111,7 +112,7 @@ def exist(scene: Scene, rng: np.random.Generator) -> Made:
 
 def verify_attribute(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the circle red?"""
-    found = _unique(scene, lambda t: t.shape)
+    found = unique(scene, lambda t: t.shape)
     if not found:
         return
     index, flag = _pick(rng, found), rng.random() < 0.5
@@ -123,9 +124,9 @@ def verify_attribute(scene: Scene, rng: np.random.Generator) -> Made:
     yield Question(text, _yes(flag), full, "verify", "attr", "verifyAttr", program, (index,))
 
 
-def _related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str] | None:
+def related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str] | None:
     """Two nameable things and a relation that clearly holds from the first to the second."""
-    found = _unique(scene, lambda t: t.name)
+    found = unique(scene, lambda t: t.name)
     for _ in range(20):
         if len(found) < 2:
             return None
@@ -138,13 +139,13 @@ def _related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str] | N
 
 def verify_relation(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the red circle to the left of the blue star?"""
-    drawn = _related(scene, rng)
+    drawn = related(scene, rng)
     if drawn is None:
         return
     a, b, relation = drawn
     flag = rng.random() < 0.5
     if not flag:
-        relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
+        relation = OPPOSITE[relation]
     first, second = _refer(scene, rng, a), _refer(scene, rng, b)
     phrase = RELATIONS[relation][0]
     full = f"{_yes(flag).capitalize()}, the {first} is {'' if flag else 'not '}{phrase} the {second}."
@@ -155,7 +156,7 @@ def verify_relation(scene: Scene, rng: np.random.Generator) -> Made:
 
 def choose_relation(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the red circle to the left or to the right of the blue star?"""
-    drawn = _related(scene, rng)
+    drawn = related(scene, rng)
     if drawn is None:
         return
     a, b, relation = drawn
@@ -169,7 +170,7 @@ def choose_relation(scene: Scene, rng: np.random.Generator) -> Made:
 
 def side(scene: Scene, rng: np.random.Generator) -> Made:
     """On which side of the picture is the red circle?"""
-    found = [i for i in _unique(scene, lambda t: t.name) if abs(scene.things[i].cx - scene.width / 2) > MARGIN]
+    found = [i for i in unique(scene, lambda t: t.name) if abs(scene.things[i].cx - scene.width / 2) > MARGIN]
     if not found:
         return
     index = _pick(rng, found)
@@ -182,7 +183,7 @@ def side(scene: Scene, rng: np.random.Generator) -> Made:
 
 def query_colour(scene: Scene, rng: np.random.Generator) -> Made:
     """What color is the circle?"""
-    found = _unique(scene, lambda t: t.shape)
+    found = unique(scene, lambda t: t.shape)
     if not found:
         return
     index = _pick(rng, found)
@@ -195,7 +196,7 @@ def query_colour(scene: Scene, rng: np.random.Generator) -> Made:
 
 def query_shape(scene: Scene, rng: np.random.Generator) -> Made:
     """What shape is the red object?"""
-    found = _unique(scene, lambda t: t.colour)
+    found = unique(scene, lambda t: t.colour)
     if not found:
         return
     index = _pick(rng, found)
@@ -244,7 +245,7 @@ def _two(rng: np.random.Generator, right: str, wrong: str) -> tuple[str, str]:
 
 def choose_colour(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the circle red or blue?"""
-    found = _unique(scene, lambda t: t.shape)
+    found = unique(scene, lambda t: t.shape)
     if not found:
         return
     index = _pick(rng, found)
@@ -258,7 +259,7 @@ def choose_colour(scene: Scene, rng: np.random.Generator) -> Made:
 
 def choose_shape(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the red object a circle or a star?"""
-    found = _unique(scene, lambda t: t.colour)
+    found = unique(scene, lambda t: t.colour)
     if not found:
         return
     index = _pick(rng, found)
@@ -272,7 +273,7 @@ def choose_shape(scene: Scene, rng: np.random.Generator) -> Made:
 
 def choose_size(scene: Scene, rng: np.random.Generator) -> Made:
     """Is the red circle small or large?"""
-    found = [i for i in _unique(scene, lambda t: t.name) if not scene.things[i].mark]
+    found = [i for i in unique(scene, lambda t: t.name) if not scene.things[i].mark]
     if not found:
         return
     index = _pick(rng, found)
@@ -306,7 +307,7 @@ def logical(scene: Scene, rng: np.random.Generator) -> Made:
 
 def same_colour(scene: Scene, rng: np.random.Generator) -> Made:
     """Are the circle and the star the same color?"""
-    found, want = _unique(scene, lambda t: t.shape), rng.random() < 0.5
+    found, want = unique(scene, lambda t: t.shape), rng.random() < 0.5
     pairs = [(a, b) for a in found for b in found if a != b]
     pairs = [p for p in pairs if (scene.things[p[0]].colour == scene.things[p[1]].colour) == want]
     if not pairs or (not want and rng.random() < 0.5):

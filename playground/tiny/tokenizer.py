@@ -11,6 +11,7 @@ import sentencepiece as spm
 
 from playground.tiny import questions as qs
 from playground.tiny import scenes as sc
+from playground.tiny import suite as su
 
 IMAGE = -200
 SYSTEM = (
@@ -47,6 +48,8 @@ def corpus(scenes: int = 3000) -> list[str]:
         rng = np.random.default_rng([20_14, seed])
         for q in qs.ask(sc.make_scene(seed), rng, 8):
             lines += [q.text, q.answer, q.full_answer, f".{q.text}", f".{q.answer}"]
+        for _, case in su.ask(sc.make_scene(seed), rng, 6):
+            lines += [line for text in case.body.splitlines() for line in (text, f".{text}")]
     words = [
         *sc.WORDS,
         *sc.SHAPES,
@@ -55,12 +58,19 @@ def corpus(scenes: int = 3000) -> list[str]:
         *map(qs.plural, sc.SHAPES),
         *sc.DIGITS,
         *qs.LETTERS,
+        *su.COLOURS_CN.values(),
+        *su.SHAPES_CN.values(),
+        *su.WORDS_CN.values(),
+        "左边",
+        "右边",
         "yes",
         "no",
     ]
     lines += 40 * [*words, *(w.upper() for w in sc.WORDS)]
     lines += 400 * [
         f".{qs.INSTRUCTION}",
+        f".{su.LETTER}",
+        f".{su.LETTER_CN}",
         SYSTEM,
         "USER: ASSISTANT:",
         f"{qs.INSTRUCTION} ASSISTANT:",
@@ -125,3 +135,15 @@ def encode_prompt(model: spm.SentencePieceProcessor, text: str) -> list[int]:
     for i, part in enumerate(text.split("<image>")):
         ids += ([IMAGE] if i else []) + model.encode(part)
     return ids
+
+
+def after_system(model: spm.SentencePieceProcessor, text: str) -> list[int]:
+    """Ids of a prompt without a picture, less those it shares with every prompt (BOS and the system text).
+
+    The shared part of a prompt with a picture is one piece longer: the space before the picture.
+    """
+    shared = model.encode(SYSTEM + " USER: ")[:-1]
+    ids = model.encode(prompt(text, image=False))
+    if ids[: len(shared)] != shared:
+        raise ValueError("the system text is cut into other pieces before this question")
+    return ids[len(shared) :]

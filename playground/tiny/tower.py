@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,17 @@ def tower_loss(
 
 
 def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, device: str) -> tuple[Tower, TowerHeads]:
-    """Train the tower on windows, then on whole pictures, and return it with its read-outs."""
+    """Train the tower on windows, then on whole pictures, polish it on more of these; returns it with its read-outs."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"tower": Tower(**cfg["model"]), "heads": TowerHeads(cfg["model"]["width"])}).to(device)
 
-    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        whole = index >= cfg["window_steps"]
+    def step(window_steps: int, index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        whole = index >= window_steps
         size, count = (GRID, cfg["whole_batch"]) if whole else (cfg["window"], cfg["window_batch"])
         batch = windows(data, rng.integers(0, len(data), share(count)), size, rng)
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
             return tower_loss(model["tower"], model["heads"], {k: v.to(device) for k, v in batch.items()})
 
-    run_stage("tower", model, step, cfg, folder, seed)
+    run_stage("tower", model, functools.partial(step, cfg["window_steps"]), cfg, folder, seed)
+    run_stage("polish", model, functools.partial(step, 0), {**cfg, **cfg["polish"]}, folder, seed)
     return model["tower"], model["heads"]

@@ -38,7 +38,7 @@ def prepare(cfg: dict[str, Any], out: Path) -> tuple[SceneData, list[list[Item]]
             if not (out / "tokenizer.model").exists():
                 tk.train_tokenizer(out, cfg["vocab"])
             data = load_or_generate(work / "data", 0, cfg["scenes"], cfg["workers"])
-            bank = load_or_build(out, work / "bank.pickle", cfg["scenes"], cfg["questions"], cfg["workers"])
+            bank = load_or_build(out, work / "bank.pickle", cfg["scenes"], tuple(cfg["questions"]), cfg["workers"])
         wait()
     return data, bank
 
