@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -48,6 +49,37 @@ def average_gradients(modules: nn.Module) -> None:
             grad.copy_(mean.view_as(grad))
 
 
+def deepspeed_engine(modules: nn.Module, opt: torch.optim.Optimizer) -> Any:
+    """DeepSpeed's engine where several GPUs share the batches and it is installed; None otherwise.
+
+    Stage 0: every process keeps the whole optimiser, so checkpoints are the same with and without it.
+    """
+    if ranks()[1] == 1 or not torch.cuda.is_available() or importlib.util.find_spec("deepspeed") is None:
+        return None
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 0},
+    }
+    return deepspeed.initialize(model=modules, optimizer=opt, config=config)[0]
+
+
+def update(modules: nn.Module, opt: torch.optim.Optimizer, loss: torch.Tensor, engine: Any) -> None:
+    """One step with gradients averaged over all processes and clipped to norm 1."""
+    if engine is not None:
+        engine.backward(loss)
+        engine.step()
+        return
+    opt.zero_grad()
+    loss.backward()
+    average_gradients(modules)
+    nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+    opt.step()
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then cosine to 3 % of the peak."""
     ramp = min(1.0, (step + 1) / max(1, warmup))
@@ -88,16 +120,12 @@ def run_stage(name: str, modules: nn.Module, step_fn: Step, cfg: dict[str, Any],
     tag = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
     sums: dict[str, list[float]] = defaultdict(list)
     began = time.perf_counter()
-    rank, _ = ranks()
+    rank, engine = ranks()[0], deepspeed_engine(modules, opt)
     for step in tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10, disable=rank > 0):
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, steps, cfg["lr"], cfg.get("warmup", 100))
         loss, figures = step_fn(step, np.random.default_rng([seed, tag, step, rank]))
-        opt.zero_grad()
-        loss.backward()
-        average_gradients(modules)
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        opt.step()
+        update(modules, opt, loss, engine)
         for key, value in {"loss": loss.item(), **figures}.items():
             if not math.isnan(value):
                 sums[key].append(value)

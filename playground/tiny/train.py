@@ -2,7 +2,8 @@
 
 Checkpoints and the log go to ``DIR/work``; the finished checkpoint is ``DIR`` itself.  ``--resume`` continues an
 interrupted run; without it an existing work folder is refused.  Several processes (CPU cores or GPUs) share the
-batches when started by ``torchrun --nproc_per_node N -m playground.tiny.train ...``.
+batches when started by ``torchrun --nproc_per_node N -m playground.tiny.train ...``; GPUs step through DeepSpeed
+where that is installed (extra ``deepspeed``).
 """
 
 from __future__ import annotations
