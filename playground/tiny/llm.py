@@ -29,6 +29,7 @@ class Material:
     bank: list[list[Item]]
     features: np.ndarray | None
     prefix: list[int]
+    places: list[int]
     device: str
 
 
@@ -73,6 +74,27 @@ def choose_tokens(
     return torch.from_numpy(np.sort(np.argpartition(-keys, keep - 1, axis=1)[:, :keep], axis=1))
 
 
+def shown(mat: Material, scenes: np.ndarray, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of chosen patches: number of the thing there (B, K), 0 for none, and its row of the table (B, K, 6)."""
+    inst = torch.from_numpy(mat.data.instances[scenes].astype(np.int64)).flatten(1).gather(1, chosen)
+    rows = torch.cat([torch.full((len(scenes), 1, 6), -1.0), torch.from_numpy(mat.data.tables[scenes])], 1)
+    return inst, rows.gather(1, inst[..., None].expand(-1, -1, 6))
+
+
+def place_loss(llama: Llama, visual: torch.Tensor, mat: Material, scenes: np.ndarray, chosen: torch.Tensor):
+    """How far projected patches are from saying where their thing is.
+
+    Likeness to "right" less likeness to "left" should grow with the thing's centre from left to right, likewise for
+    "below" and "above": an answer about places then is a copy, as one about colours is.
+    """
+    width = llama.lm_head.in_features
+    inst, mine = shown(mat, scenes, chosen)
+    words = F.rms_norm(llama.embed_tokens(torch.tensor(mat.places, device=mat.device)), (width,))
+    scores = F.rms_norm(llama.mm_projector(visual), (width,)) @ words.T * (8 / width)  # (B, K, 4)
+    found = torch.stack([scores[..., 0] - scores[..., 1], scores[..., 2] - scores[..., 3]], -1)
+    return F.smooth_l1_loss(found[inst > 0], 5 * mine[..., 4:6][inst > 0].to(mat.device))
+
+
 def align_projector(
     llama: Llama, cfg: dict[str, Any], mat: Material, words: dict[str, list[int]], folder: Path, seed: int
 ):
@@ -87,9 +109,7 @@ def align_projector(
         scenes = rng.integers(0, len(mat.features), share(cfg["batch"]))
         chosen = choose_tokens(mat.data, scenes, cfg["keep"], rng, True)
         feats = pick(mat, scenes, chosen)
-        inst = torch.from_numpy(mat.data.instances[scenes].astype(np.int64)).flatten(1).gather(1, chosen)
-        rows = torch.cat([torch.full((len(scenes), 1, 6), -1.0), torch.from_numpy(mat.data.tables[scenes])], 1)
-        mine = rows.gather(1, inst[..., None].expand(-1, -1, 6))
+        inst, mine = shown(mat, scenes, chosen)
         own = torch.stack([chosen % sc.GRID, chosen // sc.GRID], -1) * (2 / sc.GRID) + (1 / sc.GRID - 1)
         centre = ((own - mine[..., 4:6]).abs().amax(-1) < 1 / sc.GRID) & (inst > 0)
         out = F.rms_norm(llama.mm_projector(feats), (width,))
@@ -141,6 +161,11 @@ def answer_loss(
     return (loss * weight).sum() / weight.sum(), figures
 
 
+def between(ends: list[float], part: float) -> float:
+    """The value a part of the way from the first of two numbers to the last."""
+    return ends[0] + (ends[1] - ends[0]) * part
+
+
 def train_decoder(name: str, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int) -> None:
     """Stages 3 and 4: the decoder on cached features and few visual tokens."""
 
@@ -149,9 +174,12 @@ def train_decoder(name: str, llama: Llama, cfg: dict[str, Any], mat: Material, f
         keep = int(np.random.default_rng([seed, index]).integers(cfg["keep"][0], cfg["keep"][1] + 1))
         chosen = choose_tokens(mat.data, scenes, keep, rng, cfg.get("things", True))
         visual = pick(mat, scenes, chosen)
-        now = dict(cfg, full=cfg["full"][0] + (cfg["full"][1] - cfg["full"][0]) * index / cfg["steps"])
+        now = dict(cfg, full=between(cfg["full"], index / cfg["steps"]))
+        now["weights"] = {k: between(v, index / cfg["steps"]) for k, v in cfg.get("weights", {}).items()}
         with torch.autocast(mat.device, torch.bfloat16, enabled=mat.device != "cpu"):
-            return answer_loss(llama, visual, mat, scenes, rng, now)
+            loss, figures = answer_loss(llama, visual, mat, scenes, rng, now)
+            place = place_loss(llama, visual, mat, scenes, chosen)
+        return loss + cfg["places"] * place, figures | {"place": place.item()}
 
     run_stage(name, llama, step, cfg, folder, seed)
 

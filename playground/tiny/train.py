@@ -51,7 +51,8 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
     tower, heads = train_tower(cfg["tower"], data, work, seed, device)
     tokens = tk.load(out)
     prefix = [tokens.bos_id(), *tokens.encode(tk.SYSTEM + " USER: ")]
-    mat = Material(data, bank, None, prefix, device)
+    places = [tokens.encode(word)[-1] for word in ("right", "left", "below", "above")]
+    mat = Material(data, bank, None, prefix, places, device)
     torch.manual_seed(seed)
     llama = Llama(tokens.get_piece_size(), cfg["small"]["layers"], vision=cfg["tower"]["model"]["width"]).to(device)
     if (work / "joint.pt").exists():
