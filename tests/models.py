@@ -291,14 +291,12 @@ def generate(model: Any, given: dict[str, Any], steps: int = 4, **options: Any) 
     Its `sequences` holds the new ids alone in both families.
     """
     given = dict(given)
-    greedy = {"do_sample": False, "max_new_tokens": steps, "pad_token_id": 0}
+    greedy = {"do_sample": False, "max_new_tokens": steps, "pad_token_id": 0, "use_cache": True}
     prompt_length = 0 if is_llava(model) else given["input_ids"].shape[1]
     if is_llava(model):
         given["inputs"] = given.pop("input_ids")
     with torch.inference_mode():
-        out = model.generate(
-            **given, **{**greedy, **options}, return_dict_in_generate=True, output_logits=True, use_cache=True
-        )
+        out = model.generate(**given, **{**greedy, **options}, return_dict_in_generate=True, output_logits=True)
     out.sequences = out.sequences[:, prompt_length:]
     return out
 
