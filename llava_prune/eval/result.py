@@ -48,8 +48,9 @@ def versions() -> dict[str, str]:
 
 
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean visual tokens over samples, by layer and over layers, entering and leaving."""
+    """Mean visual tokens over samples with a picture, by layer and over layers, entering and leaving."""
     out: dict[str, Any] = {}
+    rows = [r for r in rows if r["kept"]["entering"][0]] or rows
     for way in ("entering", "leaving"):
         layers = [sum(column) / len(rows) for column in zip(*(r["kept"][way] for r in rows), strict=True)]
         out[f"average_{way}"] = average_tokens(layers)

@@ -100,6 +100,7 @@ def test_text_only_rows_have_batches_of_their_own(nine: Path, tmp_path: Path, st
     model = stand_in()
     (full,) = run.evaluate(settings(nine, tmp_path, "sqa", methods=("full",), batch=4))
     assert [len(c) for c in model.calls] == [2, 2] and full["details"]["image"]["rows"] == 2
+    assert full["visual_tokens"]["average_leaving"] == 16, "questions without a picture are no samples of it"
     rows = answers(tmp_path / "full")
     assert [r["prompt"].startswith("<image>\n") for r in rows] == [True, False, True, False]
     assert [sum(r["kept"]["entering"]) > 0 for r in rows] == [True, False, True, False]
