@@ -1,11 +1,13 @@
 """Kill a run with SIGKILL at random moments and resume it: python -m tests.eval.kill [KILLS [SEED [QUESTIONS]]].
 
-Every time the run gets through, its files are compared with those of an undisturbed run, byte by byte. The process
-loads the model and forks every run, so a start costs no import.
+Every time the run gets through, its files are compared with those of an undisturbed run, byte by byte. The model is a
+small random one, answers are four tokens. The process loads it and forks every run, so a start costs no import.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import random
 import signal
@@ -13,26 +15,57 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import CLIPImageProcessorPil
 
-import llava_prune
+from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL
 from llava_prune.eval.plan import Settings
-from llava_prune.eval.run import evaluate
+from llava_prune.eval.task import load_task
+from llava_prune.families.load import Loaded
+from tests import models
 
-LABELS = ("full", "autoprune-64")
+LABELS = ("full", "autoprune-8")
+DATA = "playground/data/mini"
 
 
-def start(loaded: Any, data: str, out: Path, limit: int) -> int:
+class Letters:
+    """A tokenizer of one id a character."""
+
+    bos_token_id, eos_token_id = 1, None
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[1, *(3 + ord(c) % 120 for c in text)])
+
+    def __len__(self) -> int:
+        return models.VOCAB
+
+    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        return ["".join(chr(i) for i in row if i >= 32) for row in ids.tolist()]
+
+
+def checkpoint(folder: Path) -> Loaded:
+    """The random model, with a folder for the runner to look at."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(models.config()))
+    side = {"height": models.SIDE, "width": models.SIDE}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": models.SIDE}, crop_size=side)
+    return Loaded(models.tiny_hf(), Letters(), processor, "hf", str(folder))
+
+
+def start(loaded: Loaded, out: Path, limit: int) -> int:
     """Fork a run on a model that is loaded already; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        evaluate(Settings(model=loaded.path, data=data, out=str(out), limit=limit, batch=2), loaded=loaded)
+        run.load_task = lambda name: dataclasses.replace(load_task(name), max_new_tokens=4)
+        settings = Settings(model=loaded.path, data=DATA, out=str(out), limit=limit, batch=2, tokens=(8,))
+        run.evaluate(settings, loaded=loaded)
         status = 0
     finally:
         os._exit(status)
@@ -48,15 +81,15 @@ def done(out: Path) -> int:
     return sum(p.read_bytes().count(b"\n") for n in (ANSWERS, JOURNAL) for p in out.glob(f"*/{n}"))
 
 
-def main(kills: int, seed: int, model: str, data: str, limit: int) -> tuple[int, int, set[int]]:
+def main(kills: int, seed: int, limit: int) -> tuple[int, int, set[int]]:
     """Returns runs that got through, kills, and the numbers of answers that kills found on disk."""
     draw = random.Random(seed)
     torch.set_num_threads(1)  # a fork must not find threads of the parent
-    loaded = llava_prune.load(model, device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
+        loaded = checkpoint(Path(folder) / "model")
         whole = Path(folder) / "whole"
         began = time.monotonic()
-        if os.waitpid(start(loaded, data, whole, limit), 0)[1]:
+        if os.waitpid(start(loaded, whole, limit), 0)[1]:
             raise SystemExit("the undisturbed run failed")
         length = time.monotonic() - began
         print(f"an undisturbed run takes {length:.1f} s", flush=True)
@@ -64,7 +97,7 @@ def main(kills: int, seed: int, model: str, data: str, limit: int) -> tuple[int,
         while killed < kills or through == 0:
             out = Path(folder) / f"cut{through}"
             while True:
-                pid = start(loaded, data, out, limit)
+                pid = start(loaded, out, limit)
                 deadline = time.monotonic() + draw.uniform(0.1, 0.6) * length
                 while killed < kills and time.monotonic() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
                     time.sleep(0.002)
@@ -85,5 +118,5 @@ def main(kills: int, seed: int, model: str, data: str, limit: int) -> tuple[int,
 
 if __name__ == "__main__":
     kills, seed, questions = [*map(int, sys.argv[1:]), *(30, 0, 24)[len(sys.argv) - 1 :]]
-    runs, times, where = main(kills, seed, "playground/models/llava-tiny", "playground/data/mini", questions)
+    runs, times, where = main(kills, seed, questions)
     print(f"{times} kills, {runs} runs got through and equal the undisturbed one; answers on disk at {sorted(where)}")

@@ -17,7 +17,7 @@ KILLS = 4
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_equal_an_undisturbed_one() -> None:
-    command = [sys.executable, "-m", "tests.eval.kill", str(KILLS), "0", "6"]
+    command = [sys.executable, "-m", "tests.eval.kill", str(KILLS), "0", "12"]
     got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr[-2000:]
     found = re.search(rf"{KILLS} kills, (\d+) runs got through and equal .* at \[(.*)\]", got.stdout)
