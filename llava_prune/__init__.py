@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .core.method import Method
 from .core.registry import build, names, register
-from .core.types import Cut, Spans, View, VisionCut, VisionView
+from .core.types import Cut, Fold, Spans, View, VisionCut, VisionView
 from .families.load import Loaded, load
 from .runtime.attach import Handle, attach, pruned
 from .runtime.door import image_sizes
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cut",
+    "Fold",
     "Handle",
     "Loaded",
     "Method",

@@ -147,3 +147,27 @@ def schedule(
         merged.append(c)
         leaving.append(m + c)
     return Schedule(tuple(keep), tuple(recycle), tuple(merged), tuple(leaving), factor, steps)
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+        ValueError: naming the value and the limit.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
+
+
+def check_tokens(tokens: object) -> None:
+    """Refuse a budget that is no whole number of at least 1.
+
+    Raises:
+        ValueError: naming the value and the limit.
+    """
+    check_count("tokens", tokens, 1)
+
+
+def per_crop(tokens: int, crops: int) -> int:
+    """What each crop of a picture gets of a budget: tokens // (most crops of the model), at least 1."""
+    return max(tokens // crops, 1)

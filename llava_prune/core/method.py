@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from .types import Cut, Spans, View, VisionCut, VisionView
+from .types import Cut, Fold, Spans, View, VisionCut, VisionView
 
 
 class Method:
@@ -19,6 +19,9 @@ class Method:
         positions: "keep" leaves surviving tokens their position ids, "renumber" makes them 0..n-1 after a cut.
         decode: "original" gives a generated token the position it has in the unpruned sequence, "cache" the
             length of each layer's own cache.
+        vision_positions: what `positions` means for a `VisionCut`, where that differs. With "renumber" the shorter
+            sequence counts as the prompt, also for generated tokens.
+        anyres: whether the method can work on pictures that come in crops (LLaVA-NeXT).
 
     Class attributes that only tables and documents read (`llava-prune methods`):
         where: the place it prunes, e.g. "language model, after layers 8, 16, 24 of 32".
@@ -39,6 +42,8 @@ class Method:
     instead: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[Literal["keep", "renumber"]] = "keep"
     decode: ClassVar[Literal["original", "cache"]] = "original"
+    vision_positions: ClassVar[Literal["keep", "renumber"] | None] = None
+    anyres: ClassVar[bool] = True
 
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         """Attention rows to record in the vision tower, {block: query rows}, row 0 being the class token.
@@ -47,6 +52,18 @@ class Method:
             feature_layer: 0-based block whose output is the feature map.
         """
         return {}
+
+    def tower(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
+        """Tokens to merge away in each of the tower's blocks 0..feature_layer; () leaves the tower alone."""
+        return ()
+
+    def fold(self, keys: Tensor, count: int) -> Fold:
+        """Choose `count` tokens of a tower block that join others, after its attention and before its MLP.
+
+        Args:
+            keys: (N, H, t, dh) keys of the block, the class token's first.
+        """
+        raise TypeError(f"{self!r} merges in the tower and must say which tokens")
 
     def reduce(self, view: VisionView) -> VisionCut | None:
         """Asked once for the pictures of a request, before the projector. None leaves them alone."""

@@ -1,4 +1,4 @@
-"""Selection and merging as pure tensor functions: ordered top-k, DPC-KNN merge, reassembly of a sequence.
+"""Selection and merging as pure tensor functions: ordered top-k, DPC-KNN, bipartite matching, reassembly of a sequence.
 
 All take batches whose samples keep different numbers of tokens; the counts are host integers, so no function
 here reads from the device.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Cut, View
+from .types import Cut, Fold, View
 
 
 def descending_rank(score: Tensor, among: Tensor) -> Tensor:
@@ -42,6 +42,7 @@ def assemble(
     lengths: Sequence[int],
     merged: Tensor | None = None,
     merged_counts: Sequence[int] = (),
+    at: Tensor | None = None,
 ) -> Cut:
     """Close the gaps: kept rows in order, merged rows after the last visual place, all aligned at the right end.
 
@@ -52,6 +53,7 @@ def assemble(
         lengths: live rows of each sample afterwards: not visual + kept + merged.
         merged: (B, C, D) new rows, or None.
         merged_counts: how many of the C belong to each sample.
+        at: (B, C) long, columns that the merged rows follow; None for the last visual place.
 
     Returns:
         Cut with L' = max(lengths); `valid` is None when all samples have that length.
@@ -63,9 +65,9 @@ def assemble(
     key = (places * step).expand_as(keep)
     key = key.masked_fill(~(keep & visual | valid & ~visual), -1)  # (B, L)
     if merged is not None:
-        last = (visual * (places + 1)).amax(1, keepdim=True) - 1  # (B, 1)
+        after = (visual * (places + 1)).amax(1, keepdim=True) - 1 if at is None else at  # (B, 1 or C)
         slots = torch.arange(n_merged, device=keep.device)
-        extra = (last * step + 1 + slots).masked_fill(slots >= column(merged_counts, keep), -1)  # (B, C)
+        extra = (after * step + 1 + slots).masked_fill(slots >= column(merged_counts, keep), -1)  # (B, C)
         key = torch.cat([key, extra], 1)
     ordered, index = key.sort(dim=1, stable=True)
     width = max(lengths)
@@ -165,3 +167,102 @@ def keep_best(
     points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
     label = dpc_knn(points, recycle, clusters)
     return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)
+
+
+def fold_tokens(fold: Fold, states: Tensor, size: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge tokens: means weighted by size, without atomics, so the same every time.
+
+    Args:
+        fold: who joins whom.
+        states: (N, t, D).
+        size: (N, t) float32, patches in each token.
+        groups: (N, T) long, the token that each patch is in.
+
+    Returns:
+        (N, t', D) in the dtype of `states`, (N, t') and (N, T) afterwards. A token that nobody joins stays bit for bit.
+    """
+    count = fold.stay.shape[1]
+    joins = torch.nn.functional.one_hot(fold.into, count).transpose(1, 2).float()  # (N, t', r)
+    weighted = states.float() * size[..., None]
+    total = _pick(weighted, fold.stay) + joins @ _pick(weighted, fold.gone)  # (N, t', D)
+    before = size.gather(1, fold.stay)
+    after = before + (joins @ size.gather(1, fold.gone)[..., None])[..., 0]
+    mean = (total / after[..., None]).to(states.dtype)
+    merged = torch.where((after == before)[..., None], _pick(states, fold.stay), mean)
+    places = torch.arange(count, device=states.device).expand(states.shape[0], -1)
+    moved = torch.empty(states.shape[:2], dtype=torch.long, device=states.device)
+    moved = moved.scatter(1, fold.stay, places).scatter(1, fold.gone, fold.into)
+    return merged, after, moved.gather(1, groups)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """(N, K, D) rows (N, t, D) by (N, K)."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def match(metric: Tensor, count: int, protect: bool = True) -> Fold:
+    """The `count` tokens at even places that are most like one at an odd place join it.
+
+    Source: ToMe's description. Several may join the same token; those at odd places never move. Ties go by index.
+
+    Args:
+        metric: (N, t, d); its length does not matter.
+        count: at most half of the tokens (without the class token) are taken.
+        protect: row 0 is the class token and takes no part.
+
+    Returns:
+        Fold; the tokens that stay at even places come first, then all at odd places.
+    """
+    n, t = metric.shape[:2]
+    count = min(count, (t - protect) // 2)
+    unit = torch.nn.functional.normalize(metric.float(), dim=2)
+    like = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (N, A, B)
+    if protect:
+        like[:, 0] = -torch.inf
+    best, partner = like.max(2)  # (N, A)
+    order = best.sort(dim=1, descending=True, stable=True).indices
+    gone, rest = order[:, :count], order[:, count:].sort(dim=1).values
+    odd = torch.arange(1, t, 2, device=metric.device).expand(n, -1)
+    return Fold(torch.cat([2 * rest, odd], 1), 2 * gone, rest.shape[1] + partner.gather(1, gone))
+
+
+def absorb(
+    features: Tensor, keys: Tensor, score: Tensor, kept: Tensor, counts: list[int], neighbours: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Add to each kept patch its nearest others, and sum up what is not kept.
+
+    y_i = x_i + sum of score_j x_j over the `neighbours` candidates j of largest cosine; candidates are the patches
+    that are not kept and the other places of the kept list. Where that list names a patch twice, as many of the
+    lowest patches that are not kept are lost to candidates and sum, as in the official code.
+
+    Args:
+        features: (N, T, Dv).
+        keys: (N, T, C).
+        score: (N, T).
+        kept: (N, K) long, the first counts[n] being real.
+        counts: kept places of each picture.
+        neighbours: at most so many.
+
+    Returns:
+        (N, K, Dv) float32 and (N, Dv) float32.
+    """
+    n, t = score.shape
+    size = kept.shape[1]
+    real = torch.arange(size, device=kept.device) < column(counts, kept)  # (N, K)
+    named = torch.zeros(n, t + 1, dtype=torch.bool, device=kept.device)
+    named = named.scatter(1, kept.masked_fill(~real, t), True)[:, :t]
+    twice = column(counts, kept) - named.sum(1, keepdim=True)  # (N, 1)
+    pool = ~named & ((~named).cumsum(1) > twice)  # (N, T)
+    unit = torch.nn.functional.normalize(keys.float(), dim=2)
+    mine = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[2]))  # (N, K, C)
+    like = torch.cat([mine @ unit.transpose(1, 2), mine @ mine.transpose(1, 2)], 2)  # (N, K, T + K)
+    own = torch.eye(size, dtype=torch.bool, device=kept.device)
+    free = torch.cat([pool[:, None].expand(-1, size, -1), real[:, None] & ~own], 2)  # (N, K, T + K)
+    near = like.masked_fill(~free, -torch.inf).topk(min(neighbours, like.shape[2]), dim=2)
+    weights = torch.cat([score, score.gather(1, kept)], 1)[:, None].expand(-1, size, -1).gather(2, near.indices)
+    weights = weights.masked_fill(near.values == -torch.inf, 0)
+    share = torch.zeros_like(like).scatter(2, near.indices, weights)
+    x = features.float()
+    centre = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    left = (score * pool)[:, None] @ x  # (N, 1, Dv)
+    return centre + share[..., :t] @ x + share[..., t:] @ centre, left[:, 0]

@@ -124,11 +124,16 @@ class VisionView:
     """The pictures of a request between vision tower and projector.
 
     Attributes:
-        features: (N, T, Dv) patch features, class token removed.
+        features: (N, T, Dv) patch features, class token removed; fewer rows than patches where the method merged
+            inside the tower.
         probs: layer -> (N, H, R, 1 + T) float32 softmax rows the method asked for with `vision_rows`.
         keys: layer -> (N, H, 1 + T, dh) key projections of the same layers.
+        queries: layer -> (N, H, R, dh) query projections of the rows.
         padding: (N, T) bool, patches that show padding only, or None when the original sizes are unknown.
         grid: (height, width) in patches.
+        cls: (N, Dv) the class token's feature, or None when the method asks for no row of the tower.
+        groups: (N, T) long, the row of `features` that each patch went into; None where the tower was left alone.
+        crops: most crops that this model cuts a picture into, 1 where it sees pictures whole.
         carry: name -> (N, T) tensors to meet again in `View.carry`.
     """
 
@@ -137,17 +142,43 @@ class VisionView:
     keys: dict[int, Tensor]
     padding: Tensor | None
     grid: tuple[int, int]
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    cls: Tensor | None = None
+    groups: Tensor | None = None
+    crops: int = 1
     carry: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class VisionCut:
-    """Patches that go on to the language model.
+    """Rows that go on to the language model in place of the patches.
 
     Attributes:
-        live: (N, T) bool.
-        features: (N, T, Dv) features for the projector, rows not `live` are ignored.
+        live: (N, K) bool; K may differ from the number of patches.
+        features: (N, K, Dv) features for the projector, rows not `live` are ignored.
+        ids: (N, K) long, the patch each row stands for, MERGED for none; None when row j is patch j. Rows are sent
+            in this order, so patches may be reordered or repeated.
+        canvas: what becomes of crops. The first crop (the whole picture) always comes first. True lays the patches
+            of the others on the stitched picture and sends them row by row, then rows without a patch: those
+            before the patches of their crop, crop by crop, then those behind. False sends crop after crop.
     """
 
     live: Tensor
     features: Tensor
+    ids: Tensor | None = None
+    canvas: bool = True
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tokens of a tower block that join others, the class token being row 0.
+
+    Attributes:
+        stay: (N, t') long rows that stay, in output order.
+        gone: (N, r) long rows that join another, t = t' + r.
+        into: (N, r) long places among `stay` that they join.
+    """
+
+    stay: Tensor
+    gone: Tensor
+    into: Tensor

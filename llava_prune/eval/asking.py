@@ -172,13 +172,13 @@ def tower_clock(bench: Bench) -> Any:
             hook.remove()
 
 
-def ask(bench: Bench, numbers: Sequence[int]) -> torch.Tensor:
+def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     """New ids of a batch of questions, (B, new)."""
     values, sizes, keys = [], [], []
     for name in (bench.files.questions[i].image for i in numbers):
         if name is None:
             continue
-        if bench.memo is not None and bench.memo.holds(name):  # the pixels do not matter
+        if bench.memo is not None and bench.memo.holds(name, method):  # the pixels do not matter
             values.append(torch.zeros(bench.shape))
         else:
             image = bench.files.sources.picture(name)
@@ -214,7 +214,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
         return [row for part in parts for row in answer(bench, handle, part, run, name)]
     start, tower = time.perf_counter(), bench.tower
     try:
-        new = ask(bench, numbers)
+        new = ask(bench, handle.method, numbers)
     except torch.OutOfMemoryError:
         if len(numbers) == 1:
             raise

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..runtime.tower import Tower
+
 
 class Family(Protocol):
     """One package. Methods take the whole model and return its parts; nothing is stored."""
@@ -37,6 +39,9 @@ class Family(Protocol):
     def max_visual(self, model: Any) -> int:
         """Most visual tokens one picture can become."""
 
+    def crops(self, model: Any) -> int:
+        """Most crops a picture is cut into; 1 where pictures are seen whole."""
+
     def pads(self, model: Any) -> bool:
         """Whether pictures are padded to a square, so that patches may show padding."""
 
@@ -54,6 +59,11 @@ def block_index(select_layer: int, depth: int) -> int:
     if not 0 <= index < depth:
         raise ValueError(f"vision feature layer {select_layer} is no output of the tower's {depth} blocks")
     return index
+
+
+def tower_of(family: Family, model: Any) -> Tower:
+    """What a method's demands on the model's vision tower are checked against."""
+    return Tower(len(family.blocks(model)), family.feature_layer(model), family.grid(model), family.crops(model))
 
 
 def restore(owner: Any, name: str, before: Any) -> None:

@@ -53,8 +53,12 @@ class HF:
         if not points:
             return rows * columns
         size = model.config.vision_config.image_size
-        crops = max((h // size) * (w // size) + 1 for h, w in points)
-        return crops * rows * columns + max(h // size for h, _ in points) * rows
+        return self.crops(model) * rows * columns + max(h // size for h, _ in points) * rows
+
+    def crops(self, model: Any) -> int:
+        points = getattr(model.config, "image_grid_pinpoints", None)
+        size = model.config.vision_config.image_size
+        return max((h // size) * (w // size) + 1 for h, w in points) if points else 1
 
     def pads(self, model: Any) -> bool:
         return not is_next(model)
@@ -100,6 +104,9 @@ def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> 
     out = stock(features, *args, **kwargs)
     vision = VISION.get()
     if vision is not None:
+        if vision.cut is not None:
+            sizes = args[0] if args else kwargs["image_sizes"]
+            vision.cut.pictures = [_layout(inner, f.shape[0], size) for f, size in zip(features, sizes, strict=True)]
         numbers, start = [], 1
         for f in features:
             n = f.shape[0] * f.shape[1]
@@ -110,6 +117,16 @@ def _pack(inner: Any, before: Any, features: Any, *args: Any, **kwargs: Any) -> 
         packed = stock(numbers, *args, **again)[0]
         vision.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
     return out
+
+
+def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:
+    """(crops, rows of crops, columns of crops) of a picture; see `Rows.pictures`."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    if crops == 1:
+        return 1, 0, 0
+    config = inner.config
+    return crops, *get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,9 +159,9 @@ def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if pending is None or vision is None:
         return
     VISION.set(None)
-    if vision.source is None or not (vision.carry or vision.live is not None):
+    if vision.source is None or not (vision.carry or vision.cut is not None):
         return
-    pending.carry, pending.live = vision.carry, vision.live
+    pending.carry, pending.cut = vision.carry, vision.cut
     pending.source = _spread(pending.visual, vision.source)
 
 

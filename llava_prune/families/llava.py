@@ -55,8 +55,14 @@ class Llava:
         if getattr(model.config, "image_aspect_ratio", None) != "anyres" or not isinstance(points, (list, tuple)):
             return rows * columns
         size = self.tower(model).config.image_size
-        crops = [(w // size) * (h // size) + 1 for w, h in points]
-        return max(crops) * rows * columns + max(h // size for _, h in points) * rows
+        return self.crops(model) * rows * columns + max(h // size for _, h in points) * rows
+
+    def crops(self, model: Any) -> int:
+        points = getattr(model.config, "image_grid_pinpoints", None)
+        if getattr(model.config, "image_aspect_ratio", None) != "anyres" or not isinstance(points, (list, tuple)):
+            return 1
+        size = self.tower(model).config.image_size
+        return max((w // size) * (h // size) + 1 for w, h in points)
 
     def pads(self, model: Any) -> bool:
         return getattr(model.config, "image_aspect_ratio", None) == "pad"
@@ -112,7 +118,9 @@ def _splice(
     if (input_ids == IMAGE).any():
         vision = VISION.get() or Vision()
         source = _source(model, stock, input_ids, mask, images, image_sizes, visual) if _needed(vision) else None
-        PENDING.set(Pending(visual, source, vision.carry, vision.live))
+        if vision.cut is not None:
+            vision.cut.pictures = _layouts(model, images, image_sizes)
+        PENDING.set(Pending(visual, source, vision.carry, vision.cut))
     new_labels = None
     if labels is not None:  # the caller's own labels, with theirs of ignored text
         new_labels = stock(input_ids, position_ids, mask, past_key_values, labels, images, image_sizes)[5]
@@ -120,7 +128,24 @@ def _splice(
 
 
 def _needed(vision: Vision) -> bool:
-    return bool(vision.carry) or vision.live is not None
+    return bool(vision.carry) or vision.cut is not None
+
+
+def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, int]]:
+    """(crops, rows of crops, columns of crops) of each picture; see `Rows.pictures`."""
+    from llava.mm_utils import get_anyres_image_grid_shape
+
+    if not (isinstance(images, (list, tuple)) or images.ndim == 5):
+        return [(1, 0, 0)] * images.shape[0]
+    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+    if getattr(model.config, "image_aspect_ratio", None) != "anyres" or image_sizes is None:
+        return [(n, 0, 0) for n in crops]
+    out = []
+    for n, size in zip(crops, image_sizes, strict=True):
+        side = model.get_vision_tower().config.image_size
+        columns, rows = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, side)
+        out.append((n, rows, columns) if n > 1 and rows * columns == n - 1 else (n, 0, 0))
+    return out
 
 
 def _source(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.registry import build
-from ..families.base import family_of, restore
+from ..families.base import family_of, restore, tower_of
 from .door import Door
 from .loop import State, pruned_forward
 from .request import PENDING, VISION, Record
@@ -89,6 +89,7 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
     if isinstance(budget, int) and budget > limit:
         raise ValueError(f"tokens={budget}: a picture has at most {limit} visual tokens here; give {limit} or fewer")
 
+    door = Door(method, tower_of(family, model), family.pads(model))
     previous = lm.__dict__.get("forward")
     state = State(method, previous)
     state.check = check
@@ -97,13 +98,7 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
     try:
         lm.forward = functools.partial(pruned_forward, lm, state)
         undo.append(functools.partial(restore, lm, "forward", previous))
-        tower = family.tower(model)
-        door = Door(method, family.feature_layer(model), family.grid(model), family.pads(model))
-        undo.append(tower.register_forward_pre_hook(door.start).remove)
-        blocks = family.blocks(model)
-        for block in door.rows:
-            undo.append(blocks[block].register_forward_pre_hook(door.tap(block), with_kwargs=True).remove)
-        undo.append(family.projector(model).register_forward_pre_hook(door.reduce).remove)
+        undo.extend(door.install(family.tower(model), family.blocks(model), family.projector(model)))
         undo.extend(family.mark(model))
     except BaseException:
         for step in reversed(undo):

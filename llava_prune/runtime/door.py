@@ -1,8 +1,9 @@
-"""Between vision tower and language model: rows of the tower, `reduce`, and which patch is behind which token."""
+"""Between vision tower and language model: rows of the tower, `reduce`, and what goes on in place of the patches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.method import Method
-from ..core.types import VisionView
-from .request import SIZES, VISION, Vision
-from .rows import vision_rows
+from ..core.types import VisionCut, VisionView
+from .request import SIZES, VISION, Rows, Vision
+from .rows import Tap, vision_rows
+from .tower import Tower, merges_of, merging_block, variant_of
 
 
 @contextmanager
@@ -67,55 +69,138 @@ def batch_padding(sizes: list[tuple[int, int]] | None, n: int, grid: tuple[int, 
 class Door:
     """Hooks on the tower's blocks and on the projector. One instance an attachment; holds no request state."""
 
-    def __init__(self, method: Method, feature_layer: int, grid: tuple[int, int], pads: bool) -> None:
+    def __init__(self, method: Method, tower: Tower, pads: bool) -> None:
         self.method = method
-        self.rows = method.vision_rows(feature_layer)
-        self.grid = grid
+        self.where = tower
+        self.rows = method.vision_rows(tower.feature_layer)
+        self.merges = merges_of(method, tower)
+        self.variant = variant_of(method, tower)
         self.pads = pads
+        self.acts = type(method).reduce is not Method.reduce
+        late = [b for b in self.rows if not 0 <= b < tower.depth]
+        if late:
+            raise ValueError(
+                f"{method!r} reads block {late[0]} of the vision tower, with {tower.depth} blocks and its features "
+                f"behind block {tower.feature_layer}; the checkpoint must take its features further down"
+            )
+        if tower.crops > 1 and not method.anyres:
+            raise ValueError(
+                f"{method.name or method!r} cannot work on pictures in crops (LLaVA-NeXT's anyres); use a checkpoint "
+                "that sees pictures whole, or another method"
+            )
+
+    def install(self, module: Any, blocks: Any, projector: Any) -> list[Callable[[], None]]:
+        """Put all hooks in place; returns the undo steps."""
+        undo: list[Callable[[], None]] = [module.register_forward_pre_hook(self.start).remove]
+        for block in self.rows:
+            tap = functools.partial(_tap, block, self.rows[block])
+            undo.append(blocks[block].register_forward_pre_hook(tap, with_kwargs=True).remove)
+        if self.rows:
+            undo.append(blocks[self.where.feature_layer].register_forward_hook(_class_token).remove)
+        for block, count in enumerate(self.merges):
+            before = blocks[block].__dict__.get("forward")
+            stock = before or type(blocks[block]).forward.__get__(blocks[block])
+            merging = functools.partial(merging_block, blocks[block], stock, self.method, count, block == 0)
+            blocks[block].forward = merging
+            undo.append(functools.partial(_restore, blocks[block], before))
+        undo.append(projector.register_forward_pre_hook(self.reduce).remove)
+        undo.append(projector.register_forward_hook(self.stand_in).remove)
+        return undo
 
     def start(self, module: Any = None, args: Any = None) -> None:
         """Tower pre-hook: forget the pictures of the request before."""
-        VISION.set(Vision(sizes=SIZES.get()))
-
-    def tap(self, block: int) -> _Tap:
-        """Pre-hook for encoder block `block`."""
-        return _Tap(block, self.rows[block])
+        VISION.set(Vision(sizes=SIZES.get(), variant=self.variant))
 
     def reduce(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """Projector pre-hook: ask the method."""
         vision = VISION.get()
-        if vision is None:
+        if vision is None or not (self.acts or self.merges):
             return None
         features: Tensor = args[0]
-        if self.rows and features.shape[1] != self.grid[0] * self.grid[1]:
+        grid = self.where.grid
+        patches = vision.merging[0].size.shape[1] - 1 if vision.merging else grid[0] * grid[1]
+        if features.shape[1] != patches:
             raise ValueError(
-                f"the projector got {features.shape[1]} features a picture, the grid has {self.grid[0]} x "
-                f"{self.grid[1]}; feature selection must be 'patch' ('default' in transformers)"
+                f"the projector got {features.shape[1]} features a picture, the grid has {grid[0]} x "
+                f"{grid[1]}; feature selection must be 'patch' ('default' in transformers)"
             )
-        padding = batch_padding(vision.sizes, features.shape[0], self.grid) if self.pads else None
-        if padding is not None:
-            padding = padding.to(features.device)
-        probs = {k: p.to(features.device) for k, p in vision.probs.items()}
-        view = VisionView(features, probs, vision.keys, padding, self.grid)
-        answer = self.method.reduce(view)
-        vision.carry, vision.probs, vision.keys = view.carry, {}, {}
+        answer = self.method.reduce(self._view(vision, features))
+        merged, vision.taps, vision.cls, vision.merging = bool(vision.merging), {}, None, []
         if answer is None:
+            if merged:
+                raise ValueError(f"{self.method!r} merges in the tower, so its reduce must say what the rows are")
             return None
-        vision.live = answer.live
-        return (answer.features,)
+        features, ids, counts = compact(answer, patches)
+        vision.cut = Rows(features, ids, counts, grid, answer.canvas, [(1, 0, 0)] * len(counts))
+        return (features,)
 
+    def _view(self, vision: Vision, features: Tensor) -> VisionView:
+        padding = batch_padding(vision.sizes, features.shape[0], self.where.grid) if self.pads else None
+        there = features.device
+        view = VisionView(
+            features,
+            {b: t.probs.to(there) for b, t in vision.taps.items()},
+            {b: t.keys for b, t in vision.taps.items()},
+            None if padding is None else padding.to(there),
+            self.where.grid,
+            {b: t.queries for b, t in vision.taps.items()},
+            None if vision.cls is None else vision.cls.to(there),
+            torch.cat([m.groups for m in vision.merging])[:, 1:].to(there) - 1 if vision.merging else None,
+            self.where.crops,
+        )
+        vision.carry = view.carry
+        return view
 
-class _Tap:
-    def __init__(self, block: int, rows: list[int]) -> None:
-        self.block, self.rows = block, rows
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stand_in(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Projector hook: keep the real rows, hand the package as many as it has places for."""
         vision = VISION.get()
-        if vision is None:
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        probs, keys = vision_rows(module, hidden.detach(), self.rows)
-        if self.block in vision.probs:  # LLaVA runs a list of pictures one by one
-            probs = torch.cat([vision.probs[self.block], probs])
-            keys = torch.cat([vision.keys[self.block], keys])
-        vision.probs[self.block], vision.keys[self.block] = probs, keys
+        if vision is None or vision.cut is None:
+            return None
+        vision.cut.embeds = output
+        return output.new_zeros(output.shape[0], self.where.grid[0] * self.where.grid[1], output.shape[2])
+
+
+def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Features (N, K', Dv) and patches (N, K') of the live rows, and how many each picture has; one read.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a picture left without any row.
+    """
+    n, k = cut.live.shape
+    if cut.features.shape[:2] != (n, k) or (cut.ids is None and k != patches):
+        raise ValueError(
+            f"VisionCut: live is {(n, k)}, features {tuple(cut.features.shape)}; without ids give {patches} rows"
+        )
+    ids = torch.arange(k, device=cut.live.device).expand(n, k) if cut.ids is None else cut.ids
+    counts = cut.live.sum(1).tolist()
+    order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(counts)]
+    features = cut.features.gather(1, order[..., None].expand(-1, -1, cut.features.shape[2]))
+    return features, ids.gather(1, order), counts
+
+
+def _restore(owner: Any, before: Any) -> None:
+    if before is None:
+        owner.__dict__.pop("forward", None)
+    else:
+        owner.forward = before
+
+
+def _tap(block: int, rows: list[int], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Block pre-hook: the rows a method wants."""
+    vision = VISION.get()
+    if vision is None:
+        return
+    hidden = args[0] if args else kwargs["hidden_states"]
+    tap = vision_rows(module, hidden.detach(), rows)
+    if block in vision.taps:  # LLaVA runs a list of pictures one by one
+        tap = Tap.joined([vision.taps[block], tap], torch.cat)
+    vision.taps[block] = tap
+
+
+def _class_token(module: Any, args: Any, output: Any) -> None:
+    """Hook of the feature block: the class token's feature, which the packages throw away."""
+    vision = VISION.get()
+    if vision is None:
+        return
+    cls = (output[0] if isinstance(output, tuple) else output)[:, 0].detach()
+    vision.cls = cls if vision.cls is None else torch.cat([vision.cls, cls])

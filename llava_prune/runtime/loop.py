@@ -16,7 +16,8 @@ from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
-from .request import PENDING, Pending, Record, Request, Stage, Trace, original_ids, refuse_picture, request_of
+from .layout import carry, check_cut, lay_out
+from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, text_rows
 
 
@@ -131,7 +132,9 @@ class _Prefill:
         gaps = self._read_lengths()
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
-        self.carried = _carry(pending, self.visual, source, max(self.n_visual))
+        cut, self.carried = pending.cut, {}
+        if cut is None:
+            self.carried = carry(pending, self.visual, source, max(self.n_visual))
         if position_ids is None:  # as the stock forward numbers them, padding included
             position_ids = torch.arange(length, device=device)[None]
         self.positions = position_ids.to(device).expand(batch, -1)
@@ -139,9 +142,8 @@ class _Prefill:
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
         self.origin = base - self.valid.sum(1, keepdim=True)  # (B, 1) where numbering begins: padding, as a rule
         self.request = Request([Stage(0, mask, length)], length, base[None])
-        live = _live(pending, self.visual, source)
-        if live is not None:
-            self._drop(live)
+        if cut is not None:
+            self._replace(cut, source, pending.carry)
         elif gaps and type(self.method).cut is not Method.cut:
             self._drop(self.visual)
         self.text = self._voters()
@@ -174,12 +176,39 @@ class _Prefill:
         return text
 
     def _drop(self, live: Tensor) -> None:
-        """Rows that the vision side did not let through leave before the first layer; the rest is right-aligned."""
+        """Visual rows that are not `live` leave before the first layer; the rest is right-aligned."""
         kept = self.visual & live
         left = kept.sum(1).tolist()
         cut = assemble(kept, self.visual, self.valid, [c + n for c, n in zip(self.counts, left, strict=True)])
         self._apply(-1, cut)
         self.n_visual = tuple(left)
+
+    def _replace(self, cut: Rows, source: Tensor | None, values: dict[str, Tensor]) -> None:
+        """The vision side's rows take the places of the pictures; positions are those of the shorter sequence."""
+        if source is None:
+            raise ValueError("a vision-side method needs to know which patch is behind which token")
+        rows = lay_out(cut, self.visual, source)
+        embeds = cut.embeds.to(self.hidden.device, self.hidden.dtype).flatten(0, 1)[rows.index]  # (B, C, D)
+        lengths = [c + n for c, n in zip(self.counts, rows.counts, strict=True)]
+        none = torch.zeros_like(self.visual)
+        places = self._places(rows.ids)
+        closed = assemble(none, self.visual, self.valid, lengths, embeds, rows.counts, rows.at)
+        self._apply(-1, closed, rows.ids, places)
+        self.n_visual = tuple(rows.counts)
+        crops = any(n > 1 for n, _, _ in cut.pictures)
+        if self.method.vision_positions == "renumber" or crops:
+            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
+        if self.method.vision_positions == "renumber":
+            self.request.starts = (self.valid.sum(1, keepdim=True) + self.origin)[None]
+        for name, table in values.items():
+            self.carried[name] = rows.by_patch(table.to(rows.index.device))
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """(B, C) positions of the patches `ids`; a row without one has that of the picture's last token."""
+        order = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices
+        last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
+        there = self.positions.gather(1, order.gather(1, ids.clamp(0, order.shape[1] - 1)))
+        return torch.where(ids >= 0, there, last)
 
     def _spans(self) -> Spans:
         layers = len(self.lm.layers)
@@ -213,12 +242,15 @@ class _Prefill:
     def _rope(self) -> tuple[Tensor, Tensor]:
         return self.lm.rotary_emb(self.hidden, self.positions)
 
-    def _apply(self, layer: int, cut: Cut) -> None:
-        """Gather every per-row tensor; the new stage begins at layer + 1."""
+    def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
+        """Gather every per-row tensor; the new stage begins at layer + 1.
+
+        Merged rows get `ids` (B, C) and positions `places` (B, C), else MERGED and the last visual position.
+        """
         batch, length = self.visual.shape
         extra = 0 if cut.merged is None else cut.merged.shape[1]
         if self.state.check:
-            _check_cut(cut, self.visual, self.valid)
+            check_cut(cut, self.visual, self.valid)
 
         def move(rows: Tensor, fill: Any) -> Tensor:
             if extra:
@@ -229,8 +261,9 @@ class _Prefill:
         rows = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
         self.hidden = rows.gather(1, cut.index[..., None].expand(-1, -1, rows.shape[2]))
         if self.method.positions == "keep":
-            self.positions = move(self.positions, self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True))
-        self.visual, self.ids = move(self.visual, True), move(self.ids, MERGED)
+            last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
+            self.positions = move(self.positions, last if places is None else places)
+        self.visual, self.ids = move(self.visual, True), move(self.ids, MERGED if ids is None else ids)
         if cut.valid is None:
             self.valid, self.mask2d = torch.ones_like(self.visual), None
         else:
@@ -323,41 +356,3 @@ class _Final:
         ids = torch.cat([view.ids, view.ids.new_full((batch, extra), MERGED)], 1).gather(1, cut.index)
         visual = torch.cat([view.visual, view.visual.new_ones(batch, extra)], 1).gather(1, cut.index)
         return ids, visual if cut.valid is None else visual & cut.valid
-
-
-def _carry(pending: Pending, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:
-    """Patch values by original visual index: name -> (B, V), 0 where no patch is behind a token."""
-    if not pending.carry or source is None:
-        return {}
-    order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
-    real = visual.gather(1, order)
-    patch = source.gather(1, order).masked_fill(~real, -1)  # (B, V)
-    out = {}
-    for name, values in pending.carry.items():
-        flat = values.flatten().to(patch.device)
-        out[name] = flat[patch.clamp(min=0)].masked_fill(patch < 0, 0)
-    return out
-
-
-def _live(pending: Pending, visual: Tensor, source: Tensor | None) -> Tensor | None:
-    """(B, L) bool, tokens whose patch went through the door; tokens without a patch always do."""
-    if pending.live is None:
-        return None
-    if source is None:
-        raise ValueError("a vision-side method needs to know which patch is behind which token")
-    flat = pending.live.flatten().to(source.device)
-    return flat[source.clamp(min=0)] | (source < 0)
-
-
-def _check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:
-    """Every live row that is not visual is there once and in order (debug runs and tests; reads the device)."""
-    length = visual.shape[1]
-    for b in range(visual.shape[0]):
-        index = cut.index[b] if cut.valid is None else cut.index[b][cut.valid[b]]
-        index = index[index < length]
-        got = index[~visual[b][index]]
-        want = torch.arange(length, device=index.device)[valid[b] & ~visual[b]]
-        if got.shape != want.shape or not bool((got == want).all()):
-            raise ValueError(f"sample {b}: a cut must keep each text row once and in order")
-        if index.unique().numel() != index.numel():
-            raise ValueError(f"sample {b}: a cut repeats a row")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..core.types import FILLER, TEXT
+from ..core.select import fold_tokens
+from ..core.types import FILLER, TEXT, Fold
+from .rows import Tap
 
 
 @dataclass
@@ -22,25 +24,84 @@ class Pending:
         source: (B, L) long, patch (flattened over the pictures of the request) behind each visual token, -1 where
             there is none (a newline token, text); None when the tower left nothing to look up.
         carry: name -> (N, T) values of the patches.
-        live: (N, T) bool, patches that `reduce` let through; None for all.
+        cut: the rows that `reduce` put in place of the patches; None where it left them alone.
     """
 
     visual: Tensor
     source: Tensor | None = None
     carry: dict[str, Tensor] = field(default_factory=dict)
-    live: Tensor | None = None
+    cut: Rows | None = None
+
+
+@dataclass
+class Rows:
+    """What goes to the language model in place of the patches of N pictures or crops.
+
+    Attributes:
+        embeds: (N, K, D) behind the projector; the first counts[n] rows are live.
+        ids: (N, K) long, patch behind each row, MERGED for none.
+        counts: live rows of each picture or crop.
+        grid: (rows, columns) of patches of one.
+        canvas: see VisionCut.
+        pictures: (crops, rows of crops, columns of crops) of each picture; rows and columns are 0 where the crops
+            are not laid out.
+    """
+
+    embeds: Tensor
+    ids: Tensor
+    counts: list[int]
+    grid: tuple[int, int]
+    canvas: bool
+    pictures: list[tuple[int, int, int]]
+
+
+@dataclass
+class Merging:
+    """Tokens of a tower that merges, the class token being the first.
+
+    Attributes:
+        size: (N, t) float32, patches in each token now.
+        groups: (N, 1 + T) long, the token that each of the first block's tokens is in now.
+        merged: whether any token stands for several.
+    """
+
+    size: Tensor
+    groups: Tensor
+    merged: bool = False
+
+    @staticmethod
+    def fresh(n: int, t: int, device: torch.device) -> Merging:
+        return Merging(torch.ones(n, t, device=device), torch.arange(t, device=device).expand(n, t))
+
+    def fold(self, fold: Fold, hidden: Tensor) -> Tensor:
+        """(N, t', D) states after a merge, which is noted."""
+        states, self.size, self.groups = fold_tokens(fold, hidden, self.size, self.groups)
+        self.merged = True
+        return states
 
 
 @dataclass
 class Vision:
-    """What the tower leaves for the projector, and the projector for the splice."""
+    """What the tower leaves for the projector, and the projector for the splice.
+
+    Attributes:
+        sizes: (width, height) of the pictures before padding.
+        variant: the tower that a method has changed, None for the tower as it is.
+        taps: what blocks show, by block.
+        cls: (N, Dv) feature of the class token.
+        merging: what was merged inside the tower, one entry for each of its calls.
+        carry, cut, source, pictures: see Pending and Rows.
+    """
 
     sizes: list[tuple[int, int]] | None = None
-    probs: dict[int, Tensor] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
+    variant: Hashable = None
+    taps: dict[int, Tap] = field(default_factory=dict)
+    cls: Tensor | None = None
+    merging: list[Merging] = field(default_factory=list)
     carry: dict[str, Tensor] = field(default_factory=dict)
-    live: Tensor | None = None
+    cut: Rows | None = None
     source: Tensor | None = None
+    pictures: list[tuple[int, int, int]] | None = None
 
 
 PENDING: ContextVar[Pending | None] = ContextVar("llava_prune_pending", default=None)

@@ -7,8 +7,9 @@ so no L x L map exists anywhere.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,16 +56,33 @@ def text_rows(
     return score.masked_fill(blocked, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
 
 
-def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `rows` in a CLIP encoder layer, and the layer's keys.
+@dataclass(frozen=True)
+class Tap:
+    """What one tower block shows: softmax rows (N, H, R, 1 + T) float32, keys (N, H, 1 + T, dh), queries (N, H, R, dh).
+
+    A picture of its own has no first dimension.
+    """
+
+    probs: Tensor
+    keys: Tensor
+    queries: Tensor
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.probs, self.keys, self.queries
+
+    @staticmethod
+    def joined(taps: Sequence[Tap], join: Callable[[list[Tensor]], Tensor]) -> Tap:
+        """Several taps of a block as one; `join` is torch.cat or torch.stack."""
+        return Tap(*(join(list(part)) for part in zip(*(t.parts() for t in taps), strict=True)))
+
+
+def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> Tap:
+    """Softmax attention of `rows` in a CLIP encoder layer, with the layer's keys and the rows' queries.
 
     Args:
         layer: CLIP encoder layer.
         hidden: (N, 1 + T, Dv) input of the layer.
         rows: query rows, 0 being the class token.
-
-    Returns:
-        (N, H, R, 1 + T) float32 and (N, H, 1 + T, dh).
     """
     attn: Any = layer.self_attn
     norm: Any = layer.layer_norm1
@@ -72,7 +90,7 @@ def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> tuple[Tens
     states = norm(hidden)
     keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)
     query = attn.q_proj(states[:, rows]).view(n, len(rows), -1, attn.head_dim).transpose(1, 2)
-    return (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32), keys
+    return Tap((query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32), keys, query)
 
 
 @contextmanager

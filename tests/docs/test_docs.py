@@ -142,7 +142,7 @@ def signature_tables() -> list[tuple[str, str, dict[str, Any]]]:
     out = []
     for path in DOCS:
         text = path.read_text(encoding="utf-8")
-        for found in re.finditer(r"<!-- signature: ([\w-]+) -->\n((?:\|.*\n)+)", text):
+        for found in re.finditer(r"<!-- signature: ([\w+-]+) -->\n((?:\|.*\n)+)", text):
             rows = [re.match(r"\| `(\w+)` \| `([^`]+)` \|", line) for line in found[2].splitlines()[2:]]
             assert all(rows), f"{relative(path)}: a row of the table of {found[1]} has no name and default"
             out.append((relative(path), found[1], {r[1]: ast.literal_eval(r[2]) for r in rows if r}))

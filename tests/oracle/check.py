@@ -66,7 +66,7 @@ def check(
 
 def compare(model: Any, watch: Watch, record: Any, out: Any, given: dict[str, Any], steps: int, tol: float) -> Replay:
     """The second half of `check`, for a request that was run already."""
-    features = None if watch.vision is None else watch.vision.features
+    features = None if watch.vision is None or watch.vision.ids is not None else watch.vision.features
     found = replay(model, spliced(model, given, features), watch, out.sequences[:, :steps].tolist(), tol=2 * tol)
     for b, sample in enumerate(found.samples):
         got = torch.stack([step[b] for step in out.logits])

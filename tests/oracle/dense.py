@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import is_llava, language_model
+from tests.models import PATCHES, is_llava, language_model
 
 NEWLINE, TEXT = -1, -2
-MERGED = "merged"
+MERGED, VISION = "merged", "vision"
 
 
 # the spliced prompt -------------------------------------------------------------------------------------------
@@ -236,7 +236,8 @@ class Replay:
 class _Board:
     """Which row stands in which column, by sample; None for padding and filler.
 
-    A row is its column in the unpruned prompt, or (MERGED, layer, number).
+    A row is its column in the unpruned prompt, (MERGED, layer, number), or (VISION, picture, row) where the vision side
+    sends rows of its own.
     """
 
     def __init__(self, prompt: Prompt, method: Any, vision: Any) -> None:
@@ -244,18 +245,37 @@ class _Board:
         valid, source = prompt.valid, prompt.source
         gap = bool((valid[:, :-1] & ~valid[:, 1:]).any())
         live = valid.clone()
-        if vision is not None:
+        self.patch: dict[Any, int] = {}
+        if vision is not None and vision.ids is None:
             live &= (source < 0) | vision.live.flatten()[source.clamp(min=0)]
         self.columns: list[list[Any]] = [[i if v else None for i, v in enumerate(r)] for r in valid.tolist()]
         self.moved = vision is not None or gap
         if self.moved:
             rows = [[i for i, v in enumerate(r) if v] for r in live.tolist()]
+            if vision is not None and vision.ids is not None:
+                rows = [self._sent(b, r, vision) for b, r in enumerate(rows)]
             width = max(len(r) for r in rows)
             self.columns = [[None] * (width - len(r)) + r for r in rows]
         self.numbers: list[dict[int, int]] = []
         for s, v in zip(source.tolist(), valid.tolist(), strict=True):
             places = [i for i, x in enumerate(s) if x != TEXT and v[i]]
             self.numbers.append({column: n for n, column in enumerate(places)})
+
+    def _sent(self, b: int, rows: list[int], vision: Any) -> list[Any]:
+        """The rows of sample b with those of the vision side in the places of its pictures."""
+        patches, source = PATCHES, self.prompt.source[b].tolist()
+        first = min((s // patches for s in source if s >= 0), default=0)
+        out: list[Any] = []
+        for i in rows:
+            if source[i] == TEXT:
+                out.append(i)
+            elif source[i] % patches == 0:
+                n = source[i] // patches
+                for k in [k for k, ok in enumerate(vision.live[n].tolist()) if ok]:
+                    out.append((VISION, n, k))
+                    patch = int(vision.ids[n, k])
+                    self.patch[VISION, n, k] = patch if patch < 0 else patch + (n - first) * patches
+        return out
 
     def visual(self, b: int, row: Any) -> bool:
         return row is not None and (isinstance(row, tuple) or row in self.numbers[b])
@@ -264,7 +284,7 @@ class _Board:
         if row is None:
             return -2
         if isinstance(row, tuple):
-            return -1
+            return self.patch.get(row, -1)
         return self.numbers[b].get(row, -3)
 
     def move(self, layer: int, cut: Any) -> None:
@@ -326,6 +346,13 @@ def replay(
     line = [{c: c for c in p} for p in place]  # which line of `states` a row has
     fresh = [dense.lm.embed_tokens(torch.tensor(t, dtype=torch.long)).detach().to(dtype) for t in new]
     columns = []
+    if board.patch:
+        assert renumbered, "rows of the vision side have no place in the unpruned prompt"
+        rows = _projector(model)(watch.vision.features).to(dtype)
+        for b, line_of in enumerate(line):
+            mine = [r for r in board.columns[b] if r in board.patch]
+            line_of.update({r: len(states[b]) + i for i, r in enumerate(mine)})
+            states[b] = torch.cat([states[b], *(rows[n, k][None] for _, n, k in mine)])
 
     def cut(layer: int) -> None:
         nonlocal renumbered

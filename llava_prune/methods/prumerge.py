@@ -1,0 +1,198 @@
+"""PruMerge and PruMerge+: outliers of class-token attention stay and absorb the patches most like them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.budget import check_tokens, per_crop
+from ..core.method import Method
+from ..core.registry import register
+from ..core.select import absorb, column
+from ..core.types import MERGED, VisionCut, VisionView
+
+BUDGETS = (192, 128, 64, 288, 144, 58, 640, 320, 160)
+PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in BUDGETS}
+PRESETS |= {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
+
+
+def outliers(score: Tensor) -> list[int]:
+    """How many scores of each row lie above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
+
+    Args:
+        score: (N, T).
+    """
+    s = score.double()
+    q1, q3 = s.quantile(0.25, dim=1), s.quantile(0.75, dim=1)
+    fence = q3 + 1.5 * (q3 - q1)
+    counts: list[int] = (s > fence[:, None]).sum(1).tolist()
+    return counts
+
+
+@register("prumerge", presets=PRESETS)
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Keep the patches with outlying class-token attention, let each absorb its 32 nearest, and add one for the rest.
+
+    Attention and keys come from the block that reads the feature map (the one behind it), at full width: the class
+    token's query times each key over sqrt(C), softmax, its own column taken away. Output: kept patches by descending
+    attention, then the sum of those not kept, weighted by attention. Weights are not normalised. Source: official
+    code 097c041. Deviations: the fence is found for each picture by itself (the official one pools a batch), quartiles
+    in float64, ties by index. Pictures in crops: crop by crop, our reading.
+
+    Presets: "adaptive" is the official default. Budgets are not published: our reading keeps `tokens` patches, so
+    tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.
+
+    Args:
+        tokens: patches kept, a fixed number; with crops each of them gets tokens // (most crops of the model).
+        ratio: share of the patches kept, a fixed number, in (0, 1]; 1/8 when adaptive=False.
+        adaptive: keep the outliers, as many as there are (the default when neither tokens nor ratio is given).
+        exact: with `tokens`, count the sum among them.
+        strict: only for PruMerge+.
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    adaptive: bool | None = None
+    exact: bool = False
+    strict: bool = False
+
+    paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025"
+    where = "before the projector, by attention and keys of the block behind the features"
+    source = "42Shawn/LLaVA-PruMerge @ 097c041"
+    licence = "Apache-2.0"
+    instead = ("ratio", "adaptive")
+    positions = "renumber"
+    decode = "cache"
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            check_tokens(self.tokens)
+        if self.tokens is not None and self.ratio is not None:
+            raise ValueError(f"tokens={self.tokens}, ratio={self.ratio}: give one of them")
+        fixed = self.tokens is not None or self.ratio is not None
+        if self.adaptive and fixed:
+            raise ValueError("adaptive=True finds the number itself; leave tokens and ratio out")
+        if self.adaptive is None:
+            object.__setattr__(self, "adaptive", not fixed)
+        if not self.adaptive and not fixed:
+            object.__setattr__(self, "ratio", 1 / 8)
+        number = self.ratio is None or (isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool))
+        if not number or (self.ratio is not None and not 0 < self.ratio <= 1):
+            raise ValueError(f"ratio={self.ratio!r}: give a share above 0, up to 1")
+
+    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+        return {feature_layer + 1: [0]}
+
+    def reduce(self, view: VisionView) -> VisionCut | None:
+        (layer,) = view.keys
+        n, t = view.features.shape[:2]
+        if self.tokens is not None and per_crop(self.tokens, view.crops) >= t:
+            return None
+        keys = view.keys[layer].transpose(1, 2).flatten(2).to(view.features.device)  # (N, 1 + T, C)
+        query = view.queries[layer].transpose(1, 2).flatten(2).to(keys.device)  # (N, 1, C)
+        logits = (query @ keys.transpose(1, 2))[:, 0] / keys.shape[2] ** 0.5
+        score = logits.softmax(1, dtype=torch.float32)[:, 1:]  # (N, T)
+        kept, counts = self.choose(score, view.crops)
+        rows, rest = absorb(view.features, keys[:, 1:], score, kept, counts)
+        features = torch.cat([rows, rest[:, None]], 1).to(view.features.dtype)
+        real = torch.arange(kept.shape[1], device=kept.device) < column(counts, kept)
+        live = torch.cat([real, real.new_ones(n, 1)], 1)
+        return VisionCut(live, features, torch.cat([kept, kept.new_full((n, 1), MERGED)], 1), canvas=False)
+
+    def share(self, t: int, crops: int) -> float:
+        """The fixed ratio; `tokens` of t patches are tokens / t."""
+        return self.ratio if self.tokens is None else self.target(crops) / t  # type: ignore[return-value]
+
+    def target(self, crops: int) -> int:
+        assert self.tokens is not None
+        return max(per_crop(self.tokens, crops) - self.exact, 0)
+
+    def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
+        """Kept patches (N, K) in output order, and how many of them are real in each picture."""
+        n, t = score.shape
+        counts = outliers(score) if self.adaptive else [int(t * self.share(t, crops) + 1e-9)] * n
+        return score.sort(dim=1, descending=True, stable=True).indices[:, : max(counts)], counts
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        if self.adaptive:
+            return None
+        if self.tokens is not None:
+            return [n_visual if self.tokens >= n_visual else self.target(1) + 1] * n_layers
+        return [int(n_visual * self.share(n_visual, 1) + 1e-9) + 1] * n_layers
+
+
+@register("prumerge+", presets=PRESETS)
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge that keeps a regular grid of patches as well, so that no part of the picture is lost.
+
+    Adaptive: every s-th patch from 0 on, s = floor(floor(N / k) / 3) for k outliers. Fixed: every t-th from floor(t/2)
+    on, t = floor(1 / ratio). The last patch is never on the grid. Output: outliers by descending attention, the grid
+    ascending, the sum. Source: official code 097c041 (the stride's divisor was another one before 2024-05-02; which
+    made the tables is not known). Deviations beside PruMerge's: s and k are at least 1 (the official code divides by
+    zero where there is no outlier); a grid of another length than k is allowed; with a fixed ratio a patch that is both
+    outlier and grid point is sent once, unless `strict`.
+
+    Presets: budgets are not published; our reading takes ratio tokens / 1152, half outliers and half grid, so at most
+    tokens + 1 tokens for 192, 128, 64 and 144.
+
+    Args:
+        tokens: outliers and grid together, half each.
+        ratio: share of the patches kept as outliers, and as grid, in (0, 1/2]; 1/8 when adaptive=False.
+        adaptive: as in PruMerge.
+        exact: with `tokens`, count the sum among them.
+        strict: with a fixed ratio, send patches twice that are both, and lose as many of the lowest others, as the
+            official code does.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is not None and self.ratio > 0.5:
+            raise ValueError(f"ratio={self.ratio}: outliers and grid take it twice; give at most 1/2")
+
+    def share(self, t: int, crops: int) -> float:
+        if self.tokens is None:
+            return super().share(t, crops)
+        return max(self.target(crops), 2) / (2 * t)
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        plan = None if self.adaptive else replace(self, strict=True).plan(n_visual, n_layers)
+        return None if plan is None else (plan, plan, "at most: a patch that is outlier and grid point is sent once")
+
+    def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
+        n, t = score.shape
+        if self.adaptive:
+            best = [max(k, 1) for k in outliers(score)]
+            grids = [range(0, t - 1, max(t // k // 3, 1)) for k in best]
+        else:
+            ratio = self.share(t, crops)
+            best = [max(int(t * ratio + 1e-9), 1)] * n
+            step = int(1 / ratio + 1e-9)
+            grids = [range(step // 2, t - 1, step)] * n
+        order = score.sort(dim=1, descending=True, stable=True).indices
+        if self.strict and not self.adaptive:
+            grid = torch.tensor(list(grids[0]), device=order.device).expand(n, -1)
+            kept = torch.cat([order[:, : best[0]], grid], 1)
+            return kept, [kept.shape[1]] * n
+        regular = torch.zeros(n, t, dtype=torch.bool)
+        for b, places in enumerate(grids):
+            regular[b, list(places)] = True
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(t, device=order.device).expand_as(order))
+        first = rank < column(best, rank)
+        key = torch.where(first, rank, t + torch.arange(t, device=order.device))
+        chosen = first | regular.to(order.device)
+        counts: list[int] = chosen.sum(1).tolist()
+        return key.masked_fill(~chosen, 2 * t).sort(dim=1).indices[:, : max(counts)], counts
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        if self.tokens is not None and self.tokens >= n_visual:
+            return [n_visual] * n_layers
+        if self.adaptive or not self.strict:
+            return None
+        ratio = self.share(n_visual, 1)
+        step = int(1 / ratio + 1e-9)
+        return [max(int(n_visual * ratio + 1e-9), 1) + len(range(step // 2, n_visual - 1, step)) + 1] * n_layers

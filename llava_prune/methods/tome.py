@@ -1,0 +1,180 @@
+"""ToMe: the tower's blocks merge their most similar tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.budget import check_tokens
+from ..core.method import Method
+from ..core.registry import register
+from ..core.select import fold_tokens, match
+from ..core.types import MERGED, Fold, VisionCut, VisionView
+
+PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in (192, 128, 64, 288, 144, 58)}
+PRESETS |= {f"decreasing-{t}": {"tokens": t, "shape": "decreasing"} for t in (192, 128, 64)}
+PRESETS |= {f"output-{t}": {"tokens": t, "reading": "output"} for t in (192, 128, 64)}
+PRESETS |= {"constant-16": {"schedule": (16,) * 24}}
+
+
+def even_schedule(remove: int, blocks: int, t: int) -> list[int]:
+    """As even as possible, larger numbers first; a block takes at most half of its tokens, the others then take more.
+
+    Args:
+        remove: tokens to merge away in all blocks.
+        blocks: blocks that may merge.
+        t: tokens entering the first, class token included.
+
+    Raises:
+        ValueError: when that many cannot be merged away.
+    """
+
+    def run(level: int) -> list[int]:
+        out, left = [], t
+        for _ in range(blocks):
+            out.append(min(level, (left - 1) // 2))
+            left -= out[-1]
+        return out
+
+    level = next((c for c in range(-(-remove // max(blocks, 1)), t) if sum(run(c)) >= remove), None)
+    if level is None:
+        least = t - 1 - sum(run(t))
+        raise ValueError(
+            f"tokens={t - 1 - remove}: {blocks} blocks of the tower, each merging at most half, leave {least} of "
+            f"{t - 1} patches; give at least {least}"
+        )
+    out = run(level)
+    for block in reversed(range(blocks)):
+        out[block] -= min(1, sum(out) - remove)
+    return out
+
+
+def decreasing_schedule(remove: int, blocks: int, t: int) -> list[int]:
+    """Linearly falling to nearly nothing with the same sum; what halving forbids moves to the even schedule.
+
+    Raises:
+        ValueError: when that many cannot be merged away.
+    """
+    share = [2 * remove * (blocks - b) / (blocks * (blocks + 1)) for b in range(blocks)]
+    out: list[int] = []
+    left = t
+    for b in range(blocks):
+        want = round(sum(share[: b + 1])) - sum(out)
+        out.append(min(want, (left - 1) // 2))
+        left -= out[-1]
+    return out if sum(out) == remove else even_schedule(remove, blocks, t)
+
+
+@register("tome", presets=PRESETS)
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merge the most similar pairs of tokens in every block of the tower, between attention and MLP.
+
+    Metric: keys of the block, mean over heads. Merged tokens are means weighted by size, attention adds log(size) to
+    the scores, and the class token takes no part. Only blocks up to the one whose output is the feature map count.
+    The order of tokens is that of the last merge, not the raster. No LLaVA integration is official; written from the
+    description of ToMe (its code is CC BY-NC and was not used), in reading (A) of what the tables did: in the tower.
+
+    Presets: budgets by name spread the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are
+    published. "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the finished
+    features without the class token, at most half a step; "constant-16" is the ports' r = 16 (208 tokens).
+    Pictures in crops are refused: their assembly needs whole grids.
+
+    Args:
+        tokens: visual tokens left. Default 64 when there is no schedule.
+        schedule: tokens merged away in each block, missing ones 0; at most half of a block's tokens are taken.
+        shape: "even" or "decreasing", how `tokens` is spread over the blocks.
+        reading: "tower", or "output" for reading (B): sizes weight the means, keys of the last block are the metric.
+        prop_attn: False leaves log(size) out.
+        order: "raster" sorts the tokens by their first patch.
+    """
+
+    tokens: int | None = None
+    schedule: Sequence[int] | None = None
+    shape: Literal["even", "decreasing"] = "even"
+    reading: Literal["tower", "output"] = "tower"
+    prop_attn: bool = True
+    order: Literal["merge", "raster"] = "merge"
+
+    paper = "Token Merging: Your ViT But Faster, ICLR 2023"
+    where = "inside the vision tower, in every block up to the features"
+    source = "the description of facebookresearch/ToMe @ af95e4b; its use on LLaVA is a reading"
+    licence = "CC-BY-NC-4.0 (no code taken)"
+    batch = "any; pictures in crops (anyres) are refused"
+    instead = ("schedule",)
+    positions = "renumber"
+    decode = "cache"
+    anyres = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("shape", ("even", "decreasing")), ("reading", ("tower", "output"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {allowed[0]!r} or {allowed[1]!r}")
+        if self.order not in ("merge", "raster"):
+            raise ValueError(f"order={self.order!r}: choose 'merge' or 'raster'")
+        if self.schedule is None:
+            object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
+            check_tokens(self.tokens)
+            return
+        if self.tokens is not None or self.reading == "output":
+            raise ValueError("a schedule settles the number in the tower; leave tokens and reading out")
+        wrong = [r for r in self.schedule if isinstance(r, bool) or not isinstance(r, int) or r < 0]
+        if wrong:
+            raise ValueError(f"schedule: {wrong[0]!r} is no number of tokens to merge away; give whole numbers from 0")
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+
+    def tower(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
+        if self.schedule is not None:
+            return tuple(self.schedule)
+        assert self.tokens is not None
+        if self.reading == "output" or self.tokens >= n_patches:
+            return ()
+        spread = even_schedule if self.shape == "even" else decreasing_schedule
+        return tuple(spread(n_patches - self.tokens, feature_layer + 1, n_patches + 1))
+
+    def fold(self, keys: Tensor, count: int) -> Fold:
+        return match(keys.mean(1), count)
+
+    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+        return {feature_layer: [0]} if self.reading == "output" else {}
+
+    def reduce(self, view: VisionView) -> VisionCut | None:
+        features, groups = view.features, view.groups
+        if self.reading == "output":
+            assert self.tokens is not None
+            if self.tokens >= features.shape[1]:
+                return None
+            features, groups = self._after(view, self.tokens)
+        if groups is None:
+            return None
+        n, k = features.shape[:2]
+        patch = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)  # (N, T)
+        members = torch.nn.functional.one_hot(groups, k)  # (N, T, K)
+        first = torch.where(members > 0, patch[..., None], groups.shape[1]).amin(1)  # (N, K)
+        ids = torch.where(members.sum(1) == 1, first, MERGED)
+        if self.order == "raster":
+            order = first.sort(dim=1).indices
+            features = features.gather(1, order[..., None].expand(-1, -1, features.shape[2]))
+            ids = ids.gather(1, order)
+        return VisionCut(torch.ones(n, k, dtype=torch.bool, device=features.device), features, ids)
+
+    def _after(self, view: VisionView, tokens: int) -> tuple[Tensor, Tensor]:
+        """Reading (B): halve the finished features until `tokens` are left."""
+        (keys,) = view.keys.values()
+        features = view.features
+        metric = keys.mean(1)[:, 1:].to(features.device, torch.float32)  # (N, T, dh)
+        n, t = features.shape[:2]
+        size = torch.ones(n, t, device=features.device)
+        groups = torch.arange(t, device=features.device).expand(n, t)
+        while features.shape[1] > tokens:
+            step = match(metric, features.shape[1] - tokens, protect=False)
+            metric = fold_tokens(step, metric, size, groups)[0]
+            features, size, groups = fold_tokens(step, features, size, groups)
+        return features, groups
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        return None if self.tokens is None else [min(self.tokens, n_visual)] * n_layers
