@@ -156,11 +156,12 @@ class VisionCut:
     Attributes:
         live: (N, K) bool; K may differ from the number of patches.
         features: (N, K, Dv) features for the projector, rows not `live` are ignored.
-        ids: (N, K) long, the patch each row stands for, MERGED for none; None when row j is patch j. Rows are sent
-            in this order, so patches may be reordered or repeated.
-        canvas: what becomes of crops. The first crop (the whole picture) always comes first. True lays the patches
-            of the others on the stitched picture and sends them row by row, then rows without a patch: those
-            before the patches of their crop, crop by crop, then those behind. False sends crop after crop.
+        ids: (N, K) long, the patch each row stands for, MERGED for none. Rows are sent in this order, so patches may be
+            reordered or repeated, and newline tokens are not sent. None when row j is patch j: then patches stay
+            where the package packs them, among newline tokens, and those it takes away as padding are lost.
+        canvas: what becomes of crops when there are ids. The first crop (the whole picture) always comes first. True
+            lays the patches of the others on the stitched picture and sends them row by row, then rows without a
+            patch: those before the patches of their crop, crop by crop, then those behind. False sends crop after crop.
     """
 
     live: Tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..core.budget import check_tokens, per_crop
 from ..core.method import Method
 from ..core.registry import register
@@ -51,7 +53,8 @@ class FasterVLM(Method):
         (rows,) = view.probs.values()  # (N, H, 1, 1 + T)
         score = rows[:, :, 0, 1:].mean(1)  # (N, T)
         live = descending_rank(score, score == score) < keep
-        return VisionCut(live, view.features)
+        patches = torch.arange(live.shape[1], device=live.device).expand_as(live)
+        return VisionCut(live, view.features, patches)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers

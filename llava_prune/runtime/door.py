@@ -131,7 +131,7 @@ class Door:
                 raise ValueError(f"{self.method!r} merges in the tower, so its reduce must say what the rows are")
             return None
         features, ids, counts = compact(answer, patches)
-        vision.cut = Rows(features, ids, counts, grid, answer.canvas, [(1, 0, 0)] * len(counts))
+        vision.cut = Rows(features, ids, counts, grid, answer.canvas, answer.ids is None, [(1, 0, 0)] * len(counts))
         return (features,)
 
     def _view(self, vision: Vision, features: Tensor) -> VisionView:
@@ -164,7 +164,7 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
     """Features (N, K', Dv) and patches (N, K') of the live rows, and how many each picture has; one read.
 
     Raises:
-        ValueError: for shapes that do not fit, or a picture left without any row.
+        ValueError: for shapes that do not fit.
     """
     n, k = cut.live.shape
     if cut.features.shape[:2] != (n, k) or (cut.ids is None and k != patches):
@@ -173,7 +173,7 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
         )
     ids = torch.arange(k, device=cut.live.device).expand(n, k) if cut.ids is None else cut.ids
     counts = cut.live.sum(1).tolist()
-    order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(counts)]
+    order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
     features = cut.features.gather(1, order[..., None].expand(-1, -1, cut.features.shape[2]))
     return features, ids.gather(1, order), counts
 

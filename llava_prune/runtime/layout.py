@@ -38,6 +38,21 @@ class Placed:
         return flat[places.clamp(max=flat.numel() - 1)]
 
 
+def in_place(cut: Rows, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that are patches, where the package has put these: (B, L) long row of each column, (B, L) bool columns left.
+
+    Columns without a patch (text, newline tokens) are left and have row -1.
+    """
+    n, width = cut.ids.shape
+    patches = cut.grid[0] * cut.grid[1]
+    slots = torch.arange(n * width, device=cut.ids.device).view(n, width)
+    real = torch.arange(width, device=cut.ids.device) < torch.tensor(cut.counts, device=cut.ids.device)[:, None]
+    table = torch.full((n, patches + 1), -1, dtype=torch.long, device=cut.ids.device)
+    table = table.scatter(1, cut.ids.masked_fill(~real, patches), slots)[:, :patches].flatten().to(source.device)
+    row = table[source.clamp(min=0)].masked_fill(source < 0, -1)
+    return row, (row >= 0) | (source < 0)
+
+
 def lay_out(cut: Rows, visual: Tensor, source: Tensor) -> Placed:
     """Find each picture's first column and put its rows there; one read from the device, two with crops.
 

@@ -16,7 +16,7 @@ from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
-from .layout import carry, check_cut, lay_out
+from .layout import carry, check_cut, in_place, lay_out
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, text_rows
 
@@ -133,7 +133,7 @@ class _Prefill:
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
         cut, self.carried = pending.cut, {}
-        if cut is None:
+        if cut is None or cut.packed:
             self.carried = carry(pending, self.visual, source, max(self.n_visual))
         if position_ids is None:  # as the stock forward numbers them, padding included
             position_ids = torch.arange(length, device=device)[None]
@@ -184,24 +184,29 @@ class _Prefill:
         self.n_visual = tuple(left)
 
     def _replace(self, cut: Rows, source: Tensor | None, values: dict[str, Tensor]) -> None:
-        """The vision side's rows take the places of the pictures; positions are those of the shorter sequence."""
+        """The vision side's rows take the places of the pictures."""
         if source is None:
             raise ValueError("a vision-side method needs to know which patch is behind which token")
-        rows = lay_out(cut, self.visual, source)
-        embeds = cut.embeds.to(self.hidden.device, self.hidden.dtype).flatten(0, 1)[rows.index]  # (B, C, D)
-        lengths = [c + n for c, n in zip(self.counts, rows.counts, strict=True)]
-        none = torch.zeros_like(self.visual)
-        places = self._places(rows.ids)
-        closed = assemble(none, self.visual, self.valid, lengths, embeds, rows.counts, rows.at)
-        self._apply(-1, closed, rows.ids, places)
-        self.n_visual = tuple(rows.counts)
-        crops = any(n > 1 for n, _, _ in cut.pictures)
+        embeds = cut.embeds.to(self.hidden.device, self.hidden.dtype).flatten(0, 1)
+        if cut.packed:
+            row, live = in_place(cut, source)
+            self.hidden = torch.where((row >= 0)[..., None], embeds[row.clamp(min=0)], self.hidden)
+            self._drop(live)
+        else:
+            rows = lay_out(cut, self.visual, source)
+            lengths = [c + n for c, n in zip(self.counts, rows.counts, strict=True)]
+            none, places = torch.zeros_like(self.visual), self._places(rows.ids)
+            given = embeds[rows.index]  # (B, C, D)
+            closed = assemble(none, self.visual, self.valid, lengths, given, rows.counts, rows.at)
+            self._apply(-1, closed, rows.ids, places)
+            self.n_visual = tuple(rows.counts)
+            for name, table in values.items():
+                self.carried[name] = rows.by_patch(table.to(rows.index.device))
+        crops = not cut.packed and any(n > 1 for n, _, _ in cut.pictures)
         if self.method.vision_positions == "renumber" or crops:
             self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
         if self.method.vision_positions == "renumber":
             self.request.starts = (self.valid.sum(1, keepdim=True) + self.origin)[None]
-        for name, table in values.items():
-            self.carried[name] = rows.by_patch(table.to(rows.index.device))
 
     def _places(self, ids: Tensor) -> Tensor:
         """(B, C) positions of the patches `ids`; a row without one has that of the picture's last token."""

@@ -43,6 +43,7 @@ class Rows:
         counts: live rows of each picture or crop.
         grid: (rows, columns) of patches of one.
         canvas: see VisionCut.
+        packed: the rows are patches and stand where the package's packing puts them.
         pictures: (crops, rows of crops, columns of crops) of each picture; rows and columns are 0 where the crops
             are not laid out.
     """
@@ -52,6 +53,7 @@ class Rows:
     counts: list[int]
     grid: tuple[int, int]
     canvas: bool
+    packed: bool
     pictures: list[tuple[int, int, int]]
 
 
