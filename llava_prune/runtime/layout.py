@@ -18,24 +18,14 @@ class Placed:
     Attributes:
         index: (B, C) long into all rows (N x K) of the request.
         at: (B, C) long, the column that each row follows.
-        ids: (B, C) long, the patch behind each row, counted over the sample's pictures and crops; MERGED for none.
+        ids: (B, C) long, the visual token of the unpruned sequence that shows the row's patch; MERGED for none.
         counts: rows of each sample.
-        first: (B, 1) long, number of each sample's first patch, counted over the request.
-        patches: most patches that a sample's pictures have.
     """
 
     index: Tensor
     at: Tensor
     ids: Tensor
     counts: list[int]
-    first: Tensor
-    patches: int
-
-    def by_patch(self, values: Tensor) -> Tensor:
-        """(B, V) of values (N, T), by the numbers of `ids`."""
-        flat = values.flatten()
-        places = self.first + torch.arange(self.patches, device=flat.device)
-        return flat[places.clamp(max=flat.numel() - 1)]
 
 
 def in_place(cut: Rows, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,26 +61,20 @@ def lay_out(cut: Rows, visual: Tensor, source: Tensor) -> Placed:
     hit = picture[:, None] == torch.arange(len(crops), device=device)[:, None]  # (B, P, L)
     column = hit.to(torch.int8).argmax(2).masked_fill(~hit.any(2), -1).tolist()
     order = _orders(cut, starts)
-    index, at, first, counts, widest = [], [], [], [], 0
+    index, at, counts = [], [], []
     for columns in column:
         mine = sorted((c, p) for p, c in enumerate(columns) if c >= 0)
         index.append(torch.cat([order[p] for _, p in mine]) if mine else torch.zeros(0, dtype=torch.long))
         at.append(torch.cat([torch.full_like(order[p], c) for c, p in mine]) if mine else torch.zeros(0).long())
         counts.append(index[-1].numel())
-        first.append(min((starts[p] for _, p in mine), default=0) * patches)
-        widest = max(widest, sum(crops[p] for _, p in mine) * patches)
     where = torch.nn.utils.rnn.pad_sequence(index, batch_first=True).to(device)
-    base = torch.tensor(first)[:, None].to(device)
+    behind = torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(device)
+    total = sum(crops) * patches
+    numbers = torch.full((total + 1,), MERGED, device=device)  # patch -> visual token; beams write the same twice
+    numbers[source.masked_fill(~there, total)] = visual.cumsum(1) - 1
     rows = cut.ids.to(device).flatten()[where]
-    numbers = where // cut.ids.shape[1] * patches + rows - base
-    return Placed(
-        where,
-        torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(device),
-        numbers.masked_fill(rows < 0, MERGED),
-        counts,
-        base,
-        widest,
-    )
+    ids = numbers[where // cut.ids.shape[1] * patches + rows.clamp(min=0)]
+    return Placed(where, behind, ids.masked_fill(rows < 0, MERGED), counts)
 
 
 def _orders(cut: Rows, starts: list[int]) -> list[Tensor]:

@@ -132,9 +132,8 @@ class _Prefill:
         gaps = self._read_lengths()
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
-        cut, self.carried = pending.cut, {}
-        if cut is None or cut.packed:
-            self.carried = carry(pending, self.visual, source, max(self.n_visual))
+        cut = pending.cut
+        self.carried = carry(pending, self.visual, source, max(self.n_visual))
         if position_ids is None:  # as the stock forward numbers them, padding included
             position_ids = torch.arange(length, device=device)[None]
         self.positions = position_ids.to(device).expand(batch, -1)
@@ -143,7 +142,7 @@ class _Prefill:
         self.origin = base - self.valid.sum(1, keepdim=True)  # (B, 1) where numbering begins: padding, as a rule
         self.request = Request([Stage(0, mask, length)], length, base[None])
         if cut is not None:
-            self._replace(cut, source, pending.carry)
+            self._replace(cut, source)
         elif gaps and type(self.method).cut is not Method.cut:
             self._drop(self.visual)
         self.text = self._voters()
@@ -183,7 +182,7 @@ class _Prefill:
         self._apply(-1, cut)
         self.n_visual = tuple(left)
 
-    def _replace(self, cut: Rows, source: Tensor | None, values: dict[str, Tensor]) -> None:
+    def _replace(self, cut: Rows, source: Tensor | None) -> None:
         """The vision side's rows take the places of the pictures."""
         if source is None:
             raise ValueError("a vision-side method needs to know which patch is behind which token")
@@ -200,12 +199,8 @@ class _Prefill:
             closed = assemble(none, self.visual, self.valid, lengths, given, rows.counts, rows.at)
             self._apply(-1, closed, rows.ids, places)
             self.n_visual = tuple(rows.counts)
-            for name, table in values.items():
-                self.carried[name] = rows.by_patch(table.to(rows.index.device))
-        crops = not cut.packed and any(n > 1 for n, _, _ in cut.pictures)
-        if self.method.vision_positions == "renumber" or crops:
-            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
         if self.method.vision_positions == "renumber":
+            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
             self.request.starts = (self.valid.sum(1, keepdim=True) + self.origin)[None]
 
     def _places(self, ids: Tensor) -> Tensor:
