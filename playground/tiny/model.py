@@ -225,12 +225,16 @@ class Llama(nn.Module):
         angle = torch.cat([angle, angle], -1)[:, :, None]
         return angle.cos(), angle.sin()
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Normalised final hidden states."""
-        rope = self.rope(positions)
-        for layer in self.layers:
+    def forward(
+        self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised final hidden states, and those half way up."""
+        rope, middle = self.rope(positions), embeds
+        for i, layer in enumerate(self.layers):
             embeds = layer(embeds, rope, mask)
-        return self.norm(embeds)
+            if i + 1 == len(self.layers) // 2:
+                middle = embeds
+        return self.norm(embeds), middle
 
     def deepened(self, times: int) -> Llama:
         """Each layer repeated ``times`` times, the copies' output projections zeroed: the same function, deeper."""

@@ -52,16 +52,17 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
     tokens = tk.load(out)
     prefix = [tokens.bos_id(), *tokens.encode(tk.SYSTEM + " USER: ")]
     places = [tokens.encode(word)[-1] for word in ("right", "left", "below", "above")]
-    mat = Material(data, bank, None, prefix, places, device)
+    mat = Material(data, bank, None, prefix, places, word_ids(out), device)
     torch.manual_seed(seed)
     llama = Llama(tokens.get_piece_size(), cfg["small"]["layers"], vision=cfg["tower"]["model"]["width"]).to(device)
     if (work / "joint.pt").exists():
-        log.info("the joint stage has begun: stages 2 to 4 are not repeated")
+        log.info("the joint stage has begun: stages 2 to 5 are not repeated")
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
     else:
         mat.features = cache_features(tower, data, cfg["cached"], device, work / "features.npy")
-        align_projector(llama, cfg["align"], mat, word_ids(out), work, seed)
+        align_projector(llama, cfg["align"], mat, work, seed)
         train_decoder("small", llama, cfg["small"], mat, work, seed)
+        train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed)
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
         train_decoder("deep", llama, cfg["deep"], mat, work, seed)
     train_jointly(tower, heads, llama, cfg["joint"], mat, work, seed)
