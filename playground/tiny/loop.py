@@ -114,7 +114,7 @@ def run_stage(name: str, modules: nn.Module, step_fn: Step, cfg: dict[str, Any],
         state = torch.load(path, weights_only=True)
         modules.load_state_dict(state["modules"])
         first = int(state["step"])
-        if first < steps:
+        if first < steps and "optimiser" in state:  # shipped checkpoints hold weights only
             opt.load_state_dict(state["optimiser"])
         log.info("stage %s continues at step %d", name, first)
     tag = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
