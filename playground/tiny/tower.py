@@ -77,6 +77,7 @@ def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, d
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
             return tower_loss(model["tower"], model["heads"], {k: v.to(device) for k, v in batch.items()})
 
-    run_stage("tower", model, functools.partial(step, cfg["window_steps"]), cfg, folder, seed)
+    if not (folder / "polish.pt").exists():
+        run_stage("tower", model, functools.partial(step, cfg["window_steps"]), cfg, folder, seed)
     run_stage("polish", model, functools.partial(step, 0), {**cfg, **cfg["polish"]}, folder, seed)
     return model["tower"], model["heads"]

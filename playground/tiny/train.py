@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
     else:
         mat.features = cache_features(tower, data, cfg["cached"], device, work / "features.npy")
-        align_projector(llama, cfg["align"], mat, work, seed)
-        train_decoder("small", llama, cfg["small"], mat, work, seed)
+        if not (work / "pairs.pt").exists():
+            align_projector(llama, cfg["align"], mat, work, seed)
+            train_decoder("small", llama, cfg["small"], mat, work, seed)
         train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed)
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
         train_decoder("deep", llama, cfg["deep"], mat, work, seed)
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("recipe.yaml"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in OUT/work")
+    parser.add_argument("--start", type=Path, help="begin with copies of this folder's checkpoints and tokenizer")
     args = parser.parse_args()
     if (args.out / "work").exists() and not args.resume and os.environ.get("RANK", "0") == "0":
         sys.exit(f"{args.out / 'work'} exists: pass --resume to continue that run")
@@ -90,6 +93,11 @@ def main() -> None:
     elif device == "cpu":
         torch.set_num_threads(cfg["threads"])
     (args.out / "work").mkdir(parents=True, exist_ok=True)
+    for path in sorted(args.start.iterdir()) if args.start and ranks()[0] == 0 else ():
+        target = args.out / ("work" if path.suffix == ".pt" else ".") / path.name
+        if not target.exists():
+            shutil.copy(path, target)
+    wait()
     handlers = [logging.StreamHandler(), logging.FileHandler(args.out / "work" / "train.log")]
     level = logging.INFO if ranks()[0] == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", handlers=handlers)
