@@ -23,10 +23,10 @@ def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tenso
     """
     count = text.sum(1).clamp(min=1)[:, None, None, None]  # (B, 1, 1, 1)
     live = text[:, None, :, None] & visual[:, None, None]  # (B, 1, R, L)
-    joint = torch.nan_to_num(attention.float()).masked_fill(~live, 0) / count
+    joint = torch.nan_to_num(attention.float()).masked_fill_(~live, 0).div_(count)  # in place: large, and ours
     column = joint.sum(2, keepdim=True)  # (B, H, 1, L)
-    ratio = (joint / (column / count + 1e-6)).clamp(min=1e-6)
-    return (joint * ratio.log2()).sum((2, 3))
+    ratio = (joint / (column / count + 1e-6)).clamp_(min=1e-6)
+    return ratio.log2_().mul_(joint).sum((2, 3))
 
 
 def text_attention(attention: Tensor, text: Tensor) -> Tensor:
@@ -37,10 +37,11 @@ def text_attention(attention: Tensor, text: Tensor) -> Tensor:
         text: (B, R) bool.
 
     Returns:
-        (B, L) float32.
+        (B, L) float32; a row whose attention is not finite in some head counts 0.
     """
     weight = text / text.sum(1, keepdim=True).clamp(min=1)  # (B, R)
-    return torch.einsum("bhrl,br->bl", torch.nan_to_num(attention), weight.to(attention.dtype)) / attention.shape[1]
+    heads = torch.nan_to_num(attention.mean(1))  # (B, R, L)
+    return (weight.to(heads.dtype)[:, None] @ heads)[:, 0]
 
 
 def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:

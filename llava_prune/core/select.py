@@ -6,7 +6,7 @@ here reads from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,25 +14,39 @@ from torch import Tensor
 from .types import Cut, Fold, View
 
 
-def descending_rank(score: Tensor, among: Tensor) -> Tensor:
-    """Rank of each entry by score, best first, ties by index; entries not `among` rank last.
+def descending_order(score: Tensor, among: Tensor) -> Tensor:
+    """Entries by score, best first, ties by index; those not `among` come last.
 
     Args:
         score: (B, L) float. NaN counts as the lowest.
         among: (B, L) bool.
 
     Returns:
-        (B, L) long, 0 for the best.
+        (B, L) long, columns.
     """
-    key = torch.nan_to_num(score.float(), nan=-3e38, posinf=3e38, neginf=-3e38).masked_fill(~among, -torch.inf)
-    order = key.sort(dim=1, descending=True, stable=True).indices  # (B, L)
-    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    key = torch.nan_to_num(score.float(), nan=-3e38, posinf=3e38, neginf=-3e38).masked_fill_(~among, -torch.inf)
+    return key.sort(dim=1, descending=True, stable=True).indices
+
+
+def inverse(order: Tensor) -> Tensor:
+    """(B, L) long: the place of each column in an order."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
+
+
+def descending_rank(score: Tensor, among: Tensor) -> Tensor:
+    """(B, L) long, 0 for the best; see `descending_order`."""
+    return inverse(descending_order(score, among))
 
 
 def column(values: Sequence[int], like: Tensor) -> Tensor:
     """(B, 1) long on the device of `like`, copied without waiting for it."""
     return torch.tensor(list(values), dtype=torch.long).to(like.device, non_blocking=True)[:, None]
+
+
+def per_sample(values: Sequence[int], like: Tensor) -> Tensor | int:
+    """`column`, or the plain number when all samples share it: nothing is copied to the device then."""
+    return values[0] if len(set(values)) == 1 else column(values, like)
 
 
 def assemble(
@@ -62,12 +76,13 @@ def assemble(
     n_merged = 0 if merged is None else merged.shape[1]
     step = n_merged + 1
     places = torch.arange(length, device=keep.device)
-    key = (places * step).expand_as(keep)
-    key = key.masked_fill(~(keep & visual | valid & ~visual), -1)  # (B, L)
+    key = torch.where(torch.where(visual, keep, valid), places * step, -1)  # (B, L)
     if merged is not None:
         after = (visual * (places + 1)).amax(1, keepdim=True) - 1 if at is None else at  # (B, 1 or C)
         slots = torch.arange(n_merged, device=keep.device)
-        extra = (after * step + 1 + slots).masked_fill(slots >= column(merged_counts, keep), -1)  # (B, C)
+        extra = after * step + 1 + slots  # (B, C)
+        if any(n != n_merged for n in merged_counts):
+            extra = extra.masked_fill(slots >= column(merged_counts, keep), -1)
         key = torch.cat([key, extra], 1)
     ordered, index = key.sort(dim=1, stable=True)
     width = max(lengths)
@@ -92,24 +107,32 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     """
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
-    real = torch.arange(size, device=device) < column(counts, points)  # (B, Q)
+    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
+    slots = torch.arange(size, device=device)
+    real = (slots < per_sample(counts, points)).expand(points.shape[:2])  # (B, Q)
+
+    def only(values: Tensor, where: Callable[[], Tensor], fill: float) -> Tensor:
+        return values if even else values.masked_fill(~where(), fill)
+
+    def pair() -> Tensor:
+        return real[:, None] & real[:, :, None]  # (B, Q, Q)
+
     distance = torch.cdist(points.float(), points.float()) / points.shape[2] ** 0.5  # (B, Q, Q)
-    pair = real[:, None] & real[:, :, None]
-    farthest = distance.masked_fill(~pair, 0).flatten(1).amax(1)[:, None, None]
-    nearest = distance.masked_fill(~pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
-    wanted = column(clusters, points)  # (B, 1)
-    used = torch.arange(nearest.shape[2], device=device) < wanted  # (B, K)
-    squares = nearest.square().masked_fill(~(used[:, None] & real[:, :, None]), 0).sum(2)
-    density = torch.exp(-squares / wanted.clamp(min=1)).masked_fill(~real, -1.0)  # (B, Q)
+    farthest = only(distance, pair, 0).flatten(1).amax(1)[:, None, None]
+    nearest = only(distance, pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
+    wanted = per_sample([max(c, 1) for c in clusters], points)  # (B, 1)
+    used = slots[: nearest.shape[2]] < per_sample(clusters, points)  # (B, K)
+    squares = only(nearest.square(), lambda: used[..., None, :] & real[:, :, None], 0).sum(2)
+    density = only(torch.exp(-squares / wanted), lambda: real, -1.0)  # (B, Q)
     denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
-    delta = torch.where(denser & pair, distance, farthest).amin(2)  # (B, Q)
+    delta = torch.where(denser if even else denser & pair(), distance, farthest).amin(2)  # (B, Q)
     centre = _centres(density * delta, counts, clusters)  # (B, C), Q where there is none
     to_centre = distance.gather(2, centre.clamp(max=size - 1)[:, None].expand(-1, size, -1))  # (B, Q, C)
-    label = to_centre.masked_fill((centre == size)[:, None], torch.inf).argmin(2)
+    label = only(to_centre, lambda: (centre < size)[:, None].expand_as(to_centre), torch.inf).argmin(2)
     label = torch.cat([label, label[:, :1]], 1)  # one column more, for the centres that are none
-    slots = torch.arange(centre.shape[1], device=device).expand_as(centre)
-    label = label.scatter(1, centre, slots)[:, :size]  # centres belong to themselves
-    return label.masked_fill(~real, -1)
+    numbers = torch.arange(centre.shape[1], device=device).expand_as(centre)
+    label = label.scatter_(1, centre, numbers)[:, :size]  # centres belong to themselves
+    return label if even else label.masked_fill(~real, -1)
 
 
 def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
@@ -119,6 +142,8 @@ def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     of the merged tokens. torch.topk decides it, as in the official code, so samples with the same counts share a call.
     """
     size = score.shape[1]
+    if len(set(zip(counts, clusters, strict=True))) == 1 and clusters[0]:
+        return score[:, : counts[0]].topk(clusters[0], dim=1).indices
     centre = torch.full((score.shape[0], max(max(clusters), 1)), size, dtype=torch.long, device=score.device)
     for q, c in sorted({(q, c) for q, c in zip(counts, clusters, strict=True) if c}):
         alike = [b for b, pair in enumerate(zip(counts, clusters, strict=True)) if pair == (q, c)]
@@ -155,15 +180,16 @@ def keep_best(
         clusters: merged tokens a sample, appended behind the kept ones in the order of their centres; none if empty.
         recycle: tokens those are made of, the best behind the kept ones.
     """
-    rank = descending_rank(score, view.visual)
-    kept = view.visual & (rank < column(keep, rank))
+    best = descending_order(score, view.visual)  # (B, L) columns by rank
+    rank = inverse(best)
+    first = per_sample(keep, rank)
+    kept = view.visual & (rank < first)
     if not any(recycle):
         lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
         return assemble(kept, view.visual, view.valid, lengths)
     lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
-    best = rank.sort(dim=1).indices  # (B, L) columns by rank
     slots = torch.arange(max(recycle), device=rank.device)
-    picked = best.gather(1, (column(keep, rank) + slots).clamp(max=rank.shape[1] - 1))  # (B, Q)
+    picked = best.gather(1, (first + slots).clamp(max=rank.shape[1] - 1).expand(rank.shape[0], -1))  # (B, Q)
     points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
     label = dpc_knn(points, recycle, clusters)
     return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)

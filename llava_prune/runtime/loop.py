@@ -6,6 +6,7 @@ business of `decode.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
 from .layout import carry, check_cut, in_place, lay_out
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
-from .rows import middle_of, text_rows
+from .rows import middle_of, queries_of, text_rows
 
 
 class State:
@@ -286,7 +287,7 @@ class _Prefill:
             entering = self.hidden
             spans = self._spans()
             wanted = self.method.rows(i, spans)
-            with middle_of(layer, self.method.middle(i, spans)) as middle:
+            with middle_of(layer, self.method.middle(i, spans)) as middle, queries_of(layer, wanted) as queries:
                 self.hidden = layer(
                     entering,
                     attention_mask=mask,
@@ -296,13 +297,14 @@ class _Prefill:
                     use_cache=self.cache is not None,
                     **kwargs,
                 )
-            score = _Scores(layer, entering, rope, wanted, self.valid, self._keys(i))
+            valid = None if self.mask2d is None else self.valid
+            score = _Scores(layer, entering, rope, wanted, valid, self._keys(i), queries)
             if i + 1 == len(layers):
                 if type(self.method).cut is not Method.cut:
                     self.trace.final = _Final(self.method, i, score, self._view(None, None))
                 break
             seen = rope, entering, middle[0] if middle else None
-            nxt = _Scores(layers[i + 1], self.hidden, rope, None, self.valid, None)
+            nxt = _Scores(layers[i + 1], self.hidden, rope, None, valid)
             cut = self.method.cut(i, self._view(score(), nxt.rows, *seen))
             if cut is not None:
                 self._apply(i, cut)
@@ -326,16 +328,29 @@ class _Prefill:
 
 
 class _Scores:
-    """Attention rows of one layer, computed when called."""
+    """Attention rows of one layer, computed when called; `keys` and `queries` are what the layer made of its input."""
 
-    def __init__(self, layer: Any, hidden: Tensor, rope: Any, rows: Tensor | None, valid: Tensor, keys: Any) -> None:
-        self.layer, self.hidden, self.rope, self.wanted, self.valid, self.keys = layer, hidden, rope, rows, valid, keys
+    def __init__(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        wanted: Tensor | None,
+        valid: Tensor | None,
+        keys: Tensor | None = None,
+        queries: Sequence[Tensor] = (),
+    ) -> None:
+        self.layer, self.hidden, self.rope, self.wanted, self.valid = layer, hidden, rope, wanted, valid
+        self.keys, self.queries = keys, queries
 
     def rows(self, rows: Tensor) -> Tensor:
         return text_rows(self.layer, self.hidden, self.rope, rows, self.valid, self.keys)
 
     def __call__(self) -> Tensor | None:
-        return None if self.wanted is None else self.rows(self.wanted)
+        if self.wanted is None:
+            return None
+        queries = self.queries[0] if self.queries else None
+        return text_rows(self.layer, self.hidden, self.rope, self.wanted, self.valid, self.keys, queries)
 
 
 class _Final:

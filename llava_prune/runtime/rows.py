@@ -25,6 +25,7 @@ def text_rows(
     rows: Tensor,
     valid: Tensor | None,
     keys: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of `rows` in a decoder layer.
 
@@ -35,6 +36,7 @@ def text_rows(
         rows: (R,) long.
         valid: (B, L) bool, or None when every row is live.
         keys: (B, KV, L, dh) keys with rotary positions, as the cache holds them; None computes them.
+        queries: (B, R, H dh) projections of the rows, as the layer made them; None computes them.
 
     Returns:
         (B, H, R, L) float32.
@@ -43,17 +45,19 @@ def text_rows(
     norm: Any = layer.input_layernorm
     batch, length = hidden.shape[:2]
     cos, sin = rope
-    states = norm(hidden if keys is None else hidden[:, rows])
     if keys is None:
+        states = norm(hidden)
         keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
         keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
-        states = states[:, rows]
-    query = attn.q_proj(states).view(batch, rows.shape[0], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
+        queries = attn.q_proj(states[:, rows]) if queries is None else queries
+    elif queries is None:
+        queries = attn.q_proj(norm(hidden[:, rows]))
+    query = queries.view(batch, rows.shape[0], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
     query = apply_rotary_pos_emb(query, query, cos[:, rows], sin[:, rows])[0]
-    score = query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3) * attn.scaling  # (B, H, R, L)
+    score = (query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)).mul_(attn.scaling)  # (B, H, R, L)
     hidden_from = torch.arange(length, device=rows.device) > rows[:, None]  # (R, L), the future
     blocked = hidden_from if valid is None else hidden_from | ~valid[:, None, None]
-    return score.masked_fill(blocked, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
+    return score.masked_fill_(blocked, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -96,18 +100,33 @@ def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> Tap:
 @contextmanager
 def middle_of(layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
     """Catch what a decoder layer's MLP is given while it runs in this thread: a list of one tensor (B, L, D)."""
+    norm: Any = layer.post_attention_layernorm
+    with _output(norm if wanted else None, lambda x: x) as box:
+        yield box
+
+
+@contextmanager
+def queries_of(layer: nn.Module, rows: Tensor | None) -> Iterator[list[Tensor]]:
+    """Catch the query projections of `rows` while a decoder layer runs in this thread: a list of one (B, R, H dh)."""
+    attn: Any = layer.self_attn
+    with _output(None if rows is None else attn.q_proj, lambda x: x[:, rows]) as box:
+        yield box
+
+
+@contextmanager
+def _output(module: nn.Module | None, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """A list that holds `pick` of the module's output after it ran in this thread; empty before, or without module."""
     box: list[Tensor] = []
-    if not wanted:
+    if module is None:
         yield box
         return
     thread = threading.get_ident()
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
         if threading.get_ident() == thread:
-            box[:] = [output.detach()]
+            box[:] = [pick(output.detach())]
 
-    norm: Any = layer.post_attention_layernorm
-    hook = norm.register_forward_hook(keep)
+    hook = module.register_forward_hook(keep)
     try:
         yield box
     finally:
