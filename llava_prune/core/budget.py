@@ -41,6 +41,7 @@ class Schedule:
         return [n_visual, *self.leaving[:-1]]
 
 
+@functools.lru_cache(maxsize=8192)
 def recycled(pruned: int) -> tuple[int, int]:
     """(tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) for none."""
     if pruned <= 0:
@@ -60,9 +61,11 @@ def logistic(slope: float, x0: float, n_layers: int) -> list[float]:
 
 def _cost(curve: list[float], factor: float, first: int, cap: int, n_visual: int, budget: Budget) -> int:
     n, total = first, first
-    last = 0
+    last, ceil = 0, math.ceil
     for r in curve:
-        m = min(math.ceil((first - 1) * min(1.0, factor * r)), cap)
+        share = factor * r
+        m = ceil((first - 1) * share) if share < 1.0 else first - 1
+        m = m if m < cap else cap
         last = n = m + recycled(n - m)[1]
         total += n
     return total if budget == "after" else total - last + n_visual

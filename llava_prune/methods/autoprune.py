@@ -44,6 +44,8 @@ class AutoPrune(Method):
             False never; or a (T,) or (N, T) mask, 1 on padding.
         budget: "after" averages the tokens leaving each layer (the tables' convention), "before" those entering.
         strict: False skips layers that would only move one token to the end of the visual block.
+        slope_step: rounds the slope to the nearest multiple, so that few schedules occur (0.05 leaves 9 of them) and
+            compiled or captured prefills can be used again; None is the exact slope.
     """
 
     tokens: int = 64
@@ -55,6 +57,7 @@ class AutoPrune(Method):
     mask_padding: Any = True
     budget: Budget = "after"
     strict: bool = True
+    slope_step: float | None = None
 
     paper = PAPER
     where = "language model, after every layer"
@@ -66,13 +69,15 @@ class AutoPrune(Method):
     def __post_init__(self) -> None:
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise ValueError(f"tokens={self.tokens!r}: the budget is a whole number of at least 1")
-        for name in ("lam", "k0", "gamma", "mi_scale", "x0"):
+        for name in ("lam", "k0", "gamma", "mi_scale", "x0", "slope_step"):
             value = getattr(self, name)
-            if name == "x0" and value is None:
+            if name in ("x0", "slope_step") and value is None:
                 continue
             real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not real or (value < 0 and name != "x0"):
                 raise ValueError(f"{name}={value!r}: give a finite number{'' if name == 'x0' else ', 0 or more'}")
+        if self.slope_step == 0:
+            raise ValueError("slope_step=0: give a positive step, or None for the exact slope")
         if self.budget not in ("after", "before"):
             raise ValueError(f"budget={self.budget!r}: choose 'after' or 'before'")
         if not isinstance(self.strict, bool):
@@ -88,7 +93,8 @@ class AutoPrune(Method):
 
     def slope(self, information: float) -> float:
         """k of the retention curve, for the mutual information I1 of layer 1."""
-        return max(self.k0 - self.gamma * information, 0.0)
+        exact = max(self.k0 - self.gamma * information, 0.0)
+        return exact if self.slope_step is None else round(exact / self.slope_step) * self.slope_step
 
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str]:
         """The schedule of a middling question: slope k0 / 2."""
@@ -117,7 +123,11 @@ class AutoPrune(Method):
 
     # the language model -------------------------------------------------------------------------------------
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
-        return spans.text_rows()
+        return None if self._idle(layer, spans) else spans.text_rows()
+
+    def _idle(self, layer: int, spans: Spans) -> bool:
+        """Whether a layer only passes on: the budget lets every picture through, and the information is known."""
+        return layer > 1 and all(n <= self.tokens for n in spans.n_visual)
 
     def score(self, layer: int, view: View) -> Tensor:
         """(B, L) ranking of layers 1..L-1."""
@@ -204,7 +214,9 @@ class AutoPruneFlash(AutoPrune):
             raise ValueError(f"flash_score={self.flash_score!r}: choose 'softmax' or 'dot'")
 
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
-        return spans.text_rows() if layer <= 1 else spans.last_row()
+        if layer <= 1:
+            return spans.text_rows()
+        return None if self._idle(layer, spans) else spans.last_row()
 
     def score(self, layer: int, view: View) -> Tensor:
         assert view.probs is not None
