@@ -71,10 +71,13 @@ class Decode:
         before = stage.valid
         if before is None:
             before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
+        live = torch.cat([before.bool(), self.tail], 1)
+        if self.q == 1 and self.lm.config._attn_implementation == "sdpa":
+            return live[:, None, None]  # the mask that transformers would make, without its look at the values
         return create_causal_mask(
             config=self.lm.config,
             inputs_embeds=hidden,
-            attention_mask=torch.cat([before.bool(), self.tail], 1),
+            attention_mask=live,
             past_key_values=self.cache,
             position_ids=None,
             layer_idx=stage.first,

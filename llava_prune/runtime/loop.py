@@ -21,6 +21,9 @@ from .layout import carry, check_cut, in_place, lay_out
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, queries_of, text_rows
 
+CAUSAL = ("sdpa", "flash_attention_2")
+"""Backends that are causal by themselves when no mask is given."""
+
 
 class State:
     """What an attachment knows: the method, the forward it replaced, the record of the last prefill."""
@@ -130,14 +133,15 @@ class _Prefill:
         self.visual = visual & self.valid
         self.mask2d: Tensor | None = mask
         self.ids = original_ids(self.visual)
-        gaps = self._read_lengths()
+        if position_ids is None:  # as the stock forward numbers them, padding included
+            position_ids = torch.arange(length, device=device)[None]
+        self.positions = position_ids.to(device).long().expand(batch, -1)
+        gaps, top = self._read_lengths()
+        self.table = lm.rotary_emb(hidden, torch.arange(top, device=device)[None])
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
         cut = pending.cut
         self.carried = carry(pending, self.visual, source, max(self.n_visual))
-        if position_ids is None:  # as the stock forward numbers them, padding included
-            position_ids = torch.arange(length, device=device)[None]
-        self.positions = position_ids.to(device).expand(batch, -1)
         self.trace = Trace()
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
         self.origin = base - self.valid.sum(1, keepdim=True)  # (B, 1) where numbering begins: padding, as a rule
@@ -148,19 +152,20 @@ class _Prefill:
             self._drop(self.visual)
         self.text = self._voters()
 
-    def _read_lengths(self) -> bool:
+    def _read_lengths(self) -> tuple[bool, int]:
         """Host integers of the request, in one read: visual tokens and other live rows of each sample, text after.
 
         Returns:
-            Whether padding stands anywhere but at the left end.
+            (whether padding stands anywhere but at the left end, the largest position + 1).
         """
         after = self._after().sum(1)
         gap = (self.valid[:, :-1] & ~self.valid[:, 1:]).any(1)
-        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), after, gap], 1).tolist()
+        top = self.positions.amax(1) + 1
+        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), after, gap, top], 1).tolist()
         self.n_visual = tuple(row[0] for row in table)
         self.counts = tuple(row[1] for row in table)
         self.n_text = max(1, *(row[2] for row in table))
-        return any(row[3] for row in table)
+        return any(row[3] for row in table), max(row[4] for row in table)
 
     def _after(self) -> Tensor:
         """(B, L) bool: live rows after the last visual token of a sample that has one."""
@@ -231,6 +236,8 @@ class _Prefill:
         )
 
     def _mask(self, layer: int) -> Any:
+        if self.mask2d is None and self.lm.config._attn_implementation in CAUSAL:
+            return None
         return create_causal_mask(
             config=self.lm.config,
             inputs_embeds=self.hidden,
@@ -241,7 +248,9 @@ class _Prefill:
         )
 
     def _rope(self) -> tuple[Tensor, Tensor]:
-        return self.lm.rotary_emb(self.hidden, self.positions)
+        """Cosine and sine of the rows, (B, L, dh) each, from a table made once."""
+        cos, sin = self.table
+        return cos[0][self.positions], sin[0][self.positions]
 
     def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
         """Gather every per-row tensor; the new stage begins at layer + 1.
