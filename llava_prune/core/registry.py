@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .compose import compose, split
 from .method import Method
 
 _METHODS: dict[str, type[Method]] = {}
@@ -57,12 +58,15 @@ def names(presets: bool = False) -> list[str]:
 
 
 def lookup(name: str) -> type[Method]:
-    """The class registered under `name`.
+    """The class registered under `name`, or the one of a composition like "visionzip+autoprune".
 
     Raises:
         ValueError: for an unknown name; lists the known ones.
     """
     _discover()
+    parts = None if name in _METHODS else split(name, _METHODS.__contains__)
+    if parts is not None:
+        return compose(name, _METHODS[parts[0]], _METHODS[parts[1]])
     if name not in _METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(_METHODS))}")
     return _METHODS[name]
@@ -75,11 +79,11 @@ def presets(name: str) -> dict[str, dict[str, Any]]:
         ValueError: for an unknown name.
     """
     lookup(name)
-    return {preset: dict(values) for preset, values in _PRESETS[name].items()}
+    return {preset: dict(values) for preset, values in _PRESETS.get(name, {}).items()}
 
 
 def build(name: str, **hyper: Any) -> Method:
-    """A new instance of the method `name` ("name" or "name:preset").
+    """A new instance of the method `name` ("name", "name:preset", or "first+second", see `Composed`).
 
     Args:
         hyper: hyper-parameters; they override the preset's.
@@ -89,9 +93,10 @@ def build(name: str, **hyper: Any) -> Method:
     """
     base, _, preset = name.partition(":")
     cls = lookup(base)
-    if preset and preset not in _PRESETS[base]:
-        raise ValueError(f"{base!r} has no preset {preset!r}; it has {sorted(_PRESETS[base]) or 'none'}")
-    values = {**(_PRESETS[base][preset] if preset else {}), **hyper}
+    table = _PRESETS.get(base, {})
+    if preset and preset not in table:
+        raise ValueError(f"{base!r} has no preset {preset!r}; it has {sorted(table) or 'none'}")
+    values = {**(table[preset] if preset else {}), **hyper}
     known = inspect.signature(cls).parameters
     unknown = sorted(set(values) - set(known))
     if unknown:

@@ -134,6 +134,7 @@ class VisionView:
         cls: (N, Dv) the class token's feature, or None when the method asks for no row of the tower.
         groups: (N, T) long, the row of `features` that each patch went into; None where the tower was left alone.
         crops: most crops that this model cuts a picture into, 1 where it sees pictures whole.
+        feature_layer: 0-based block whose output the features are.
         carry: name -> (N, T) tensors to meet again in `View.carry`.
     """
 
@@ -146,6 +147,7 @@ class VisionView:
     cls: Tensor | None = None
     groups: Tensor | None = None
     crops: int = 1
+    feature_layer: int = -1
     carry: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -136,17 +136,18 @@ class Door:
 
     def _view(self, vision: Vision, features: Tensor) -> VisionView:
         padding = batch_padding(vision.sizes, features.shape[0], self.where.grid) if self.pads else None
-        there = features.device
+        there, taps = features.device, {b: vision.taps[b] for b in self.rows}  # a memo brings those of other methods
         view = VisionView(
             features,
-            {b: t.probs.to(there) for b, t in vision.taps.items()},
-            {b: t.keys for b, t in vision.taps.items()},
+            {b: t.probs.to(there) for b, t in taps.items()},
+            {b: t.keys for b, t in taps.items()},
             None if padding is None else padding.to(there),
             self.where.grid,
-            {b: t.queries for b, t in vision.taps.items()},
+            {b: t.queries for b, t in taps.items()},
             None if vision.cls is None else vision.cls.to(there),
             torch.cat([m.groups for m in vision.merging])[:, 1:].to(there) - 1 if vision.merging else None,
             self.where.crops,
+            self.where.feature_layer,
         )
         vision.carry = view.carry
         return view

@@ -1,0 +1,120 @@
+"""Two methods in a row: one before the language model, one inside it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .method import Method
+from .types import Cut, Fold, Spans, View, VisionCut, VisionView
+
+SHARE = 2.5
+"""Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
+
+
+def split(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
+    """The two names in "visionzip+autoprune"; names may end in a plus themselves ("prumerge++fastv")."""
+    for i, letter in enumerate(name):
+        if letter == "+" and known(name[:i]) and known(name[i + 1 :]):
+            return name[:i], name[i + 1 :]
+    return None
+
+
+class Composed(Method):
+    """A vision-side method, then one in the language model on what the first has left.
+
+    `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
+    many (all, where that is more than there are). Other hyper-parameters go to the one that has them, or to both. The
+    second one's positions count from the shortened prompt. Values by patch, like AutoPrune's class-token attention,
+    are 0 on rows that stand for no patch.
+    """
+
+    parts: ClassVar[tuple[type[Method], type[Method]]]
+    vision_positions = "renumber"
+
+    def __init__(self, **hyper: Any) -> None:
+        first, second = self.parts
+        mine, its = (inspect.signature(p).parameters for p in (first, second))
+        given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
+        self.language = second(**{k: v for k, v in hyper.items() if k in its})
+        asked = hyper.get("vision_tokens")
+        inside = getattr(self.language, "tokens", None)
+        if asked is None and not given.keys() & {*first.instead} and isinstance(inside, int):
+            asked = int(SHARE * inside)
+        self.vision = first(**given, **({} if asked is None else {"tokens": asked}))
+        for name in inspect.signature(type(self)).parameters:
+            owner = self.language if name in its else self.vision
+            setattr(self, name, asked if name == "vision_tokens" else getattr(owner, name))
+
+    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+        rows = self.vision.vision_rows(feature_layer)
+        for block, wanted in self.language.vision_rows(feature_layer).items():
+            if rows.setdefault(block, wanted) != wanted:
+                raise ValueError(f"{self.name}: the two want different rows of tower block {block}")
+        return rows
+
+    def tower(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
+        merges = self.vision.tower(feature_layer, n_patches)
+        if any(merges) and self.language.vision_rows(feature_layer):
+            raise ValueError(
+                f"{self.name}: {self.vision.name} changes the tower that {self.language.name} reads; "
+                "combine either with another method"
+            )
+        return merges
+
+    def fold(self, keys: Tensor, count: int) -> Fold:
+        return self.vision.fold(keys, count)
+
+    def reduce(self, view: VisionView) -> VisionCut | None:
+        for part in (self.language, self.vision):
+            blocks = part.vision_rows(view.feature_layer)
+            probs, keys, queries = (
+                {b: t for b, t in table.items() if b in blocks} for table in (view.probs, view.keys, view.queries)
+            )
+            answer = part.reduce(replace(view, probs=probs, keys=keys, queries=queries))  # `carry` is one for both
+        return answer
+
+    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+        return self.language.rows(layer, spans)
+
+    def cut(self, layer: int, view: View) -> Cut | None:
+        return self.language.cut(layer, view)
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        first = self.vision.plan(n_visual, n_layers)
+        return None if first is None else self.language.plan(first[0], n_layers)
+
+
+def compose(name: str, first: type[Method], second: type[Method]) -> type[Composed]:
+    """The class of "first+second".
+
+    Raises:
+        ValueError: when the first does not act before the language model only, or the second not inside it.
+    """
+    if first.cut is not Method.cut or (first.reduce is Method.reduce and first.tower is Method.tower):
+        raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
+    if second.cut is Method.cut:
+        raise ValueError(f"{name!r}: {second.name!r} does not work in the language model; put such a method second")
+    extra = inspect.Parameter("vision_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
+    table = {"vision_tokens": extra}
+    for part in (second, first):
+        for p in inspect.signature(part).parameters.values():
+            if p.name != "tokens" or part is second:
+                table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    both = {k: f"{getattr(first, k)}; {getattr(second, k)}" for k in ("paper", "where", "source", "licence", "batch")}
+    facts = {
+        "name": name,
+        "parts": (first, second),
+        "positions": second.positions,
+        "decode": second.decode,
+        "backends": second.backends,
+        "anyres": first.anyres and second.anyres,
+        "instead": second.instead,
+        "__doc__": f"{first.name}, then {second.name} on what it leaves.",
+        "__signature__": inspect.Signature(list(table.values())),
+    }
+    return type("Composed", (Composed,), {**both, **facts})
