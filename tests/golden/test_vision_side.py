@@ -1,7 +1,7 @@
 """FasterVLM, VisionZip, PruMerge and PruMerge+ against their official code's own runs (float32, CPU, 4-block tower).
 
-vision_side.npz holds kept patches and the logits of five greedy steps. Runs on a 24-block tower, ToMe's among them, were
-compared too and are not kept here.
+vision_side.npz holds kept patches and the logits of five greedy steps. Runs on a 24-block tower, ToMe's among them,
+were compared too and are not kept here.
 """
 
 from __future__ import annotations
