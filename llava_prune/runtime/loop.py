@@ -137,10 +137,9 @@ class _Prefill:
             position_ids = torch.arange(length, device=device)[None]
         self.positions = position_ids.to(device).long().expand(batch, -1)
         gaps, top = self._read_lengths()
-        self.table = lm.rotary_emb(hidden, torch.arange(top, device=device)[None])
         if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
             self.mask2d = mask = None  # no padding: backends may take their causal fast path
-        cut = pending.cut
+        cut, before = pending.cut, self.n_visual
         self.carried = carry(pending, self.visual, source, max(self.n_visual))
         self.trace = Trace()
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
@@ -150,6 +149,8 @@ class _Prefill:
             self._replace(cut, source)
         elif gaps and type(self.method).cut is not Method.cut:
             self._drop(self.visual)
+        top += max(0, *(n - b for n, b in zip(self.n_visual, before, strict=True)))  # PruMerge+ can send one row more
+        self.table = lm.rotary_emb(hidden, torch.arange(top, device=device)[None])
         self.text = self._voters()
 
     def _read_lengths(self) -> tuple[bool, int]:

@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "prumerge/case2_adaptive": ("prumerge", {"adaptive": True}),
     "prumerge/case0_b192": ("prumerge", {"ratio": 192 / 576}),
     "prumerge_plus/case1_r8": ("prumerge+", {"ratio": 1 / 8, "strict": True}),
+    "prumerge_plus/case0_adaptive": ("prumerge+", {"adaptive": True}),  # 577 tokens, more than there are patches
     "prumerge_plus/case2_adaptive": ("prumerge+", {"adaptive": True}),
 }
 
