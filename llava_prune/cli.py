@@ -83,7 +83,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
 
     flag = functools.partial(_flag, e, env)
     flag("model", TINY, "folder or hub id, in either format")
-    flag("method", "autoprune", "method or list a,b", type=_names)
+    flag("method", "autoprune", "method, list a,b, or all", type=_names)
     flag("tokens", "64", "visual token budget or list 192,128,64", type=_counts)
     flag("data", DATA, "folder with the benchmark's files; LLaVA's playground/data/eval works")
     flag("family", "auto", "auto, llava or hf")

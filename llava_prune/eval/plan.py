@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         task: benchmark, a list a,b or "all".
         model: folder or hub id.
-        methods: names, in order.
+        methods: names, in order; "all" is every registered one.
         tokens: budgets, in order.
         data: folder with the benchmark's files, LLaVA's playground/data/eval or one like it.
         family, device, dtype, attn: see `llava_prune.load`; None for its default.
@@ -121,7 +121,8 @@ def plan_runs(settings: Settings) -> list[Run]:
     Raises:
         ValueError: for unknown methods, hyper-parameters no method has, or values out of range.
     """
-    names = list(dict.fromkeys(settings.methods))
+    given = [n for m in settings.methods for n in (llava_prune.names() if m == "all" else [m])]
+    names = list(dict.fromkeys(given))
     if settings.reference:
         names = ["full", *(n for n in names if n != "full")]
     if not names:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import llava_prune
 from llava_prune.cli import main
 from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
@@ -226,6 +227,11 @@ def test_hyper_parameters(tmp_path: Path) -> None:
     )
     assert [r.label for r in made] == ["full", "autoprune-8", "autoprune-4", "random-8", "random-4"]
     assert made[1].method.hyper()["mi_scale"] == 8.0 and made[1].method.hyper()["k0"] == 0.2
+
+
+def test_all_methods() -> None:
+    made = plan_runs(Settings(tokens=(8,), methods=("all", "random")))
+    assert made[0].name == "full" and sorted(r.name for r in made) == llava_prune.names()
 
 
 def test_model_id() -> None:
