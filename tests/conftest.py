@@ -13,6 +13,7 @@ from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

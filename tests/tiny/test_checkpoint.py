@@ -69,7 +69,6 @@ def test_prompt_ids_are_cut_at_the_image(model_dir):
 
 
 def test_answers_questions(model_dir, gqa_dir):
-    torch.set_num_threads(2)
     result = ms.measure(ms.Evaluated(model_dir), gqa_dir, ["full"], 24)
     assert result["full"]["all"] >= 75
 
