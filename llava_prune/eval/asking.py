@@ -214,7 +214,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
         return [row for part in parts for row in answer(bench, handle, part, run, name)]
     start, tower = time.perf_counter(), bench.tower
     try:
-        new = ask(bench, handle.method, numbers)
+        new = ask(bench, run.method, numbers)
     except torch.OutOfMemoryError:
         if len(numbers) == 1:
             raise
