@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,6 +39,14 @@ class Schedule:
     def entering(self, n_visual: int) -> list[int]:
         """Visual tokens entering each layer, the first seeing all `n_visual`."""
         return [n_visual, *self.leaving[:-1]]
+
+    def without_moves(self) -> Schedule:
+        """The same counts, but a layer that drops one token and recycles it alone (moves it to the end) keeps it."""
+        moves = [pair == (1, 1) for pair in zip(self.recycle, self.merged, strict=True)]
+        keep = tuple(k + m for k, m in zip(self.keep, moves, strict=True))
+        recycle = tuple(n * (not m) for n, m in zip(self.recycle, moves, strict=True))
+        merged = tuple(n * (not m) for n, m in zip(self.merged, moves, strict=True))
+        return replace(self, keep=keep, recycle=recycle, merged=merged)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -150,25 +158,6 @@ def schedule(
         merged.append(c)
         leaving.append(m + c)
     return Schedule(tuple(keep), tuple(recycle), tuple(merged), tuple(leaving), factor, steps)
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least `least`.
-
-    Raises:
-        ValueError: naming the value and the limit.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}")
-
-
-def check_tokens(tokens: object) -> None:
-    """Refuse a budget that is no whole number of at least 1.
-
-    Raises:
-        ValueError: naming the value and the limit.
-    """
-    check_count("tokens", tokens, 1)
 
 
 def per_crop(tokens: int, crops: int) -> int:

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
-def whole(name: str, value: Any, low: int = 0) -> None:
-    """Refuse what is no whole number of at least `low`; None passes.
+def whole(name: str, value: Any, low: int = 0, *, none: bool = True) -> None:
+    """Refuse what is no whole number of at least `low`; None passes, unless `none` is False.
 
     Raises:
         ValueError: naming value and limit.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r}: give a whole number of at least {low}")
 
 
-def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Refuse what is no finite number in [low, high]; None passes.
+def wholes(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int, ...] | None:
+    """A list of whole numbers of at least `low` as a tuple; None passes.
+
+    Raises:
+        ValueError: naming value and limit.
+    """
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={values!r}: give a list of whole numbers")
+    out = tuple(values)
+    for n in out:
+        whole(name, n, low, none=False)
+    return out
+
+
+def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, none: bool = True) -> None:
+    """Refuse what is no finite number in [low, high]; None passes, unless `none` is False.
 
     Raises:
         ValueError: naming value and limits.
     """
-    if value is None:
+    if value is None and none:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:
@@ -30,7 +49,7 @@ def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) 
         raise ValueError(f"{name}={value!r}: give a finite number{limits}")
 
 
-def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def choice(name: str, value: Any, choices: tuple[object, ...]) -> None:
     """Refuse what is not among the choices.
 
     Raises:

@@ -44,6 +44,51 @@ def text_attention(attention: Tensor, text: Tensor) -> Tensor:
     return (weight.to(heads.dtype)[:, None] @ heads)[:, 0]
 
 
+def last_attention(attention: Tensor, product: bool = False) -> Tensor:
+    """Attention of the last row on each column, mean over heads.
+
+    Args:
+        attention: (B, H, R, L) float32.
+        product: rank by the mean of the dot products instead: a head's log-softmax is its product less a constant of
+            the row. Columns whose attention underflows tie.
+
+    Returns:
+        (B, L) float32.
+    """
+    row = attention[:, :, -1]  # (B, H, L)
+    return (row.clamp(min=torch.finfo(row.dtype).tiny).log() if product else row).mean(1)
+
+
+def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> list[int]:
+    """Rank of each sample's (text rows x visual columns) attention, mean over heads; read from the device.
+
+    Args:
+        attention: (B, H, R, L) float32.
+        text: (B, R) bool.
+        visual: (B, L) bool.
+    """
+    matrix = attention.mean(1).masked_fill(~(text[:, :, None] & visual[:, None]), 0)  # (B, R, L)
+    size = torch.maximum(text.sum(1), visual.sum(1)).float()  # torch's default tolerance, of the matrix without zeros
+    ranks: list[int] = torch.linalg.matrix_rank(matrix, rtol=size * torch.finfo(matrix.dtype).eps).tolist()
+    return ranks
+
+
+def strongest_heads(attention: Tensor, text: Tensor, visual: Tensor, count: int) -> Tensor:
+    """The `count` heads with the largest sum over text rows and visual columns.
+
+    Args:
+        attention: (B, H, R, L).
+        text: (B, R) bool.
+        visual: (B, L) bool.
+
+    Returns:
+        (B, count, R, L).
+    """
+    live = text[:, None, :, None] & visual[:, None, None]
+    chosen = attention.masked_fill(~live, 0).sum((2, 3)).topk(count, dim=1).indices  # (B, count)
+    return attention.gather(1, chosen[..., None, None].expand(-1, -1, *attention.shape[2:]))
+
+
 def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
     """Text tokens that vote.
 

@@ -22,6 +22,33 @@ def after_full(tokens: int, n_visual: int, n_layers: int, full: int) -> int:
     return round((tokens * n_layers - full * n_visual) / (n_layers - full))
 
 
+WIDTH, INNER = 4096, 11008
+"""d and m of LLaVA-1.5-7B, for shares of FLOPs (13B has nearly the same m / d)."""
+
+
+def after_full_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> int:
+    """Tokens in the other layers that bring the FLOPs on visual tokens alone nearest to a share of the unpruned ones.
+
+    FLOPs of a layer on n tokens: 4 n d^2 + 2 n^2 d + 3 n d m. May be 0.
+    """
+    linear, square = 4 * WIDTH**2 + 3 * WIDTH * INNER, 2 * WIDTH
+    each = n_visual * linear + n_visual**2 * square
+    left = (share * n_layers - full) * each / (n_layers - full)  # FLOPs of one pruned layer
+    return 0 if left <= 0 else round((math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square))
+
+
+def with_recovery(keep: int, n_visual: int, every: int) -> tuple[int, int]:
+    """(kept by rank, recovered) when every `every`-th of the others comes back; 0 for none."""
+    keep = min(keep, n_visual)
+    return keep, math.ceil((n_visual - keep) / every) if every else 0
+
+
+def within_total(total: int, n_visual: int, every: int) -> tuple[int, int]:
+    """The most kept by rank, and what is recovered then, that together are `total` tokens at most; (0, 0) if none."""
+    keep = (every * total - n_visual) // (every - 1) if every > 1 else 0 if every else total
+    return with_recovery(keep, n_visual, every) if keep > 0 else (0, 0)
+
+
 PYRAMID = (2, 8, 16)
 """Stages of 32 layers that PyramidDrop's author recommends for small budgets (issue #29 of the repository)."""
 

@@ -11,6 +11,25 @@ def feature_cost(source: Tensor, target: Tensor) -> Tensor:
     return torch.cdist(source, target).square()
 
 
+def patch_places(pictures: int, grid: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Places of patches by name, (N, T) float32 each.
+
+    "x", "y": column and row in the patch's own picture or crop; "crop": its number, from 1; "off": distance to the
+    centre.
+
+    Args:
+        pictures: N, pictures or crops.
+        grid: (height, width) in patches.
+        device: of the tensors.
+    """
+    height, width = grid
+    place = torch.arange(height * width, device=device, dtype=torch.float32).expand(pictures, -1)
+    x, y = place % width, (place / width).floor()
+    crop = torch.arange(1, pictures + 1, device=device, dtype=torch.float32)[:, None].expand_as(place)
+    off = ((x - (width - 1) / 2) ** 2 + (y - (height - 1) / 2) ** 2).sqrt()
+    return {"x": x, "y": y, "crop": crop, "off": off}
+
+
 def grid_distance(x: Tensor, y: Tensor, crop: Tensor) -> Tensor:
     """(B, V, V) squared distances on the grid; patches of different pictures or crops are infinitely far."""
     square = (x[:, :, None] - x[:, None]).square() + (y[:, :, None] - y[:, None]).square()
@@ -28,7 +47,7 @@ def unit_range(values: Tensor, live: Tensor) -> Tensor:
 
 
 def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: int) -> Tensor:
-    """Row sums of the plan diag(u) exp(-C / eps) diag(v), uniform marginals, log-domain.
+    """The plan diag(u) exp(-C / eps) diag(v), uniform marginals, log-domain.
 
     Each iteration takes a row step damped by `tau`, u = (p / K v)^tau, then the exact column step.
 
@@ -40,7 +59,7 @@ def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: in
         iterations: at least 1.
 
     Returns:
-        (B, V), 0 on entries that are not live.
+        (B, V, V), 0 where row or column is not live. Columns sum to their marginal exactly.
     """
     pair = live[:, :, None] & live[:, None]
     kernel = (-cost / eps).masked_fill(~pair, -1e30)
@@ -50,5 +69,4 @@ def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: in
         if tau:
             u = (tau * (mass - (kernel + v[:, None]).logsumexp(2))).masked_fill(~live, 0)
         v = (mass - (kernel + u[..., None]).logsumexp(1)).masked_fill(~live, 0)
-    plan = (kernel + u[..., None] + v[:, None]).exp().masked_fill(~pair, 0)
-    return plan.sum(2)
+    return (kernel + u[..., None] + v[:, None]).exp().masked_fill(~pair, 0)

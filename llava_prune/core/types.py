@@ -150,6 +150,26 @@ class VisionView:
     feature_layer: int = -1
     carry: dict[str, Tensor] = field(default_factory=dict)
 
+    def class_attention(self) -> Tensor:
+        """(N, T) float32: attention of the class token on each patch in the one recorded block, mean over heads.
+
+        Its attention on itself is left out without renormalising.
+        """
+        (rows,) = self.probs.values()  # (N, H, 1, 1 + T)
+        return rows[:, :, 0, 1:].mean(1)
+
+    def mask(self, name: str, values: Any) -> Tensor:
+        """(N, T) bool from what a user gave: T values for all pictures, or N x T, in any shape.
+
+        Raises:
+            ValueError: for another number of values, under the argument's name.
+        """
+        n, t = self.features.shape[:2]
+        given = torch.as_tensor(values, device=self.features.device).bool()
+        if given.numel() not in (t, n * t):
+            raise ValueError(f"{name} has {given.numel()} values; give {t} for all pictures or {n} x {t}")
+        return given.reshape(-1, t).expand(n, t)
+
 
 @dataclass(frozen=True)
 class VisionCut:

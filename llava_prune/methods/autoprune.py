@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget, Schedule, schedule
-from ..core.information import mutual_information, text_attention
+from ..core.checks import choice, real, whole
+from ..core.information import last_attention, mutual_information, text_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
@@ -67,21 +67,15 @@ class AutoPrune(Method):
     decode = "cache"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens!r}: the budget is a whole number of at least 1")
-        for name in ("lam", "k0", "gamma", "mi_scale", "x0", "slope_step"):
-            value = getattr(self, name)
-            if name in ("x0", "slope_step") and value is None:
-                continue
-            real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not real or (value < 0 and name != "x0"):
-                raise ValueError(f"{name}={value!r}: give a finite number{'' if name == 'x0' else ', 0 or more'}")
+        whole("tokens", self.tokens, 1, none=False)
+        for name in ("lam", "k0", "gamma", "mi_scale"):
+            real(name, getattr(self, name), 0, none=False)
+        real("x0", self.x0)
+        real("slope_step", self.slope_step, 0)
         if self.slope_step == 0:
             raise ValueError("slope_step=0: give a positive step, or None for the exact slope")
-        if self.budget not in ("after", "before"):
-            raise ValueError(f"budget={self.budget!r}: choose 'after' or 'before'")
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"strict={self.strict!r}: choose True or False")
+        choice("budget", self.budget, ("after", "before"))
+        choice("strict", self.strict, (True, False))
         if not (isinstance(self.mask_padding, (bool, list, tuple)) or hasattr(self.mask_padding, "shape")):
             raise ValueError(f"mask_padding={self.mask_padding!r}: give True, False or a mask, 1 on padding")
 
@@ -106,20 +100,11 @@ class AutoPrune(Method):
         return {feature_layer: [0]}
 
     def reduce(self, view: VisionView) -> None:
-        (rows,) = view.probs.values()
-        cls = rows[:, :, 0, 1:].mean(1)  # (N, T)
-        padding = self._padding(view)
+        padding = view.padding if self.mask_padding is True else None
+        if not isinstance(self.mask_padding, bool):
+            padding = view.mask("mask_padding", self.mask_padding)
+        cls = view.class_attention()  # (N, T)
         view.carry["cls"] = cls if padding is None else cls.masked_fill(padding, 0)
-
-    def _padding(self, view: VisionView) -> Tensor | None:
-        if isinstance(self.mask_padding, bool):
-            return view.padding if self.mask_padding else None
-        mask = torch.as_tensor(self.mask_padding, device=view.features.device).bool()
-        n, t = view.features.shape[:2]
-        mask = mask.reshape(1, -1) if mask.numel() == t else mask.reshape(mask.shape[0], -1)
-        if mask.shape not in ((1, t), (n, t)):
-            raise ValueError(f"mask_padding has {mask.numel()} values; give {t} for all pictures or {n} x {t}")
-        return mask.expand(n, t)
 
     # the language model -------------------------------------------------------------------------------------
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
@@ -135,23 +120,16 @@ class AutoPrune(Method):
         return text_attention(view.probs, view.spans.text)
 
     def cut(self, layer: int, view: View) -> Cut | None:
-        if layer < 0:
-            return None
-        if layer == 0:
-            return self._first(view)
+        if layer <= 0:
+            return self._first(view) if layer == 0 else None
         if layer == 1:
             self._plan(view)
         plans: list[Schedule] = view.scratch["plans"]
         keep = [p.keep[layer] for p in plans]
-        clusters = [p.merged[layer] for p in plans]
-        if not self.strict:  # one token dropped, one cluster of that token
-            idle = [p.recycle[layer] == p.merged[layer] == 1 for p in plans]
-            keep = [k + 1 if i else k for k, i in zip(keep, idle, strict=True)]
-            clusters = [0 if i else c for c, i in zip(clusters, idle, strict=True)]
-        if all(k + c == p.leaving[layer - 1] and c == 0 for k, c, p in zip(keep, clusters, plans, strict=True)):
+        if keep == [p.leaving[layer - 1] for p in plans]:
             return None
-        recycle = [p.recycle[layer] if c else 0 for p, c in zip(plans, clusters, strict=True)]
-        return keep_best(view, self.score(layer, view), keep, clusters, recycle)
+        clusters, pool = [p.merged[layer] for p in plans], [p.recycle[layer] for p in plans]
+        return keep_best(view, self.score(layer, view), keep, clusters, pool)
 
     def _first(self, view: View) -> Cut | None:
         assert view.probs is not None
@@ -181,7 +159,7 @@ class AutoPrune(Method):
             schedule(k, self.tokens, n, view.spans.n_layers, x0, self.budget)
             for k, n in zip(slopes, view.spans.n_visual, strict=True)
         ]
-        view.scratch["plans"] = plans
+        view.scratch["plans"] = plans if self.strict else [p.without_moves() for p in plans]
         view.scratch["stats"] = {
             "mi0": list(mi0),
             "mi1": list(mi1),
@@ -210,8 +188,7 @@ class AutoPruneFlash(AutoPrune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.flash_score not in ("softmax", "dot"):
-            raise ValueError(f"flash_score={self.flash_score!r}: choose 'softmax' or 'dot'")
+        choice("flash_score", self.flash_score, ("softmax", "dot"))
 
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
         if layer <= 1:
@@ -220,7 +197,4 @@ class AutoPruneFlash(AutoPrune):
 
     def score(self, layer: int, view: View) -> Tensor:
         assert view.probs is not None
-        row = view.probs[:, :, -1]  # (B, H, L)
-        if self.flash_score == "dot":  # a head's log-softmax is its dot product less a constant of the row
-            row = row.clamp(min=torch.finfo(row.dtype).tiny).log()
-        return row.mean(1)
+        return last_attention(view.probs, product=self.flash_score == "dot")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.checks import whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
@@ -27,8 +28,7 @@ class _Blind(Method):
     tokens: int
 
     def _check(self) -> None:
-        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
-            raise ValueError(f"tokens={self.tokens!r}: give the number of visual tokens to keep, 0 or more")
+        whole("tokens", self.tokens, none=False)
 
     def score(self, n: int) -> Tensor:
         """(n,) float: larger is kept, for a picture of n tokens."""

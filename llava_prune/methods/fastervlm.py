@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.budget import check_tokens, per_crop
+from ..core.budget import per_crop
+from ..core.checks import whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import descending_rank
@@ -41,7 +42,7 @@ class FasterVLM(Method):
     decode = "cache"
 
     def __post_init__(self) -> None:
-        check_tokens(self.tokens)
+        whole("tokens", self.tokens, 1, none=False)
 
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer: [0]}
@@ -50,8 +51,7 @@ class FasterVLM(Method):
         keep = per_crop(self.tokens, view.crops)
         if keep >= view.features.shape[1]:
             return None
-        (rows,) = view.probs.values()  # (N, H, 1, 1 + T)
-        score = rows[:, :, 0, 1:].mean(1)  # (N, T)
+        score = view.class_attention()  # (N, T)
         live = descending_rank(score, score == score) < keep
         patches = torch.arange(live.shape[1], device=live.device).expand_as(live)
         return VisionCut(live, view.features, patches)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.checks import at_most_one, real, whole
+from ..core.information import last_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
@@ -100,4 +101,4 @@ class FastV(Method):
         keep = self.keep_after(layer, view.spans)
         if keep is None or view.probs is None:
             return None
-        return keep_best(view, view.probs[:, :, -1].mean(1), keep)
+        return keep_best(view, last_attention(view.probs), keep)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ..core.checks import at_most_one, choice, real, whole
+from ..core.checks import at_most_one, choice, real, whole, wholes
+from ..core.information import last_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
@@ -69,13 +69,11 @@ class PyramidDrop(Method):
         at_most_one(tokens=self.tokens, layers=self.layers)
         whole("tokens", self.tokens, 1)
         choice("score", self.score, ("next", "finished"))
-        for name in ("layers", "ratios"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for n in self.layers or ():
-            whole("layers", n, 1)
+        object.__setattr__(self, "layers", wholes("layers", self.layers, 1))
+        if self.ratios is not None:
+            object.__setattr__(self, "ratios", tuple(self.ratios))
         for r in self.ratios or ():
-            real("ratios", r, 0, 1)
+            real("ratios", r, 0, 1, none=False)
         stages, ratios = self.layers or (), self.ratios or HALVES
         if any(b <= a for a, b in zip(stages, stages[1:], strict=False)):
             raise ValueError(f"layers={stages}: give them in ascending order")
@@ -117,7 +115,6 @@ class PyramidDrop(Method):
             return None
         if self.score == "next":
             assert view.next_rows is not None
-            return keep_best(view, view.next_rows(view.spans.last_row())[:, :, -1].mean(1), keep)
+            return keep_best(view, last_attention(view.next_rows(view.spans.last_row())), keep)
         assert view.probs is not None
-        row = view.probs[:, :, -1]  # (B, H, L); its log is the dot product less a constant of the row
-        return keep_best(view, row.clamp(min=torch.finfo(row.dtype).tiny).log().mean(1), keep)
+        return keep_best(view, last_attention(view.probs, product=True), keep)

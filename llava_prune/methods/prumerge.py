@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.budget import check_tokens, per_crop
+from ..core.budget import per_crop
+from ..core.checks import whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import absorb, column
@@ -65,12 +66,12 @@ class PruMerge(Method):
     source = "42Shawn/LLaVA-PruMerge @ 097c041"
     licence = "Apache-2.0"
     instead = ("ratio", "adaptive")
+    new_rows = True
     positions = "renumber"
     decode = "cache"
 
     def __post_init__(self) -> None:
-        if self.tokens is not None:
-            check_tokens(self.tokens)
+        whole("tokens", self.tokens, 1)
         if self.tokens is not None and self.ratio is not None:
             raise ValueError(f"tokens={self.tokens}, ratio={self.ratio}: give one of them")
         fixed = self.tokens is not None or self.ratio is not None
@@ -161,7 +162,8 @@ class PruMergePlus(PruMerge):
 
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
         plan = None if self.adaptive else replace(self, strict=True).plan(n_visual, n_layers)
-        return None if plan is None else (plan, plan, "at most: a patch that is outlier and grid point is sent once")
+        once = "" if self.strict else "at most: a patch that is outlier and grid point is sent once"
+        return None if plan is None else (plan, plan, once)
 
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
         n, t = score.shape

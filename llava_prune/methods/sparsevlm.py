@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..core.budget import recycled
-from ..core.checks import choice, real, whole
-from ..core.information import raters, rotary_ones, text_attention
+from ..core.checks import at_most_one, choice, real, whole, wholes
+from ..core.information import attention_ranks, raters, rotary_ones, strongest_heads, text_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
@@ -83,10 +82,7 @@ class SparseVLM(Method):
     def __post_init__(self) -> None:
         choice("version", self.version, tuple(LAYERS))
         for name in ("layers", "retain"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-                for n in getattr(self, name):
-                    whole(name, n)
+            object.__setattr__(self, name, wholes(name, getattr(self, name)))
         for name in ("tokens", "heads"):
             whole(name, getattr(self, name), 1)
         real("scale", self.scale, 0)
@@ -103,8 +99,7 @@ class SparseVLM(Method):
         ranked = self.version == "1.0"
         if (self.retain is not None and ranked) or (self.scale is not None and not ranked):
             raise ValueError("version '1.0' counts by scale and bias, '1.5' and '2.0' by retain")
-        if self.tokens is not None and (self.retain is not None or self.scale is not None):
-            raise ValueError(f"tokens={self.tokens} and retain or scale both fix the counts; give one")
+        at_most_one(tokens=self.tokens, retain=self.retain, scale=self.scale)
         if ranked and self.scale is None and self.budget not in SCALES:
             raise ValueError(
                 f"tokens={self.tokens}: scales of version '1.0' are known for {sorted(SCALES)}; give scale"
@@ -142,9 +137,8 @@ class SparseVLM(Method):
         return layers
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
-        if self.version == "1.0":
-            return None
-        return entering(self.steps(n_visual, n_layers), n_visual, n_layers)
+        shown = self.example(n_visual, n_layers)
+        return None if shown is None else shown[0]
 
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
         if self.version == "1.0":
@@ -187,24 +181,16 @@ class SparseVLM(Method):
             return text_attention(view.probs, voters)
         assert view.rope is not None
         scaled = view.probs / rotary_ones(*view.rope, view.spans.text_rows())[:, None]  # (B, H, R, L)
-        live = voters[:, None, :, None] & view.visual[:, None, None]
-        mass = scaled.masked_fill(~live, 0).sum((2, 3))  # (B, H)
-        count = mass.shape[1] if self.heads is None else self.heads
-        count = max(1, round(14 / 32 * count)) if self.heads is None else min(count, mass.shape[1])
-        chosen = mass.topk(count, dim=1).indices  # (B, h)
-        return text_attention(scaled.gather(1, chosen[..., None, None].expand(-1, -1, *scaled.shape[2:])), voters)
+        heads = scaled.shape[1]
+        count = max(1, round(14 / 32 * heads)) if self.heads is None else min(self.heads, heads)
+        return text_attention(strongest_heads(scaled, voters, view.visual, count), voters)
 
     def _ranked(self, view: View, now: list[int]) -> list[Step]:
         """Version 1.0: counts from the rank of the raters' attention, the one read of a sparse layer."""
         assert view.probs is not None
-        voters: Tensor = view.scratch["raters"]
-        live = voters[:, :, None] & view.visual[:, None]  # (B, R, L)
-        matrix = view.probs.mean(1).masked_fill(~live, 0)
-        size = torch.maximum(voters.sum(1), view.visual.sum(1)).float()
-        ranks = torch.linalg.matrix_rank(matrix, rtol=size * torch.finfo(matrix.dtype).eps).tolist()
-        known = SCALES.get(self.budget, (0.0, 0.0))
-        scale = known[0] if self.scale is None else self.scale
-        bias = (known[1] if self.scale is None else 0.0) if self.bias is None else self.bias
+        ranks = attention_ranks(view.probs, view.scratch["raters"], view.visual)
+        scale, bias = SCALES[self.budget] if self.scale is None else (self.scale, 0.0)
+        bias = bias if self.bias is None else self.bias
         steps = []
         for rank, n in zip(ranks, now, strict=True):
             keep = n if rank == n else max(0, min(int(rank * scale + bias), n - 1))

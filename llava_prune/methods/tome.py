@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.budget import check_tokens
+from ..core.checks import choice, whole, wholes
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import fold_tokens, match
@@ -106,26 +106,22 @@ class ToMe(Method):
     licence = "CC-BY-NC-4.0 (no code taken)"
     batch = "any; pictures in crops (anyres) are refused"
     instead = ("schedule",)
+    new_rows = True
     positions = "renumber"
     decode = "cache"
     anyres = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("shape", ("even", "decreasing")), ("reading", ("tower", "output"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {allowed[0]!r} or {allowed[1]!r}")
-        if self.order not in ("merge", "raster"):
-            raise ValueError(f"order={self.order!r}: choose 'merge' or 'raster'")
+        choice("shape", self.shape, ("even", "decreasing"))
+        choice("reading", self.reading, ("tower", "output"))
+        choice("order", self.order, ("merge", "raster"))
         if self.schedule is None:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
-            check_tokens(self.tokens)
+            whole("tokens", self.tokens, 1)
             return
         if self.tokens is not None or self.reading == "output":
             raise ValueError("a schedule settles the number in the tower; leave tokens and reading out")
-        wrong = [r for r in self.schedule if isinstance(r, bool) or not isinstance(r, int) or r < 0]
-        if wrong:
-            raise ValueError(f"schedule: {wrong[0]!r} is no number of tokens to merge away; give whole numbers from 0")
-        object.__setattr__(self, "schedule", tuple(self.schedule))
+        object.__setattr__(self, "schedule", wholes("schedule", self.schedule))
 
     def tower(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
         if self.schedule is not None:
@@ -178,3 +174,11 @@ class ToMe(Method):
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
         return None if self.tokens is None else [min(self.tokens, n_visual)] * n_layers
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        if self.schedule is None:
+            return super().example(n_visual, n_layers)
+        left = n_visual
+        for r in self.schedule[:23]:
+            left -= min(r, left // 2)
+        return [left] * n_layers, [left] * n_layers, "a tower of 24 blocks, features behind the 23rd"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,9 @@ from ..core.checks import at_most_one, real, whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import assemble, column, descending_rank
-from ..core.stages import after_full
-from ..core.transport import feature_cost, grid_distance, transport, unit_range
+from ..core.stages import after_full, after_full_by_flops, with_recovery, within_total
+from ..core.transport import feature_cost, grid_distance, patch_places, transport, unit_range
 from ..core.types import Cut, Spans, View, VisionView
-
-WIDTH, INNER = 4096, 11008
-"""d and m of LLaVA-1.5-7B, for shares of FLOPs (13B has nearly the same m / d)."""
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "half": {"flops": 0.5},
@@ -85,6 +81,7 @@ class TopV(Method):
     source = "none; a reconstruction"
     licence = "-"
     instead = ("rho", "flops")
+    needs_patches = True
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, rho=self.rho, flops=self.flops)
@@ -110,38 +107,23 @@ class TopV(Method):
         if full is not None and full >= n_layers:
             raise ValueError(f"full_layers={full}: this model has {n_layers} layers; give at most {n_layers - 1}")
         if self.rho is not None:
-            return full or min(2, n_layers - 1), *self._with_recovery(n_visual, round(self.rho * n_visual))
+            return full or min(2, n_layers - 1), *with_recovery(round(self.rho * n_visual), n_visual, self.r)
         if self.tokens is not None and self.tokens >= n_visual:
             return full or 1, n_visual, 0
         for f in (2, 1) if full is None else (full,):
-            total = self._total(f, n_visual, n_layers) if f < n_layers else 0
-            best = (total * self.r - n_visual) // (self.r - 1) if self.r > 1 else total if not self.r else 0
-            keep = min(best + 1, total)
-            while keep > 0 and sum(self._with_recovery(n_visual, keep)) > total:
-                keep -= 1
-            if keep >= 1:
-                return f, *self._with_recovery(n_visual, keep)
+            if self.tokens is not None:
+                total = after_full(self.tokens, n_visual, n_layers, f)
+            else:
+                total = after_full_by_flops(0.5 if self.flops is None else self.flops, n_visual, n_layers, f)
+            keep, back = within_total(total, n_visual, self.r)
+            if keep:
+                return f, keep, back
         asked = f"tokens={self.tokens}" if self.tokens is not None else f"flops={self.flops}"
         raise ValueError(
             f"{asked}: {f} full layer(s) of {n_layers} with {n_visual} visual tokens"
             + (f" and every {self.r}th discarded one" if self.r else "")
             + " exceed that; give more"
         )
-
-    def _with_recovery(self, n_visual: int, keep: int) -> tuple[int, int]:
-        keep = min(keep, n_visual)
-        return keep, math.ceil((n_visual - keep) / self.r) if self.r else 0
-
-    def _total(self, full: int, n_visual: int, n_layers: int) -> int:
-        """Tokens after the full layers; by FLOPs the count whose share is nearest."""
-        rest = n_layers - full
-        if self.tokens is not None:
-            return after_full(self.tokens, n_visual, n_layers, full)
-        share = 0.5 if self.flops is None else self.flops
-        linear, square = 4 * WIDTH**2 + 3 * WIDTH * INNER, 2 * WIDTH
-        each = n_visual * linear + n_visual**2 * square
-        left = (share * n_layers - full) * each / rest  # FLOPs of one pruned layer
-        return 0 if left <= 0 else round((math.sqrt(linear**2 + 4 * square * left) - linear) / (2 * square))
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         if n_visual == 0:
@@ -152,15 +134,7 @@ class TopV(Method):
     # requests ------------------------------------------------------------------------------------------------
     def reduce(self, view: VisionView) -> None:
         """Places of the patches, each in its own picture or crop."""
-        n, t = view.features.shape[:2]
-        place = torch.arange(t, device=view.features.device, dtype=torch.float32).expand(n, t)
-        view.carry["x"] = place % view.grid[1]
-        view.carry["y"] = (place / view.grid[1]).floor()
-        view.carry["crop"] = torch.arange(1, n + 1, device=place.device, dtype=torch.float32)[:, None].expand(n, t)
-        height, width = view.grid
-        view.carry["off"] = (
-            (view.carry["x"] - (width - 1) / 2) ** 2 + (view.carry["y"] - (height - 1) / 2) ** 2
-        ).sqrt()
+        view.carry.update(patch_places(view.features.shape[0], view.grid, view.features.device))
 
     def middle(self, layer: int, spans: Spans) -> bool:
         return self.keep_after(layer, spans) is not None
@@ -198,7 +172,7 @@ class TopV(Method):
         x, y, off = (view.carry(k).gather(1, place).gather(1, before) for k in ("x", "y", "off"))
         grid = grid_distance(x, y, crop.gather(1, before))
         cost = self.cost(feature_cost(source, target), grid, off, live)
-        return transport(cost, live, self.eps, self.tau, self.iterations)
+        return transport(cost, live, self.eps, self.tau, self.iterations).sum(2)
 
     def cost(self, feature: Tensor, grid: Tensor, off: Tensor, live: Tensor) -> Tensor:
         """(B, V, V) weighted sum of the three terms.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.budget import check_count, check_tokens, per_crop
+from ..core.budget import per_crop
+from ..core.checks import whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import descending_rank
@@ -49,11 +50,12 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
 class VisionZip(Method):
     """The class token, the patches it attends to most, then contextual tokens made of the rest.
 
-    Score: attention of the class token in the block whose output is the feature map, summed over heads. The rest goes
-    by the cosine of its keys in that block (mean over heads, then normalised) to evenly spaced targets; a contextual
-    token is its target PLUS the mean of its members, as in the official code, not a mean over all. Source: official
-    code 3151f6d; deviations: ties of the score go by index, contextual=0 prunes only. Pictures in crops: the same in
-    each crop, neither newline tokens nor unpadding; a budget of all tokens leaves the picture alone.
+    Score: attention of the class token in the block whose output is the feature map, mean over heads (the official
+    sum ranks the same). The rest goes by the cosine of its keys in that block (mean over heads, then normalised) to
+    evenly spaced targets; a contextual token is its target PLUS the mean of its members, as in the official code, not a
+    mean over all. Source: official code 3151f6d; deviations: ties of the score go by index, contextual=0 prunes only.
+    Pictures in crops: the same in each crop, neither newline tokens nor unpadding; a budget of all tokens leaves the
+    picture alone.
 
     Presets: 192, 128 and 64 are the paper's 162+30, 108+20 and 54+10 as others transcribe it; 32, 640, 320 and 160
     those of LightCompress. 288, 144 and 58 are not published: our reading keeps the share, contextual =
@@ -78,6 +80,7 @@ class VisionZip(Method):
     source = "dvlab-research/VisionZip @ 3151f6d"
     licence = "Apache-2.0"
     instead = ("dominant", "contextual")
+    new_rows = True
     positions = "renumber"
     decode = "cache"
 
@@ -87,12 +90,12 @@ class VisionZip(Method):
             raise ValueError(f"tokens={self.tokens} splits itself; give either tokens or dominant and contextual")
         if not explicit:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
-            check_tokens(self.tokens)
+            whole("tokens", self.tokens, 1)
             return
         object.__setattr__(self, "dominant", 191 if self.dominant is None else self.dominant)
         object.__setattr__(self, "contextual", 30 if self.contextual is None else self.contextual)
-        check_count("dominant", self.dominant, 1)
-        check_count("contextual", self.contextual, 0)
+        whole("dominant", self.dominant, 1)
+        whole("contextual", self.contextual)
 
     def split(self, crops: int = 1) -> tuple[int, int]:
         """(dominant, contextual) of each picture or crop."""
@@ -107,7 +110,6 @@ class VisionZip(Method):
         return {feature_layer: [0]}
 
     def reduce(self, view: VisionView) -> VisionCut | None:
-        (layer,) = view.probs
         n, t = view.features.shape[:2]
         dominant, contextual = self.split(view.crops)
         if self.tokens is not None and dominant + contextual >= t:
@@ -118,7 +120,7 @@ class VisionZip(Method):
                 f"dominant={dominant}, contextual={contextual}: there are {t} patches, so give at most "
                 f"{t + self.keep_cls} together"
             )
-        score = view.probs[layer][:, :, 0, 1:].sum(1)  # (N, T)
+        score = view.class_attention()  # (N, T)
         best = descending_rank(score, score == score) < patches
         order = (~best).to(torch.int8).sort(dim=1, stable=True).indices  # dominant patches, then the rest, ascending
         rows = [view.features.gather(1, order[:, :patches, None].expand(-1, -1, view.features.shape[2]))]
@@ -128,7 +130,8 @@ class VisionZip(Method):
             rows.insert(0, view.cls[:, None].to(view.features.dtype))
             ids.insert(0, order.new_full((n, 1), MERGED))
         if contextual:
-            metric = view.keys[layer].mean(1)[:, 1:].to(order.device)  # (N, T, dh)
+            (keys,) = view.keys.values()  # (N, H, 1 + T, dh)
+            metric = keys.mean(1)[:, 1:].to(order.device)  # (N, T, dh)
             rows.append(contextual_tokens(view.features, metric, order[:, patches:], contextual)[0])
             ids.append(order.new_full((n, contextual), MERGED))
         features = torch.cat(rows, 1)

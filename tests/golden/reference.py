@@ -2,7 +2,8 @@
 
 Model: Llama of 32 layers, width 64, 4 heads, MLP 128, vocabulary 256; CLIP of 4 blocks, width 64, 4 heads, 336 / 14
 pixels (576 patches), quick_gelu. All matrices N(0, 0.02), norms 1, biases 0, q and k times 8 (Llama) and 11 (CLIP),
-so that attention is neither flat nor one-hot; embedding rows 128.. share three directions.
+so that attention is neither flat nor one-hot; embedding rows 128.. share three directions. A second tower has 24
+blocks, biases and norms that are not 0 and 1, and q and k times 6.
 """
 
 from __future__ import annotations
@@ -61,19 +62,23 @@ def _llm(draw: _Stream) -> dict[str, Tensor]:
     return state
 
 
-def _tower(draw: _Stream) -> Any:
+def _clip(blocks: int) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=MLP,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         image_size=336,
         patch_size=14,
         projection_dim=WIDTH,
     )
-    model = CLIPVisionModel(config)
+    return CLIPVisionModel(config)
+
+
+def _tower(draw: _Stream) -> Any:
+    model = _clip(4)
     draw.at = CLIP_START
     state = {k: torch.ones_like(v) if "norm" in k else torch.zeros_like(v) for k, v in model.state_dict().items()}
     state |= {k: torch.zeros_like(v) for k, v in state.items() if k.endswith("bias")}
@@ -92,14 +97,37 @@ def _tower(draw: _Stream) -> Any:
     return model
 
 
-def write_reference(folder: Path) -> Path:
-    """The checkpoint in haotian-liu/LLaVA's format, without tokenizer files; returns `folder`."""
+def _deep_tower(shallow: Any) -> Any:
+    """The tower of 24 blocks: one normal stream over its parameters by name, embeddings those of the other tower."""
+    model, shared = _clip(24), shallow.state_dict()
+    draw = torch.Generator().manual_seed(SEED + 1)
+    state = {}
+    for name in sorted(model.state_dict()):
+        scale = 0.05 if name.endswith("bias") else 0.1 if "norm" in name else 0.02
+        value = torch.empty(model.state_dict()[name].shape).normal_(0, scale, generator=draw)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = 6 * value
+        elif "norm" in name and name.endswith("weight"):
+            value = 1 + value
+        state[name] = shared[name] if "embeddings" in name else value
+    model.load_state_dict(state)
+    return model
+
+
+def write_reference(folder: Path, deep: bool = False) -> Path:
+    """The checkpoint in haotian-liu/LLaVA's format, without tokenizer files; returns `folder`.
+
+    Args:
+        folder: where to.
+        deep: with the tower of 24 blocks.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     draw = _Stream(CLIP_START + 205_696)
     save_file({k: v.contiguous() for k, v in _llm(draw).items()}, folder / "model.safetensors", {"format": "pt"})
-    _tower(draw).save_pretrained(folder / "clip")
+    tower = _tower(draw)
+    (_deep_tower(tower) if deep else tower).save_pretrained(folder / "clip")
     processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}}
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     config = {

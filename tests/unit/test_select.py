@@ -64,8 +64,8 @@ def test_assemble_is_a_list_comprehension(samples: list[tuple[list[str], int]]) 
         assert live.tolist() == [False] * (max(lengths) - len(line)) + [True] * len(line)
 
 
-def clustered(points: torch.Tensor, k: int) -> tuple[list[int], list[int]]:
-    """Centres and labels of one sample by loops, as the specification words it."""
+def clustered(points: torch.Tensor, k: int) -> tuple[list[float], list[int], list[int]]:
+    """Densities, centres and labels of one sample by loops, as the specification words it."""
     n, width = points.shape
     distance = [[float((a - b).norm()) / width**0.5 for b in points.double()] for a in points.double()]
     density = [torch.tensor(-sum(x * x for x in sorted(row)[:k]) / k).exp().item() for row in distance]
@@ -75,7 +75,19 @@ def clustered(points: torch.Tensor, k: int) -> tuple[list[int], list[int]]:
     label = [min(range(k), key=lambda c: distance[i][centres[c]]) for i in range(n)]
     for c, i in enumerate(centres):
         label[i] = c
-    return centres, label
+    return density, centres, label
+
+
+def test_clusters_of_the_specification() -> None:
+    """SparseVLM's worked example; the loops say what the function does not show."""
+    points = torch.tensor([0, 0.1, 0.3, 1.0, 1.2, 2.0])[:, None]
+    density, centres, label = clustered(points, 3)
+    assert density == pytest.approx([0.9672, 0.9835, 0.9576, 0.8381, 0.7972, 0.5789], abs=5e-5)
+    assert centres == [1, 3, 5]
+    assert dpc_knn(points[None], [6], [3])[0].tolist() == label == [0, 0, 0, 1, 1, 2]
+    torch.testing.assert_close(
+        merge(points[None], torch.tensor([label]), 3)[0, :, 0], torch.tensor([0.4 / 3, 1.1, 2.0]), atol=1e-5, rtol=0
+    )
 
 
 @given(st.integers(0, 10_000), st.integers(2, 14), st.integers(1, 4))
@@ -83,7 +95,7 @@ def clustered(points: torch.Tensor, k: int) -> tuple[list[int], list[int]]:
 def test_clusters_of_one_sample(seed: int, n: int, k: int) -> None:
     k = min(k, n)
     points = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
-    centres, expected = clustered(points, k)
+    _, centres, expected = clustered(points, k)
     label = dpc_knn(points[None], [n], [k])[0].tolist()
     score_ties = {frozenset(centres[:2])} if k > 1 else set()  # the two densest may be each other's neighbour
     if label != expected and score_ties:

@@ -11,7 +11,6 @@ import torch
 import llava_prune
 from llava_prune import Spans, View, VisionView
 from llava_prune.core.information import raters, rotary_ones
-from llava_prune.core.select import dpc_knn, merge
 from llava_prune.core.transport import grid_distance, transport, unit_range
 from llava_prune.methods.vtw import divergence, first_below
 from tests.models import inputs, pictures, prompt, tiny_hf
@@ -69,6 +68,14 @@ def test_pyramiddrop_readings_differ(model: Any, given: Any) -> None:
     assert code.kept[1].tolist() != paper.kept[1].tolist()
 
 
+def test_pyramiddrop_ranks_with_the_weights_of_the_next_layer(model: Any, given: Any) -> None:
+    """FastV reads the same row, softmax and head mean with the weights of the layer that has just run."""
+    _, following = logits(model, given, "pdrop", layers=[2], ratios=[0.5])
+    _, finished = logits(model, given, "fastv", layer=2, keep=18)
+    assert following.tokens_out.tolist() == finished.tokens_out.tolist()
+    assert following.kept[1].tolist() != finished.kept[1].tolist()
+
+
 def test_fastv_dropping_equals_masking(model: Any, given: Any) -> None:
     """Columns masked from layer K on, original positions: the token-mask variant's prefill."""
     got, record = logits(model, given, "fastv", layer=2, keep=9)
@@ -124,13 +131,6 @@ def test_sparsevlm_raters() -> None:
     assert raters(hidden, visual, alone).tolist() == alone.tolist()
 
 
-def test_sparsevlm_recycling_example() -> None:
-    points = torch.tensor([0, 0.1, 0.3, 1.0, 1.2, 2.0])[None, :, None]
-    label = dpc_knn(points, [6], [3])
-    assert label.tolist() == [[0, 0, 0, 1, 1, 2]]
-    torch.testing.assert_close(merge(points, label, 3)[0, :, 0], torch.tensor([0.4 / 3, 1.1, 2.0]), atol=1e-5, rtol=0)
-
-
 def test_rotary_ones_are_a_sum_of_cosines() -> None:
     theta = 10000.0 ** (-torch.arange(8) / 8)
     positions = torch.tensor([0.0, 3, 4, 11])
@@ -166,19 +166,30 @@ LIVE = torch.ones(1, 3, dtype=torch.bool)
 )
 def test_transport_rows_then_columns(iterations: int, sums: list[float]) -> None:
     got = transport(COST, LIVE, 0.1, 1.0, iterations)
-    torch.testing.assert_close(got, torch.tensor([sums]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.sum(2), torch.tensor([sums]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.sum(1), torch.full((1, 3), 1 / 3), atol=1e-6, rtol=0)
     shifted = COST + torch.tensor([0.3, 0.0, 0.7])[None, :, None]
     torch.testing.assert_close(transport(shifted, LIVE, 0.1, 1.0, iterations), got, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 100])
+def test_transport_columns_then_rows_ranks_nothing(iterations: int) -> None:
+    """With the row step last (here: the plan of the transposed cost, transposed) rows sum to their marginal."""
+    plan = transport(COST.transpose(1, 2), LIVE, 0.1, 1.0, iterations).transpose(1, 2)
+    torch.testing.assert_close(plan.sum(2), torch.full((1, 3), 1 / 3), atol=1e-6, rtol=0)
+    assert float((plan - plan.flip(1)).abs().max()) > 0.1, "the plan itself does depend on the cost"
 
 
 def test_transport_without_row_step_sees_costs_of_sources() -> None:
     centre = torch.tensor([0.1643, 0.4011, 0.1263, 0.8260, 0.6579])
     cost = centre[None, :, None].expand(1, 5, 5)
-    got = transport(cost, torch.ones(1, 5, dtype=torch.bool), 0.1, 0.0, 3)
+    got = transport(cost, torch.ones(1, 5, dtype=torch.bool), 0.1, 0.0, 3).sum(2)
     torch.testing.assert_close(got, torch.tensor([[0.3901, 0.0365, 0.5701, 0.0005, 0.0028]]), atol=3e-4, rtol=0)
     padded = torch.nn.functional.pad(cost, (0, 2, 0, 2))
     live = torch.arange(7)[None] < 5
-    torch.testing.assert_close(transport(padded, live, 0.1, 0.0, 3)[:, :5], got)
+    plan = transport(padded, live, 0.1, 0.0, 3)
+    torch.testing.assert_close(plan.sum(2)[:, :5], got)
+    assert plan[:, 5:].abs().max() == plan[:, :, 5:].abs().max() == 0
 
 
 def test_topv_places() -> None:

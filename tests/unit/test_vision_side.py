@@ -1,4 +1,4 @@
-"""Hand checks of FasterVLM, VisionZip, PruMerge and ToMe, worked out on paper, and of compositions."""
+"""Hand checks of FasterVLM, VisionZip, PruMerge and ToMe, worked out on paper."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 
 import llava_prune
 from llava_prune import VisionView
+from llava_prune.bench.flops import Size, flops_visual_only, percent_visual_only
 from llava_prune.core.select import absorb, fold_tokens, match
 from llava_prune.methods.prumerge import outliers
 from llava_prune.methods.tome import even_schedule
 from llava_prune.methods.visionzip import contextual_tokens
+from llava_prune.runtime.request import VISION, Merging, Vision
+from llava_prune.runtime.tower import merging_block
 from tests import models
 
 
@@ -42,6 +45,49 @@ def test_fastervlm_on_crops(crops: int, total: int) -> None:
     assert cut is not None and int(cut.live.sum()) == total
 
 
+@pytest.mark.parametrize(
+    ("tokens", "trillions", "percent"),
+    [(576, 3.817, 100), (288, 1.887, 49.4), (192, 1.253, 32.8), (144, 0.938, None), (128, 0.833, 21.8)]
+    + [(64, 0.416, 10.9), (58, 0.376, None)],
+)
+def test_fastervlm_flops(tokens: int, trillions: float, percent: float | None) -> None:
+    """Of a 7B prefill on visual tokens alone."""
+    counts = llava_prune.build("fastervlm", tokens=tokens).plan(576, 32)
+    assert counts is not None
+    assert flops_visual_only(counts, Size()) / 1e12 == pytest.approx(trillions, abs=6e-4)
+    if percent is not None:
+        assert percent_visual_only(counts, Size()) == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["llava", "hf"])
+def test_class_token_row_is_the_towers_own(family: str) -> None:
+    """Beside the tower the same row as its eager attention; with the class token's own column it sums to 1."""
+    model = models.tiny_llava() if family == "llava" else models.tiny_hf()
+    seen: dict[str, Any] = {}
+
+    class Look(llava_prune.Method):
+        def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+            seen["block"] = feature_layer
+            return {feature_layer: [0]}
+
+        def reduce(self, view: VisionView) -> None:
+            (rows,) = view.probs.values()
+            seen.update(rows=rows, score=view.class_attention())
+
+    given = models.inputs(model, [models.prompt(5, 7)] * 2, models.pictures(2))
+    (attention,) = (m for n, m in model.named_modules() if n.endswith("encoder.layers.2.self_attn"))
+    attention.config._attn_implementation = "eager"
+    hook = attention.register_forward_hook(lambda module, args, output: seen.update(whole=output[1]))
+    try:
+        with torch.inference_mode(), llava_prune.pruned(model, Look()):
+            model(**given)
+    finally:
+        hook.remove()
+    assert seen["block"] == 2 and seen["rows"].shape == (2, 4, 1, 37)
+    torch.testing.assert_close(seen["rows"][:, :, 0], seen["whole"][:, :, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen["score"].sum(1) + seen["rows"][:, :, 0, 0].mean(1), torch.ones(2))
+
+
 TOY = torch.tensor([[10.0, 10], *([i, 0.0] for i in range(1, 9))])
 TOY_KEYS = torch.tensor([[1, 1], [1, 0], [9, 9], [1, 0.1], [0, 1], [9, 9], [0.1, 1], [1, 0], [0, 1]])
 
@@ -59,6 +105,24 @@ def test_visionzip_toy() -> None:
 def test_visionzip_budgets(tokens: int, split: tuple[int, int]) -> None:
     method: Any = llava_prune.build(f"visionzip:{tokens}")
     assert method.split() == split and method.plan(576, 4) == [tokens] * 4
+
+
+def test_visionzip_counts_and_order() -> None:
+    """54 + 10: the class token, 53 patches, 523 others of which 513 are no targets; both blocks in raster order."""
+    draw = torch.Generator().manual_seed(0)
+    x, keys = torch.randn(576, 4, generator=draw), torch.randn(577, 8, generator=draw)
+    score = torch.rand(576, generator=draw)
+    cut = llava_prune.build("visionzip", dominant=54, contextual=10).reduce(view(score.tolist(), x, keys, x[:1]))
+    assert cut is not None and cut.ids is not None
+    ids = cut.ids[0].tolist()
+    assert len(ids) == 64 and ids[0] == -1 and ids[54:] == [-1] * 10
+    dominant = ids[1:54]
+    assert dominant == sorted(score.topk(53).indices.tolist())
+    rest = torch.tensor([[i for i in range(576) if i not in dominant]])
+    rows, targets, label = contextual_tokens(x[None], keys[None, 1:], rest, 10)
+    assert rest.shape[1] == 523 and targets[0].tolist() == rest[0, [52 * i for i in range(10)]].tolist()
+    assert int((label[0].bincount(minlength=10) - 1).sum()) == 513
+    torch.testing.assert_close(cut.features[0, 54:], rows[0])
 
 
 def test_visionzip_equal_keys_go_to_the_first_target() -> None:
@@ -123,6 +187,7 @@ def test_tome_two_blocks_by_hand() -> None:
     assert x.flatten().tolist() == [0, 5, 3.0, 3.5] and size.tolist() == [[1, 1, 3, 2]]
     assert groups.tolist() == [[0, 2, 2, 3, 3, 1, 2]]
     assert match(angles(0, 10, 90, 95, 180, 60), 99).stay.shape == (1, 4)
+    assert match(torch.ones(1, 577, 2), 577).gone.shape == (1, 288)
 
 
 def test_tome_schedules() -> None:
@@ -132,43 +197,38 @@ def test_tome_schedules() -> None:
     assert even_schedule(512, 4, 577) == [160, 160, 128, 64]  # a shallow tower: halving binds at the end
     with pytest.raises(ValueError, match="leave 144 of 576"):
         even_schedule(512, 2, 577)
+    constant = llava_prune.build("tome:constant-16").tower(22, 576)
+    assert len(constant) == 24 and 576 - sum(constant[:23]) == 208
+    assert sum(llava_prune.build("tome", schedule=[17] * 16 + [16] * 7 + [0]).tower(22, 576)) == 384
 
 
-# compositions ---------------------------------------------------------------------------------------------------
-
-
-def test_names_of_compositions() -> None:
-    for name, parts in (
-        ("visionzip+autoprune", ("visionzip", "autoprune")),
-        ("prumerge++fastv", ("prumerge+", "fastv")),
-        ("prumerge+fastv", ("prumerge", "fastv")),
-    ):
-        method: Any = llava_prune.build(name, tokens=64)
-        assert (method.vision.name, method.language.name) == parts
-        assert (method.vision.tokens, method.language.tokens, method.tokens) == (160, 64, 64)
-    exact: Any = llava_prune.build("visionzip+autoprune", tokens=64, dominant=54, contextual=10, lam=0.5)
-    assert (exact.vision.split(), exact.language.lam) == ((54, 10), 0.5)
-    for wrong in ("autoprune+visionzip", "visionzip+fastervlm", "nobody+autoprune"):
-        with pytest.raises(ValueError, match="put such a method|unknown method"):
-            llava_prune.build(wrong)
-
-
-@pytest.mark.parametrize("name", ["visionzip+autoprune", "prumerge+autoprune", "tome+fastv", "fastervlm+pdrop"])
-def test_compositions_prune_twice(name: str, tiny: Any) -> None:
-    given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2))
-    with llava_prune.pruned(tiny, name, tokens=12, vision_tokens=20, check=True) as handle:
-        out = models.generate(tiny, given, 3)
-    first = 21 if name.startswith("prumerge") else 20
-    assert handle.last.tokens_in[:, 0].tolist() == [first, first]
-    assert (handle.last.tokens_out[:, -1] < first).all()
-    assert all(step.isfinite().all() for step in out.logits)
-
-
-def test_a_changed_tower_cannot_be_read(tiny: Any) -> None:
-    with pytest.raises(ValueError, match="changes the tower"):
-        llava_prune.attach(tiny, "tome+autoprune", tokens=12, vision_tokens=20)
-    with pytest.raises(ValueError, match="leave"):
-        llava_prune.attach(tiny, "tome", tokens=3)
+def test_tome_attends_to_a_token_by_its_size() -> None:
+    """Two keys alike, of one patch and of three: weights 1/4 and 3/4; equal without proportional attention."""
+    model = models.tower()
+    layer = next(m for n, m in model.named_modules() if n.endswith("encoder.layers.0"))
+    attn, width = layer.self_attn, models.WIDTH
+    with torch.no_grad():
+        for p in attn.parameters():
+            p.zero_()
+        attn.v_proj.weight.copy_(torch.eye(width))
+        attn.out_proj.weight.copy_(torch.eye(width))
+        for p in layer.mlp.parameters():
+            p.zero_()
+    states = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
+    for prop, weights in ((True, [0.25, 0.75]), (False, [0.5, 0.5])):
+        vision = Vision()
+        state = Merging.fresh(1, 2, torch.device("cpu"))
+        vision.merging.append(state)
+        state.size, state.merged = torch.tensor([[1.0, 3.0]]), True
+        token = VISION.set(vision)
+        try:
+            with torch.no_grad():
+                method = llava_prune.build("tome", tokens=9, prop_attn=prop)
+                out = merging_block(layer, None, method, 0, False, states)
+                mixed = (torch.tensor(weights) @ layer.layer_norm1(states)[0]).expand(2, -1)
+        finally:
+            VISION.reset(token)
+        torch.testing.assert_close(out[0] - states[0], mixed)
 
 
 # one tower pass a picture ---------------------------------------------------------------------------------------
