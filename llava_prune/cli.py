@@ -19,48 +19,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-
-def _names(text: str) -> list[str]:
-    out = [p.strip() for p in text.split(",") if p.strip()]
-    if not out:
-        raise argparse.ArgumentTypeError("give a name or a list a,b")
-    return out
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        out = [int(p) for p in text.split(",") if p.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number or list such as 192,128,64") from None
-    if not out or min(out) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: budgets are whole numbers of at least 1")
-    return out
-
-
-def _floats(text: str) -> list[float]:
-    try:
-        return [float(p) for p in text.split(",") if p.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number or list such as 0,0.1,0.2") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _batch(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
-
-
-def _hyper(text: str) -> dict[str, Any]:
-    from .eval.plan import parse_args
-
-    try:
-        return parse_args(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+from . import arguments
 
 
 def _flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
@@ -83,20 +42,20 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
 
     flag = functools.partial(_flag, e, env)
     flag("model", TINY, "folder or hub id, in either format")
-    flag("method", "autoprune", "method, list a,b, or all", type=_names)
-    flag("tokens", "64", "visual token budget or list 192,128,64", type=_counts)
+    flag("method", "autoprune", "method, list a,b, or all; your own as file.py:name", type=arguments.names)
+    flag("tokens", "64", "visual token budget or list 192,128,64", type=arguments.counts)
     flag("data", DATA, "folder with the benchmark's files; LLaVA's playground/data/eval works")
     flag("family", "auto", "auto, llava or hf")
-    flag("batch", "auto", "samples at once, halved when memory runs out; auto: by free memory", type=_batch)
+    flag("batch", "auto", "samples at once, halved when memory runs out; auto: by free memory", type=arguments.batch)
     flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
     flag("out", None, f"folder of the results; default {RESULTS}/TASK/MODEL")
-    flag("limit", None, "only the first so many questions", type=_positive)
+    flag("limit", None, "only the first so many questions", type=arguments.positive)
     flag("seed", "0", "of sampling and of methods that draw", type=int)
-    flag("num-chunks", "1", "cut the questions into so many contiguous parts", type=_positive)
+    flag("num-chunks", "1", "cut the questions into so many contiguous parts", type=arguments.positive)
     flag("chunk-idx", "0", "the part to run; the last to end joins the answers", type=int)
-    flag("method-args", "", "hyper-parameters, e.g. mi_scale=8,k0=0.3", type=_hyper)
+    flag("method-args", "", "hyper-parameters, e.g. mi_scale=8,k0=0.3", type=arguments.hyper)
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
     p.add_argument("--json", action="store_true", help="print the results as JSON, nothing else")
@@ -112,19 +71,19 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     flag = functools.partial(_flag, p.add_argument_group("settings"), env)
     flag("model", None, "folder or hub id; without it a random model of the shape")
     flag("shape", "300m", "random model: tiny, 300m, 7b, 13b, next-7b")
-    flag("method", "autoprune", "method or list a,b", type=_names)
-    flag("tokens", "192,128,64", "visual token budget or list", type=_counts)
-    flag("batch", "1", "samples at once or list", type=_counts)
-    flag("text", "84", "text tokens of a prompt or list; the picture's come on top", type=_counts)
-    flag("new", "8", "new tokens of a request", type=_positive)
-    flag("repeats", "5", "pairs of an unpruned and a pruned request", type=_positive)
+    flag("method", "autoprune", "method or list a,b; your own as file.py:name", type=arguments.names)
+    flag("tokens", "192,128,64", "visual token budget or list", type=arguments.counts)
+    flag("batch", "1", "samples at once or list", type=arguments.counts)
+    flag("text", "84", "text tokens of a prompt or list; the picture's come on top", type=arguments.counts)
+    flag("new", "8", "new tokens of a request", type=arguments.positive)
+    flag("repeats", "5", "pairs of an unpruned and a pruned request", type=arguments.positive)
     flag("warmup", "1", "pairs before the count", type=int)
     flag("family", "auto", "auto, llava or hf (with a model)")
     flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
     flag("dtype", None, "float32, float16 or bfloat16")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
-    flag("threads", None, "of the CPU", type=_positive)
-    flag("method-args", "", "hyper-parameters, e.g. slope_step=0.05", type=_hyper)
+    flag("threads", None, "of the CPU", type=arguments.positive)
+    flag("method-args", "", "hyper-parameters, e.g. slope_step=0.05", type=arguments.hyper)
     flag("seed", "0", "of weights, prompts and pictures", type=int)
     flag("out", None, "folder of the results; default playground/results/bench/SHAPE or MODEL")
     p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -158,19 +117,29 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "methods", help="methods side by side: hyper-parameters, tokens of every layer, cost, origin"
     )
-    p.add_argument("--tokens", type=_counts, default=[64], help="budget or list 192,128,64 (default 64)")
+    p.add_argument(
+        "--method",
+        type=arguments.names,
+        default=["all"],
+        help="names, presets, compositions, file.py:name (default all)",
+    )
+    p.add_argument("--tokens", type=arguments.counts, default=[64], help="budget or list 192,128,64 (default 64)")
     _add_size(p)
     p.set_defaults(run=_methods)
     p = commands.add_parser("run", help="run a program of package llava with its model pruned, unchanged")
-    p.add_argument("--method", default="autoprune")
-    p.add_argument("--tokens", type=_positive, default=None, help="budget (the method's default where not given)")
-    p.add_argument("--hyper", type=_hyper, action="append", default=[], metavar="NAME=VALUE")
+    p.add_argument("--method", default="autoprune", type=arguments.method, help="or file.py:name (default autoprune)")
+    p.add_argument(
+        "--tokens", type=arguments.positive, default=None, help="budget (the method's default where not given)"
+    )
+    p.add_argument("--hyper", type=arguments.hyper, action="append", default=[], metavar="NAME=VALUE")
     p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
     p.set_defaults(run=_run)
     p = commands.add_parser("flops", help="FLOPs by equation (2) under each way of counting")
-    p.add_argument("--tokens", type=_counts, default=[192, 128, 64])
-    p.add_argument("--slope", type=_floats, default=[0.0, 0.1, 0.2], help="slopes of AutoPrune's curve")
-    p.add_argument("--published", type=_floats, default=[], help="percentages, one a budget: find the text length")
+    p.add_argument("--tokens", type=arguments.counts, default=[192, 128, 64])
+    p.add_argument("--slope", type=arguments.floats, default=[0.0, 0.1, 0.2], help="slopes of AutoPrune's curve")
+    p.add_argument(
+        "--published", type=arguments.floats, default=[], help="percentages, one a budget: find the text length"
+    )
     _add_size(p)
     p.set_defaults(run=_flops)
     return parser
@@ -179,7 +148,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
 def _add_size(p: argparse.ArgumentParser) -> None:
     """Flags of a model's size; the defaults are LLaVA-1.5-7B's."""
     for name, value in (("layers", 32), ("hidden", 4096), ("intermediate", 11008), ("visual", 576)):
-        p.add_argument(f"--{name}", type=_positive, default=value, help=f"default {value}")
+        p.add_argument(f"--{name}", type=arguments.positive, default=value, help=f"default {value}")
     p.add_argument("--text", type=float, default=70.0, help="text tokens of a prompt (default 70)")
     p.add_argument("--json", action="store_true")
 
@@ -318,7 +287,7 @@ def _methods(args: argparse.Namespace) -> int:
     from .bench.show import methods_tables
 
     size = Size(args.layers, args.hidden, args.intermediate, args.visual)
-    rows = table(args.tokens, size, args.text)
+    rows = table(args.tokens, size, args.text, args.method)
     if args.json:
         _emit([dataclasses.asdict(r) for r in rows])
         return 0

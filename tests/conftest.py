@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,21 @@ torch.set_num_threads(1)  # small models: more threads only wait for each other
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # tests import tests.models
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Take back what a test registers."""
+    import llava_prune
+    from llava_prune.core import registry
+
+    llava_prune.names()  # all of the package's own are there before
+    tables = registry._METHODS, registry._PRESETS
+    kept = [dict(t) for t in tables]
+    yield
+    for table, before in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.registry import build, lookup, names, presets
+from ..core.registry import build, names, presets, resolve, takes_budget
 from .flops import Size, average_tokens, percent_visual_only, percent_with_text
 
 
@@ -61,22 +61,22 @@ class Row:
 
 
 def method_row(name: str, tokens: int, size: Size, text: float) -> Row:
-    """The row of one method ("name" or "name:preset").
+    """The row of one method.
 
     Args:
-        name: a registered name.
-        tokens: budget, ignored by methods without one.
+        name: "name", "name:preset" or a composition.
+        tokens: budget, ignored by methods without one and presets that state theirs.
         size: the model.
         text: text tokens in `percent_with_text`.
     """
-    cls = lookup(name.partition(":")[0])
+    cls, own = resolve(name)
     found = inspect.signature(cls).parameters.values()
-    has = "tokens" in (p.name for p in found)
+    budget: int | None = own.get("tokens", tokens) if takes_budget(cls, own) else None
     entering: list[int] | None = None
     leaving: list[int] | None = None
     note, method = "", cls
     try:
-        method = build(name, **({"tokens": tokens} if has else {}))  # type: ignore[assignment]
+        method = build(name, **({} if budget is None else {"tokens": budget}))  # type: ignore[assignment]
         shown = method.example(size.visual, size.layers)  # type: ignore[call-arg, arg-type]
         if shown is None:
             note = "the data decide"
@@ -86,9 +86,9 @@ def method_row(name: str, tokens: int, size: Size, text: float) -> Row:
         note = str(error)
     return Row(
         name=name,
-        tokens=tokens if has else None,
+        tokens=budget,
         hyper={p.name: None if p.default is p.empty else p.default for p in found},
-        presets=presets(cls.name),
+        presets=presets(name),
         about=(inspect.getdoc(cls) or "").split("\n")[0],
         paper=cls.paper,
         where=method.where,
@@ -108,18 +108,25 @@ def method_row(name: str, tokens: int, size: Size, text: float) -> Row:
     )
 
 
-def table(budgets: Sequence[int], size: Size, text: float) -> list[Row]:
-    """Every known method at every budget; methods without a budget once.
+def table(budgets: Sequence[int], size: Size, text: float, chosen: Sequence[str] = ("all",)) -> list[Row]:
+    """Methods at every budget; those without a budget, or with a preset that states it, once.
+
+    Args:
+        budgets: visual token budgets.
+        size: the model.
+        text: text tokens in `percent_with_text`.
+        chosen: names, presets or compositions; "all" is every known method.
 
     Raises:
-        ValueError: for a budget outside 1..visual.
+        ValueError: for a budget outside 1..visual, or an unknown name.
     """
     for tokens in budgets:
         if not 1 <= tokens <= size.visual:
             raise ValueError(f"tokens={tokens} is outside 1..{size.visual}, the model's visual tokens")
     rows = []
-    for name in names():
-        several = "tokens" in inspect.signature(lookup(name)).parameters
+    for name in dict.fromkeys(n for c in chosen for n in (names() if c == "all" else [c])):
+        cls, own = resolve(name)
+        several = takes_budget(cls, own) and "tokens" not in own
         rows += [method_row(name, tokens, size, text) for tokens in (budgets if several else budgets[:1])]
     return rows
 

@@ -18,7 +18,7 @@ import transformers
 import llava_prune
 
 from ..core.method import Method
-from ..core.registry import lookup
+from ..core.registry import resolve
 from ..families.base import family_of
 from ..runtime.attach import pruned
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
@@ -102,7 +102,7 @@ def cases(settings: Settings) -> list[_Case]:
     """
     out, used = [], set()
     for name in dict.fromkeys(settings.methods):
-        known = set(inspect.signature(lookup(name.partition(":")[0])).parameters)
+        known = set(inspect.signature(resolve(name)[0]).parameters)
         used |= known
         hyper = {k: v for k, v in settings.method_args.items() if k in known}
         for tokens in dict.fromkeys(settings.tokens) if "tokens" in known else [None]:

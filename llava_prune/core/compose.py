@@ -17,7 +17,7 @@ SHARE = 2.5
 
 
 def split(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
-    """The two names in "visionzip+autoprune"; names may end in a plus themselves ("prumerge++fastv")."""
+    """The parts of "visionzip+autoprune"; names may end in a plus themselves ("prumerge++fastv")."""
     for i, letter in enumerate(name):
         if letter == "+" and known(name[:i]) and known(name[i + 1 :]):
             return name[:i], name[i + 1 :]
@@ -28,9 +28,9 @@ class Composed(Method):
     """A vision-side method, then one in the language model on what the first has left.
 
     `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
-    many (all, where that is more than there are). Other hyper-parameters go to the one that has them, or to both. The
-    second one's positions count from the shortened prompt. Values by patch, like AutoPrune's class-token attention,
-    are 0 on rows that stand for no patch.
+    many (all, where that is more than there are); where the second is not given `tokens` either, the first has its own
+    default. Other hyper-parameters go to the one that has them, or to both. The second one's positions count from the
+    shortened prompt. Values by patch, like AutoPrune's class-token attention, are 0 on rows that stand for no patch.
     """
 
     parts: ClassVar[tuple[type[Method], type[Method]]]
@@ -41,14 +41,19 @@ class Composed(Method):
         mine, its = (inspect.signature(p).parameters for p in (first, second))
         given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
         self.language = second(**{k: v for k, v in hyper.items() if k in its})
-        asked = hyper.get("vision_tokens")
-        inside = getattr(self.language, "tokens", None)
-        if asked is None and not given.keys() & {*first.instead} and isinstance(inside, int):
-            asked = int(SHARE * inside)
-        self.vision = first(**given, **({} if asked is None else {"tokens": asked}))
+        tokens, inside = hyper.get("vision_tokens"), getattr(self.language, "tokens", None)
+        settled = "tokens" not in mine or any(given.get(k) is not None for k in first.instead)
+        if tokens is None and not settled and isinstance(inside, int):
+            tokens = int(SHARE * inside)
+        self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
+        for name in ("positions", "decode"):  # an instance may have others than its class
+            setattr(self, name, getattr(self.language, name))
         for name in inspect.signature(type(self)).parameters:
             owner = self.language if name in its else self.vision
-            setattr(self, name, asked if name == "vision_tokens" else getattr(owner, name))
+            setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuilt, (self.name, self.hyper())  # the class was made for this composition: pickle finds its name
 
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         rows = self.vision.vision_rows(feature_layer)
@@ -81,6 +86,9 @@ class Composed(Method):
     def rows(self, layer: int, spans: Spans) -> Tensor | None:
         return self.language.rows(layer, spans)
 
+    def middle(self, layer: int, spans: Spans) -> bool:
+        return self.language.middle(layer, spans)
+
     def cut(self, layer: int, view: View) -> Cut | None:
         return self.language.cut(layer, view)
 
@@ -88,19 +96,40 @@ class Composed(Method):
         first = self.vision.plan(n_visual, n_layers)
         return None if first is None else self.language.plan(first[0], n_layers)
 
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        first = self.vision.example(n_visual, n_layers)
+        second = None if first is None else self.language.example(first[0][0], n_layers)
+        if first is None or second is None:
+            return None
+        return second[0], second[1], "; ".join(filter(None, (first[2], second[2])))
+
+
+def rebuilt(name: str, hyper: dict[str, Any]) -> Method:
+    """What a pickled composition becomes."""
+    from .registry import build
+
+    return build(name, **hyper)
+
 
 def compose(name: str, first: type[Method], second: type[Method]) -> type[Composed]:
     """The class of "first+second".
 
     Raises:
-        ValueError: when the first does not act before the language model only, or the second not inside it.
+        ValueError: when the first does not act before the language model only, the second not inside it, or the second
+            needs the patch behind each row and the first makes rows without one.
     """
     if first.cut is not Method.cut or (first.reduce is Method.reduce and first.tower is Method.tower):
         raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
     if second.cut is Method.cut:
         raise ValueError(f"{name!r}: {second.name!r} does not work in the language model; put such a method second")
-    extra = inspect.Parameter("vision_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
-    table = {"vision_tokens": extra}
+    if first.new_rows and second.needs_patches:
+        raise ValueError(
+            f"{name!r}: {second.name!r} needs the place of every token, and {first.name!r} makes tokens that stand for "
+            "no patch; put a method first that only chooses patches, or another one second"
+        )
+    table: dict[str, inspect.Parameter] = {}
+    if "tokens" in inspect.signature(first).parameters:
+        table["vision_tokens"] = inspect.Parameter("vision_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
     for part in (second, first):
         for p in inspect.signature(part).parameters.values():
             if p.name != "tokens" or part is second:

@@ -22,6 +22,8 @@ class Method:
         vision_positions: what `positions` means for a `VisionCut`, where that differs. With "renumber" the shorter
             sequence counts as the prompt, also for generated tokens.
         anyres: whether the method can work on pictures that come in crops (LLaVA-NeXT).
+        new_rows: whether its `VisionCut` has rows that stand for no patch.
+        needs_patches: whether `cut` needs the patch behind each visual token, so that it cannot follow such a method.
 
     Class attributes that only tables and documents read (`llava-prune methods`):
         where: the place it prunes, e.g. "language model, after layers 8, 16, 24 of 32".
@@ -44,6 +46,8 @@ class Method:
     decode: ClassVar[Literal["original", "cache"]] = "original"
     vision_positions: ClassVar[Literal["keep", "renumber"] | None] = None
     anyres: ClassVar[bool] = True
+    new_rows: ClassVar[bool] = False
+    needs_patches: ClassVar[bool] = False
 
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         """Attention rows to record in the vision tower, {block: query rows}, row 0 being the class token.

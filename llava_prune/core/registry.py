@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from .compose import compose, split
@@ -57,19 +60,39 @@ def names(presets: bool = False) -> list[str]:
     return out
 
 
-def lookup(name: str) -> type[Method]:
-    """The class registered under `name`, or the one of a composition like "visionzip+autoprune".
+def _known(text: str) -> bool:
+    """Whether `text` is "name" or "name:preset" of a registered name (the preset may not exist)."""
+    name, _, preset = text.partition(":")
+    return name in _METHODS and "+" not in preset
+
+
+def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
+    """Class and preset hyper-parameters of "name", "name:preset", or two of these joined by a plus (see `Composed`).
+
+    `tokens` in the preset of a composition's first part become its `vision_tokens`.
 
     Raises:
-        ValueError: for an unknown name; lists the known ones.
+        ValueError: for an unknown name or preset, or parts that do not fit.
     """
     _discover()
-    parts = None if name in _METHODS else split(name, _METHODS.__contains__)
-    if parts is not None:
-        return compose(name, _METHODS[parts[0]], _METHODS[parts[1]])
-    if name not in _METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(_METHODS))}")
-    return _METHODS[name]
+    if _known(name):
+        base, _, preset = name.partition(":")
+        table = _PRESETS[base]
+        if preset and preset not in table:
+            raise ValueError(f"{base!r} has no preset {preset!r}; it has {', '.join(sorted(table)) or 'none'}")
+        return _METHODS[base], dict(table[preset]) if preset else {}
+    parts = split(name, _known)
+    if parts is None:
+        hint = "; join one before the language model and one inside it, as 'visionzip+autoprune'" if "+" in name else ""
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(_METHODS))}{hint}")
+    (first, before), (second, inside) = map(resolve, parts)
+    before = {"vision_tokens" if k == "tokens" else k: v for k, v in before.items()}
+    return compose(f"{first.name}+{second.name}", first, second), {**before, **inside}
+
+
+def takes_budget(cls: type[Method], values: Mapping[str, Any]) -> bool:
+    """Whether `tokens` goes with these hyper-parameters of a method: none of them fixes the counts already."""
+    return "tokens" in inspect.signature(cls).parameters and not values.keys() & set(cls.instead)
 
 
 def presets(name: str) -> dict[str, dict[str, Any]]:
@@ -78,12 +101,12 @@ def presets(name: str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: for an unknown name.
     """
-    lookup(name)
-    return {preset: dict(values) for preset, values in _PRESETS.get(name, {}).items()}
+    cls, _ = resolve(name)
+    return {preset: dict(values) for preset, values in _PRESETS.get(cls.name, {}).items()}
 
 
 def build(name: str, **hyper: Any) -> Method:
-    """A new instance of the method `name` ("name", "name:preset", or "first+second", see `Composed`).
+    """A new instance of the method `name` (see `resolve`).
 
     Args:
         hyper: hyper-parameters; they override the preset's.
@@ -91,17 +114,37 @@ def build(name: str, **hyper: Any) -> Method:
     Raises:
         ValueError: for an unknown name, preset or hyper-parameter, or a value out of range.
     """
-    base, _, preset = name.partition(":")
-    cls = lookup(base)
-    table = _PRESETS.get(base, {})
-    if preset and preset not in table:
-        raise ValueError(f"{base!r} has no preset {preset!r}; it has {sorted(table) or 'none'}")
-    values = {**(table[preset] if preset else {}), **hyper}
+    cls, preset = resolve(name)
+    values = {**preset, **hyper}
     known = inspect.signature(cls).parameters
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{base!r} has no hyper-parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"{cls.name!r} has no hyper-parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+        )
     missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
     if missing:
-        raise ValueError(f"{base!r} needs {', '.join(missing)}")
+        raise ValueError(f"{cls.name!r} needs {', '.join(missing)}")
     return cls(**values)
+
+
+def from_file(path: str | Path) -> list[str]:
+    """Run a Python file that registers methods; the names it registered.
+
+    Raises:
+        ValueError: when the file cannot be run or registers nothing.
+    """
+    _discover()
+    path = Path(path).expanduser().resolve()
+    module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that hides nobody's module
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
+    new = sorted(n for n, cls in _METHODS.items() if cls.__module__ == module.__name__)
+    if not new:
+        raise ValueError(f'{path} registers no method; put @register("name") over a subclass of llava_prune.Method')
+    return new

@@ -15,7 +15,7 @@ import yaml
 import llava_prune
 
 from ..core.method import Method
-from ..core.registry import lookup, presets
+from ..core.registry import resolve, takes_budget
 
 TINY = "playground/models/llava-tiny"
 DATA = "playground/data/mini"
@@ -131,15 +131,15 @@ def plan_runs(settings: Settings) -> list[Run]:
         raise ValueError("no budget given; TOKENS is a number of visual tokens or a list, e.g. 192,128,64")
     defaults, used, runs = model_defaults(settings.model), set(), []
     for name in names:
-        base, _, preset = name.partition(":")
-        known = set(inspect.signature(lookup(base)).parameters)
-        hyper = {**defaults.get(base, {}), **{k: v for k, v in settings.method_args.items() if k in known}}
+        cls, own = resolve(name)
+        known = set(inspect.signature(cls).parameters)
+        stated = [defaults.get(part.name, {}) for part in (*getattr(cls, "parts", ()), cls)]
+        hyper = {k: v for table in (*stated, settings.method_args) for k, v in table.items() if k in known}
         used |= known
         if "seed" in known:
             hyper.setdefault("seed", settings.seed)
-        own = presets(base).get(preset, {})
         budgets: list[int | None] = [own["tokens"]] if "tokens" in own else [*dict.fromkeys(settings.tokens)]
-        if "tokens" not in known or {**own, **hyper}.keys() & set(lookup(base).instead):
+        if not takes_budget(cls, {**own, **hyper}):
             budgets = [None]
         for tokens in budgets:
             extra = {} if tokens is None else {"tokens": tokens}

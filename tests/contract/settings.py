@@ -34,9 +34,12 @@ SETTINGS: dict[str, Setting] = {
     "fastv": Setting({"tokens": 16}),
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),
+    "fastervlm+topv": Setting({"tokens": 16}),
 }
 
-NAMES = llava_prune.names()
+COMPOSITIONS = ["visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm"]
+"""A class token and merged rows; places of patches; counts that the data decide; another tower and recycling."""
+NAMES = [*llava_prune.names(), *COMPOSITIONS]
 
 
 def setting(name: str) -> Setting:

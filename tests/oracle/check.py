@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import llava_prune
-from llava_prune.core.registry import lookup
+from llava_prune.core.registry import resolve
 from tests.models import PATCHES, VOCAB, cache_lengths, generate, inputs, pictures, prompt
 from tests.oracle.dense import Replay, Watch, near, replay, spliced
 
@@ -17,6 +17,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # a first layer with all of an anyres 
     "fastv": {"tokens": 30},
     "pdrop": {"tokens": 30},
     "topv": {"tokens": 30},
+    "fastervlm+topv": {"tokens": 30, "vision_tokens": 33},
+    "prumerge++pdrop": {"tokens": 20},
 }
 """What a method needs on six layers and 36 patches, where `tokens=9` or its defaults are not enough."""
 STEPS = 3
@@ -24,7 +26,7 @@ STEPS = 3
 
 def small(name: str) -> Any:
     """A new instance of a method that prunes the small models."""
-    known = inspect.signature(lookup(name)).parameters
+    known = inspect.signature(resolve(name)[0]).parameters
     values = {"tokens": 9} if "tokens" in known else {}
     return llava_prune.build(name, **{**values, **ARGUMENTS.get(name, {})})
 

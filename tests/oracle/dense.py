@@ -347,7 +347,11 @@ def replay(
     fresh = [dense.lm.embed_tokens(torch.tensor(t, dtype=torch.long)).detach().to(dtype) for t in new]
     columns = []
     if board.patch:
-        assert renumbered, "rows of the vision side have no place in the unpruned prompt"
+        shorter = method.vision_positions == "renumber"  # what is sent counts as the prompt
+        assert renumbered or shorter, "rows of the vision side have no place in the unpruned prompt"
+        for b, row in enumerate(board.columns):
+            place[b] = {c: n for n, c in enumerate([c for c in row if c is not None])}
+            base[b] = len(place[b]) if shorter else base[b]
         rows = _projector(model)(watch.vision.features).to(dtype)
         for b, line_of in enumerate(line):
             mine = [r for r in board.columns[b] if r in board.patch]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import llava_prune
+from tests.contract.settings import NAMES
 from tests.models import tiny_hf, tiny_llava
 from tests.oracle.check import batch, check, full_columns, small, visual_before
 
@@ -19,7 +19,7 @@ def model_of(family: str, attn: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["pair", "padded"])
 @pytest.mark.parametrize("family, attn", [("llava", "sdpa"), ("llava", "eager"), ("hf", "sdpa"), ("hf", "eager")])
-@pytest.mark.parametrize("name", llava_prune.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_pruned_model_equals_dense_model(name: str, family: str, attn: str, kind: str) -> None:
     model = model_of(family, attn)
     given = batch(model, kind)

@@ -12,6 +12,7 @@ import torch
 
 import llava_prune
 from tests import models
+from tests.contract.settings import NAMES
 from tests.models import SIDE, cache_lengths, crops, generate, inputs, prompt, tiny_hf, tiny_llava, tiny_next
 from tests.oracle.check import batch, check, small
 from tests.oracle.dense import near
@@ -53,7 +54,7 @@ def pruned_somewhere(name: str, record: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", llava_prune.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_both_packages_agree(name: str) -> None:
     pairs = [run(model_of(k), small(name), batch(model_of(k), "padded")) for k in ("llava", "hf")]
     same(*pairs)
@@ -138,7 +139,7 @@ def test_anyres_agrees(name: str, label: str) -> None:
     assert pruned_somewhere(name, pairs[0][1])
 
 
-@pytest.mark.parametrize("name", llava_prune.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_anyres_agrees_for_every_method(name: str) -> None:
     """A batch of two sizes; one of the methods' harder inputs."""
     sizes = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)]

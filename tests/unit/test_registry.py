@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
 import llava_prune
-from llava_prune.core import registry
 
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """Take back what a test registers."""
-    llava_prune.names()
-    kept = dict(registry._METHODS), dict(registry._PRESETS)
-    yield
-    for table, before in zip((registry._METHODS, registry._PRESETS), kept, strict=True):
-        table.clear()
-        table.update(before)
+pytestmark = pytest.mark.usefixtures("clean_registry")
 
 
 def one() -> type:

@@ -1,0 +1,120 @@
+"""A method in a file of its own, no other file changed: dropped in the package's folder, or named to the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llava_prune
+import llava_prune.methods
+from llava_prune.cli import main
+from tests import models
+
+pytestmark = pytest.mark.usefixtures("clean_registry")
+MINE = """
+from dataclasses import dataclass
+
+from llava_prune import Cut, Method, View, register
+from llava_prune.core.select import keep_best
+
+
+@register("mine", presets={"few": {"tokens": 3}})
+@dataclass(frozen=True)
+class Mine(Method):
+    "Keep the first visual tokens after two layers."
+
+    tokens: int = 8
+
+    paper = "ours"
+    where = "language model, after two layers"
+    source = "ours"
+    licence = "-"
+
+    def cut(self, layer: int, view: View) -> Cut | None:
+        keep = self.keep_after(layer, view.spans)
+        return None if keep is None else keep_best(view, -view.ids.float(), keep)
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        return [n_visual] * 2 + [min(self.tokens, n_visual)] * (n_layers - 2)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE, encoding="utf-8")
+    return path
+
+
+def test_a_file_in_the_folder_of_methods(file: Path, tiny: Any, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by itself, used by name in both families, alone and behind a method before the language model."""
+    monkeypatch.setattr(llava_prune.methods, "__path__", [*llava_prune.methods.__path__, str(file.parent)])
+    try:
+        assert "mine" in llava_prune.names() and "mine:few" in llava_prune.names(presets=True)
+        given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2))
+        base = logits(tiny, given)
+        with llava_prune.pruned(tiny, "mine", tokens=12, check=True) as handle:
+            out = models.generate(tiny, given, 3)
+            assert handle.last.tokens_in.tolist() == [[36, 36, 12, 12, 12, 12]] * 2
+            assert handle.last.kept[-1].tolist() == [list(range(12))] * 2
+        assert not torch.equal(out.logits[0], base) and torch.equal(logits(tiny, given), base)
+        with llava_prune.pruned(tiny, "mine", tokens=36):
+            assert torch.equal(logits(tiny, given), base)
+        with llava_prune.pruned(tiny, "fastervlm+mine:few", vision_tokens=20) as handle:
+            logits(tiny, given)
+            assert handle.last.tokens_in.tolist() == [[20, 20, 3, 3, 3, 3]] * 2
+    finally:
+        sys.modules.pop("llava_prune.methods.mine", None)
+        llava_prune.methods.__dict__.pop("mine", None)
+
+
+def test_methods_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = f"{file}:mine:few,{file},fastervlm+mine"
+    assert main(["methods", "--method", names, "--tokens", "96,64", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["name"], r["tokens"]) for r in rows] == [
+        ("mine:few", 3), ("mine", 96), ("mine", 64), ("fastervlm+mine", 96), ("fastervlm+mine", 64)
+    ]  # fmt: skip
+    assert rows[2]["entering"] == [576] * 2 + [64] * 30 and rows[4]["entering"] == [160] * 2 + [64] * 30
+    assert rows[1]["about"] == "Keep the first visual tokens after two layers."
+
+
+def test_eval_command(
+    file: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """METHOD=file.py:name, as the scripts hand it on."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("METHOD", f"{file}:mine")
+    argv = ["eval", "gqa", "--limit", "2", "--tokens", "50", "--out", str(tmp_path / "out"), "--no-reference", "--json"]
+    assert main(argv) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert (result["method"], result["budget"]) == ("mine", 50)
+    answers = (tmp_path / "out" / "mine-50" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == 2 and all(json.loads(a)["kept"]["entering"][-1] == 50 for a in answers)
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "message"),
+    [
+        (None, "", "could not be run: FileNotFoundError"),
+        ("import nothing_of_that_name", "", "could not be run: ModuleNotFoundError"),
+        ("x = 1", "", "registers no method"),
+        (MINE, ":yours", "registers mine; write"),
+        (MINE + MINE.replace("mine", "mine2").replace("Mine", "Mine2"), "", "registers mine, mine2; write"),
+    ],
+)
+def test_files_that_do_not_work(
+    text: str | None, named: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["methods", "--method", f"{path}{named}"])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
