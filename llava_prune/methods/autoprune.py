@@ -16,8 +16,6 @@ from ..core.registry import register
 from ..core.select import keep_best
 from ..core.types import Cut, Spans, View, VisionView
 
-PAPER = "Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
-
 
 @register("autoprune")
 @dataclass(frozen=True)
@@ -59,10 +57,11 @@ class AutoPrune(Method):
     strict: bool = True
     slope_step: float | None = None
 
-    paper = PAPER
+    paper = "Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
     where = "language model, after every layer"
     source = "AutoLab-SAI-SJTU/AutoPrune @ e4a9918"
     licence = "Apache-2.0"
+    batch = "any (official code: 1)"
     positions = "renumber"
     decode = "cache"
 
@@ -185,6 +184,7 @@ class AutoPruneFlash(AutoPrune):
 
     source = "none; section C of the supplement"
     licence = "-"
+    batch = "any"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,7 +51,7 @@ class FastV(Method):
     keep: int | float | None = None
 
     paper = "An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024 (arXiv 2403.06764)"
-    where = "language model, after layer 2 (or as `layer` says)"
+    where = "language model, after the first 2 layers (or as `layer` says)"
     source = "pkunlp-icler/FastV @ d165972"
     licence = "none given"
     batch = "any (official code: 1)"

@@ -56,7 +56,7 @@ class PyramidDrop(Method):
     score: Literal["next", "finished"] = "next"
 
     paper = "PyramidDrop (Conical Visual Concentration), CVPR 2025 (arXiv 2410.17247)"
-    where = "language model, after three layers"
+    where = "language model, after three layers: quarters of the depth, by budget the first 2, 8, 16 of 32"
     source = "Cooperx521/PyramidDrop @ 6444f30"
     licence = "MIT"
     positions = "renumber"

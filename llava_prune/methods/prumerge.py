@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.budget import per_crop
-from ..core.checks import whole
+from ..core.checks import at_most_one, whole
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import absorb, column
@@ -65,6 +65,7 @@ class PruMerge(Method):
     where = "before the projector, by attention and keys of the block behind the features"
     source = "42Shawn/LLaVA-PruMerge @ 097c041"
     licence = "Apache-2.0"
+    batch = "any (official code: 1)"
     instead = ("ratio", "adaptive")
     new_rows = True
     positions = "renumber"
@@ -72,8 +73,7 @@ class PruMerge(Method):
 
     def __post_init__(self) -> None:
         whole("tokens", self.tokens, 1)
-        if self.tokens is not None and self.ratio is not None:
-            raise ValueError(f"tokens={self.tokens}, ratio={self.ratio}: give one of them")
+        at_most_one(tokens=self.tokens, ratio=self.ratio)
         fixed = self.tokens is not None or self.ratio is not None
         if self.adaptive and fixed:
             raise ValueError("adaptive=True finds the number itself; leave tokens and ratio out")

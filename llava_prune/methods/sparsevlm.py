@@ -71,7 +71,7 @@ class SparseVLM(Method):
     bias: float | None = None
 
     paper = "SparseVLM: Visual Token Sparsification for Efficient VLM Inference, ICML 2025 (arXiv 2410.04417)"
-    where = "language model, after layers 2, 6, 15 of 32 (0-based)"
+    where = "language model, after the layers of index 2, 6, 15 of 32 (1.0: 19 as well)"
     source = "Gumpest/SparseVLMs @ 26a5f48"
     licence = "Apache-2.0"
     positions = "renumber"

@@ -104,6 +104,7 @@ class ToMe(Method):
     where = "inside the vision tower, in every block up to the features"
     source = "the description of facebookresearch/ToMe @ af95e4b; its use on LLaVA is a reading"
     licence = "CC-BY-NC-4.0 (no code taken)"
+    backends = "eager, sdpa, flash; merging blocks of the tower run torch's scaled-dot-product kernels"
     batch = "any; pictures in crops (anyres) are refused"
     instead = ("schedule",)
     new_rows = True

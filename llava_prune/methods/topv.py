@@ -77,7 +77,7 @@ class TopV(Method):
     unit: bool = False
 
     paper = "TopV: Compatible Token Pruning with Inference Time Optimization, CVPR 2025 (arXiv 2503.18278)"
-    where = "language model, after layer 2 (or as `full_layers` says)"
+    where = "language model, after the first 2 layers (or as `full_layers` says)"
     source = "none; a reconstruction"
     licence = "-"
     instead = ("rho", "flops")

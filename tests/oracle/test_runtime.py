@@ -23,6 +23,7 @@ from tests.models import (
 )
 from tests.oracle.check import batch, check
 from tests.oracle.dense import Watch, near, replay, spliced
+from tests.oracle.flash import flash, stand_in
 from tests.oracle.scripted import SCRIPT, Scripted
 
 FAMILIES = ["llava", "hf"]
@@ -291,30 +292,8 @@ def test_all_logits_of_a_forward() -> None:
 
 
 def test_flash_attention_gets_what_it_can_read(monkeypatch: Any) -> None:
-    """A stand-in for the flash kernel: 2-D masks of the keys' length or none, no positions, causal at the end."""
-    from transformers.integrations import flash_attention
-
-    masks = []
-
-    def kernel(query: Any, key: Any, value: Any, mask: Any, query_length: int, is_causal: bool, **rest: Any) -> Any:
-        assert rest["attn_implementation"] == "flash_attention_2" and is_causal
-        assert rest.get("position_ids") is None, "gapped positions look packed to the kernel"
-        assert not any(k.startswith(("cu_seq", "max_length")) for k in rest)
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        assert k.shape[2] >= q.shape[2] == query_length
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        blocked = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])[None, None]
-        masks.append(mask)
-        if mask is not None:
-            assert mask.shape == (k.shape[0], k.shape[2]) and not mask.all()
-            blocked = blocked | ~mask.bool()[:, None, None]
-        score = (q @ k.transpose(2, 3) * rest["softmax_scale"]).masked_fill(blocked, torch.finfo(q.dtype).min)
-        return (score.softmax(-1) @ v).transpose(1, 2)
-
-    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
-    model = tiny_hf()
+    masks, model = stand_in(monkeypatch), flash(tiny_hf())
     config = language_model(model).config
-    config._attn_implementation_internal = "flash_attention_2"
     for kind in ("one", "padded"):
         masks.clear()
         check(model, Scripted(SCRIPT, "keep", "original"), batch(model, kind))
