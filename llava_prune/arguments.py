@@ -1,4 +1,4 @@
-"""What the words of the command line mean: types for argparse."""
+"""What the words of the command line mean: types for argparse, which turn what is wrong into a usage error."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def method(text: str) -> str:
 
 
 def names(text: str) -> list[str]:
+    """Methods of a list a,b, see `method`."""
     out = [method(p.strip()) for p in text.split(",") if p.strip()]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
@@ -32,6 +33,7 @@ def names(text: str) -> list[str]:
 
 
 def counts(text: str) -> list[int]:
+    """Budgets of a list 192,128,64."""
     try:
         out = [int(p) for p in text.split(",") if p.strip()]
     except ValueError:
@@ -42,6 +44,7 @@ def counts(text: str) -> list[int]:
 
 
 def floats(text: str) -> list[float]:
+    """Numbers of a list 0,0.1,0.2."""
     try:
         return [float(p) for p in text.split(",") if p.strip()]
     except ValueError:
@@ -49,16 +52,19 @@ def floats(text: str) -> list[float]:
 
 
 def positive(text: str) -> int:
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
 
 def batch(text: str) -> int | None:
+    """A whole number of at least 1; None for "auto"."""
     return None if text == "auto" else positive(text)
 
 
 def hyper(text: str) -> dict[str, Any]:
+    """Hyper-parameters of a list name=value,name=value."""
     from .eval.plan import parse_args
 
     try:

@@ -229,6 +229,19 @@ def test_hyper_parameters(tmp_path: Path) -> None:
     assert made[1].method.hyper()["mi_scale"] == 8.0 and made[1].method.hyper()["k0"] == 0.2
 
 
+def test_compositions_and_presets_in_a_plan(tmp_path: Path) -> None:
+    """What a checkpoint states for a part holds in a composition; a preset's budget is the only one."""
+    (tmp_path / "llava_prune.json").write_text(json.dumps({"method_args": {"autoprune": {"mi_scale": 8.0}}}))
+    names = ("visionzip+autoprune", "visionzip:32+fastv:keep64", "fastervlm:192+vtw", "pdrop:128")
+    made = plan_runs(Settings(model=str(tmp_path), tokens=(8, 4), methods=names, reference=False))
+    assert [(r.label, r.tokens) for r in made] == [
+        ("visionzip+autoprune-8", 8), ("visionzip+autoprune-4", 4), ("visionzip-32+fastv-keep64", None),
+        ("fastervlm-192+vtw-8", 8), ("fastervlm-192+vtw-4", 4), ("pdrop-128-128", 128),
+    ]  # fmt: skip
+    assert made[0].method.hyper()["mi_scale"] == 8.0 and made[0].method.hyper()["vision_tokens"] == 20
+    assert made[3].method.hyper()["vision_tokens"] == 192
+
+
 def test_all_methods() -> None:
     made = plan_runs(Settings(tokens=(8,), methods=("all", "random")))
     assert made[0].name == "full" and sorted(r.name for r in made) == llava_prune.names()
