@@ -7,6 +7,7 @@ here reads from the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,14 @@ def descending_rank(score: Tensor, among: Tensor) -> Tensor:
     return inverse(descending_order(score, among))
 
 
+def sent(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Host integers as a long tensor on the device of `like`, copied without waiting for it."""
+    return torch.tensor(values, dtype=torch.long).to(like.device, non_blocking=True)
+
+
 def column(values: Sequence[int], like: Tensor) -> Tensor:
-    """(B, 1) long on the device of `like`, copied without waiting for it."""
-    return torch.tensor(list(values), dtype=torch.long).to(like.device, non_blocking=True)[:, None]
+    """(B, 1) long on the device of `like`, see `sent`."""
+    return sent(values, like)[:, None]
 
 
 def per_sample(values: Sequence[int], like: Tensor) -> Tensor | int:

@@ -5,7 +5,7 @@ Letters: B batch, L sequence length now, D width, H heads, R query rows, N pictu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,12 +184,14 @@ class VisionCut:
         canvas: what becomes of crops when there are ids. The first crop (the whole picture) always comes first. True
             lays the patches of the others on the stitched picture and sends them row by row, then rows without a
             patch: those before the patches of their crop, crop by crop, then those behind. False sends crop after crop.
+        counts: live rows of each picture or crop, where the host knows them; otherwise they are read from the device.
     """
 
     live: Tensor
     features: Tensor
     ids: Tensor | None = None
     canvas: bool = True
+    counts: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -167,10 +167,9 @@ def _after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def _spread(visual: Tensor, source: Tensor) -> Tensor:
     """(B, L) long: patch numbers (V,) laid on the visual tokens; beams repeat whole samples."""
-    places = visual.flatten().cumsum(0).view_as(visual) - 1  # (B, L), running over the batch
-    total, patches = int(visual.sum()), source.shape[0]
-    if total != patches:
-        times = total // patches
-        places = visual[::times].flatten().cumsum(0).view(-1, visual.shape[1]) - 1
-        places = places.repeat_interleave(times, 0)
+    count, patches = visual.sum(1), source.shape[0]  # (B,)
+    times = (count.sum() // patches).clamp(min=1)
+    sample = torch.arange(visual.shape[0], device=visual.device)
+    start = (count.cumsum(0) - count)[sample // times * times] // times  # (B,) the first patch of each sample
+    places = visual.cumsum(1) - 1 + start[:, None]
     return source[places.clamp(0, patches - 1)].masked_fill(~visual, -1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.select import sent
 from ..runtime.request import PENDING, SIZES, VISION, Pending, Vision, refuse_picture, request_of
 from .base import block_index, encoder_blocks, restore
 
@@ -115,12 +116,11 @@ def _splice(
     finally:
         SIZES.reset(token)
     visual = (out[5] == IGNORE) & out[2].bool()
-    if (input_ids == IMAGE).any():
-        vision = VISION.get() or Vision()
-        source = _source(model, stock, input_ids, mask, images, image_sizes, visual) if _needed(vision) else None
-        if vision.cut is not None:
-            vision.cut.pictures = _layouts(model, images, image_sizes)
-        PENDING.set(Pending(visual, source, vision.carry, vision.cut))
+    vision = VISION.get() or Vision()
+    source = _source(model, stock, input_ids, mask, images, image_sizes, visual) if _needed(vision) else None
+    if vision.cut is not None:
+        vision.cut.pictures = _layouts(model, images, image_sizes)
+    PENDING.set(Pending(visual, source, vision.carry, vision.cut))
     new_labels = None
     if labels is not None:  # the caller's own labels, with theirs of ignored text
         new_labels = stock(input_ids, position_ids, mask, past_key_values, labels, images, image_sizes)[5]
@@ -159,16 +159,14 @@ def _source(
     listed = isinstance(images, (list, tuple)) or images.ndim == 5
     patches = model.get_vision_tower().num_patches
     if not listed or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
-        per_image = [patches] * (input_ids.shape[0] + (input_ids == IMAGE).sum().item())
+        named = ((input_ids == IMAGE) & mask.bool()).sum(1)
+        used = named.clamp(min=1)  # a sample without picture takes an unused one, as the package does
+        first = used.cumsum(0) - used  # (B,) number of each sample's first picture
         if listed:
-            per_image = [patches * (x.shape[0] if x.ndim == 4 else 1) for x in images]
-        firsts, start, image = [], 0, 0
-        for count in (input_ids == IMAGE).logical_and(mask.bool()).sum(1).tolist():
-            firsts.append(start)
-            used = max(count, 1)  # a sample without picture takes an unused one, as the package does
-            start += sum(per_image[image : image + used])
-            image += used
-        offset = torch.tensor(firsts, device=visual.device)[:, None]
+            crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+            before = sent([sum(crops[:i]) for i in range(len(crops) + 1)], first)
+            first = before[first.clamp(max=len(crops))]
+        offset = (first * patches).to(visual.device)[:, None]
         return (visual.cumsum(1) - 1 + offset).masked_fill(~visual, -1)
     crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
     width = model.config.hidden_size

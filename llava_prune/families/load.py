@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.door import image_sizes
+from ..runtime.request import PROMPTS, Known
 from .base import Family, family_of
 from .hf import is_next
 from .llava import IMAGE
@@ -123,11 +124,13 @@ class Loaded:
             tower = self._family.tower(self.model)
             pixels = pixels.to(device=device, dtype=next(tower.parameters()).dtype)
         token = KEYS.set(None if keys is None else list(keys))
+        prompts = PROMPTS.set(Known([list(r) for r in rows], IMAGE, self.n_visual))
         try:
             call = _ask_llava if self.family == "llava" else _ask_hf
             out = call(self, rows, pixels, sizes, options)
             return out.cpu() if isinstance(out, Tensor) else out
         finally:
+            PROMPTS.reset(prompts)
             KEYS.reset(token)
 
 

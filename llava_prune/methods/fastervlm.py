@@ -54,7 +54,7 @@ class FasterVLM(Method):
         score = view.class_attention()  # (N, T)
         live = descending_rank(score, score == score) < keep
         patches = torch.arange(live.shape[1], device=live.device).expand_as(live)
-        return VisionCut(live, view.features, patches)
+        return VisionCut(live, view.features, patches, counts=[keep] * live.shape[0])
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers

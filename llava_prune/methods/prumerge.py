@@ -12,7 +12,7 @@ from ..core.budget import per_crop
 from ..core.checks import at_most_one, whole
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import absorb, column
+from ..core.select import absorb, column, inverse
 from ..core.types import MERGED, VisionCut, VisionView
 
 BUDGETS = (192, 128, 64, 288, 144, 58, 640, 320, 160)
@@ -20,8 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in BUDGETS}
 PRESETS |= {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
 
 
-def outliers(score: Tensor) -> list[int]:
-    """How many scores of each row lie above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
+def outliers(score: Tensor) -> Tensor:
+    """(N,) long: scores of each row above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
 
     Args:
         score: (N, T).
@@ -29,8 +29,7 @@ def outliers(score: Tensor) -> list[int]:
     s = score.double()
     q1, q3 = s.quantile(0.25, dim=1), s.quantile(0.75, dim=1)
     fence = q3 + 1.5 * (q3 - q1)
-    counts: list[int] = (s > fence[:, None]).sum(1).tolist()
-    return counts
+    return (s > fence[:, None]).sum(1)
 
 
 @register("prumerge", presets=PRESETS)
@@ -102,7 +101,8 @@ class PruMerge(Method):
         features = torch.cat([rows, rest[:, None]], 1).to(view.features.dtype)
         real = torch.arange(kept.shape[1], device=kept.device) < column(counts, kept)
         live = torch.cat([real, real.new_ones(n, 1)], 1)
-        return VisionCut(live, features, torch.cat([kept, kept.new_full((n, 1), MERGED)], 1), canvas=False)
+        ids = torch.cat([kept, kept.new_full((n, 1), MERGED)], 1)
+        return VisionCut(live, features, ids, canvas=False, counts=[c + 1 for c in counts])
 
     def share(self, t: int, crops: int) -> float:
         """The fixed ratio; `tokens` of t patches are tokens / t."""
@@ -115,7 +115,8 @@ class PruMerge(Method):
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
         """Kept patches (N, K) in output order, and how many of them are real in each picture."""
         n, t = score.shape
-        counts = outliers(score) if self.adaptive else [int(t * self.share(t, crops) + 1e-9)] * n
+        counts: list[int]
+        counts = outliers(score).tolist() if self.adaptive else [int(t * self.share(t, crops) + 1e-9)] * n
         return score.sort(dim=1, descending=True, stable=True).indices[:, : max(counts)], counts
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
@@ -167,28 +168,26 @@ class PruMergePlus(PruMerge):
 
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
         n, t = score.shape
+        order = score.sort(dim=1, descending=True, stable=True).indices
+        places = torch.arange(t, device=order.device)
+        best: Tensor | int
         if self.adaptive:
-            best = [max(k, 1) for k in outliers(score)]
-            grids = [range(0, t - 1, max(t // k // 3, 1)) for k in best]
+            best = outliers(score).clamp(min=1)[:, None]  # (N, 1)
+            regular = places % (t // best // 3).clamp(min=1) == 0
         else:
             ratio = self.share(t, crops)
-            best = [max(int(t * ratio + 1e-9), 1)] * n
-            step = int(1 / ratio + 1e-9)
-            grids = [range(step // 2, t - 1, step)] * n
-        order = score.sort(dim=1, descending=True, stable=True).indices
-        if self.strict and not self.adaptive:
-            grid = torch.tensor(list(grids[0]), device=order.device).expand(n, -1)
-            kept = torch.cat([order[:, : best[0]], grid], 1)
-            return kept, [kept.shape[1]] * n
-        regular = torch.zeros(n, t, dtype=torch.bool)
-        for b, places in enumerate(grids):
-            regular[b, list(places)] = True
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(t, device=order.device).expand_as(order))
-        first = rank < column(best, rank)
-        key = torch.where(first, rank, t + torch.arange(t, device=order.device))
-        chosen = first | regular.to(order.device)
+            few, step = max(int(t * ratio + 1e-9), 1), int(1 / ratio + 1e-9)
+            if self.strict:
+                grid = torch.arange(step // 2, t - 1, step, device=order.device).expand(n, -1)
+                kept = torch.cat([order[:, :few], grid], 1)
+                return kept, [kept.shape[1]] * n
+            best, regular = few, places % step == step // 2
+        rank = inverse(order)
+        first = rank < best
+        chosen = first | regular & (places < t - 1)
         counts: list[int] = chosen.sum(1).tolist()
-        return key.masked_fill(~chosen, 2 * t).sort(dim=1).indices[:, : max(counts)], counts
+        key = torch.where(first, rank, t + places).masked_fill(~chosen, 2 * t)
+        return key.sort(dim=1).indices[:, : max(counts)], counts
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
         if self.tokens is not None and self.tokens >= n_visual:

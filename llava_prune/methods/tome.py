@@ -157,7 +157,8 @@ class ToMe(Method):
             order = first.sort(dim=1).indices
             features = features.gather(1, order[..., None].expand(-1, -1, features.shape[2]))
             ids = ids.gather(1, order)
-        return VisionCut(torch.ones(n, k, dtype=torch.bool, device=features.device), features, ids)
+        live = torch.ones(n, k, dtype=torch.bool, device=features.device)
+        return VisionCut(live, features, ids, counts=[k] * n)
 
     def _after(self, view: VisionView, tokens: int) -> tuple[Tensor, Tensor]:
         """Reading (B): halve the finished features until `tokens` are left."""

@@ -135,7 +135,8 @@ class VisionZip(Method):
             rows.append(contextual_tokens(view.features, metric, order[:, patches:], contextual)[0])
             ids.append(order.new_full((n, contextual), MERGED))
         features = torch.cat(rows, 1)
-        return VisionCut(torch.ones_like(features[..., 0], dtype=torch.bool), features, torch.cat(ids, 1))
+        live = torch.ones_like(features[..., 0], dtype=torch.bool)
+        return VisionCut(live, features, torch.cat(ids, 1), counts=[live.shape[1]] * n)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual) if self.tokens is not None else sum(self.split())] * n_layers

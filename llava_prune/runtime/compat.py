@@ -14,7 +14,12 @@ FLOOR = Version("5.14")
 if Version(transformers.__version__) < FLOOR:
     raise ImportError(f"transformers {transformers.__version__} is too old for llava_prune; install >= {FLOOR}")
 
+CAUSAL = ("sdpa", "flash_attention_2")
+"""Backends that are causal by themselves when no mask is given, and take a mask of theirs without `create_causal_mask`:
+bool (B, 1, q, keys) or (B, keys)."""
+
 __all__ = [
+    "CAUSAL",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
     "DynamicCache",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import create_causal_mask
+from .compat import CAUSAL, create_causal_mask
 from .request import Request, Stage
 
 
@@ -72,8 +72,9 @@ class Decode:
         if before is None:
             before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
         live = torch.cat([before.bool(), self.tail], 1)
-        if self.q == 1 and self.lm.config._attn_implementation == "sdpa":
-            return live[:, None, None]  # the mask that transformers would make, without its look at the values
+        backend = self.lm.config._attn_implementation
+        if self.q == 1 and backend in CAUSAL:  # the mask that transformers would make, without its look at the values
+            return live[:, None, None] if backend == "sdpa" else live
         return create_causal_mask(
             config=self.lm.config,
             inputs_embeds=hidden,

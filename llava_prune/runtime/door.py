@@ -141,7 +141,7 @@ class Door:
             features,
             {b: t.probs.to(there) for b, t in taps.items()},
             {b: t.keys for b, t in taps.items()},
-            None if padding is None else padding.to(there),
+            None if padding is None else padding.to(there, non_blocking=True),
             self.where.grid,
             {b: t.queries for b, t in taps.items()},
             None if vision.cls is None else vision.cls.to(there),
@@ -162,7 +162,9 @@ class Door:
 
 
 def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Features (N, K', Dv) and patches (N, K') of the live rows, and how many each picture has; one read.
+    """Features (N, K', Dv) and patches (N, K') of the live rows, and how many each picture has.
+
+    One read, unless the cut brings its counts.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -173,7 +175,11 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
             f"VisionCut: live is {(n, k)}, features {tuple(cut.features.shape)}; without ids give {patches} rows"
         )
     ids = torch.arange(k, device=cut.live.device).expand(n, k) if cut.ids is None else cut.ids
-    counts = cut.live.sum(1).tolist()
+    counts = cut.live.sum(1).tolist() if cut.counts is None else list(cut.counts)
+    if len(counts) != n:
+        raise ValueError(f"VisionCut: {len(counts)} counts for {n} pictures or crops")
+    if all(c == k for c in counts):
+        return cut.features, ids, counts
     order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
     features = cut.features.gather(1, order[..., None].expand(-1, -1, cut.features.shape[2]))
     return features, ids.gather(1, order), counts

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from ..core.select import column, sent
 from ..core.types import MERGED, Cut
 from .request import Pending, Rows
 
@@ -36,59 +39,71 @@ def in_place(cut: Rows, source: Tensor) -> tuple[Tensor, Tensor]:
     n, width = cut.ids.shape
     patches = cut.grid[0] * cut.grid[1]
     slots = torch.arange(n * width, device=cut.ids.device).view(n, width)
-    real = torch.arange(width, device=cut.ids.device) < torch.tensor(cut.counts, device=cut.ids.device)[:, None]
+    real = torch.arange(width, device=cut.ids.device) < column(cut.counts, cut.ids)
     table = torch.full((n, patches + 1), -1, dtype=torch.long, device=cut.ids.device)
     table = table.scatter(1, cut.ids.masked_fill(~real, patches), slots)[:, :patches].flatten().to(source.device)
     row = table[source.clamp(min=0)].masked_fill(source < 0, -1)
     return row, (row >= 0) | (source < 0)
 
 
-def lay_out(cut: Rows, visual: Tensor, source: Tensor) -> Placed:
-    """Find each picture's first column and put its rows there; one read from the device, two with crops.
+def first_columns(cut: Rows, visual: Tensor, source: Tensor) -> Tensor:
+    """(B, P) long: the first column of each picture in each sample, -1 where it is not there.
 
     Args:
         cut: the rows of all pictures.
         visual: (B, L) bool.
         source: (B, L) long, patch behind each token, counted over all pictures, -1 for none.
     """
-    device = visual.device
+    ends = sent([sum(n for n, _, _ in cut.pictures[: p + 1]) for p in range(len(cut.pictures))], source)  # in crops
+    crop = source.clamp(min=0) // (cut.grid[0] * cut.grid[1])
+    picture = torch.bucketize(crop, ends, right=True).masked_fill(~visual | (source < 0), -1)  # (B, L)
+    hit = picture[:, None] == torch.arange(len(cut.pictures), device=source.device)[:, None]  # (B, P, L)
+    return hit.to(torch.int8).argmax(2).masked_fill(~hit.any(2), -1)
+
+
+def by_canvas(cut: Rows) -> bool:
+    """Whether the host must know the patches behind the rows to order them."""
+    return cut.canvas and any(n > 1 for n, _, _ in cut.pictures)
+
+
+def lay_out(cut: Rows, visual: Tensor, source: Tensor, columns: Sequence[Sequence[int]], ids: Tensor | None) -> Placed:
+    """Put each picture's rows behind its first column; no read from the device.
+
+    Args:
+        cut: the rows of all pictures.
+        visual: (B, L) bool.
+        source: (B, L) long, patch behind each token, counted over all pictures, -1 for none.
+        columns: what `first_columns` says.
+        ids: `cut.ids` on the host, None where their order does not depend on it.
+    """
     patches = cut.grid[0] * cut.grid[1]
-    crops = [n for n, _, _ in cut.pictures]
-    starts = [sum(crops[:p]) for p in range(len(crops))]
-    owner = torch.repeat_interleave(torch.arange(len(crops)), torch.tensor(crops)).to(device)  # crop -> picture
+    order = _orders(cut, ids)
+    index, at = [], []
+    for places in columns:
+        mine = sorted((c, p) for p, c in enumerate(places) if c >= 0)
+        index.append(list(chain.from_iterable(order[p] for _, p in mine)))
+        at.append(list(chain.from_iterable([c] * len(order[p]) for c, p in mine)))
+    counts = [len(x) for x in index]
+    where, behind = (sent([[*x, *[0] * (max(counts) - len(x))] for x in rows], visual) for rows in (index, at))
+    total = sum(n for n, _, _ in cut.pictures) * patches
     there = visual & (source >= 0)
-    picture = owner[(source.clamp(min=0) // patches)].masked_fill(~there, -1)  # (B, L)
-    hit = picture[:, None] == torch.arange(len(crops), device=device)[:, None]  # (B, P, L)
-    column = hit.to(torch.int8).argmax(2).masked_fill(~hit.any(2), -1).tolist()
-    order = _orders(cut, starts)
-    index, at, counts = [], [], []
-    for columns in column:
-        mine = sorted((c, p) for p, c in enumerate(columns) if c >= 0)
-        index.append(torch.cat([order[p] for _, p in mine]) if mine else torch.zeros(0, dtype=torch.long))
-        at.append(torch.cat([torch.full_like(order[p], c) for c, p in mine]) if mine else torch.zeros(0).long())
-        counts.append(index[-1].numel())
-    where = torch.nn.utils.rnn.pad_sequence(index, batch_first=True).to(device)
-    behind = torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(device)
-    total = sum(crops) * patches
-    numbers = torch.full((total + 1,), MERGED, device=device)  # patch -> visual token; beams write the same twice
+    numbers = source.new_full((total + 1,), MERGED)  # patch -> visual token; beams write the same twice
     numbers[source.masked_fill(~there, total)] = visual.cumsum(1) - 1
-    rows = cut.ids.to(device).flatten()[where]
-    ids = numbers[where // cut.ids.shape[1] * patches + rows.clamp(min=0)]
-    return Placed(where, behind, ids.masked_fill(rows < 0, MERGED), counts)
+    rows = cut.ids.to(visual.device).flatten()[where]
+    found = numbers[where // cut.ids.shape[1] * patches + rows.clamp(min=0)]
+    return Placed(where, behind, found.masked_fill(rows < 0, MERGED), counts)
 
 
-def _orders(cut: Rows, starts: list[int]) -> list[Tensor]:
-    """The rows of each picture in the order they are sent, on the host."""
-    width = cut.ids.shape[1]
-    host = cut.ids.cpu() if any(n > 1 for n, _, _ in cut.pictures) and cut.canvas else None
-    out = []
-    for (crops, rows, columns), start in zip(cut.pictures, starts, strict=True):
-        each = [torch.arange(cut.counts[start + c]) + (start + c) * width for c in range(crops)]
-        if host is None or not rows * columns:
-            out.append(torch.cat(each))
-            continue
-        key = torch.cat([_canvas_key(host[start + c, : len(each[c])], c, cut.grid, columns) for c in range(crops)])
-        out.append(torch.cat(each)[key.sort(stable=True).indices])
+def _orders(cut: Rows, ids: Tensor | None) -> list[list[int]]:
+    """The rows of each picture in the order they are sent."""
+    width, start, out = cut.ids.shape[1], 0, []
+    for crops, rows, columns in cut.pictures:
+        each = [range(c * width, c * width + cut.counts[c]) for c in range(start, start + crops)]
+        out.append(list(chain.from_iterable(each)))
+        if ids is not None and rows * columns:
+            keys = [_canvas_key(ids[start + c, : len(some)], c, cut.grid, columns) for c, some in enumerate(each)]
+            out[-1] = torch.tensor(out[-1])[torch.cat(keys).sort(stable=True).indices].tolist()
+        start += crops
     return out
 
 

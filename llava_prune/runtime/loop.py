@@ -15,14 +15,12 @@ from torch import Tensor
 from ..core.method import Method
 from ..core.select import assemble
 from ..core.types import FILLER, MERGED, Cut, Spans, View
-from .compat import BaseModelOutputWithPast, DynamicCache, create_causal_mask
+from .compat import CAUSAL, BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
-from .layout import carry, check_cut, in_place, lay_out
+from .layout import carry, check_cut, lay_out
+from .prompt import Prompt, behind, read_prompt
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, queries_of, text_rows
-
-CAUSAL = ("sdpa", "flash_attention_2")
-"""Backends that are causal by themselves when no mask is given."""
 
 
 class State:
@@ -53,9 +51,16 @@ def pruned_forward(
     """LlamaModel.forward with the method's cuts; requests without pictures go to the stock forward."""
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     request = request_of(past_key_values)
-    pending = PENDING.get() if request is None else None
+    pending, prompt = PENDING.get() if request is None else None, None
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if request is not None or pending is not None:
+        _refuse_mask(attention_mask)
     if pending is not None:
         PENDING.set(None)
+        if given is not None:
+            prompt = read_prompt(pending, *given.shape[:2], given.device, attention_mask, position_ids)
+        if prompt is not None and not any(prompt.n_visual):
+            pending = None  # pictures, but no place for them
     if request is None and pending is None:
         if not past:
             state.last = None  # a prefill without pictures leaves no record
@@ -68,7 +73,7 @@ def pruned_forward(
             use_cache=use_cache,
             **kwargs,
         )
-    _refuse(kwargs, attention_mask, past_key_values, past if pending is not None else 0)
+    _refuse(kwargs, past_key_values, past if pending is not None else 0)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     hidden = lm.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -81,11 +86,11 @@ def pruned_forward(
             refuse_picture(past)
         hidden = Decode(lm, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
     else:
-        assert pending is not None
+        assert pending is not None and prompt is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=lm.config)
         state.last = None  # frees what the record before holds
-        prefill = _Prefill(lm, state, pending, past_key_values, attention_mask, position_ids, hidden)
+        prefill = _Prefill(lm, state, pending, prompt, past_key_values, attention_mask, hidden)
         hidden = prefill.run(kwargs)
         state.last = Record(prefill.trace)
         if past_key_values is not None:
@@ -93,13 +98,16 @@ def pruned_forward(
     return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), past_key_values=past_key_values)
 
 
-def _refuse(kwargs: dict[str, Any], mask: Any, cache: Any, past: int) -> None:
+def _refuse_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise ValueError("a pruned model takes a 2-D attention mask (batch, length); drop custom 4-D masks")
+
+
+def _refuse(kwargs: dict[str, Any], cache: Any, past: int) -> None:
     """Errors for what a sequence of changing length cannot do, before anything runs."""
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None):
             raise ValueError(f"{name}=True: pruned layers differ in length; detach first, or read handle.last")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        raise ValueError("a pruned model takes a 2-D attention mask (batch, length); drop custom 4-D masks")
     if getattr(cache, "is_compileable", False):
         raise ValueError(f"{type(cache).__name__} has one length for all layers; use cache_implementation='dynamic'")
     if past:
@@ -108,98 +116,51 @@ def _refuse(kwargs: dict[str, Any], mask: Any, cache: Any, past: int) -> None:
 
 class _Prefill:
     def __init__(
-        self,
-        lm: Any,
-        state: State,
-        pending: Pending,
-        cache: Any,
-        mask: Tensor | None,
-        position_ids: Tensor | None,
-        hidden: Tensor,
+        self, lm: Any, state: State, pending: Pending, prompt: Prompt, cache: Any, mask: Tensor | None, hidden: Tensor
     ) -> None:
         self.lm, self.state, self.method, self.cache = lm, state, state.method, cache
-        batch, length = hidden.shape[:2]
-        device = hidden.device
-        visual = pending.visual.to(device)
-        source = None if pending.source is None else pending.source.to(device)
-        if visual.shape[0] != batch and batch % visual.shape[0] == 0:  # beams repeat the spliced embeddings
-            times = batch // visual.shape[0]
-            visual = visual.repeat_interleave(times, 0)
-            source = None if source is None else source.repeat_interleave(times, 0)
-        if visual.shape != (batch, length):
-            raise ValueError(f"pictures were spliced into {tuple(visual.shape)} tokens, not {(batch, length)}")
-        self.hidden = hidden
-        self.valid = torch.ones_like(visual) if mask is None else mask[:, -length:].to(device).bool()
-        self.visual = visual & self.valid
-        self.mask2d: Tensor | None = mask
+        self.hidden, length = hidden, hidden.shape[1]
+        self.visual, self.valid, self.positions = prompt.visual, prompt.valid, prompt.positions
+        self.n_visual, self.counts, self.n_text = prompt.n_visual, prompt.counts, prompt.n_text
         self.ids = original_ids(self.visual)
-        if position_ids is None:  # as the stock forward numbers them, padding included
-            position_ids = torch.arange(length, device=device)[None]
-        self.positions = position_ids.to(device).long().expand(batch, -1)
-        gaps, top = self._read_lengths()
-        if all(n + c == length for n, c in zip(self.n_visual, self.counts, strict=True)):
-            self.mask2d = mask = None  # no padding: backends may take their causal fast path
-        cut, before = pending.cut, self.n_visual
-        self.carried = carry(pending, self.visual, source, max(self.n_visual))
+        self.mask2d = mask = None if prompt.full else mask  # without padding backends may take their causal path
+        self.causal: Tensor | None = None
+        self.carried = carry(pending, self.visual, prompt.source, max(self.n_visual))
         self.trace = Trace()
         base = (self.positions.masked_fill(~self.valid, -1)).amax(1, keepdim=True) + 1
         self.origin = base - self.valid.sum(1, keepdim=True)  # (B, 1) where numbering begins: padding, as a rule
         self.request = Request([Stage(0, mask, length)], length, base[None])
-        if cut is not None:
-            self._replace(cut, source)
-        elif gaps and type(self.method).cut is not Method.cut:
-            self._drop(self.visual)
-        top += max(0, *(n - b for n, b in zip(self.n_visual, before, strict=True)))  # PruMerge+ can send one row more
-        self.table = lm.rotary_emb(hidden, torch.arange(top, device=device)[None])
+        if pending.cut is not None:
+            self._replace(pending.cut, prompt)
+        elif prompt.gaps and type(self.method).cut is not Method.cut:
+            self._drop(self.visual, self.n_visual)
+        more = (n - b for n, b in zip(self.n_visual, prompt.n_visual, strict=True))  # PruMerge+ can send one row more
+        self.table = lm.rotary_emb(hidden, torch.arange(prompt.top + max(0, *more), device=hidden.device)[None])
         self.text = self._voters()
-
-    def _read_lengths(self) -> tuple[bool, int]:
-        """Host integers of the request, in one read: visual tokens and other live rows of each sample, text after.
-
-        Returns:
-            (whether padding stands anywhere but at the left end, the largest position + 1).
-        """
-        after = self._after().sum(1)
-        gap = (self.valid[:, :-1] & ~self.valid[:, 1:]).any(1)
-        top = self.positions.amax(1) + 1
-        table = torch.stack([self.visual.sum(1), (self.valid & ~self.visual).sum(1), after, gap, top], 1).tolist()
-        self.n_visual = tuple(row[0] for row in table)
-        self.counts = tuple(row[1] for row in table)
-        self.n_text = max(1, *(row[2] for row in table))
-        return any(row[3] for row in table), max(row[4] for row in table)
-
-    def _after(self) -> Tensor:
-        """(B, L) bool: live rows after the last visual token of a sample that has one."""
-        places = torch.arange(1, self.visual.shape[1] + 1, device=self.visual.device)
-        last = (self.visual * places).amax(1, keepdim=True)  # (B, 1), 1-based, 0 without picture
-        return self.valid & (places > last) & (last > 0)
 
     def _voters(self) -> Tensor:
         """(B, R) bool, see Spans.text; samples are aligned at the right end by now."""
-        text = self._after()[:, -self.n_text :]
+        text = behind(self.visual, self.valid)[:, -self.n_text :]
         alone = self.visual.any(1) & ~text.any(1)
         text[:, -1] |= alone
         return text
 
-    def _drop(self, live: Tensor) -> None:
-        """Visual rows that are not `live` leave before the first layer; the rest is right-aligned."""
-        kept = self.visual & live
-        left = kept.sum(1).tolist()
-        cut = assemble(kept, self.visual, self.valid, [c + n for c, n in zip(self.counts, left, strict=True)])
-        self._apply(-1, cut)
-        self.n_visual = tuple(left)
+    def _drop(self, live: Tensor, left: tuple[int, ...]) -> None:
+        """Visual rows that are not `live` leave before the first layer, `left` stay; the rest is right-aligned."""
+        lengths = [c + n for c, n in zip(self.counts, left, strict=True)]
+        self._apply(-1, assemble(self.visual & live, self.visual, self.valid, lengths))
+        self.n_visual = left
 
-    def _replace(self, cut: Rows, source: Tensor | None) -> None:
+    def _replace(self, cut: Rows, prompt: Prompt) -> None:
         """The vision side's rows take the places of the pictures."""
-        if source is None:
+        if prompt.source is None:
             raise ValueError("a vision-side method needs to know which patch is behind which token")
         embeds = cut.embeds.to(self.hidden.device, self.hidden.dtype).flatten(0, 1)
-        if cut.packed:
-            row, live = in_place(cut, source)
-            self.hidden = torch.where((row >= 0)[..., None], embeds[row.clamp(min=0)], self.hidden)
-            self._drop(live)
+        if prompt.row is not None and prompt.live is not None:
+            self.hidden = torch.where((prompt.row >= 0)[..., None], embeds[prompt.row.clamp(min=0)], self.hidden)
+            self._drop(prompt.live, prompt.left)
         else:
-            rows = lay_out(cut, self.visual, source)
+            rows = lay_out(cut, self.visual, prompt.source, prompt.columns, prompt.ids)
             lengths = [c + n for c, n in zip(self.counts, rows.counts, strict=True)]
             none, places = torch.zeros_like(self.visual), self._places(rows.ids)
             given = embeds[rows.index]  # (B, C, D)
@@ -237,8 +198,17 @@ class _Prefill:
         )
 
     def _mask(self, layer: int) -> Any:
-        if self.mask2d is None and self.lm.config._attn_implementation in CAUSAL:
+        """What `create_causal_mask` makes; where a backend takes that as it is, without its look at the values."""
+        backend = self.lm.config._attn_implementation
+        if backend in CAUSAL and self.mask2d is None:
             return None
+        if backend == "flash_attention_2":
+            return self.valid
+        if backend == "sdpa":
+            n = self.valid.shape[1]
+            if self.causal is None or self.causal.shape[0] < n:
+                self.causal = torch.ones(n, n, dtype=torch.bool, device=self.valid.device).tril()
+            return self.causal[:n, :n] & self.valid[:, None, None]
         return create_causal_mask(
             config=self.lm.config,
             inputs_embeds=self.hidden,

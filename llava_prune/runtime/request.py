@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -107,7 +107,25 @@ class Vision:
 
 
 PENDING: ContextVar[Pending | None] = ContextVar("llava_prune_pending", default=None)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Prompts whose ids are known on the host, padded on the left.
+
+    Attributes:
+        rows: token ids of each prompt.
+        image: the id that stands for a picture.
+        patches: visual tokens of a picture.
+    """
+
+    rows: Sequence[Sequence[int]]
+    image: int
+    patches: int
+
+
 VISION: ContextVar[Vision | None] = ContextVar("llava_prune_vision", default=None)
+PROMPTS: ContextVar[Known | None] = ContextVar("llava_prune_prompts", default=None)
 SIZES: ContextVar[list[tuple[int, int]] | None] = ContextVar("llava_prune_sizes", default=None)
 
 

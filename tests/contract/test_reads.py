@@ -1,10 +1,11 @@
-"""What a pruned prefill reads from the device: two small tables, however many layers there are, and no `nonzero`."""
+"""What a pruned request reads from the device: counts for every method, however many layers there are."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,9 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_prune
 from tests import models
+from tests.contract.settings import NAMES, setting
 
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
-SEARCHES = ("aten.nonzero", "masked_select", "unique", "_local_scalar_dense")
+SEARCHES = ("aten.nonzero", "masked_select", "unique")
+PROMPT = "prompt.py:_read"
+"""Lengths of the request, before the first layer; `Loaded.generate` knows them already."""
+BEYOND = {
+    "autoprune": ["autoprune.py:_plan"],  # the mutual informations, after layer 1
+    "autoprune-flash": ["autoprune.py:_plan"],
+    "prumerge+": ["prumerge.py:choose"],  # how many outliers are grid points as well
+}
+"""What methods read besides; nothing where there is no line."""
+CASES = [(name, setting(name).hyper, BEYOND.get(name, [])) for name in NAMES] + [
+    ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
+    ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
+    ("visionzip+autoprune", {"tokens": 6}, ["autoprune.py:_plan"]),
+    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["sparsevlm.py:_ranked"] * 3),
+]
 
 
 class _Searches(TorchDispatchMode):
@@ -35,7 +51,7 @@ class _Searches(TorchDispatchMode):
 
 @contextmanager
 def reads() -> Iterator[list[str]]:
-    """Reads of tensors in the block, as the innermost function of ours or theirs that made them."""
+    """Reads of tensors in the block, as the path and function that made them."""
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in READS:
@@ -43,59 +59,141 @@ def reads() -> Iterator[list[str]]:
 
             def read(self: Any, *args: Any, _stock: Any = stock, **kwargs: Any) -> Any:
                 frame = traceback.extract_stack(limit=2)[0]
-                found.append(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.name}")
+                found.append(f"{frame.filename}:{frame.name}")
                 return _stock(self, *args, **kwargs)
 
             patch.setattr(torch.Tensor, name, read)
         yield found
 
 
-def batch(model: Any) -> dict[str, Any]:
-    """Two samples of unequal length."""
-    return models.inputs(model, [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pictures(2))
+def short(found: list[str]) -> list[str]:
+    """File and function, without those that only meet tensors of the host: the budget search and the answer itself."""
+    names = [x.rsplit("/", 1)[-1] for x in found]
+    return sorted(x for x in names if not x.startswith(("budget.py:", "layout.py:_orders", "load.py:generate")))
 
 
-def count(model: Any, given: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(reads, searches) while the language model works on a prefill."""
-    lm, found, searches = models.language_model(model), [], _Searches()
+def ours(found: list[str]) -> list[str]:
+    """Reads that the package itself makes; haotian-liu/LLaVA's splice makes many of its own."""
+    return short([x for x in found if "/llava_prune/" in x])
+
+
+@dataclass
+class Watch:
+    """Reads and searches of a block.
+
+    Attributes:
+        found: all reads.
+        within: reads by anybody while the language model works.
+        searches: the same of searches.
+        calls: how often it worked.
+    """
+
+    found: list[str]
+    within: list[str] = field(default_factory=list)
+    searches: list[str] = field(default_factory=list)
+    calls: int = 0
+
+
+@contextmanager
+def watching(model: Any, new: bool = False) -> Iterator[Watch]:
+    """Watch the block, and the language model on prompts in it, or on new tokens."""
+    lm, mode = models.language_model(model), _Searches()
     open_blocks: list[Any] = []
 
-    def enter(*_: Any) -> None:
-        for block in (reads(), searches):
-            open_blocks.append(block)
-            got = block.__enter__()
-            if isinstance(got, list):
-                found.append(got)
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        given = kwargs.get("inputs_embeds")
+        length = (kwargs["input_ids"] if given is None else given).shape[1]
+        if (length == 1) == new:
+            watch.calls += 1
+            open_blocks.append(len(watch.found))
+            mode.__enter__()
 
     def leave(*_: Any) -> None:
-        while open_blocks:
-            open_blocks.pop().__exit__(None, None, None)
+        if open_blocks:
+            watch.within += watch.found[open_blocks.pop() :]
+            mode.__exit__(None, None, None)
 
-    hooks = [lm.register_forward_pre_hook(enter), lm.register_forward_hook(leave)]
+    hooks = [lm.register_forward_pre_hook(enter, with_kwargs=True), lm.register_forward_hook(leave)]
     try:
-        with torch.inference_mode():
-            model(**given, use_cache=True)
+        with reads() as found:
+            watch = Watch(found, searches=mode.found)
+            yield watch
     finally:
         leave()
         for hook in hooks:
             hook.remove()
-    return found[0], searches.found
+    assert watch.calls, "the language model never ran"
 
 
-@pytest.mark.parametrize("method", ["autoprune", "autoprune-flash"])
-@pytest.mark.parametrize("samples", [1, 2])
-def test_two_reads_a_prefill(method: str, samples: int, tiny: Any) -> None:
-    """The lengths of the request before the first layer, and the mutual information in layer 1."""
-    given = batch(tiny) if samples == 2 else models.inputs(tiny, [models.prompt(5, 9)], models.pictures(1))
-    with llava_prune.pruned(tiny, method, tokens=10) as handle:
-        found, searches = count(tiny, given)
-    # transformers may look whether a mask hides anything; the budget search reads tensors of its own, on the host
-    found = [x for x in found if not x.startswith("budget.py")]
-    ours = [x for x in found if not x.startswith("masking_utils")]
-    assert ours == ["loop.py:_read_lengths", "autoprune.py:_plan"]
-    assert samples == 2 or found == ours
-    assert [x for x in searches if "_local_scalar_dense" not in x] == []
-    assert int(handle.last.tokens_out[0, -1]) < 36
+ROWS = [models.prompt(5, 9), models.prompt(3, 6, seed=1)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
+@pytest.mark.parametrize(("name", "hyper", "beyond"), CASES, ids=[f"{n}-{'-'.join(h)}" for n, h, _ in CASES])
+def test_reads_of_a_prefill(name: str, hyper: Any, beyond: list[str], known: bool, tiny: Any) -> None:
+    """Two samples of unequal length. From `Loaded.generate` at most the method's own read, from tensors one more."""
+    with llava_prune.pruned(tiny, name, **hyper) as handle, watching(tiny) as seen:
+        if known:
+            models.loaded(tiny).generate(ROWS, models.pictures(2), max_new_tokens=1)
+        else:
+            with torch.inference_mode():
+                tiny(**models.inputs(tiny, ROWS, models.pictures(2)), use_cache=True)
+    assert ours(seen.found) == sorted(beyond + ([] if known else [PROMPT]))
+    in_layers = [x for x in beyond if not x.startswith("prumerge")]
+    assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
+    assert seen.searches == [] and seen.calls == 1
+    assert handle.last is not None and int(handle.last.tokens_in[0, -1]) <= 36
+
+
+@pytest.mark.parametrize("name", ["autoprune", "pdrop", "visionzip", "random"])
+def test_a_new_token_reads_nothing(name: str, tiny: Any) -> None:
+    """Samples of a batch keep different counts, so every stage has a mask."""
+    with llava_prune.pruned(tiny, name, **setting(name).hyper), watching(tiny, new=True) as seen:
+        models.loaded(tiny).generate(ROWS, models.pictures(2), max_new_tokens=4)
+    assert seen.within == [] and seen.searches == [] and seen.calls == 3
+
+
+@pytest.mark.parametrize("name", ["autoprune", "visionzip", "prumerge"])
+@pytest.mark.parametrize("family", ["next", "llava"])
+def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) -> None:
+    """Rows of crops are ordered on a canvas, which takes the patches behind them: in the same read."""
+    model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
+    size = (2 * models.SIDE, models.SIDE)
+    given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
+    with llava_prune.pruned(model, name, tokens=30), reads() as found, torch.inference_mode():
+        model(**given, use_cache=True)
+    assert ours(found) == sorted([PROMPT, *BEYOND.get(name, [])])
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
+def test_beams_and_blank_pictures(known: bool, tiny: Any) -> None:
+    """What `Loaded.generate` says of the prompts is what the device would have said."""
+    from llava_prune.runtime import loop, prompt
+    from llava_prune.runtime.request import PROMPTS
+
+    rows = [models.prompt(4, 3), [1, 9, 8, 7], models.prompt(2, 6, images=2, seed=2)]
+    seen = []
+    stock = prompt.read_prompt
+
+    def spy(*args: Any) -> Any:
+        out = stock(*args)
+        token = PROMPTS.set(None)
+        try:
+            again = stock(*args)
+        finally:
+            PROMPTS.reset(token)
+        fields = ("n_visual", "counts", "n_text", "gaps")
+        seen.append([[getattr(x, f) for f in fields] + [[list(c) for c in x.columns]] for x in (out, again)])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, llava_prune.pruned(tiny, "visionzip", tokens=12):
+        patch.setattr(loop, "read_prompt", spy)
+        if known:
+            models.loaded(tiny).generate(rows, models.pictures(3), max_new_tokens=2, num_beams=2)
+        else:
+            models.generate(tiny, models.inputs(tiny, rows, models.pictures(3)), num_beams=2)
+    assert len(seen) == 1 and seen[0][0] == seen[0][1]
+    assert seen[0][0][0] in ((36, 0, 72), (36, 36, 0, 0, 72, 72))
 
 
 def test_the_counter_counts() -> None:
