@@ -37,6 +37,7 @@ class Settings:
         batch: samples at once; None by free memory.
         out: folder of the results; None for playground/results/<task>/<model>.
         limit: only the first so many questions.
+        max_new_tokens: limit of an answer; None for the benchmark's own.
         seed: of sampling and of methods that draw.
         method_args: hyper-parameters for every method that has them.
         reference: run the unpruned model as well.
@@ -56,6 +57,7 @@ class Settings:
     attn: str | None = None
     out: str | None = None
     limit: int | None = None
+    max_new_tokens: int | None = None
     seed: int = 0
     method_args: dict[str, Any] = field(default_factory=dict)
     reference: bool = True

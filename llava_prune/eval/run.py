@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,6 +147,8 @@ def evaluate(
         OSError: when the disk is full or not writable.
     """
     bench_task = load_task(task or settings.task)
+    if settings.max_new_tokens is not None:
+        bench_task = dataclasses.replace(bench_task, max_new_tokens=settings.max_new_tokens)
     runs = plan_runs(settings)
     files = read_files(bench_task, settings)
     part = chunk_of(len(files.questions), settings.num_chunks, settings.chunk_idx)

@@ -1,0 +1,314 @@
+"""Questions per second of whole evaluations, beside LLaVA's own program on the same model, questions and process.
+
+python -m llava_prune.eval.rate --batch 1,8,auto --tokens 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..bench.latency import quartiles
+from .answers import ANSWERS, SETTINGS
+from .asking import load_model
+from .plan import DATA, TINY, Settings, plan_runs
+from .run import evaluate, read_files
+from .task import Task, load_task
+
+LOADER = "llava.eval.model_vqa_loader"
+WARMUP = 8
+"""Questions of the round that does not count."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is timed: a method at a batch size (None: auto), or LLaVA's own program (`method` "")."""
+
+    method: str
+    batch: int | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, batch {self.batch or 'auto'}" if self.method else LOADER
+
+
+@contextlib.contextmanager
+def _for_cpu(model: Any) -> Iterator[Any]:
+    """A model for LLaVA's program, which names CUDA and float16: its tensors go where the model is.
+
+    Outside `generate` Tensor.to is replaced, inside it is the stock one, so that nothing is slowed down.
+    """
+    stock, parameter = torch.Tensor.to, next(model.parameters())
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = parameter.device
+        if kwargs.get("dtype") is torch.float16:
+            kwargs["dtype"] = parameter.dtype
+        return stock(self, *args, **kwargs)
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(torch.Tensor, "to", stock):
+            return model.generate(*args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "to", to):
+        yield SimpleNamespace(config=model.config, generate=generate)
+
+
+def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: int) -> float:
+    """Seconds that LLaVA's own program takes for a question file, its loading of the model left out.
+
+    Args:
+        loaded: of family "llava", unpruned.
+        questions: JSON lines with question_id, image and text.
+        images: folder of the pictures.
+        answers: file to write.
+        new: limit of new tokens.
+
+    Raises:
+        ValueError: when package llava is not installed or the model is of the other family.
+    """
+    if loaded.family != "llava":
+        raise ValueError("LLaVA's own program needs its own classes: give a checkpoint in its format, family='llava'")
+    try:
+        import llava.eval.model_vqa_loader as program
+    except ImportError as error:
+        raise ValueError(f"{LOADER}: package llava is not installed ({error})") from error
+    args = SimpleNamespace(
+        model_path=loaded.path,
+        model_base=None,
+        image_folder=str(images),
+        question_file=str(questions),
+        answers_file=str(answers),
+        conv_mode="vicuna_v1",
+        num_chunks=1,
+        chunk_idx=0,
+        temperature=0,
+        top_p=None,
+        num_beams=1,
+        max_new_tokens=new,
+    )
+    with contextlib.ExitStack() as stack:
+        model = loaded.model
+        if model.device.type != "cuda":
+            model = stack.enter_context(_for_cpu(model))
+        found = loaded.tokenizer, model, loaded.image_processor, 2048
+        stack.enter_context(mock.patch.object(program, "load_pretrained_model", lambda *_: found))
+        stack.enter_context(mock.patch.object(program, "args", args, create=True))  # its data set reads the global
+        stack.enter_context(mock.patch.object(program, "disable_torch_init", lambda: None))
+        start = time.perf_counter()
+        program.eval_model(args)
+        return time.perf_counter() - start
+
+
+class Rate:
+    """Times arms on the first questions of a benchmark with one loaded model.
+
+    Attributes:
+        texts: arm label -> answers of its last round, in question order.
+        batch: arm label -> batch size at the end, also where it was chosen.
+    """
+
+    def __init__(self, settings: Settings, loaded: Any, folder: Path) -> None:
+        self.settings, self.loaded, self.folder = settings, loaded, folder
+        self.task: Task = load_task(settings.task)
+        self.files = read_files(self.task, settings)
+        self.texts: dict[str, list[str]] = {}
+        self.batch: dict[str, int] = {}
+
+    def seconds(self, arm: Arm, limit: int | None) -> float:
+        """Seconds of one evaluation: from question file to answer file, scores included, loading left out."""
+        return self._ours(arm, limit) if arm.method else self._theirs(limit)
+
+    def _ours(self, arm: Arm, limit: int | None) -> float:
+        out = self.folder / arm.label.replace(", ", "-").replace(" ", "-")
+        mine = {"methods": (arm.method,), "batch": arm.batch, "out": str(out), "limit": limit}
+        settings = replace(self.settings, **mine, reference=False, restart=True)
+        start = time.perf_counter()
+        evaluate(settings, loaded=self.loaded)
+        took = time.perf_counter() - start
+        (run,) = plan_runs(settings)
+        self.batch[arm.label] = json.loads((out / run.label / SETTINGS).read_text(encoding="utf-8"))["batch"]
+        self.texts[arm.label] = _texts(out / run.label / ANSWERS)
+        return took
+
+    def _theirs(self, limit: int | None) -> float:
+        asked, answers = self.folder / "questions.jsonl", self.folder / "loader" / "answers.jsonl"
+        rows = [
+            {"question_id": q.id, "image": q.image, "text": q.text} for q in self.files.questions[:limit] if q.image
+        ]
+        asked.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        images = self.files.sources.find("images")
+        if images is None:
+            raise ValueError(f"{self.task.name} has no folder of pictures, which {LOADER} needs")
+        new = self.settings.max_new_tokens or self.task.max_new_tokens
+        took = ask_llava(self.loaded, asked, images, answers, new)
+        self.texts[LOADER], self.batch[LOADER] = _texts(answers), 1
+        return took
+
+
+def _texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:
+    """Every arm once a round, in turn, after a short round that does not count.
+
+    Args:
+        settings: model, data, one budget, limit of questions.
+        arms: what is timed.
+        repeats: rounds.
+        loaded: a model that is loaded already.
+
+    Returns:
+        {"machine", "model", "questions", "repeats", "rows"}; a row has the arm, its batch size, quartiles of questions
+        per second and of the ratio to LLaVA's program within a round, and the share of answers equal to that program's
+        and to the first arm's.
+
+    Raises:
+        ValueError: for bad settings, see `evaluate` and `ask_llava`.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: give 1 or more")
+    loaded = loaded or load_model(settings)
+    parameter = next(loaded.model.parameters())
+    took: dict[str, list[float]] = {arm.label: [] for arm in arms}
+    with tempfile.TemporaryDirectory() as place:
+        rate = Rate(settings, loaded, Path(place))
+        count = len(rate.files.questions)
+        for i in range(repeats + 1):
+            for arm in arms:
+                seconds = rate.seconds(arm, settings.limit if i else min(WARMUP, count))
+                if i:
+                    took[arm.label].append(seconds)
+    rows = []
+    for arm in arms:
+        mine = took[arm.label]
+        row: dict[str, Any] = {
+            "arm": arm.label,
+            "method": arm.method or None,
+            "tokens": settings.tokens[0] if arm.method not in ("", "full") else None,
+            "batch": rate.batch[arm.label],
+            "per_second": quartiles([count / s for s in mine]),
+            "same_answers": {"first": _same(rate.texts, arm.label, arms[0].label)},
+        }
+        if LOADER in took:
+            row["times_llava"] = quartiles([b / a for a, b in zip(mine, took[LOADER], strict=True)])
+            row["same_answers"]["llava"] = _same(rate.texts, arm.label, LOADER)
+        rows.append(row)
+    machine = {
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return {"machine": machine, "model": settings.model, "questions": count, "repeats": repeats, "rows": rows}
+
+
+def _same(texts: dict[str, list[str]], a: str, b: str) -> float:
+    return sum(x == y for x, y in zip(texts[a], texts[b], strict=True)) / len(texts[a])
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for a terminal."""
+    machine = result["machine"]
+    out = Table(
+        title=f"questions per second, {result['questions']} questions, {machine['device']}, {machine['dtype']}, "
+        f"{machine['threads']} threads",
+        caption="question file to answer file, loading left out; medians, quartiles in brackets",
+    )
+    for name in ("run", "batch", "per second", "x LLaVA's program", "same answers, %"):
+        out.add_column(name, justify="left" if name == "run" else "right")
+    for r in result["rows"]:
+        rate, times = r["per_second"], r.get("times_llava")
+        label = r["arm"] + (f", {r['tokens']} tokens" if r["tokens"] else "")
+        same = r["same_answers"].get("llava", r["same_answers"]["first"])
+        out.add_row(
+            label,
+            str(r["batch"]),
+            f"{rate['median']:.2f} [{rate['q1']:.2f}, {rate['q3']:.2f}]",
+            "-" if times is None else f"{times['median']:.2f} [{times['q1']:.2f}, {times['q3']:.2f}]",
+            f"{100 * same:.1f}",
+        )
+    return out
+
+
+def _batches(text: str) -> list[int | None]:
+    parts = [p.strip() for p in text.split(",") if p.strip()]
+    if not parts or any(p != "auto" and not (p.isdecimal() and int(p)) for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no batch size or list such as 1,8,auto")
+    return [None if p == "auto" else int(p) for p in parts]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    env = os.environ.get
+    parser = argparse.ArgumentParser(prog="llava_prune.eval.rate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--task", default=env("TASK") or "gqa")
+    parser.add_argument("--model", default=env("MODEL") or TINY, help=f"in LLaVA's format (default {TINY})")
+    parser.add_argument("--data", default=env("DATA") or DATA)
+    parser.add_argument("--method", default=env("METHOD") or "full,autoprune", help="list (default full,autoprune)")
+    parser.add_argument("--tokens", type=int, default=int(env("TOKENS") or 64), help="budget (default 64)")
+    parser.add_argument("--batch", type=_batches, default=_batches(env("BATCH") or "1,8,auto"))
+    parser.add_argument("--limit", type=int, default=int(env("LIMIT") or 0) or None, help="first so many questions")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="limit of an answer (default the task's)")
+    parser.add_argument("--repeats", type=int, default=int(env("REPEATS") or 3), help="rounds (default 3)")
+    parser.add_argument("--device", default=env("DEVICE") or None)
+    parser.add_argument("--dtype", default=env("DTYPE") or None)
+    parser.add_argument("--threads", type=int, default=int(env("THREADS") or 0) or None, help="of the CPU")
+    parser.add_argument("--no-llava", action="store_true", help=f"leave out {LOADER}")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    arms = [Arm(m.strip(), b) for b in args.batch for m in args.method.split(",") if m.strip()]
+    settings = Settings(
+        task=args.task,
+        model=args.model,
+        tokens=(args.tokens,),
+        data=args.data,
+        family="auto" if args.no_llava else "llava",
+        device=args.device,
+        dtype=args.dtype,
+        limit=args.limit,
+        max_new_tokens=args.max_new_tokens,
+    )
+    try:
+        result = measure(settings, arms if args.no_llava else [*arms, Arm("")], args.repeats)
+    except ValueError as error:
+        Console(stderr=True).print(f"rate: {error}", markup=False, soft_wrap=True)
+        return 1
+    result = {"command": shlex.join(["python", "-m", "llava_prune.eval.rate", *argv]), **result}
+    text = json.dumps(result, indent=2) + "\n"
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+    if args.json:
+        sys.stdout.write(text)
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""Questions per second: ours and LLaVA's own program on the same model and questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava_prune.eval import rate
+from llava_prune.eval.plan import Settings
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: Any) -> tuple[dict[str, Any], Path]:
+    """Three questions, one round; what was written, and its file."""
+    pytest.importorskip("llava")
+    out = tmp_path_factory.mktemp("rate") / "sub" / "rate.json"
+    args = ["--limit", "3", "--batch", "2,auto", "--method", "full,autoprune", "--repeats", "1", "--dtype", "float32"]
+    stock = torch.Tensor.to
+    assert rate.main([*args, "--out", str(out)]) == 0
+    assert torch.Tensor.to is stock
+    return json.loads(out.read_text()), out
+
+
+def test_rows(result: Any) -> None:
+    found, _ = result
+    arms = ["full, batch 2", "autoprune, batch 2", "full, batch auto", "autoprune, batch auto", rate.LOADER]
+    assert [r["arm"] for r in found["rows"]] == arms and found["questions"] == 3
+    assert [r["tokens"] for r in found["rows"]] == [None, 64, None, 64, None]
+    assert [r["batch"] for r in found["rows"]][:2] == [2, 2] and found["rows"][4]["batch"] == 1
+    assert all(1 <= r["batch"] <= 16 for r in found["rows"]), "auto leaves the size it chose"
+    theirs = found["rows"][4]["per_second"]["median"]
+    for row in found["rows"]:
+        assert row["times_llava"]["median"] == pytest.approx(row["per_second"]["median"] / theirs)
+    assert found["command"].startswith("python -m llava_prune.eval.rate --limit 3")
+
+
+def test_the_same_questions_get_the_same_answers(result: Any) -> None:
+    """LLaVA's program really answered: the unpruned model says the same through it."""
+    same = [r["same_answers"] for r in result[0]["rows"]]
+    assert same[0] == {"first": 1.0, "llava": 1.0} and same[4] == {"first": 1.0, "llava": 1.0}
+
+
+def test_table(result: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(rate.table(result[0]))
+    text = console.export_text()
+    assert "autoprune, batch 2, 64 tokens" in text and rate.LOADER in text
+    assert f"{result[0]['rows'][0]['per_second']['median']:.2f}" in text
+
+
+def test_arms_take_turns(monkeypatch: Any, tmp_path: Path) -> None:
+    """A short round first, then every arm once a round."""
+    seen: list[tuple[str, int | None]] = []
+
+    def seconds(self: Any, arm: rate.Arm, limit: int | None) -> float:
+        seen.append((arm.label, limit))
+        self.texts[arm.label], self.batch[arm.label] = ["yes"] * 400, arm.batch or 1
+        return 2.0 if arm.method else 8.0
+
+    monkeypatch.setattr(rate.Rate, "seconds", seconds)
+    weight = torch.nn.Linear(1, 1)
+    loaded = type("Loaded", (), {"model": weight})()
+    found = rate.measure(Settings(), [rate.Arm("full", 8), rate.Arm("")], 2, loaded)
+    assert seen == [("full, batch 8", 8), (rate.LOADER, 8)] + [("full, batch 8", None), (rate.LOADER, None)] * 2
+    assert found["rows"][0]["per_second"]["median"] == 200 and found["rows"][0]["times_llava"]["q1"] == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--repeats", "0"], "repeats=0"), (["--model", "no/such/model/here"], "no such checkpoint")],
+)
+def test_refused(args: list[str], message: str, capsys: Any) -> None:
+    assert rate.main(args) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_batches() -> None:
+    import argparse
+
+    assert rate._batches("1,8,auto") == [1, 8, None]
+    for text in ("", "0", "a", "1,-2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="batch size"):
+            rate._batches(text)
