@@ -8,13 +8,22 @@ from typing import Any
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw a result of `speed`: a panel for each batch size and prompt length, a point for each method and budget.
-
-    Points on the dashed line follow their FLOPs; bars are the quartiles of the paired ratios.
+    """`draw` into a file.
 
     Args:
         result: what `speed` returned or bench.json holds.
-        path: file, .png, .svg or .pdf.
+        path: .png, .svg or .pdf.
+
+    Raises:
+        ValueError: when matplotlib is not installed.
+    """
+    draw(result).savefig(path, dpi=150)
+
+
+def draw(result: Mapping[str, Any]) -> Any:
+    """A result of `speed` as a figure: a panel for each batch size and prompt length, a point for each budget.
+
+    Points on the dashed line follow their FLOPs; bars are the quartiles of the paired ratios.
 
     Raises:
         ValueError: when matplotlib is not installed.
@@ -48,4 +57,4 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.legend(fontsize=7)
     machine = result["machine"]
     figure.suptitle(f"{machine['device']}, {machine['dtype']}", fontsize=9)
-    figure.savefig(path, dpi=150)
+    return figure

@@ -152,9 +152,9 @@ def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
         return score[:, : counts[0]].topk(clusters[0], dim=1).indices
     centre = torch.full((score.shape[0], max(max(clusters), 1)), size, dtype=torch.long, device=score.device)
     for q, c in sorted({(q, c) for q, c in zip(counts, clusters, strict=True) if c}):
-        alike = [b for b, pair in enumerate(zip(counts, clusters, strict=True)) if pair == (q, c)]
-        best = score[alike, :q].topk(c, dim=1).indices
-        centre[alike, :c] = best
+        alike = sent([b for b, pair in enumerate(zip(counts, clusters, strict=True)) if pair == (q, c)], score)
+        best = score.index_select(0, alike)[:, :q].topk(c, dim=1).indices
+        centre[:, :c].index_copy_(0, alike, best)
     return centre
 
 

@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     env = os.environ.get
-    parser = argparse.ArgumentParser(prog="llava_prune.eval.rate", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="llava_prune.eval.rate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", default=env("TASK") or "gqa")
     parser.add_argument("--model", default=env("MODEL") or TINY, help=f"in LLaVA's format (default {TINY})")
     parser.add_argument("--data", default=env("DATA") or DATA)
@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=int(env("REPEATS") or 3), help="rounds (default 3)")
     parser.add_argument("--device", default=env("DEVICE") or None)
     parser.add_argument("--dtype", default=env("DTYPE") or None)
+    parser.add_argument("--attn", default=env("ATTN") or None, help="eager, sdpa or flash_attention_2")
     parser.add_argument("--threads", type=int, default=int(env("THREADS") or 0) or None, help="of the CPU")
     parser.add_argument("--no-llava", action="store_true", help=f"leave out {LOADER}")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
@@ -290,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         family="auto" if args.no_llava else "llava",
         device=args.device,
         dtype=args.dtype,
+        attn=args.attn,
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
     )

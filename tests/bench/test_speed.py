@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llava_prune.bench.floor import Machine, decode_floor, prefill_floor
 from llava_prune.bench.flops import Size
 from llava_prune.bench.latency import alternate, probing, quartiles, stages
 from llava_prune.bench.memory import Peak
-from llava_prune.bench.plot import plot
+from llava_prune.bench.plot import draw, plot
 from llava_prune.bench.request import request
 from llava_prune.bench.speed import Settings, speed
 from llava_prune.cli import main
@@ -90,9 +91,39 @@ def test_profile_writes_traces(result: Any) -> None:
 
 
 def test_plot(result: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot(result[0], tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    """The command drew one too; other endings of the file make other formats."""
+    for path in (result[1] / "bench.png", tmp_path / "again.png"):
+        if path.parent == tmp_path:
+            plot(result[0], path)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    plot(result[0], tmp_path / "bench.svg")
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+
+
+def test_the_plot_shows_the_rows(result: Any) -> None:
+    """One panel a batch size; a point for each method and budget; rows that failed are left out."""
+    rows = result[0]["rows"]
+    more = [*rows, {**rows[0], "batch": 8}, {**rows[0], "batch": 8, "tokens": 32, "error": "out of memory"}]
+    figure = draw({**result[0], "rows": more})
+    first, second = figure.axes
+    for axes, shown in ((first, rows), (second, rows[:1])):
+        lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
+        assert lines == {
+            r["method"]: [[r["flops"]["ratio"], r["stages"]["prefill"]["speedup"]["median"]]] for r in shown
+        }
+        assert [t.get_text() for t in axes.texts] == ["64"] * len(shown)
+    assert first.get_title() == "batch 1, 576 + 20 tokens" and second.get_title().startswith("batch 8")
+
+
+def test_no_plot_without_matplotlib(result: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    """The command says what to install and goes on."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install"):
+        plot(result[0], tmp_path / "bench.png")
+    assert main([*SMALL, "--method", "random", "--warmup", "0", "--no-memory", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "no plot: " in said.err and "random 64" in said.out
+    assert (tmp_path / "out" / "bench.json").is_file() and not (tmp_path / "out" / "bench.png").exists()
 
 
 def test_tables(result: Any) -> None:

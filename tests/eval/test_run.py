@@ -113,6 +113,70 @@ def test_batch_is_halved_when_memory_runs_out(data: Path, tmp_path: Path, stand_
         run.evaluate(settings(data, tmp_path / "one", batch=1))
 
 
+def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    """4, then 2, then 1 when that fails too; the next method begins with what was asked for."""
+    model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})
+    run.evaluate(settings(data, tmp_path / "out", batch=4))
+    assert [len(c) for c in model.calls] == [4, 2, *[1] * N, 4, 3]
+    assert rows(tmp_path / "out" / "full") and len(rows(tmp_path / "out" / "autoprune-4")) == N
+
+
+def test_memory_that_runs_out_in_a_layer(tiny_models: Any) -> None:
+    """The exception leaves nothing behind: the same batch in halves gives the answers it would have given."""
+    from tests import models
+
+    model = tiny_models["hf"]
+    ask = models.loaded(model).generate
+    prompts, pictures = [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pictures(2)
+    layer = models.language_model(model).layers[2]
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    with llava_prune.pruned(model, "autoprune", tokens=10):
+        want = [ask([p], pictures[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
+        hook = layer.register_forward_pre_hook(full)
+        with pytest.raises(torch.OutOfMemoryError):
+            ask(prompts, pictures, max_new_tokens=3)
+        hook.remove()
+        again = [ask([p], pictures[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
+    assert [x.tolist() for x in again] == [x.tolist() for x in want]
+
+
+def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> None:
+    """Half of what is free over the cost of a sample: a power of two, at most 16 on a CPU, at least 1."""
+    from llava_prune.eval import asking
+    from tests import models
+
+    loaded = models.loaded(tiny_models["hf"])
+    sizes = {}
+    for shift in range(16, 40):
+        monkeypatch.setattr(asking, "_free_memory", lambda free=1 << shift: free)
+        sizes[shift] = asking.auto_batch(loaded, 128)
+    assert sizes[16] == 1 and sizes[39] == 16 and set(sizes.values()) == {1, 2, 4, 8, 16}
+    assert list(sizes.values()) == sorted(sizes.values())
+    at = min(s for s, n in sizes.items() if n == 4)
+    monkeypatch.setattr(asking, "_free_memory", lambda: 1 << at)
+    assert asking.auto_batch(loaded, 2 * 128 + models.PATCHES) == 2, "prompts of twice the length, half the batch"
+
+
+def test_auto_batch_on_a_gpu(tiny_models: Any, monkeypatch: Any) -> None:
+    from types import SimpleNamespace
+
+    from llava_prune.eval import asking
+    from tests import models
+
+    loaded = models.loaded(tiny_models["hf"])
+    inner = loaded.model
+    model = SimpleNamespace(
+        device=torch.device("cuda:1"), parameters=inner.parameters, get_input_embeddings=inner.get_input_embeddings
+    )
+    card = SimpleNamespace(model=model, shape=loaded.shape, n_visual=loaded.n_visual)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (1 << 40, 1 << 41))[1])
+    assert asking.auto_batch(card, 128) == 64 and asked == [torch.device("cuda:1")]
+
+
 def test_two_writers(tmp_path: Path) -> None:
     with Answers(tmp_path, {"a": 1}), pytest.raises(ValueError, match="another run is writing"):
         Answers(tmp_path, {"a": 1})

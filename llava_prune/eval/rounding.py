@@ -1,0 +1,183 @@
+"""What rounding AutoPrune's slope does: schedules that occur, tokens kept, answers and score, on a benchmark.
+
+python -m llava_prune.eval.rounding --step 0.05 --tokens 192,128,64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import llava_prune
+
+from .asking import Bench, answer, batches, prepare
+from .plan import DATA, TINY, Run, Settings, plan_runs
+from .run import read_files
+from .task import load_task
+
+
+@dataclass
+class Seen:
+    """One run over the questions, by question number.
+
+    Attributes:
+        rows: answer rows.
+        plans: visual tokens leaving each layer.
+        kept: for each layer the kept visual tokens.
+    """
+
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    kept: dict[int, list[frozenset[int]]] = field(default_factory=dict)
+
+
+def watch(bench: Bench, run: Run) -> Seen:
+    """Put every question with a picture to the pruned model and note what it kept."""
+    seen = Seen()
+    numbers = [i for i, q in enumerate(bench.files.questions) if q.image is not None]
+    with llava_prune.pruned(bench.loaded.model, run.method) as handle:
+        for some in batches(bench, numbers):
+            rows = answer(bench, handle, some, run, bench.task.name)
+            record = handle.last
+            if record is None or record.tokens_out.shape[0] != len(some):
+                raise ValueError(f"a batch of {len(some)} ran out of memory; give a smaller BATCH")
+            kept = record.kept
+            for k, (i, row) in enumerate(zip(some, rows, strict=True)):
+                seen.rows[i], seen.plans[i] = row, tuple(record.tokens_out[k].tolist())
+                seen.kept[i] = [frozenset(x for x in layer[k].tolist() if x >= 0) for layer in kept]
+    return seen
+
+
+def overlap(a: Seen, b: Seen) -> list[float]:
+    """Mean over questions of |A & B| / |A | B| of the kept tokens, for each layer; 1 where both are empty."""
+    layers = range(len(next(iter(a.kept.values()))))
+    return [fmean(_share(a.kept[i][layer], b.kept[i][layer]) for i in a.kept) for layer in layers]
+
+
+def _share(a: frozenset[int], b: frozenset[int]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def measure(settings: Settings, step: float, loaded: Any = None) -> dict[str, Any]:
+    """Exact and rounded slopes on the same questions, at every budget.
+
+    Args:
+        settings: model, data, budgets, limit; one method with a `slope_step`.
+        step: the rounding.
+        loaded: a model that is loaded already.
+
+    Returns:
+        {"step", "questions", "rows"}; a row has the budget, distinct schedules and the figure for "exact" and
+        "rounded", the mean overlap of kept tokens over layers and its least layer, and the share of equal answers.
+
+    Raises:
+        ValueError: for bad settings, or a method without `slope_step`.
+    """
+    task = load_task(settings.task)
+    exact = plan_runs(replace(settings, reference=False))
+    given = {**settings.method_args, "slope_step": step}
+    rounded = plan_runs(replace(settings, reference=False, method_args=given))
+    torch.manual_seed(settings.seed)
+    bench = prepare(settings, task, read_files(task, settings), exact, loaded)
+    rows = []
+    with bench.loaded.remember_images([r.method for r in (*exact, *rounded)]) as bench.memo:
+        for a, b in zip(exact, rounded, strict=True):
+            one, two = watch(bench, a), watch(bench, b)
+            shares = overlap(one, two)
+            same = fmean(one.rows[i]["text"] == two.rows[i]["text"] for i in one.rows)
+            rows.append(
+                {
+                    "method": a.name,
+                    "tokens": a.tokens,
+                    "schedules": {"exact": len(set(one.plans.values())), "rounded": len(set(two.plans.values()))},
+                    "same_schedule": fmean(one.plans[i] == two.plans[i] for i in one.plans),
+                    "overlap": {"mean": fmean(shares), "least": min(shares)},
+                    "same_answers": same,
+                    "figure": {"exact": _figure(bench, one), "rounded": _figure(bench, two)},
+                }
+            )
+    return {"step": step, "model": settings.model, "questions": len(bench.rows), "rows": rows}
+
+
+def _figure(bench: Bench, seen: Seen) -> float | None:
+    rows = [seen.rows[i] for i in sorted(seen.rows)]
+    figure: float | None = bench.task.scorer.score(rows, bench.files.labels, bench.files.questions)["figure"]
+    return figure
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for a terminal."""
+    out = Table(
+        title=f"slope rounded to steps of {result['step']:g}, {result['questions']} questions",
+        caption="kept alike: kept tokens in common over kept tokens of either, mean of the layers (least layer)",
+    )
+    for name in ("run", "schedules", "rounded", "kept alike, %", "same answers, %", "figure", "rounded"):
+        out.add_column(name, justify="left" if name == "run" else "right")
+    for r in result["rows"]:
+        figures = ["-" if v is None else f"{v:.2f}" for v in r["figure"].values()]
+        out.add_row(
+            f"{r['method']} {r['tokens']}",
+            *map(str, r["schedules"].values()),
+            f"{100 * r['overlap']['mean']:.1f} ({100 * r['overlap']['least']:.1f})",
+            f"{100 * r['same_answers']:.1f}",
+            *figures,
+        )
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    env = os.environ.get
+    parser = argparse.ArgumentParser(prog="llava_prune.eval.rounding", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--step", type=float, default=float(env("STEP") or 0.05), help="default 0.05")
+    parser.add_argument("--task", default=env("TASK") or "gqa")
+    parser.add_argument("--model", default=env("MODEL") or TINY)
+    parser.add_argument("--data", default=env("DATA") or DATA)
+    parser.add_argument("--method", default=env("METHOD") or "autoprune", help="autoprune or autoprune-flash")
+    parser.add_argument("--tokens", default=env("TOKENS") or "192,128,64", help="budgets (default 192,128,64)")
+    parser.add_argument("--batch", type=int, default=int(env("BATCH") or 8), help="default 8")
+    parser.add_argument("--limit", type=int, default=int(env("LIMIT") or 0) or None, help="first so many questions")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    args = parser.parse_args(argv)
+    settings = Settings(
+        task=args.task,
+        model=args.model,
+        methods=(args.method,),
+        tokens=tuple(int(t) for t in args.tokens.split(",")),
+        data=args.data,
+        batch=args.batch,
+        limit=args.limit,
+    )
+    try:
+        result = measure(settings, args.step)
+    except ValueError as error:
+        Console(stderr=True).print(f"rounding: {error}", markup=False, soft_wrap=True)
+        return 1
+    result = {"command": shlex.join(["python", "-m", "llava_prune.eval.rounding", *argv]), **result}
+    text = json.dumps(result, indent=2) + "\n"
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+    if args.json:
+        sys.stdout.write(text)
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

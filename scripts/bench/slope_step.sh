@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# AutoPrune's slope rounded to a step against the exact slope: schedules that occur, kept tokens, answers, accuracy.
+#   STEP=0.05 METHOD=autoprune TOKENS=192,128,64 bash scripts/bench/slope_step.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+VENV="${VENV:-$PWD/.venv}"
+export VENV
+bash scripts/setup.sh
+exec "$VENV/bin/python" -m llava_prune.eval.rounding "$@"

@@ -1,0 +1,58 @@
+"""`slope_step`: few schedules, and what that does to kept tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import llava_prune
+from llava_prune.core.budget import schedule
+from llava_prune.eval import rounding
+from llava_prune.eval.rounding import Seen, overlap
+
+
+def plans(step: float | None) -> set[Any]:
+    """Schedules of 2,000 mutual informations between 0 and 3 bit: 576 tokens, 32 layers, a budget of 64."""
+    method = llava_prune.build("autoprune", tokens=64, slope_step=step)
+    slopes = {method.slope(3 * i / 2000) for i in range(2000)}  # type: ignore[attr-defined]
+    return {schedule(k, 64, 576, 32, method.midpoint(32)).leaving for k in slopes}  # type: ignore[attr-defined]
+
+
+def test_rounding_leaves_few_schedules() -> None:
+    """Slopes 0, 0.05, ... 0.4 are nine; the exact ones are as many as there are informations."""
+    exact, rounded = plans(None), plans(0.05)
+    assert len(rounded) <= 9 < 100 < len(exact)
+    assert rounded & exact, "a rounded schedule is one that the exact slope can have too"
+    for leaving in rounded:
+        assert sum(leaving) / 32 == pytest.approx(64, abs=1)
+
+
+def test_it_is_off_by_default() -> None:
+    for name in ("autoprune", "autoprune-flash"):
+        method = llava_prune.build(name)
+        assert method.slope_step is None and method.slope(0.123) == 0.4 - 0.2 * 0.123  # type: ignore[attr-defined]
+
+
+def test_overlap_by_hand() -> None:
+    a = Seen(kept={0: [frozenset({1, 2}), frozenset()], 1: [frozenset({3}), frozenset({1})]})
+    b = Seen(kept={0: [frozenset({2, 3}), frozenset()], 1: [frozenset({3}), frozenset({2})]})
+    assert overlap(a, b) == [pytest.approx((1 / 3 + 1) / 2), 0.5]
+
+
+def test_the_command(tiny_path: Any, capsys: Any) -> None:
+    """A step so small that it rounds nothing changes nothing; one of 1 makes every slope 0."""
+    args = ["--model", str(tiny_path), "--limit", "4", "--batch", "4", "--tokens", "64", "--json"]
+    assert rounding.main([*args, "--step", "1e-9"]) == 0
+    (fine,) = json.loads(capsys.readouterr().out)["rows"]
+    assert fine["overlap"] == {"mean": 1.0, "least": 1.0} and fine["same_answers"] == fine["same_schedule"] == 1.0
+    assert fine["figure"]["exact"] == fine["figure"]["rounded"] and fine["schedules"]["exact"] >= 1
+    assert rounding.main([*args, "--step", "1"]) == 0
+    (coarse,) = json.loads(capsys.readouterr().out)["rows"]
+    assert coarse["schedules"]["rounded"] == 1 and 0 < coarse["overlap"]["least"] <= coarse["overlap"]["mean"] <= 1
+
+
+def test_a_method_without_a_slope(capsys: Any) -> None:
+    assert rounding.main(["--method", "random"]) == 1
+    assert "slope_step" in capsys.readouterr().err
