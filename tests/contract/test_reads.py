@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_prune
+from llava_prune.core.compose import split
 from tests import models
 from tests.contract.settings import NAMES, setting
 
@@ -26,11 +27,18 @@ BEYOND = {
     "prumerge+": ["prumerge.py:choose"],  # how many outliers are grid points as well
 }
 """What methods read besides; nothing where there is no line."""
-CASES = [(name, setting(name).hyper, BEYOND.get(name, [])) for name in NAMES] + [
+
+
+def beyond(name: str) -> list[str]:
+    """What a method, or the two of a composition, read besides the prompt."""
+    parts = split(name, llava_prune.names().__contains__) or (name,)
+    return [x for part in parts for x in BEYOND.get(part, [])]
+
+
+CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
-    ("visionzip+autoprune", {"tokens": 6}, ["autoprune.py:_plan"]),
-    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["sparsevlm.py:_ranked"] * 3),
+    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["information.py:attention_ranks"] * 3),
 ]
 
 
@@ -129,8 +137,8 @@ ROWS = [models.prompt(5, 9), models.prompt(3, 6, seed=1)]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
-@pytest.mark.parametrize(("name", "hyper", "beyond"), CASES, ids=[f"{n}-{'-'.join(h)}" for n, h, _ in CASES])
-def test_reads_of_a_prefill(name: str, hyper: Any, beyond: list[str], known: bool, tiny: Any) -> None:
+@pytest.mark.parametrize(("name", "hyper", "besides"), CASES, ids=[f"{n}-{'-'.join(h)}" for n, h, _ in CASES])
+def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bool, tiny: Any) -> None:
     """Two samples of unequal length. From `Loaded.generate` at most the method's own read, from tensors one more."""
     with llava_prune.pruned(tiny, name, **hyper) as handle, watching(tiny) as seen:
         if known:
@@ -138,8 +146,8 @@ def test_reads_of_a_prefill(name: str, hyper: Any, beyond: list[str], known: boo
         else:
             with torch.inference_mode():
                 tiny(**models.inputs(tiny, ROWS, models.pictures(2)), use_cache=True)
-    assert ours(seen.found) == sorted(beyond + ([] if known else [PROMPT]))
-    in_layers = [x for x in beyond if not x.startswith("prumerge")]
+    assert ours(seen.found) == sorted(besides + ([] if known else [PROMPT]))
+    in_layers = [x for x in besides if not x.startswith("prumerge")]
     assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
     assert seen.searches == [] and seen.calls == 1
     assert handle.last is not None and int(handle.last.tokens_in[0, -1]) <= 36
@@ -162,7 +170,7 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
     given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
     with llava_prune.pruned(model, name, tokens=30), reads() as found, torch.inference_mode():
         model(**given, use_cache=True)
-    assert ours(found) == sorted([PROMPT, *BEYOND.get(name, [])])
+    assert ours(found) == sorted([PROMPT, *beyond(name)])
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
