@@ -50,6 +50,13 @@ def column(values: Sequence[int], like: Tensor) -> Tensor:
     return sent(values, like)[:, None]
 
 
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, K, D) rows of (B, L, D) by (B, K) long. Whole rows are copied, which `gather` does element by element."""
+    batch, length, width = rows.shape
+    flat = index if batch == 1 else index + torch.arange(batch, device=index.device)[:, None] * length
+    return rows.reshape(batch * length, width).index_select(0, flat.reshape(-1)).view(batch, index.shape[1], width)
+
+
 def per_sample(values: Sequence[int], like: Tensor) -> Tensor | int:
     """`column`, or the plain number when all samples share it: nothing is copied to the device then."""
     return values[0] if len(set(values)) == 1 else column(values, like)
@@ -196,7 +203,7 @@ def keep_best(
     lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
     slots = torch.arange(max(recycle), device=rank.device)
     picked = best.gather(1, (first + slots).clamp(max=rank.shape[1] - 1).expand(rank.shape[0], -1))  # (B, Q)
-    points = view.hidden.gather(1, picked[..., None].expand(-1, -1, view.hidden.shape[2]))  # (B, Q, D)
+    points = take(view.hidden, picked)  # (B, Q, D)
     label = dpc_knn(points, recycle, clusters)
     return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)
 
@@ -216,20 +223,15 @@ def fold_tokens(fold: Fold, states: Tensor, size: Tensor, groups: Tensor) -> tup
     count = fold.stay.shape[1]
     joins = torch.nn.functional.one_hot(fold.into, count).transpose(1, 2).float()  # (N, t', r)
     weighted = states.float() * size[..., None]
-    total = _pick(weighted, fold.stay) + joins @ _pick(weighted, fold.gone)  # (N, t', D)
+    total = take(weighted, fold.stay) + joins @ take(weighted, fold.gone)  # (N, t', D)
     before = size.gather(1, fold.stay)
     after = before + (joins @ size.gather(1, fold.gone)[..., None])[..., 0]
     mean = (total / after[..., None]).to(states.dtype)
-    merged = torch.where((after == before)[..., None], _pick(states, fold.stay), mean)
+    merged = torch.where((after == before)[..., None], take(states, fold.stay), mean)
     places = torch.arange(count, device=states.device).expand(states.shape[0], -1)
     moved = torch.empty(states.shape[:2], dtype=torch.long, device=states.device)
     moved = moved.scatter(1, fold.stay, places).scatter(1, fold.gone, fold.into)
     return merged, after, moved.gather(1, groups)
-
-
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """(N, K, D) rows (N, t, D) by (N, K)."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def match(metric: Tensor, count: int, protect: bool = True) -> Fold:
@@ -286,7 +288,7 @@ def absorb(
     twice = column(counts, kept) - named.sum(1, keepdim=True)  # (N, 1)
     pool = ~named & ((~named).cumsum(1) > twice)  # (N, T)
     unit = torch.nn.functional.normalize(keys.float(), dim=2)
-    mine = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[2]))  # (N, K, C)
+    mine = take(unit, kept)  # (N, K, C)
     like = torch.cat([mine @ unit.transpose(1, 2), mine @ mine.transpose(1, 2)], 2)  # (N, K, T + K)
     own = torch.eye(size, dtype=torch.bool, device=kept.device)
     free = torch.cat([pool[:, None].expand(-1, size, -1), real[:, None] & ~own], 2)  # (N, K, T + K)
@@ -295,6 +297,6 @@ def absorb(
     weights = weights.masked_fill(near.values == -torch.inf, 0)
     share = torch.zeros_like(like).scatter(2, near.indices, weights)
     x = features.float()
-    centre = x.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))
+    centre = take(x, kept)
     left = (score * pool)[:, None] @ x  # (N, 1, Dv)
     return centre + share[..., :t] @ x + share[..., t:] @ centre, left[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.checks import choice, whole, wholes
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import fold_tokens, match
+from ..core.select import fold_tokens, match, take
 from ..core.types import MERGED, Fold, VisionCut, VisionView
 
 PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in (192, 128, 64, 288, 144, 58)}
@@ -155,7 +155,7 @@ class ToMe(Method):
         ids = torch.where(members.sum(1) == 1, first, MERGED)
         if self.order == "raster":
             order = first.sort(dim=1).indices
-            features = features.gather(1, order[..., None].expand(-1, -1, features.shape[2]))
+            features = take(features, order)
             ids = ids.gather(1, order)
         live = torch.ones(n, k, dtype=torch.bool, device=features.device)
         return VisionCut(live, features, ids, counts=[k] * n)

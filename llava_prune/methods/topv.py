@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import at_most_one, real, whole
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import assemble, column, descending_rank
+from ..core.select import assemble, column, descending_rank, take
 from ..core.stages import after_full, after_full_by_flops, with_recovery, within_total
 from ..core.transport import feature_cost, grid_distance, patch_places, transport, unit_range
 from ..core.types import Cut, Spans, View, VisionView
@@ -162,8 +162,7 @@ class TopV(Method):
     def _importance(self, view: View, place: Tensor, live: Tensor) -> Tensor:
         """(B, V) row sums of the plan, 0 on filler."""
         assert view.entering is not None and view.middle is not None
-        wide = place[..., None].expand(-1, -1, view.hidden.shape[2])
-        source, target = view.entering.gather(1, wide).float(), view.middle.gather(1, wide).float()  # (B, V, D)
+        source, target = take(view.entering, place).float(), take(view.middle, place).float()  # (B, V, D)
         if self.unit:
             source, target = (torch.nn.functional.normalize(z, dim=2) for z in (source, target))
         crop = view.carry("crop").gather(1, place)  # (B, V), 0 on tokens without a patch

@@ -11,7 +11,7 @@ from ..core.budget import per_crop
 from ..core.checks import whole
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import descending_rank
+from ..core.select import descending_rank, take
 from ..core.types import MERGED, VisionCut, VisionView
 
 PRESETS = {str(t): {"tokens": t} for t in (192, 128, 64, 32, 288, 144, 58, 640, 320, 160)}
@@ -32,10 +32,10 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
     """
     stride = max(1, rest.shape[1] // contextual)
     places = torch.arange(contextual, device=rest.device) * stride
-    keys = metric.float().gather(1, rest[..., None].expand(-1, -1, metric.shape[2]))  # (N, R, d)
+    keys = take(metric.float(), rest)  # (N, R, d)
     keys = torch.nn.functional.normalize(keys, dim=2)
     label = (keys @ keys[:, places].transpose(1, 2)).argmax(2)  # (N, R)
-    states = features.gather(1, rest[..., None].expand(-1, -1, features.shape[2]))  # (N, R, Dv)
+    states = take(features, rest)  # (N, R, Dv)
     member = torch.nn.functional.one_hot(label, contextual).float()  # (N, R, C)
     member[:, places] = 0  # targets are no members
     total = member.transpose(1, 2) @ states.float()
@@ -123,7 +123,7 @@ class VisionZip(Method):
         score = view.class_attention()  # (N, T)
         best = descending_rank(score, score == score) < patches
         order = (~best).to(torch.int8).sort(dim=1, stable=True).indices  # dominant patches, then the rest, ascending
-        rows = [view.features.gather(1, order[:, :patches, None].expand(-1, -1, view.features.shape[2]))]
+        rows = [take(view.features, order[:, :patches])]
         ids = [order[:, :patches]]
         if self.keep_cls:
             assert view.cls is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Method
+from ..core.select import take
 from ..core.types import VisionCut, VisionView
 from .request import SIZES, VISION, Rows, Vision
 from .rows import Tap, vision_rows
@@ -181,8 +182,7 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
     if all(c == k for c in counts):
         return cut.features, ids, counts
     order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
-    features = cut.features.gather(1, order[..., None].expand(-1, -1, cut.features.shape[2]))
-    return features, ids.gather(1, order), counts
+    return take(cut.features, order), ids.gather(1, order), counts
 
 
 def _restore(owner: Any, before: Any) -> None:

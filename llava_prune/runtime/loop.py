@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Method
-from ..core.select import assemble
+from ..core.select import assemble, take
 from ..core.types import FILLER, MERGED, Cut, Spans, View
 from .compat import CAUSAL, BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
@@ -240,7 +240,7 @@ class _Prefill:
             return rows.gather(1, cut.index)
 
         rows = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
-        self.hidden = rows.gather(1, cut.index[..., None].expand(-1, -1, rows.shape[2]))
+        self.hidden = take(rows, cut.index)
         if self.method.positions == "keep":
             last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
             self.positions = move(self.positions, last if places is None else places)
