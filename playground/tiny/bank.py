@@ -67,9 +67,7 @@ def build(folder: Path, first: int, count: int, numbers: tuple[int, int], worker
         return pool.map(_items, range(first, first + count), chunksize=64)
 
 
-def load_or_build(
-    folder: Path, path: Path, count: int, numbers: tuple[int, int], workers: int
-) -> list[list[Item]]:
+def load_or_build(folder: Path, path: Path, count: int, numbers: tuple[int, int], workers: int) -> list[list[Item]]:
     """:func:`build` for scenes 0 to ``count`` - 1, kept in ``path`` for a resumed run and for the other processes."""
     if not path.exists():
         bank = build(folder, 0, count, numbers, workers)

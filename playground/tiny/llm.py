@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from playground.tiny import scenes as sc
 from playground.tiny import tokenizer as tk
-from playground.tiny.bank import TYPES, Item, Packed, attention_bias, pack
+from playground.tiny.bank import TYPES, Item, attention_bias, pack
 from playground.tiny.data import SceneData, windows
 from playground.tiny.loop import ranks, run_stage, share, wait
 from playground.tiny.model import Llama, Tower, TowerHeads
+from playground.tiny.nouns import Nouns, Words
 from playground.tiny.tower import feature_loss
 
 
@@ -31,6 +32,7 @@ class Material:
     prefix: list[int]
     places: list[int]
     words: dict[str, list[int]]
+    vocabulary: Words
     device: str
 
 
@@ -133,28 +135,6 @@ def align_projector(llama: Llama, cfg: dict[str, Any], mat: Material, folder: Pa
         p.requires_grad_(True)
 
 
-def names_loss(head: nn.Linear, middle: torch.Tensor, batch: Packed, mat: Material, scenes: np.ndarray):
-    """What the noun of a question should know half way up: whether the thing is there, and where.
-
-    Without it a question about two things is not learned in many steps: nothing tells the model to look each up.
-    """
-    lut = torch.full((2, int(batch.ids.max()) + max(map(max, mat.words.values())) + 2), -1)
-    for row, key in enumerate(("shape", "colour")):
-        lut[row, mat.words[key]] = torch.arange(len(mat.words[key]))
-    shape, colour = lut[0][batch.ids], lut[1][batch.ids].roll(1, 1)  # (B, L); the colour stands before the noun
-    spots = (shape >= 0) & (batch.blocks >= 0) & ~batch.alone
-    rows = torch.from_numpy(mat.data.tables[scenes])[:, None].expand(-1, spots.shape[1], -1, -1)[spots]  # (M, 8, 6)
-    colour, shape = colour[spots][:, None], shape[spots][:, None]
-    match = (rows[..., 0] == shape) & ((colour < 0) | (rows[..., 1] == colour))  # (M, 8)
-    out = head(middle[spots.to(middle.device)])  # (M, 3)
-    found, one = match.any(1).float().to(out.device), (match.sum(1) == 1).to(out.device)
-    where = rows.gather(1, match.int().argmax(1)[:, None, None].expand(-1, 1, 6))[:, 0, 4:6].to(out.device)
-    far = F.smooth_l1_loss(out[one, :2], 2 * where[one])
-    there = F.binary_cross_entropy_with_logits(out[:, 2], found)
-    sure = ((out[:, 2] > 0) == (found > 0)).float().mean().item()
-    return far + 0.5 * there, {"far": far.item(), "there": sure}
-
-
 def answer_loss(
     llama: Llama,
     visual: torch.Tensor,
@@ -162,7 +142,7 @@ def answer_loss(
     index: np.ndarray,
     rng: np.random.Generator,
     cfg: dict[str, Any],
-    names: nn.Linear | None = None,
+    nouns: Nouns | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross entropy of answers and end tokens of packed questions, with accuracy by type."""
     weights = np.array([cfg.get("weights", {}).get(t, 1.0) for t in TYPES])
@@ -174,7 +154,7 @@ def answer_loss(
     system = len(mat.prefix) - 1  # a prompt without a picture lacks the space before it
     begin = torch.where(batch.alone, system, prefix)
     positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + begin], 1).to(device)
-    hidden, middle = llama(embeds, positions, attention_bias(prefix, system, batch).to(device))
+    hidden, states = llama(embeds, positions, attention_bias(prefix, system, batch).to(device))
     hidden = hidden[:, prefix:]
     spots = batch.labels != -100
     labels, kinds = batch.labels[spots].to(device), batch.kinds[spots]
@@ -187,9 +167,11 @@ def answer_loss(
         figures[TYPES[kind]] = right[kinds[last] == kind].mean().item()
     weight = torch.where(last, 1.0, 0.2).to(device)
     loss = (loss * weight).sum() / weight.sum()
-    if names is not None:
-        more, known = names_loss(names, middle[:, prefix:], batch, mat, index)
-        loss, figures = loss + cfg["names"] * more, figures | known
+    if nouns is not None:
+        depth = len(states)
+        half, late = (states[i - 1][:, prefix:] for i in (depth // 2, depth * 3 // 4))
+        more, known = nouns(mat.vocabulary, half, late, batch, mat.data.tables[index])
+        loss, figures = loss + cfg["nouns"] * more, figures | known
     return loss, figures
 
 
@@ -198,9 +180,10 @@ def between(ends: list[float], part: float) -> float:
     return ends[0] + (ends[1] - ends[0]) * part
 
 
-def train_decoder(name: str, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int) -> None:
+def train_decoder(
+    name: str, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int, nouns: Nouns | None = None
+) -> None:
     """Stages 3 to 5: the decoder on cached features and few visual tokens."""
-    names = nn.Linear(llama.lm_head.in_features, 3).to(mat.device) if "names" in cfg else None
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         scenes = rng.integers(0, len(mat.features), share(cfg["batch"]))
@@ -210,22 +193,29 @@ def train_decoder(name: str, llama: Llama, cfg: dict[str, Any], mat: Material, f
         now = dict(cfg, full=between(cfg["full"], index / cfg["steps"]))
         now["weights"] = {k: between(v, index / cfg["steps"]) for k, v in cfg.get("weights", {}).items()}
         with torch.autocast(mat.device, torch.bfloat16, enabled=mat.device != "cpu"):
-            loss, figures = answer_loss(llama, visual, mat, scenes, rng, now, names)
+            loss, figures = answer_loss(llama, visual, mat, scenes, rng, now, nouns)
             place = place_loss(llama, visual, mat, scenes, chosen)
         return loss + cfg["places"] * place, figures | {"place": place.item()}
 
-    model = llama if names is None else nn.ModuleDict({"llama": llama, "names": names})
+    model = llama if nouns is None else nn.ModuleDict({"llama": llama, "nouns": nouns})
     run_stage(name, model, step, cfg, folder, seed)
 
 
 def train_jointly(
-    tower: Tower, heads: TowerHeads, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int
+    tower: Tower,
+    heads: TowerHeads,
+    llama: Llama,
+    nouns: Nouns,
+    cfg: dict[str, Any],
+    mat: Material,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Stage 6: tower and decoder together, all visual tokens in part of the batches, some of them in the others.
 
     The tower keeps a share of its own supervision, so that CLS goes on meaning what it meant.
     """
-    model = nn.ModuleDict({"tower": tower, "heads": heads, "llama": llama})
+    model = nn.ModuleDict({"tower": tower, "heads": heads, "llama": llama, "nouns": nouns})
     total = sc.GRID**2
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -240,7 +230,7 @@ def train_jointly(
             if keep < total:
                 chosen = choose_tokens(mat.data, scenes, keep, rng, False).to(mat.device)
                 visual = visual.gather(1, chosen[..., None].expand(-1, -1, visual.shape[-1]))
-            loss, right = answer_loss(llama, visual, mat, scenes, rng, cfg)
+            loss, right = answer_loss(llama, visual, mat, scenes, rng, cfg, nouns)
         if keep == total:
             right["whole"] = right["right"]
         return loss + cfg["supervision"] * own, figures | right

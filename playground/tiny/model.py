@@ -227,14 +227,12 @@ class Llama(nn.Module):
 
     def forward(
         self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised final hidden states, and those half way up."""
-        rope, middle = self.rope(positions), embeds
-        for i, layer in enumerate(self.layers):
-            embeds = layer(embeds, rope, mask)
-            if i + 1 == len(self.layers) // 2:
-                middle = embeds
-        return self.norm(embeds), middle
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Normalised final hidden states, and those after every layer."""
+        rope, states = self.rope(positions), [embeds]
+        for layer in self.layers:
+            states.append(layer(states[-1], rope, mask))
+        return self.norm(states[-1]), states[1:]
 
     def deepened(self, times: int) -> Llama:
         """Each layer repeated ``times`` times, the copies' output projections zeroed: the same function, deeper."""

@@ -27,6 +27,7 @@ from playground.tiny.export import export
 from playground.tiny.llm import Material, align_projector, cache_features, train_decoder, train_jointly, word_ids
 from playground.tiny.loop import ranks, wait
 from playground.tiny.model import Llama
+from playground.tiny.nouns import Nouns, Words
 from playground.tiny.tower import train_tower
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
     tokens = tk.load(out)
     prefix = [tokens.bos_id(), *tokens.encode(tk.SYSTEM + " USER: ")]
     places = [tokens.encode(word)[-1] for word in ("right", "left", "below", "above")]
-    mat = Material(data, bank, None, prefix, places, word_ids(out), device)
+    mat = Material(data, bank, None, prefix, places, word_ids(out), Words.read(out), device)
     torch.manual_seed(seed)
     llama = Llama(tokens.get_piece_size(), cfg["small"]["layers"], vision=cfg["tower"]["model"]["width"]).to(device)
+    nouns = Nouns(llama.lm_head.in_features).to(device)
     if (work / "joint.pt").exists():
         log.info("the joint stage has begun: stages 2 to 5 are not repeated")
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
@@ -64,10 +66,10 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
         if not (work / "pairs.pt").exists():
             align_projector(llama, cfg["align"], mat, work, seed)
             train_decoder("small", llama, cfg["small"], mat, work, seed)
-        train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed)
+        train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed, nouns)
         llama = llama.deepened(cfg["deep"]["times"]).to(device)
-        train_decoder("deep", llama, cfg["deep"], mat, work, seed)
-    train_jointly(tower, heads, llama, cfg["joint"], mat, work, seed)
+        train_decoder("deep", llama, cfg["deep"], mat, work, seed, nouns)
+    train_jointly(tower, heads, llama, nouns, cfg["joint"], mat, work, seed)
     if ranks()[0] == 0:
         export(out, tower, llama, cfg["export"]["dtype"])
         log.info("exported to %s", out)
