@@ -22,6 +22,7 @@ from .memo import BLANK, KEYS, LIMIT, Memo, remembering
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
+SMALL = 1 << 30  # bytes of weight files below which half precision is computed in float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,12 @@ def is_original(config: dict[str, Any]) -> bool:
     return "mm_vision_tower" in config and "text_config" not in config
 
 
-def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device) -> torch.dtype:
-    """The dtype asked for, else the checkpoint's; half precision becomes bfloat16 on a CPU.
+def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's, of which half precision is computed otherwise on a CPU.
+
+    There it becomes float32 where ``size``, the bytes of the weight files, is below `SMALL`, and bfloat16 from there
+    on: many CPUs have no bfloat16 arithmetic and take several times as long for it, but a large model in float32 may
+    not fit. The rule looks at no property of the machine, so that figures are the same on all of them.
 
     Raises:
         ValueError: for an unknown name.
@@ -248,7 +253,14 @@ def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device) -> torc
     inner = config.get("text_config") or {}
     stored = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
     chosen = names.get(str(stored).removeprefix("torch."), torch.float16)
-    return torch.bfloat16 if chosen is torch.float16 and device.type == "cpu" else chosen
+    if device.type != "cpu" or chosen is torch.float32:
+        return chosen
+    return torch.float32 if size < SMALL else torch.bfloat16
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a checkpoint in bytes."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
 
 
 def load(
@@ -264,7 +276,8 @@ def load(
         path: folder or hub id; haotian-liu/LLaVA format (either family) or transformers format ("hf").
         family: which package's classes to build; "auto" is "llava" for its own format where the package is
             installed, else "hf".
-        dtype: torch dtype or name; default the checkpoint's own (bfloat16 for half precision on a CPU).
+        dtype: torch dtype or name; default the checkpoint's own; on a CPU half precision is read as float32 where the
+            weight files are small, and as bfloat16 otherwise, see `pick_dtype`.
         device: default cuda if there is one, else cpu.
         attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
 
@@ -288,7 +301,7 @@ def load(
     if family == "auto":
         family = "llava" if original and _has_llava() else "hf"
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = pick_dtype(dtype, config, where)
+    kind = pick_dtype(dtype, config, where, weight_bytes(folder))
     build = (load_original if family == "llava" else load_converted) if original else load_transformers
     model, processor = build(folder, config, kind, attn)
     model = model.to(where).eval()

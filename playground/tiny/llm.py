@@ -1,4 +1,4 @@
-"""Stages 2 to 6: projector alignment, a shallow decoder, its deepening and the joint fine-tuning."""
+"""Stages 2 to 5: projector alignment, a shallow decoder and its deepening, on features of the frozen tower."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from tqdm import tqdm
 from playground.tiny import scenes as sc
 from playground.tiny import tokenizer as tk
 from playground.tiny.bank import TYPES, Item, attention_bias, pack
-from playground.tiny.data import SceneData, windows
+from playground.tiny.data import SceneData
 from playground.tiny.loop import ranks, run_stage, share, wait
-from playground.tiny.model import Llama, Tower, TowerHeads
+from playground.tiny.model import Llama, Tower
 from playground.tiny.nouns import Nouns, Words
-from playground.tiny.tower import feature_loss
 
 
 @dataclass
@@ -199,43 +198,6 @@ def train_decoder(
 
     model = llama if nouns is None else nn.ModuleDict({"llama": llama, "nouns": nouns})
     run_stage(name, model, step, cfg, folder, seed)
-
-
-def train_jointly(
-    tower: Tower,
-    heads: TowerHeads,
-    llama: Llama,
-    nouns: Nouns,
-    cfg: dict[str, Any],
-    mat: Material,
-    folder: Path,
-    seed: int,
-) -> None:
-    """Stage 6: tower and decoder together, all visual tokens in part of the batches, some of them in the others.
-
-    The tower keeps a share of its own supervision, so that CLS goes on meaning what it meant.
-    """
-    model = nn.ModuleDict({"tower": tower, "heads": heads, "llama": llama, "nouns": nouns})
-    total = sc.GRID**2
-
-    def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        scenes = rng.integers(0, len(mat.bank), share(cfg["batch"]))
-        batch = {k: v.to(mat.device) for k, v in windows(mat.data, scenes, sc.GRID, rng).items()}
-        common = np.random.default_rng([seed, index])
-        keep = total if common.random() < cfg["whole"] else int(common.integers(int(cfg["least"] * total), total + 1))
-        with torch.autocast(mat.device, torch.bfloat16, enabled=mat.device != "cpu"):
-            feature = tower(batch["patches"], last=False)[0]
-            own, figures = feature_loss(heads, feature, batch)
-            visual = feature[:, 1:]
-            if keep < total:
-                chosen = choose_tokens(mat.data, scenes, keep, rng, False).to(mat.device)
-                visual = visual.gather(1, chosen[..., None].expand(-1, -1, visual.shape[-1]))
-            loss, right = answer_loss(llama, visual, mat, scenes, rng, cfg, nouns)
-        if keep == total:
-            right["whole"] = right["right"]
-        return loss + cfg["supervision"] * own, figures | right
-
-    run_stage("joint", model, step, cfg, folder, seed)
 
 
 def word_ids(folder: Path) -> dict[str, list[int]]:

@@ -65,8 +65,8 @@ def tower_loss(
     return loss + _presence_loss(present, batch["present"]), figures
 
 
-def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, device: str) -> tuple[Tower, TowerHeads]:
-    """Train the tower on windows, then on whole pictures, polish it on more of these; returns it with its read-outs."""
+def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, device: str) -> Tower:
+    """Train the tower on windows, then on whole pictures, polish it on more of these."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"tower": Tower(**cfg["model"]), "heads": TowerHeads(cfg["model"]["width"])}).to(device)
 
@@ -80,4 +80,4 @@ def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, d
     if not (folder / "polish.pt").exists():
         run_stage("tower", model, functools.partial(step, cfg["window_steps"]), cfg, folder, seed)
     run_stage("polish", model, functools.partial(step, 0), {**cfg, **cfg["polish"]}, folder, seed)
-    return model["tower"], model["heads"]
+    return model["tower"]

@@ -24,7 +24,7 @@ from playground.tiny import tokenizer as tk
 from playground.tiny.bank import Item, load_or_build
 from playground.tiny.data import SceneData, load_or_generate
 from playground.tiny.export import export
-from playground.tiny.llm import Material, align_projector, cache_features, train_decoder, train_jointly, word_ids
+from playground.tiny.llm import Material, align_projector, cache_features, train_decoder, word_ids
 from playground.tiny.loop import ranks, wait
 from playground.tiny.model import Llama
 from playground.tiny.nouns import Nouns, Words
@@ -50,7 +50,7 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
     """All stages; each continues from its checkpoint and is skipped when that is complete."""
     work, seed = out / "work", int(cfg["seed"])
     data, bank = prepare(cfg, out)
-    tower, heads = train_tower(cfg["tower"], data, work, seed, device)
+    tower = train_tower(cfg["tower"], data, work, seed, device)
     tokens = tk.load(out)
     prefix = [tokens.bos_id(), *tokens.encode(tk.SYSTEM + " USER: ")]
     places = [tokens.encode(word)[-1] for word in ("right", "left", "below", "above")]
@@ -58,18 +58,13 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
     torch.manual_seed(seed)
     llama = Llama(tokens.get_piece_size(), cfg["small"]["layers"], vision=cfg["tower"]["model"]["width"]).to(device)
     nouns = Nouns(llama.lm_head.in_features).to(device)
-    if (work / "joint.pt").exists():
-        log.info("the joint stage has begun: stages 2 to 5 are not repeated")
-        llama = llama.deepened(cfg["deep"]["times"]).to(device)
-    else:
-        mat.features = cache_features(tower, data, cfg["cached"], device, work / "features.npy")
-        if not (work / "pairs.pt").exists():
-            align_projector(llama, cfg["align"], mat, work, seed)
-            train_decoder("small", llama, cfg["small"], mat, work, seed)
-        train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed, nouns)
-        llama = llama.deepened(cfg["deep"]["times"]).to(device)
-        train_decoder("deep", llama, cfg["deep"], mat, work, seed, nouns)
-    train_jointly(tower, heads, llama, nouns, cfg["joint"], mat, work, seed)
+    mat.features = cache_features(tower, data, cfg["cached"], device, work / "features.npy")
+    if not (work / "pairs.pt").exists():
+        align_projector(llama, cfg["align"], mat, work, seed)
+        train_decoder("small", llama, cfg["small"], mat, work, seed)
+    train_decoder("pairs", llama, {**cfg["small"], **cfg["pairs"]}, mat, work, seed, nouns)
+    llama = llama.deepened(cfg["deep"]["times"]).to(device)
+    train_decoder("deep", llama, cfg["deep"], mat, work, seed, nouns)
     if ranks()[0] == 0:
         export(out, tower, llama, cfg["export"]["dtype"])
         log.info("exported to %s", out)

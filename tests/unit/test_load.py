@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import llava_prune
 from llava_prune.families.base import block_index, family_of
 from llava_prune.families.checkpoint import rename
-from llava_prune.families.load import pick_dtype
+from llava_prune.families.load import SMALL, pick_dtype, weight_bytes
 from tests import models
 
 FAMILIES = ["llava", "hf"]
@@ -239,6 +239,24 @@ def test_arguments_are_checked(stored: Path) -> None:
         llava_prune.load(stored, family="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype='int8'"):
         llava_prune.load(stored, family="hf", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, torch.float32), (SMALL - 1, torch.float32), (SMALL, torch.bfloat16)]
+)
+def test_small_checkpoints_are_computed_in_float32_on_a_cpu(size: int, expected: torch.dtype) -> None:
+    """Whatever half precision they are stored in; a GPU takes them as they are."""
+    for stored in ("float16", "bfloat16"):
+        assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cpu"), size) is expected
+        assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cuda"), size) is getattr(torch, stored)
+    assert pick_dtype("bfloat16", {"torch_dtype": "float16"}, torch.device("cpu"), size) is torch.bfloat16
+
+
+def test_the_weight_files_are_weighed(tmp_path: Path) -> None:
+    """Both formats, and nothing else."""
+    for name, size in (("model-00001.safetensors", 5), ("pytorch_model.bin", 7), ("config.json", 100)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weight_bytes(tmp_path) == 12
 
 
 @pytest.mark.parametrize(
