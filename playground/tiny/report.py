@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+BENCHES = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "ocrbench", "vqav2")
 
 
 def read(out: Path) -> dict[str, list[Result]]:
-    """Results under ``out`` by benchmark: the unpruned model, then methods as registered, large budgets first."""
-    import llava_prune
+    """Results under ``out`` by benchmark: the unpruned model, the baselines, then other methods; large budgets first."""
+    first = ("full", "autoprune", "autoprune-flash", "random", "uniform")
 
-    order = {name: place for place, name in enumerate(("full", *llava_prune.names()))}
+    def place(r: Result) -> tuple[int, bool, str, int]:
+        known = first.index(r["method"]) if r["method"] in first else len(first)
+        return known, "+" in r["method"].rstrip("+"), r["method"], -(r["budget"] or 0)
+
     found: dict[str, list[Result]] = {}
-    for path in sorted(out.rglob("result.json")):
+    for path in out.rglob("result.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(result["bench"], []).append(result)
-    for runs in found.values():
-        runs.sort(key=lambda r: (order.get(r["method"], len(order)), -(r["budget"] or 0)))
-    return found
+    return {bench: sorted(found[bench], key=place) for bench in sorted(found, key=BENCHES.index)}
 
 
 def figure(result: Result) -> str:

@@ -70,7 +70,7 @@ def test_prompt_ids_are_cut_at_the_image(model_dir):
 
 def test_answers_questions(model_dir, gqa_dir):
     result = ms.measure(ms.Evaluated(model_dir), gqa_dir, ["full"], 24)
-    assert result["full"]["all"] >= 75
+    assert result["full"]["all"] >= 85
 
 
 def test_cls_attention_prefers_things(model_dir, gqa_dir):
