@@ -15,7 +15,7 @@ BENCHES = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "ocr
 
 
 def read(out: Path) -> dict[str, list[Result]]:
-    """Results under ``out`` by benchmark: the unpruned model, the baselines, then other methods; large budgets first."""
+    """Results under ``out`` by benchmark: the unpruned model, baselines, other methods; large budgets first."""
     first = ("full", "autoprune", "autoprune-flash", "random", "uniform")
 
     def place(r: Result) -> tuple[int, bool, str, int]:
