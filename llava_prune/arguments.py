@@ -1,10 +1,18 @@
-"""What the words of the command line mean: types for argparse, which turn what is wrong into a usage error."""
+"""Flags of the command line and what their words mean: types for argparse, which make usage errors of what is wrong."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from typing import Any
+
+
+def flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
+    """A flag whose default is the environment variable of the same name in capitals."""
+    value = env.get(name.upper().replace("-", "_")) or default
+    shown = f" (default {default})" if default is not None else ""
+    group.add_argument(f"--{name}", default=value, help=text + shown, **kw)
 
 
 def method(text: str) -> str:

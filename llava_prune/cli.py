@@ -22,13 +22,6 @@ from rich.table import Table
 from . import arguments
 
 
-def _flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
-    """A flag whose default is the environment variable of the same name in capitals."""
-    value = env.get(name.upper().replace("-", "_")) or default
-    shown = f" (default {default})" if default is not None else ""
-    group.add_argument(f"--{name}", default=value, help=text + shown, **kw)
-
-
 def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     from .eval.plan import DATA, RESULTS, TINY
 
@@ -40,7 +33,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("task", help="benchmark, a list a,b, or all: every one whose data are there")
     e = p.add_argument_group("settings")
 
-    flag = functools.partial(_flag, e, env)
+    flag = functools.partial(arguments.flag, e, env)
     flag("model", TINY, "folder or hub id, in either format")
     flag("method", "autoprune", "method, list a,b, or all; your own as file.py:name", type=arguments.names)
     flag("tokens", "64", "visual token budget or list 192,128,64", type=arguments.counts)
@@ -68,7 +61,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
         help="time and memory, pruned beside unpruned in turn",
         epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
     )
-    flag = functools.partial(_flag, p.add_argument_group("settings"), env)
+    flag = functools.partial(arguments.flag, p.add_argument_group("settings"), env)
     flag("model", None, "folder or hub id; without it a random model of the shape")
     flag("shape", "300m", "random model: tiny, 300m, 7b, 13b, next-7b")
     flag("method", "autoprune", "method or list a,b; your own as file.py:name", type=arguments.names)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -22,16 +22,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from .. import arguments
 from ..bench.latency import quartiles
 from .answers import ANSWERS, SETTINGS
 from .asking import load_model
 from .plan import DATA, TINY, Settings, plan_runs
 from .run import evaluate, read_files
+from .show import finish
 from .task import Task, load_task
 
+MODULE = "llava_prune.eval.rate"
 LOADER = "llava.eval.model_vqa_loader"
 WARMUP = 8
 """Questions of the round that does not count."""
@@ -252,37 +254,40 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _batches(text: str) -> list[int | None]:
-    parts = [p.strip() for p in text.split(",") if p.strip()]
-    if not parts or any(p != "auto" and not (p.isdecimal() and int(p)) for p in parts):
+    try:
+        out = [arguments.batch(p.strip()) for p in text.split(",") if p.strip()]
+    except argparse.ArgumentTypeError:
+        out = []
+    if not out:
         raise argparse.ArgumentTypeError(f"{text!r} is no batch size or list such as 1,8,auto")
-    return [None if p == "auto" else int(p) for p in parts]
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    env = os.environ.get
-    parser = argparse.ArgumentParser(prog="llava_prune.eval.rate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--task", default=env("TASK") or "gqa")
-    parser.add_argument("--model", default=env("MODEL") or TINY, help=f"in LLaVA's format (default {TINY})")
-    parser.add_argument("--data", default=env("DATA") or DATA)
-    parser.add_argument("--method", default=env("METHOD") or "full,autoprune", help="list (default full,autoprune)")
-    parser.add_argument("--tokens", type=int, default=int(env("TOKENS") or 64), help="budget (default 64)")
-    parser.add_argument("--batch", type=_batches, default=_batches(env("BATCH") or "1,8,auto"))
-    parser.add_argument("--limit", type=int, default=int(env("LIMIT") or 0) or None, help="first so many questions")
+    parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
+    flag = functools.partial(arguments.flag, parser, os.environ)
+    flag("task", "gqa", "benchmark")
+    flag("model", TINY, "folder or hub id, in LLaVA's format")
+    flag("data", DATA, "folder with the benchmark's files")
+    flag("method", "full,autoprune", "method or list a,b", type=arguments.names)
+    flag("tokens", "64", "visual token budget", type=arguments.positive)
+    flag("batch", "1,8,auto", "batch sizes", type=_batches)
+    flag("limit", None, "only the first so many questions", type=arguments.positive)
+    flag("repeats", "3", "rounds", type=int)
+    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
+    flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
+    flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
+    flag("threads", None, "of the CPU", type=arguments.positive)
     parser.add_argument("--max-new-tokens", type=int, default=None, help="limit of an answer (default the task's)")
-    parser.add_argument("--repeats", type=int, default=int(env("REPEATS") or 3), help="rounds (default 3)")
-    parser.add_argument("--device", default=env("DEVICE") or None)
-    parser.add_argument("--dtype", default=env("DTYPE") or None)
-    parser.add_argument("--attn", default=env("ATTN") or None, help="eager, sdpa or flash_attention_2")
-    parser.add_argument("--threads", type=int, default=int(env("THREADS") or 0) or None, help="of the CPU")
     parser.add_argument("--no-llava", action="store_true", help=f"leave out {LOADER}")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    arms = [Arm(m.strip(), b) for b in args.batch for m in args.method.split(",") if m.strip()]
+    arms = [Arm(m, b) for b in args.batch for m in args.method]
     settings = Settings(
         task=args.task,
         model=args.model,
@@ -295,21 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
     )
-    try:
-        result = measure(settings, arms if args.no_llava else [*arms, Arm("")], args.repeats)
-    except ValueError as error:
-        Console(stderr=True).print(f"rate: {error}", markup=False, soft_wrap=True)
-        return 1
-    result = {"command": shlex.join(["python", "-m", "llava_prune.eval.rate", *argv]), **result}
-    text = json.dumps(result, indent=2) + "\n"
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-    if args.json:
-        sys.stdout.write(text)
-    else:
-        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
-    return 0
+    arms += [] if args.no_llava else [Arm("")]
+    return finish(MODULE, argv, lambda: measure(settings, arms, args.repeats), table, args.out, args.json)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ python -m llava_prune.eval.rounding --step 0.05 --tokens 192,128,64
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,15 +16,18 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import llava_prune
 
+from .. import arguments
 from .asking import Bench, answer, batches, prepare
 from .plan import DATA, TINY, Run, Settings, plan_runs
 from .run import read_files
+from .show import finish
 from .task import load_task
+
+MODULE = "llava_prune.eval.rounding"
 
 
 @dataclass
@@ -140,16 +142,16 @@ def table(result: dict[str, Any]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    env = os.environ.get
-    parser = argparse.ArgumentParser(prog="llava_prune.eval.rounding", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--step", type=float, default=float(env("STEP") or 0.05), help="default 0.05")
-    parser.add_argument("--task", default=env("TASK") or "gqa")
-    parser.add_argument("--model", default=env("MODEL") or TINY)
-    parser.add_argument("--data", default=env("DATA") or DATA)
-    parser.add_argument("--method", default=env("METHOD") or "autoprune", help="autoprune or autoprune-flash")
-    parser.add_argument("--tokens", default=env("TOKENS") or "192,128,64", help="budgets (default 192,128,64)")
-    parser.add_argument("--batch", type=int, default=int(env("BATCH") or 8), help="default 8")
-    parser.add_argument("--limit", type=int, default=int(env("LIMIT") or 0) or None, help="first so many questions")
+    parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
+    flag = functools.partial(arguments.flag, parser, os.environ)
+    flag("step", "0.05", "what slopes are rounded to", type=float)
+    flag("task", "gqa", "benchmark")
+    flag("model", TINY, "folder or hub id, in either format")
+    flag("data", DATA, "folder with the benchmark's files")
+    flag("method", "autoprune", "autoprune or autoprune-flash", type=arguments.method)
+    flag("tokens", "192,128,64", "visual token budget or list", type=arguments.counts)
+    flag("batch", "8", "samples at once", type=arguments.positive)
+    flag("limit", None, "only the first so many questions", type=arguments.positive)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
     args = parser.parse_args(argv)
@@ -157,26 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         task=args.task,
         model=args.model,
         methods=(args.method,),
-        tokens=tuple(int(t) for t in args.tokens.split(",")),
+        tokens=tuple(args.tokens),
         data=args.data,
         batch=args.batch,
         limit=args.limit,
     )
-    try:
-        result = measure(settings, args.step)
-    except ValueError as error:
-        Console(stderr=True).print(f"rounding: {error}", markup=False, soft_wrap=True)
-        return 1
-    result = {"command": shlex.join(["python", "-m", "llava_prune.eval.rounding", *argv]), **result}
-    text = json.dumps(result, indent=2) + "\n"
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-    if args.json:
-        sys.stdout.write(text)
-    else:
-        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
-    return 0
+    return finish(MODULE, argv, lambda: measure(settings, args.step), table, args.out, args.json)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -62,13 +66,15 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _figure(result: Mapping[str, Any]) -> str:
+def figure_text(result: Mapping[str, Any]) -> str:
+    """``78.75 [74.5, 82.5]``: a result's figure with its interval."""
     interval = result["interval"]
     tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     return _number(result["figure"], 2) + tail
 
 
-def _gap(result: Mapping[str, Any]) -> str:
+def gap_text(result: Mapping[str, Any]) -> str:
+    """``-2.50 [-5.6, +0.6]``: its difference to the unpruned model; "-" where there is none."""
     gap = result.get("difference_to_full")
     if gap is None:
         return "-"
@@ -100,8 +106,8 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
         table.add_row(
             r["method"],
             "-" if r["budget"] is None else str(r["budget"]),
-            _figure(r),
-            _gap(r),
+            figure_text(r),
+            gap_text(r),
             *(_look_up(r["details"], path) for path in columns.values()),
             f"{tokens['average_entering']:.1f} / {tokens['average_leaving']:.1f}",
             f"{_number(flops['with_text_entering']['percent_of_full'])}",
@@ -117,7 +123,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     for name in ("benchmark", "figure", "rows", *labels):
         table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right", overflow="fold")
     for name, runs in results.items():
-        by = {r["label"]: _figure(r) for r in runs}
+        by = {r["label"]: figure_text(r) for r in runs}
         if runs:
             table.add_row(name, runs[0]["figure_name"], str(runs[0]["rows"]), *(by.get(label, "-") for label in labels))
     return table
@@ -167,3 +173,38 @@ def _details(table: Table, details: Mapping[str, Any], before: str) -> None:
             table.add_row(label, text, str(value.get("rows", value.get("samples", ""))))
         else:
             _details(table, value, f"{label}: ")
+
+
+def finish(
+    module: str,
+    argv: Sequence[str],
+    measure: Callable[[], dict[str, Any]],
+    table: Callable[[dict[str, Any]], Table],
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure and show: the end of a module's command line. Returns its exit status.
+
+    Args:
+        module: dotted name of the module, for the command in the result.
+        argv: its arguments.
+        measure: what is measured; a ValueError becomes a message on stderr and status 1.
+        table: the result for a terminal.
+        out: JSON file to write as well.
+        as_json: print the result as JSON, nothing else.
+    """
+    try:
+        found = measure()
+    except ValueError as error:
+        Console(stderr=True).print(f"{module.rpartition('.')[2]}: {error}", markup=False, soft_wrap=True)
+        return 1
+    result = {"command": shlex.join(["python", "-m", module, *argv]), **found}
+    text = json.dumps(result, indent=2) + "\n"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    if as_json:
+        sys.stdout.write(text)
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    return 0

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_prune.eval.show import figure_text, gap_text
+
 Result = dict[str, Any]
 BENCHES = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "ocrbench", "vqav2")
 
@@ -27,12 +29,6 @@ def read(out: Path) -> dict[str, list[Result]]:
         result = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault(result["bench"], []).append(result)
     return {bench: sorted(found[bench], key=place) for bench in sorted(found, key=BENCHES.index)}
-
-
-def figure(result: Result) -> str:
-    """``78.75 [74.5, 82.5]``."""
-    tail = "" if result["interval"] is None else " [{:.1f}, {:.1f}]".format(*result["interval"])
-    return f"{result['figure']:.2f}{tail}"
 
 
 def percent(result: Result) -> float:
@@ -58,13 +54,13 @@ def gqa_table(runs: list[Result]) -> str:
     ]
     rows = []
     for r in runs:
-        gap, tokens = r.get("difference_to_full"), r["visual_tokens"]
+        tokens = r["visual_tokens"]
         rows.append(
             [
                 f"`{r['method']}`",
                 "-" if r["budget"] is None else str(r["budget"]),
-                figure(r),
-                "" if gap is None else f"{gap['points']:+.2f} [{gap['low']:+.1f}, {gap['high']:+.1f}]",
+                figure_text(r),
+                gap_text(r) if "difference_to_full" in r else "",
                 f"{tokens['average_entering']:.1f} / {tokens['average_leaving']:.1f}",
                 f"{percent(r):.1f}",
             ]
@@ -87,7 +83,7 @@ def suite_table(found: dict[str, list[Result]]) -> str:
     labels = list(dict.fromkeys(r["label"] for runs in found.values() for r in runs))
     rows = []
     for bench, runs in found.items():
-        by = {r["label"]: figure(r) for r in runs}
+        by = {r["label"]: figure_text(r) for r in runs}
         rows.append([bench, runs[0]["figure_name"], str(runs[0]["rows"]), *(by.get(label, "") for label in labels)])
     return table(["benchmark", "figure", "questions", *labels], rows)
 
