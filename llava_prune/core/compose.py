@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .method import Method
-from .types import Cut, Fold, Spans, View, VisionCut, VisionView
+from .types import ColumnIndex, Cut, Fold, Spans, View, VisionCut, VisionView
 
 SHARE = 2.5
 """Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
@@ -83,7 +83,7 @@ class Composed(Method):
             answer = part.reduce(replace(view, probs=probs, keys=keys, queries=queries))  # `carry` is one for both
         return answer
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         return self.language.rows(layer, spans)
 
     def middle(self, layer: int, spans: Spans) -> bool:

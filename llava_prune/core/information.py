@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .types import ColumnIndex
+
 
 def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
     """I(V; T) in bit, for each head.
@@ -34,14 +36,18 @@ def text_attention(attention: Tensor, text: Tensor) -> Tensor:
 
     Args:
         attention: (B, H, R, L) float32.
-        text: (B, R) bool.
+        text: (B, R) bool, or the `shares` of its rows, for who asks in every layer.
 
     Returns:
         (B, L) float32; a row whose attention is not finite in some head counts 0.
     """
-    weight = text / text.sum(1, keepdim=True).clamp(min=1)  # (B, R)
-    heads = torch.nan_to_num(attention.mean(1))  # (B, R, L)
-    return (weight.to(heads.dtype)[:, None] @ heads)[:, 0]
+    weight = text if text.is_floating_point() else shares(text)
+    return (weight[:, None] @ attention.mean(1).nan_to_num_())[:, 0]
+
+
+def shares(text: Tensor) -> Tensor:
+    """(B, R) float32: what each row counts in a mean over the rows that are `text`, (B, R) bool."""
+    return text / text.sum(1, keepdim=True).clamp(min=1)
 
 
 def last_attention(attention: Tensor, product: bool = False) -> Tensor:
@@ -110,7 +116,7 @@ def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
     return torch.where(chosen.any(1, keepdim=True), chosen, text)
 
 
-def rotary_ones(cos: Tensor, sin: Tensor, rows: Tensor) -> Tensor:
+def rotary_ones(cos: Tensor, sin: Tensor, rows: ColumnIndex) -> Tensor:
     """(B or 1, R, L): 2 / sqrt(d) sum_k cos((p_i - p_j) theta_k), the scaled product of rotated vectors of ones."""
     half = cos.shape[-1] // 2
     turned = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()  # (B, L, dh)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from .types import Cut, Fold, Spans, View, VisionCut, VisionView
+from .types import ColumnIndex, Cut, Fold, Spans, View, VisionCut, VisionView
 
 
 class Method:
@@ -73,8 +73,8 @@ class Method:
         """Asked once for the pictures of a request, before the projector. None leaves them alone."""
         return None
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
-        """(R,) long: columns whose attention in `layer` `cut` wants to see; None for none."""
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
+        """Columns whose attention in `layer` `cut` wants to see, a slice or (R,) long; None for none."""
         return None
 
     def middle(self, layer: int, spans: Spans) -> bool:

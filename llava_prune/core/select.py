@@ -6,7 +6,7 @@ here reads from the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ def descending_order(score: Tensor, among: Tensor) -> Tensor:
     Returns:
         (B, L) long, columns.
     """
-    key = torch.nan_to_num(score.float(), nan=-3e38, posinf=3e38, neginf=-3e38).masked_fill_(~among, -torch.inf)
-    return key.sort(dim=1, descending=True, stable=True).indices
+    key = torch.nan_to_num(score.float(), nan=-3e38, posinf=3e38, neginf=-3e38)
+    return torch.where(among, key, -torch.inf).sort(dim=1, descending=True, stable=True).indices
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -38,6 +38,13 @@ def inverse(order: Tensor) -> Tensor:
 def descending_rank(score: Tensor, among: Tensor) -> Tensor:
     """(B, L) long, 0 for the best; see `descending_order`."""
     return inverse(descending_order(score, among))
+
+
+def top(order: Tensor, counts: Sequence[int], among: Tensor) -> Tensor:
+    """(B, L) bool: the first counts[b] entries of an order (see `descending_order`, with the same `among`)."""
+    if len(set(counts)) == 1:
+        return torch.zeros_like(among).scatter_(1, order[:, : counts[0]], True)
+    return among & (inverse(order) < column(counts, order))
 
 
 def sent(values: Sequence[Any], like: Tensor) -> Tensor:
@@ -85,17 +92,16 @@ def assemble(
     Returns:
         Cut with L' = max(lengths); `valid` is None when all samples have that length.
     """
-    length = keep.shape[1]
     n_merged = 0 if merged is None else merged.shape[1]
-    step = n_merged + 1
-    places = torch.arange(length, device=keep.device)
-    key = torch.where(torch.where(visual, keep, valid), places * step, -1)  # (B, L)
+    step = n_merged + 1  # between two columns there is room for all merged rows
+    places = torch.arange(0, keep.shape[1] * step, step, device=keep.device)
+    key = torch.where(torch.where(visual, keep, valid), places, -1)  # (B, L)
     if merged is not None:
-        after = (visual * (places + 1)).amax(1, keepdim=True) - 1 if at is None else at  # (B, 1 or C)
-        slots = torch.arange(n_merged, device=keep.device)
-        extra = after * step + 1 + slots  # (B, C)
+        after = (visual * places).amax(1, keepdim=True) if at is None else at * step  # (B, 1 or C)
+        slots = torch.arange(1, step, device=keep.device)
+        extra = after + slots  # (B, C)
         if any(n != n_merged for n in merged_counts):
-            extra = extra.masked_fill(slots >= column(merged_counts, keep), -1)
+            extra = extra.masked_fill(slots > column(merged_counts, keep), -1)
         key = torch.cat([key, extra], 1)
     ordered, index = key.sort(dim=1, stable=True)
     width = max(lengths)
@@ -120,32 +126,39 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     """
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
-    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
+    distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
+    numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
+    if all(q == size for q in counts) and all(c == n_max for c in clusters):  # nothing to mask
+        density = _density(distance.topk(n_max, dim=2, largest=False).values, n_max)
+        delta = _to_denser(distance, density, distance.amax((1, 2), keepdim=True), None)
+        centre = _centres(density * delta, counts, clusters)  # (B, C)
+        label = distance.gather(2, centre[:, None].expand(-1, size, -1)).argmin(2)
+        return label.scatter_(1, centre, numbers)  # centres belong to themselves
     slots = torch.arange(size, device=device)
     real = (slots < per_sample(counts, points)).expand(points.shape[:2])  # (B, Q)
-
-    def only(values: Tensor, where: Callable[[], Tensor], fill: float) -> Tensor:
-        return values if even else values.masked_fill(~where(), fill)
-
-    def pair() -> Tensor:
-        return real[:, None] & real[:, :, None]  # (B, Q, Q)
-
-    distance = torch.cdist(points.float(), points.float()) / points.shape[2] ** 0.5  # (B, Q, Q)
-    farthest = only(distance, pair, 0).flatten(1).amax(1)[:, None, None]
-    nearest = only(distance, pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
-    wanted = per_sample([max(c, 1) for c in clusters], points)  # (B, 1)
+    pair = real[:, None] & real[:, :, None]  # (B, Q, Q)
+    nearest = distance.masked_fill(~pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
     used = slots[: nearest.shape[2]] < per_sample(clusters, points)  # (B, K)
-    squares = only(nearest.square(), lambda: used[..., None, :] & real[:, :, None], 0).sum(2)
-    density = only(torch.exp(-squares / wanted), lambda: real, -1.0)  # (B, Q)
-    denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
-    delta = torch.where(denser if even else denser & pair(), distance, farthest).amin(2)  # (B, Q)
+    nearest = nearest.masked_fill_(~(used[..., None, :] & real[:, :, None]), 0)
+    density = _density(nearest, per_sample([max(c, 1) for c in clusters], points)).masked_fill_(~real, -1.0)
+    farthest = distance.masked_fill(~pair, 0).amax((1, 2), keepdim=True)
+    delta = _to_denser(distance, density, farthest, pair)
     centre = _centres(density * delta, counts, clusters)  # (B, C), Q where there is none
     to_centre = distance.gather(2, centre.clamp(max=size - 1)[:, None].expand(-1, size, -1))  # (B, Q, C)
-    label = only(to_centre, lambda: (centre < size)[:, None].expand_as(to_centre), torch.inf).argmin(2)
+    label = to_centre.masked_fill_((centre >= size)[:, None], torch.inf).argmin(2)
     label = torch.cat([label, label[:, :1]], 1)  # one column more, for the centres that are none
-    numbers = torch.arange(centre.shape[1], device=device).expand_as(centre)
-    label = label.scatter_(1, centre, numbers)[:, :size]  # centres belong to themselves
-    return label if even else label.masked_fill(~real, -1)
+    return label.scatter_(1, centre, numbers)[:, :size].masked_fill(~real, -1)
+
+
+def _density(nearest: Tensor, count: Tensor | int) -> Tensor:
+    """(B, Q) from the distances (B, Q, K) to the nearest points, of which `count` are averaged."""
+    return nearest.square().sum(2).div_(-count).exp_()
+
+
+def _to_denser(distance: Tensor, density: Tensor, farthest: Tensor, pair: Tensor | None) -> Tensor:
+    """(B, Q) distance to the nearest denser point, (B, 1, 1) `farthest` where there is none; only among `pair`s."""
+    denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
+    return torch.where(denser if pair is None else denser & pair, distance, farthest).amin(2)
 
 
 def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
@@ -176,9 +189,10 @@ def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> 
     Returns:
         (B, C, D) in the dtype of `points`.
     """
-    member = torch.nn.functional.one_hot(label + 1, n_clusters + 1)[..., 1:].transpose(1, 2).float()  # (B, C, Q)
+    numbers = torch.arange(n_clusters, device=label.device)
+    member = (label[:, None] == numbers[:, None]).float()  # (B, C, Q)
     total = member @ points.float()
-    return (total / (member.sum(2, keepdim=True) + eps)).to(points.dtype)
+    return total.div_(member.sum(2, keepdim=True).add_(eps)).to(points.dtype)
 
 
 def keep_best(
@@ -194,15 +208,16 @@ def keep_best(
         recycle: tokens those are made of, the best behind the kept ones.
     """
     best = descending_order(score, view.visual)  # (B, L) columns by rank
-    rank = inverse(best)
-    first = per_sample(keep, rank)
-    kept = view.visual & (rank < first)
+    kept = top(best, keep, view.visual)
     if not any(recycle):
         lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
         return assemble(kept, view.visual, view.valid, lengths)
     lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
-    slots = torch.arange(max(recycle), device=rank.device)
-    picked = best.gather(1, (first + slots).clamp(max=rank.shape[1] - 1).expand(rank.shape[0], -1))  # (B, Q)
+    if len(set(keep)) == 1:
+        picked = best[:, keep[0] : keep[0] + max(recycle)]  # (B, Q)
+    else:
+        slots = torch.arange(max(recycle), device=best.device)
+        picked = best.gather(1, (column(keep, best) + slots).clamp(max=best.shape[1] - 1))
     points = take(view.hidden, picked)  # (B, Q, D)
     label = dpc_knn(points, recycle, clusters)
     return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)

@@ -18,6 +18,8 @@ FILLER = -2
 """Original index of a masked row that only fills up a batch of unequal lengths."""
 TEXT = -3
 """Original index of a row that is not visual."""
+ColumnIndex = slice | Tensor
+"""Columns of a sequence: a slice with start and stop (nothing is copied), or (R,) long."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Spans:
     n_visual: tuple[int, ...]
     n_layers: int
 
-    def text_rows(self) -> Tensor:
-        """(R,) long: the columns after the picture."""
-        return torch.arange(self.length - self.n_text, self.length, device=self.text.device)
+    def text_rows(self) -> slice:
+        """The R columns after the picture."""
+        return slice(self.length - self.n_text, self.length)
 
-    def last_row(self) -> Tensor:
-        """(1,) long: the last column, the last instruction token of every sample."""
-        return torch.arange(self.length - 1, self.length, device=self.text.device)
+    def last_row(self) -> slice:
+        """The last column, the last instruction token of every sample."""
+        return slice(self.length - 1, self.length)
 
 
 @dataclass
@@ -66,7 +68,8 @@ class View:
         scratch: dict that lives as long as the request; a method keeps its state here, never on itself.
         counts: rows of each sample that are not visual and not padding.
         carried: name -> (B, V) values that `reduce` left, by original visual index; read them with `carry`.
-        next_rows: function rows (R,) -> (B, H, R, L) float32, the next layer's attention on these states.
+        next_rows: function rows (a slice, or (R,) long) -> (B, H, R, L) float32, the next layer's attention on these
+            states.
         rope: cosine and sine of the layer's positions, each (B or 1, L, dh).
         entering: (B, L, D) input of the layer, None before the first.
         middle: (B, L, D) what the layer's MLP was given (the norm after attention), where `Method.middle` asked.
@@ -81,7 +84,7 @@ class View:
     scratch: dict[str, Any]
     counts: tuple[int, ...]
     carried: dict[str, Tensor] = field(default_factory=dict)
-    next_rows: Callable[[Tensor], Tensor] | None = None
+    next_rows: Callable[[ColumnIndex], Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None
     entering: Tensor | None = None
     middle: Tensor | None = None

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..core.budget import Budget, Schedule, schedule
 from ..core.checks import choice, real, whole
-from ..core.information import last_attention, mutual_information, text_attention
+from ..core.information import last_attention, mutual_information, shares, text_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
-from ..core.types import Cut, Spans, View, VisionView
+from ..core.types import ColumnIndex, Cut, Spans, View, VisionView
 
 
 @register("autoprune")
@@ -106,7 +106,7 @@ class AutoPrune(Method):
         view.carry["cls"] = cls if padding is None else cls.masked_fill(padding, 0)
 
     # the language model -------------------------------------------------------------------------------------
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         return None if self._idle(layer, spans) else spans.text_rows()
 
     def _idle(self, layer: int, spans: Spans) -> bool:
@@ -116,7 +116,7 @@ class AutoPrune(Method):
     def score(self, layer: int, view: View) -> Tensor:
         """(B, L) ranking of layers 1..L-1."""
         assert view.probs is not None
-        return text_attention(view.probs, view.spans.text)
+        return text_attention(view.probs, view.scratch["shares"])
 
     def cut(self, layer: int, view: View) -> Cut | None:
         if layer <= 0:
@@ -132,10 +132,10 @@ class AutoPrune(Method):
 
     def _first(self, view: View) -> Cut | None:
         assert view.probs is not None
-        text = view.spans.text
-        information = self._information(view) / text.sum(1).clamp(min=1)
-        view.scratch["mi0"] = information
-        score = self.lam * information[:, None] * text_attention(view.probs, text) + view.carry("cls")
+        view.scratch["shares"] = shares(view.spans.text)
+        view.scratch["mi0"] = information = self._information(view) / view.spans.text.sum(1).clamp(min=1)
+        attention = text_attention(view.probs, view.scratch["shares"])
+        score = self.lam * information[:, None] * attention + view.carry("cls")
         keep = [min(int(2.5 * self.tokens), n) if self.tokens < n else n for n in view.spans.n_visual]
         if list(view.spans.n_visual) == keep:
             return None
@@ -190,7 +190,7 @@ class AutoPruneFlash(AutoPrune):
         super().__post_init__()
         choice("flash_score", self.flash_score, ("softmax", "dot"))
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         if layer <= 1:
             return spans.text_rows()
         return None if self._idle(layer, spans) else spans.last_row()

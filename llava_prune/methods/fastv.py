@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..core.checks import at_most_one, real, whole
 from ..core.information import last_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
 from ..core.stages import after_full
-from ..core.types import Cut, Spans, View
+from ..core.types import ColumnIndex, Cut, Spans, View
 
 _PRESETS: dict[str, dict[str, int | float]] = {
     "paper": {"layer": 2, "keep": 0.5},
@@ -94,7 +92,7 @@ class FastV(Method):
         full, keep = self.setting(n_visual, n_layers)
         return [n_visual] * full + [min(keep, n_visual)] * (n_layers - full)
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         return None if self.keep_after(layer, spans) is None else spans.last_row()
 
     def cut(self, layer: int, view: View) -> Cut | None:

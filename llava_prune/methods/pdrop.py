@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ..core.checks import at_most_one, choice, real, whole, wholes
 from ..core.information import last_attention
 from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
 from ..core.stages import pyramid, pyramid_recipe
-from ..core.types import Cut, Spans, View
+from ..core.types import ColumnIndex, Cut, Spans, View
 
 HALVES = (0.5, 0.25, 0.125)
 
@@ -104,7 +102,7 @@ class PyramidDrop(Method):
             return [0] * n_layers
         return pyramid(*self.schedule(n_visual, n_layers), n_visual, n_layers)
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         if self.score == "next" or self.keep_after(layer, spans) is None:
             return None
         return spans.last_row()

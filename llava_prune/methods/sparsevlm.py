@@ -16,7 +16,7 @@ from ..core.method import Method
 from ..core.registry import register
 from ..core.select import keep_best
 from ..core.stages import Step, chain, entering, sparse_schedule
-from ..core.types import Cut, Spans, View
+from ..core.types import ColumnIndex, Cut, Spans, View
 
 LAYERS = {"1.0": (2, 6, 15, 19), "1.5": (2, 6, 15), "2.0": (2, 6, 15)}
 RETAIN: dict[str, dict[int, tuple[int, ...]]] = {
@@ -152,7 +152,7 @@ class SparseVLM(Method):
             return layer in self._layers(spans.n_layers)
         return any(layer in self.steps(n, spans.n_layers) for n in spans.n_visual)
 
-    def rows(self, layer: int, spans: Spans) -> Tensor | None:
+    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
         return spans.text_rows() if self._sparse(layer, spans) else None
 
     def cut(self, layer: int, view: View) -> Cut | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import at_most_one, real, whole
 from ..core.method import Method
 from ..core.registry import register
-from ..core.select import assemble, column, descending_rank, take
+from ..core.select import assemble, descending_order, take, top
 from ..core.stages import after_full, after_full_by_flops, with_recovery, within_total
 from ..core.transport import feature_cost, grid_distance, patch_places, transport, unit_range
 from ..core.types import Cut, Spans, View, VisionView
@@ -151,13 +151,13 @@ class TopV(Method):
         live = view.visual.gather(1, place)
         importance = self._importance(view, place, live)
         score = torch.zeros(view.visual.shape, device=importance.device).scatter(1, place, importance)
-        top = view.visual & (descending_rank(score, view.visual) < column(keep, score))
+        stay = top(descending_order(score, view.visual), keep, view.visual)
         lengths = [n + k for n, k in zip(view.counts, after, strict=True)]
         if self.r:
-            gone = view.visual & ~top
+            gone = view.visual & ~stay
             due = torch.tensor([s[0] == layer + 1 for s in settings]).to(gone.device, non_blocking=True)[:, None]
-            top = top | gone & due & ((gone.cumsum(1) - 1) % self.r == 0)
-        return assemble(top, view.visual, view.valid, lengths)
+            stay = stay | gone & due & ((gone.cumsum(1) - 1) % self.r == 0)
+        return assemble(stay, view.visual, view.valid, lengths)
 
     def _importance(self, view: View, place: Tensor, live: Tensor) -> Tensor:
         """(B, V) row sums of the plan, 0 on filler."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.select import column, sent
-from ..core.types import MERGED, Cut
+from ..core.types import FILLER, MERGED, Cut
 from .request import Pending, Rows
 
 
@@ -131,6 +131,25 @@ def carry(pending: Pending, visual: Tensor, source: Tensor | None, width: int) -
         flat = values.flatten().to(patch.device)
         out[name] = flat[patch.clamp(min=0)].masked_fill(patch < 0, 0)
     return out
+
+
+def moved(rows: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
+    """(B, L') what the rows (B, L) of a batch have after a cut; merged ones get `fill`, a number or (B, 1 or C)."""
+    if cut.merged is not None:
+        extra = cut.merged.shape[1]
+        if isinstance(fill, int):
+            rows = torch.nn.functional.pad(rows, (0, extra), value=fill)
+        else:
+            rows = torch.cat([rows, fill.expand(-1, extra)], 1)
+    return rows.gather(1, cut.index)
+
+
+def moved_ids(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Tensor, Tensor]:
+    """Original indices and the visual mask, (B, L') each, after a cut whose merged rows have the indices `merged`."""
+    ids = moved(ids, cut, merged)
+    if cut.valid is not None:
+        ids = ids.masked_fill(~cut.valid, FILLER)
+    return ids, ids > FILLER
 
 
 def check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:

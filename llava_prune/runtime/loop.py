@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..core.method import Method
 from ..core.select import assemble, take
-from ..core.types import FILLER, MERGED, Cut, Spans, View
+from ..core.types import MERGED, ColumnIndex, Cut, Spans, View
 from .compat import CAUSAL, BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
-from .layout import carry, check_cut, lay_out
+from .layout import carry, check_cut, lay_out, moved, moved_ids
 from .prompt import Prompt, behind, read_prompt
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, queries_of, text_rows
@@ -120,6 +120,9 @@ class _Prefill:
     ) -> None:
         self.lm, self.state, self.method, self.cache = lm, state, state.method, cache
         self.hidden, length = hidden, hidden.shape[1]
+        self.numbers: Tensor | None = None  # positions of sequences without filler, see _renumber
+        self.turns: tuple[Tensor, Tensor] | None = None  # their cosine and sine
+        self.dense = False  # whether `positions` are the first of `numbers`
         self.visual, self.valid, self.positions = prompt.visual, prompt.valid, prompt.positions
         self.n_visual, self.counts, self.n_text = prompt.n_visual, prompt.counts, prompt.n_text
         self.ids = original_ids(self.visual)
@@ -168,7 +171,7 @@ class _Prefill:
             self._apply(-1, closed, rows.ids, places)
             self.n_visual = tuple(rows.counts)
         if self.method.vision_positions == "renumber":
-            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
+            self._renumber()
             self.request.starts = (self.valid.sum(1, keepdim=True) + self.origin)[None]
 
     def _places(self, ids: Tensor) -> Tensor:
@@ -220,40 +223,52 @@ class _Prefill:
 
     def _rope(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rows, (B, L, dh) each, from a table made once."""
+        if not self.dense:
+            return self._turn(self.positions)
+        assert self.numbers is not None
+        length = self.positions.shape[1]
+        if self.turns is None or self.turns[0].shape[1] < length:
+            self.turns = self._turn(self.numbers)
+        return self.turns[0][:, :length], self.turns[1][:, :length]
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.table
-        return cos[0][self.positions], sin[0][self.positions]
+        return cos[0][positions], sin[0][positions]
+
+    def _renumber(self) -> None:
+        """Positions without gaps. Where no row is filler they are the first of a sequence that is made once."""
+        self.dense, length = self.mask2d is None, self.valid.shape[1]
+        if not self.dense:
+            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
+            return
+        if self.numbers is None or self.numbers.shape[1] < length:
+            self.numbers = (torch.arange(length, device=self.valid.device) + self.origin).clamp(min=0)
+        self.positions = self.numbers[:, :length]
 
     def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
         """Gather every per-row tensor; the new stage begins at layer + 1.
 
         Merged rows get `ids` (B, C) and positions `places` (B, C), else MERGED and the last visual position.
         """
-        batch, length = self.visual.shape
-        extra = 0 if cut.merged is None else cut.merged.shape[1]
         if self.state.check:
             check_cut(cut, self.visual, self.valid)
-
-        def move(rows: Tensor, fill: Any) -> Tensor:
-            if extra:
-                tail = fill if isinstance(fill, Tensor) else rows.new_full((batch, 1), fill)
-                rows = torch.cat([rows, tail.expand(batch, extra)], 1)
-            return rows.gather(1, cut.index)
-
         rows = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
         self.hidden = take(rows, cut.index)
         if self.method.positions == "keep":
             last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
-            self.positions = move(self.positions, last if places is None else places)
-        self.visual, self.ids = move(self.visual, True), move(self.ids, MERGED if ids is None else ids)
-        if cut.valid is None:
-            self.valid, self.mask2d = torch.ones_like(self.visual), None
+            self.positions, self.dense = moved(self.positions, cut, last if places is None else places), False
+        self.ids, self.visual = moved_ids(self.ids, cut, MERGED if ids is None else ids)
+        length = cut.index.shape[1]
+        if cut.valid is not None:
+            self.valid = cut.valid
+        elif self.mask2d is None and length <= self.valid.shape[1]:
+            self.valid = self.valid[:, :length]  # no filler before, none now
         else:
-            self.valid = self.mask2d = cut.valid
-            self.visual = self.visual & cut.valid
-            self.ids = self.ids.masked_fill(~cut.valid, FILLER)
+            self.valid = torch.ones_like(self.visual)
+        self.mask2d = cut.valid
         if self.method.positions == "renumber":
-            self.positions = (self.valid.cumsum(1) - 1 + self.origin).clamp(min=0)
-        stage = Stage(layer + 1, self.mask2d, cut.index.shape[1])
+            self._renumber()
+        stage = Stage(layer + 1, self.mask2d, length)
         self.request.stages = [s for s in self.request.stages if s.first != layer + 1] + [stage]
 
     def run(self, kwargs: dict[str, Any]) -> Tensor:
@@ -315,7 +330,7 @@ class _Scores:
         layer: Any,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        wanted: Tensor | None,
+        wanted: ColumnIndex | None,
         valid: Tensor | None,
         keys: Tensor | None = None,
         queries: Sequence[Tensor] = (),
@@ -323,7 +338,7 @@ class _Scores:
         self.layer, self.hidden, self.rope, self.wanted, self.valid = layer, hidden, rope, wanted, valid
         self.keys, self.queries = keys, queries
 
-    def rows(self, rows: Tensor) -> Tensor:
+    def rows(self, rows: ColumnIndex) -> Tensor:
         return text_rows(self.layer, self.hidden, self.rope, rows, self.valid, self.keys)
 
     def __call__(self) -> Tensor | None:
@@ -346,8 +361,4 @@ class _Final:
         cut = self.method.cut(self.layer, view)
         if cut is None:
             return view.ids, view.visual
-        extra = 0 if cut.merged is None else cut.merged.shape[1]
-        batch = view.ids.shape[0]
-        ids = torch.cat([view.ids, view.ids.new_full((batch, extra), MERGED)], 1).gather(1, cut.index)
-        visual = torch.cat([view.visual, view.visual.new_ones(batch, extra)], 1).gather(1, cut.index)
-        return ids, visual if cut.valid is None else visual & cut.valid
+        return moved_ids(view.ids, cut)

@@ -6,6 +6,7 @@ so no L x L map exists anywhere.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.types import ColumnIndex
 from .compat import apply_rotary_pos_emb, repeat_kv
 
 
@@ -22,7 +24,7 @@ def text_rows(
     layer: nn.Module,
     hidden: Tensor,
     rope: tuple[Tensor, Tensor],
-    rows: Tensor,
+    rows: ColumnIndex,
     valid: Tensor | None,
     keys: Tensor | None = None,
     queries: Tensor | None = None,
@@ -33,7 +35,7 @@ def text_rows(
         layer: Llama decoder layer.
         hidden: (B, L, D) input of the layer.
         rope: cosine and sine, each (B or 1, L, dh).
-        rows: (R,) long.
+        rows: a slice with start and stop, or (R,) long.
         valid: (B, L) bool, or None when every row is live.
         keys: (B, KV, L, dh) keys with rotary positions, as the cache holds them; None computes them.
         queries: (B, R, H dh) projections of the rows, as the layer made them; None computes them.
@@ -52,12 +54,26 @@ def text_rows(
         queries = attn.q_proj(states[:, rows]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, rows]))
-    query = queries.view(batch, rows.shape[0], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
-    query = apply_rotary_pos_emb(query, query, cos[:, rows], sin[:, rows])[0]
+    query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
+    query = apply_rotary_pos_emb(query, query[:, :0], cos[:, rows], sin[:, rows])[0]
     score = (query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)).mul_(attn.scaling)  # (B, H, R, L)
-    hidden_from = torch.arange(length, device=rows.device) > rows[:, None]  # (R, L), the future
-    blocked = hidden_from if valid is None else hidden_from | ~valid[:, None, None]
-    return score.masked_fill_(blocked, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32)
+    lowest = torch.finfo(score.dtype).min
+    if isinstance(rows, slice):
+        if length - rows.start > 1:
+            count = rows.stop - rows.start, length - rows.start
+            score[..., rows.start :].masked_fill_(_future(*count, score.device), lowest)
+    else:
+        score.masked_fill_(torch.arange(length, device=rows.device) > rows[:, None], lowest)
+    if valid is not None:
+        score.masked_fill_(~valid[:, None, None], lowest)
+    return score.softmax(-1, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _future(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows, columns) bool, what a row does not see of the columns that begin with its first row's own."""
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ def middle_of(layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def queries_of(layer: nn.Module, rows: Tensor | None) -> Iterator[list[Tensor]]:
+def queries_of(layer: nn.Module, rows: ColumnIndex | None) -> Iterator[list[Tensor]]:
     """Catch the query projections of `rows` while a decoder layer runs in this thread: a list of one (B, R, H dh)."""
     attn: Any = layer.self_attn
     with _output(None if rows is None else attn.q_proj, lambda x: x[:, rows]) as box:

@@ -114,7 +114,7 @@ class Asked:
     valid: Tensor
     ids: Tensor
     probs: Tensor | None
-    rows: Tensor | None
+    rows: slice | Tensor | None
     spans: Any
     next_row: Tensor | None
     answer: Any
@@ -421,7 +421,7 @@ def _compare(
     near(shown.hidden[b, live], out, tol, f"hidden after layer {n}, sample {b}")
     if shown.probs is not None:
         assert shown.rows is not None and shown.probs.dtype == torch.float32
-        rows = [(r, at[c]) for r, c in enumerate(shown.rows.tolist()) if c in at]
+        rows = [(r, at[c]) for r, c in enumerate(torch.arange(shown.spans.length)[shown.rows].tolist()) if c in at]
         got = shown.probs[b][:, [r for r, _ in rows]]  # (H, R, L)
         near(got[..., live], weight[:, [i for _, i in rows], : len(live)], tol, f"rows of layer {n}, sample {b}")
         dead = [i for i, c in enumerate(columns) if c is None]
