@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -88,6 +88,12 @@ class Composed(Method):
 
     def middle(self, layer: int, spans: Spans) -> bool:
         return self.language.middle(layer, spans)
+
+    def ask(self, layer: int, view: View) -> Tensor | None:
+        return self.language.ask(layer, view)
+
+    def settle(self, layer: int, values: list[Any], view: View) -> Hashable:
+        return self.language.settle(layer, values, view)
 
     def cut(self, layer: int, view: View) -> Cut | None:
         return self.language.cut(layer, view)

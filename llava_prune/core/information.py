@@ -65,8 +65,8 @@ def last_attention(attention: Tensor, product: bool = False) -> Tensor:
     return (row.clamp(min=torch.finfo(row.dtype).tiny).log() if product else row).mean(1)
 
 
-def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> list[int]:
-    """Rank of each sample's (text rows x visual columns) attention, mean over heads; read from the device.
+def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
+    """(B,) rank of each sample's (text rows x visual columns) attention, mean over heads.
 
     Args:
         attention: (B, H, R, L) float32.
@@ -75,8 +75,7 @@ def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> list[int
     """
     matrix = attention.mean(1).masked_fill(~(text[:, :, None] & visual[:, None]), 0)  # (B, R, L)
     size = torch.maximum(text.sum(1), visual.sum(1)).float()  # torch's default tolerance, of the matrix without zeros
-    ranks: list[int] = torch.linalg.matrix_rank(matrix, rtol=size * torch.finfo(matrix.dtype).eps).tolist()
-    return ranks
+    return torch.linalg.matrix_rank(matrix, rtol=size * torch.finfo(matrix.dtype).eps)
 
 
 def strongest_heads(attention: Tensor, text: Tensor, visual: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -24,6 +25,8 @@ class Method:
         anyres: whether the method can work on pictures that come in crops (LLaVA-NeXT).
         new_rows: whether its `VisionCut` has rows that stand for no patch.
         needs_patches: whether `cut` needs the patch behind each visual token, so that it cannot follow such a method.
+        replays: whether its cuts are operations of the device alone, but for what `settle` says, so that a captured
+            prefill can be replayed for another request (`attach(..., graphs=True)`).
 
     Class attributes that only tables and documents read (`llava-prune methods`):
         where: the place it prunes, e.g. "language model, after layers 8, 16, 24 of 32".
@@ -48,6 +51,7 @@ class Method:
     anyres: ClassVar[bool] = True
     new_rows: ClassVar[bool] = False
     needs_patches: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
         """Attention rows to record in the vision tower, {block: query rows}, row 0 being the class token.
@@ -80,6 +84,20 @@ class Method:
     def middle(self, layer: int, spans: Spans) -> bool:
         """Whether `cut` wants `View.middle` of `layer`."""
         return False
+
+    def ask(self, layer: int, view: View) -> Tensor | None:
+        """What the host must know of the device before `cut` of this layer; None for nothing, as a rule.
+
+        Each tensor is one wait for the device. A method that reads nowhere else can be replayed, see `replays`.
+        """
+        return None
+
+    def settle(self, layer: int, values: list[Any], view: View) -> Hashable:
+        """What follows from the values of `ask`, as nested lists. Kept in `view.scratch["settled"]`.
+
+        What this and later cuts do on the host must follow from the answer, not from the values themselves.
+        """
+        raise TypeError(f"{self!r} asks for values and must say what follows from them")
 
     def cut(self, layer: int, view: View) -> Cut | None:
         """Asked after each decoder layer, and with layer -1 before the first. None leaves the sequence alone."""

@@ -64,6 +64,7 @@ class AutoPrune(Method):
     batch = "any (official code: 1)"
     positions = "renumber"
     decode = "cache"
+    replays = True
 
     def __post_init__(self) -> None:
         whole("tokens", self.tokens, 1, none=False)
@@ -121,9 +122,7 @@ class AutoPrune(Method):
     def cut(self, layer: int, view: View) -> Cut | None:
         if layer <= 0:
             return self._first(view) if layer == 0 else None
-        if layer == 1:
-            self._plan(view)
-        plans: list[Schedule] = view.scratch["plans"]
+        plans: tuple[Schedule, ...] = view.scratch["settled"]
         keep = [p.keep[layer] for p in plans]
         if keep == [p.leaving[layer - 1] for p in plans]:
             return None
@@ -148,23 +147,20 @@ class AutoPrune(Method):
         heads = mutual_information(view.probs, text, view.visual)  # (B, H)
         return torch.nan_to_num(heads.sum(1) * self.mi_scale, posinf=0.0)
 
-    def _plan(self, view: View) -> None:
-        """The one read from the device: the mutual informations, from which every count follows."""
-        both = torch.stack([view.scratch["mi0"], self._information(view)], 1)
-        mi0, mi1 = zip(*both.tolist(), strict=True)
+    def ask(self, layer: int, view: View) -> Tensor | None:
+        """(B, 2) after layer 1: the mutual informations, from which every count follows."""
+        return torch.stack([view.scratch["mi0"], self._information(view)], 1) if layer == 1 else None
+
+    def settle(self, layer: int, values: list[list[float]], view: View) -> tuple[Schedule, ...]:
+        mi0, mi1 = zip(*values, strict=True)
         slopes = [self.slope(i) for i in mi1]
         x0 = self.midpoint(view.spans.n_layers)
         plans = [
             schedule(k, self.tokens, n, view.spans.n_layers, x0, self.budget)
             for k, n in zip(slopes, view.spans.n_visual, strict=True)
         ]
-        view.scratch["plans"] = plans if self.strict else [p.without_moves() for p in plans]
-        view.scratch["stats"] = {
-            "mi0": list(mi0),
-            "mi1": list(mi1),
-            "slope": slopes,
-            "scale": [p.scale for p in plans],
-        }
+        view.scratch["stats"] = {"mi0": list(mi0), "mi1": list(mi1), "slope": slopes, "scale": [p.scale for p in plans]}
+        return tuple(plans) if self.strict else tuple(p.without_moves() for p in plans)
 
 
 @register("autoprune-flash")

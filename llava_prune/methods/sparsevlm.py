@@ -165,7 +165,7 @@ class SparseVLM(Method):
         score = self._score(view)
         now: list[int] = view.scratch["now"]
         if self.version == "1.0":
-            steps = self._ranked(view, now)
+            steps = view.scratch["settled"]
         else:
             tables = [self.steps(n, view.spans.n_layers) for n in view.spans.n_visual]
             steps = [t.get(layer, (n, 0, 0)) for t, n in zip(tables, now, strict=True)]
@@ -185,14 +185,15 @@ class SparseVLM(Method):
         count = max(1, round(14 / 32 * heads)) if self.heads is None else min(self.heads, heads)
         return text_attention(strongest_heads(scaled, voters, view.visual, count), voters)
 
-    def _ranked(self, view: View, now: list[int]) -> list[Step]:
-        """Version 1.0: counts from the rank of the raters' attention, the one read of a sparse layer."""
-        assert view.probs is not None
-        ranks = attention_ranks(view.probs, view.scratch["raters"], view.visual)
+    def ask(self, layer: int, view: View) -> Tensor | None:
+        """Version 1.0: (B,) ranks of the raters' attention in a sparse layer."""
+        if self.version != "1.0" or view.probs is None or not self._sparse(layer, view.spans):
+            return None
+        return attention_ranks(view.probs, view.scratch["raters"], view.visual)
+
+    def settle(self, layer: int, values: list[int], view: View) -> tuple[Step, ...]:
         scale, bias = SCALES[self.budget] if self.scale is None else (self.scale, 0.0)
         bias = bias if self.bias is None else self.bias
-        steps = []
-        for rank, n in zip(ranks, now, strict=True):
-            keep = n if rank == n else max(0, min(int(rank * scale + bias), n - 1))
-            steps.append((keep, *recycled(n - keep)))
-        return steps
+        pairs = list(zip(values, view.scratch["now"], strict=True))
+        keep = [n if rank == n else max(0, min(int(rank * scale + bias), n - 1)) for rank, n in pairs]
+        return tuple((k, *recycled(n - k)) for k, (_, n) in zip(keep, pairs, strict=True))

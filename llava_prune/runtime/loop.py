@@ -123,6 +123,8 @@ class _Prefill:
         self.numbers: Tensor | None = None  # positions of sequences without filler, see _renumber
         self.turns: tuple[Tensor, Tensor] | None = None  # their cosine and sine
         self.dense = False  # whether `positions` are the first of `numbers`
+        self.rope: tuple[Tensor, Tensor]
+        self.mask: Any
         self.visual, self.valid, self.positions = prompt.visual, prompt.valid, prompt.positions
         self.n_visual, self.counts, self.n_text = prompt.n_visual, prompt.counts, prompt.n_text
         self.ids = original_ids(self.visual)
@@ -272,38 +274,57 @@ class _Prefill:
         self.request.stages = [s for s in self.request.stages if s.first != layer + 1] + [stage]
 
     def run(self, kwargs: dict[str, Any]) -> Tensor:
-        layers = self.lm.layers
+        """(B, L', D) states behind the last layer."""
+        self.begin()
+        for i in range(len(self.lm.layers)):
+            view = self.layer(i, kwargs)
+            if view is not None:
+                asked = self.method.ask(i, view)
+                self.decide(i, view, None if asked is None else asked.tolist())
+        return self.end()
+
+    def begin(self) -> None:
+        """The cut before the first layer."""
         before = self.method.cut(-1, self._view(None, None))
         if before is not None:
             self._apply(-1, before)
-        rope, mask = self._rope(), self._mask(0)
-        for i, layer in enumerate(layers):
-            self.trace.entries.append((self.ids, self.visual))
-            entering = self.hidden
-            spans = self._spans()
-            wanted = self.method.rows(i, spans)
-            with middle_of(layer, self.method.middle(i, spans)) as middle, queries_of(layer, wanted) as queries:
-                self.hidden = layer(
-                    entering,
-                    attention_mask=mask,
-                    position_embeddings=rope,
-                    position_ids=None,
-                    past_key_values=self.cache,
-                    use_cache=self.cache is not None,
-                    **kwargs,
-                )
-            valid = None if self.mask2d is None else self.valid
-            score = _Scores(layer, entering, rope, wanted, valid, self._keys(i), queries)
-            if i + 1 == len(layers):
-                if type(self.method).cut is not Method.cut:
-                    self.trace.final = _Final(self.method, i, score, self._view(None, None))
-                break
-            seen = rope, entering, middle[0] if middle else None
-            nxt = _Scores(layers[i + 1], self.hidden, rope, None, valid)
-            cut = self.method.cut(i, self._view(score(), nxt.rows, *seen))
-            if cut is not None:
-                self._apply(i, cut)
-                rope, mask = self._rope(), self._mask(i + 1)
+        self.rope, self.mask = self._rope(), self._mask(0)
+
+    def layer(self, i: int, kwargs: dict[str, Any]) -> View | None:
+        """Run one layer; what its cut is shown, None for the last."""
+        layer, layers = self.lm.layers[i], self.lm.layers
+        self.trace.entries.append((self.ids, self.visual))
+        entering, rope = self.hidden, self.rope
+        spans = self._spans()
+        wanted = self.method.rows(i, spans)
+        with middle_of(layer, self.method.middle(i, spans)) as middle, queries_of(layer, wanted) as queries:
+            self.hidden = layer(
+                entering,
+                attention_mask=self.mask,
+                position_embeddings=rope,
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                **kwargs,
+            )
+        valid = None if self.mask2d is None else self.valid
+        score = _Scores(layer, entering, rope, wanted, valid, self._keys(i), queries)
+        if i + 1 == len(layers):
+            if type(self.method).cut is not Method.cut:
+                self.trace.final = _Final(self.method, i, score, self._view(None, None))
+            return None
+        nxt = _Scores(layers[i + 1], self.hidden, rope, None, valid)
+        return self._view(score(), nxt.rows, rope, entering, middle[0] if middle else None)
+
+    def decide(self, i: int, view: View, values: list[Any] | None) -> None:
+        """The cut after a layer, given what the method asked for."""
+        cut = decided(self.method, i, view, values)
+        if cut is not None:
+            self._apply(i, cut)
+            self.rope, self.mask = self._rope(), self._mask(i + 1)
+
+    def end(self) -> Tensor:
+        """(B, L', D) states; positions of new tokens are settled."""
         if self.method.decode == "cache":
             self.request.starts = torch.stack([self._cached(s) for s in self.request.stages])
         return self.hidden
@@ -320,6 +341,13 @@ class _Prefill:
         keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
         fits = isinstance(keys, Tensor) and keys.shape[2:3] == self.visual.shape[1:]
         return keys if fits and keys.device == self.hidden.device else None  # an offloaded cache has them elsewhere
+
+
+def decided(method: Method, layer: int, view: View, values: list[Any] | None) -> Cut | None:
+    """A method's answer after a layer, given the values of its `ask`."""
+    if values is not None:
+        view.scratch["settled"] = method.settle(layer, values, view)
+    return method.cut(layer, view)
 
 
 class _Scores:
@@ -358,7 +386,8 @@ class _Final:
     def __call__(self) -> tuple[Tensor, Tensor]:
         view = self.view
         view.probs = self.score()
-        cut = self.method.cut(self.layer, view)
+        asked = self.method.ask(self.layer, view)
+        cut = decided(self.method, self.layer, view, None if asked is None else asked.tolist())
         if cut is None:
             return view.ids, view.visual
         return moved_ids(view.ids, cut)
