@@ -80,6 +80,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     flag("seed", "0", "of weights, prompts and pictures", type=int)
     flag("out", None, "folder of the results; default playground/results/bench/SHAPE or MODEL")
     p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    p.add_argument("--graphs", action="store_true", help="replay prefills as CUDA graphs where the method allows it")
     p.add_argument("--profile", action="store_true", help="write a trace of a pruned prefill each")
     p.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
     p.set_defaults(run=_bench)

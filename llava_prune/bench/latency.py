@@ -17,6 +17,7 @@ import torch
 
 from ..families.base import family_of
 from ..runtime.attach import pruned
+from ..runtime.graphs import Graphs
 
 STAGES = ("vision", "prefill", "decode", "total")
 Ask = Callable[[], Any]
@@ -126,7 +127,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def alternate(
-    model: Any, ask: Ask, method: Any, repeats: int, warmup: int
+    model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: bool | Graphs = False
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], Any]:
     """Unpruned and pruned requests in turn, A B A B, in this process.
 
@@ -136,6 +137,7 @@ def alternate(
         method: a Method.
         repeats: pairs that count.
         warmup: pairs before them.
+        graphs: see `attach`.
 
     Returns:
         (stages of each unpruned request, of each pruned one, the last pruned prefill's Record).
@@ -144,7 +146,7 @@ def alternate(
     with probing(model) as probe, _no_collection():
         for i in range(warmup + repeats):
             first = once(ask, probe)
-            with pruned(model, method) as handle:
+            with pruned(model, method, graphs=graphs) as handle:
                 second = once(ask, probe)
                 last = handle.last
             if i >= warmup:

@@ -21,6 +21,7 @@ from ..core.method import Method
 from ..core.registry import resolve
 from ..families.base import family_of
 from ..runtime.attach import pruned
+from ..runtime.graphs import RECORDED, Graphs
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, layer_flops
 from .latency import alternate, deciding, quartiles, stages
@@ -51,6 +52,8 @@ class Settings:
         method_args: hyper-parameters for every method that has them.
         seed: of weights, prompts and pictures.
         memory: measure peak memory too.
+        graphs: replay pruned prefills (`attach(..., graphs=True)`) when times are taken, of methods that allow it;
+            needs CUDA. Memory and the time spent deciding are measured without.
         profile: write a trace of one pruned request each.
         out: folder; None for playground/results/bench/<shape or model>.
     """
@@ -72,6 +75,7 @@ class Settings:
     method_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     memory: bool = True
+    graphs: bool = False
     profile: bool = False
     out: str | None = None
 
@@ -222,14 +226,17 @@ def measure(
     """Everything about one method on one kind of request.
 
     Returns:
-        "stages": see `latency.stages`, milliseconds; "flops": equation (2) on visual and text tokens entering the
-        layers, both models, and their ratio; "efficiency": prefill speed-up over FLOPs ratio; "deciding":
-        quartiles in milliseconds and the median's share of the unpruned prefill; "average_entering": visual tokens;
+        "graphs": whether prefills were replayed; "stages": see `latency.stages`, milliseconds; "flops": equation (2) on
+        visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up over
+        FLOPs ratio; "deciding": quartiles in milliseconds and the median's share of the unpruned prefill;
+        "average_entering": visual tokens;
         "padding": filler rows over live ones in the pruned layers; "floor": milliseconds of prefill and decode for
         both models on `machine`; "memory": see `memory.peaks`, both models.
     """
     model, text = loaded.model, asked.text
-    plain, cut, last = alternate(model, asked.ask, method, settings.repeats, settings.warmup)
+    graphs = Graphs(method, model.device) if settings.graphs and method.replays else False
+    warmup = max(settings.warmup, RECORDED) if graphs else settings.warmup
+    plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs)
     times = stages(plain, cut)
     visual = [[asked.visual] * size.layers] * asked.batch if last is None else last.tokens_in.tolist()
     full = [[asked.visual + text] * size.layers] * asked.batch
@@ -240,6 +247,7 @@ def measure(
     width = next(model.parameters()).element_size()
     widest = sum(max(layer) for layer in zip(*live, strict=True)) * asked.batch
     row: dict[str, Any] = {
+        "graphs": bool(graphs),
         "stages": times,
         "flops": {**cost, "ratio": ratio},
         "efficiency": times["prefill"]["speedup"]["median"] / ratio,

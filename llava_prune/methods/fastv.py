@@ -54,6 +54,7 @@ class FastV(Method):
     licence = "none given"
     batch = "any (official code: 1)"
     instead = ("keep",)
+    replays = True
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, keep=self.keep)

@@ -61,6 +61,7 @@ class PyramidDrop(Method):
     decode = "cache"
     batch = "any (official code: 1)"
     instead = ("layers", "ratios")
+    replays = True
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, ratios=self.ratios)

@@ -11,6 +11,7 @@ from ..core.method import Method
 from ..core.registry import build
 from ..families.base import family_of, restore, tower_of
 from .door import Door
+from .graphs import Graphs
 from .loop import State, pruned_forward
 from .request import PENDING, VISION, Record
 
@@ -55,7 +56,9 @@ def _state_of(lm: Any) -> State | None:
     return None
 
 
-def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: Any) -> Handle:
+def attach(
+    model: Any, method: str | Method, *, check: bool = False, graphs: bool | Graphs = False, **hyper: Any
+) -> Handle:
     """Prune `model` with `method` until the handle is detached.
 
     Attach after the model is on its device (and after accelerate's hooks).
@@ -65,14 +68,17 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
             LlavaNextForConditionalGeneration.
         method: a name (`llava_prune.names()`) or a Method instance.
         check: verify every cut on the host (for tests of new methods; slow).
+        graphs: record prefills of single prompts as CUDA graphs and replay them for later ones of the same length, for
+            methods that allow it (`Method.replays`). Give AutoPrune a `slope_step` with it. Other requests run as ever.
+            `Graphs` made for the same model and method outlive an attachment.
         hyper: hyper-parameters when `method` is a name.
 
     Returns:
         Handle.
 
     Raises:
-        ValueError: unknown method or value, a foreign model, or a model that is pruned already. Nothing is changed
-            then.
+        ValueError: unknown method or value, a foreign model, a model that is pruned already, or graphs where there is
+            no CUDA device or the method cannot be replayed. Nothing is changed then.
     """
     if isinstance(method, str):
         method = build(method, **hyper)
@@ -93,6 +99,10 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
     previous = lm.__dict__.get("forward")
     state = State(method, previous)
     state.check = check
+    if graphs:
+        state.graphs = graphs if isinstance(graphs, Graphs) else Graphs(method, model.device)
+        if state.graphs.method is not method:
+            raise ValueError(f"these recordings are of {state.graphs.method!r}, not of {method!r}; give graphs=True")
     undo: list[Callable[[], None]] = []
 
     try:
@@ -108,7 +118,9 @@ def attach(model: Any, method: str | Method, *, check: bool = False, **hyper: An
 
 
 @contextmanager
-def pruned(model: Any, method: str | Method, *, check: bool = False, **hyper: Any) -> Iterator[Handle]:
+def pruned(
+    model: Any, method: str | Method, *, check: bool = False, graphs: bool | Graphs = False, **hyper: Any
+) -> Iterator[Handle]:
     """`attach` for the length of a with block.
 
     Example:
@@ -116,7 +128,7 @@ def pruned(model: Any, method: str | Method, *, check: bool = False, **hyper: An
             model.generate(...)
             handle.last.tokens_out
     """
-    handle = attach(model, method, check=check, **hyper)
+    handle = attach(model, method, check=check, graphs=graphs, **hyper)
     try:
         yield handle
     finally:

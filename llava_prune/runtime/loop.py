@@ -31,6 +31,7 @@ class State:
         self.stock = stock
         self.last: Record | None = None
         self.check = False
+        self.graphs: Any = None
 
     def base(self, lm: Any) -> Any:
         """The forward to fall back on for requests without visual tokens."""
@@ -90,11 +91,16 @@ def pruned_forward(
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=lm.config)
         state.last = None  # frees what the record before holds
-        prefill = _Prefill(lm, state, pending, prompt, past_key_values, attention_mask, hidden)
-        hidden = prefill.run(kwargs)
-        state.last = Record(prefill.trace)
+        made = None
+        if state.graphs is not None:
+            made = state.graphs.run(lm, state, pending, prompt, past_key_values, hidden, kwargs)
+        if made is None:
+            prefill = Prefill(lm, state, pending, prompt, past_key_values, attention_mask, hidden)
+            made = prefill.run(kwargs), prefill.request, prefill.trace
+        hidden, request, trace = made
+        state.last = Record(trace)
         if past_key_values is not None:
-            past_key_values._llava_prune = prefill.request
+            past_key_values._llava_prune = request
     return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), past_key_values=past_key_values)
 
 
@@ -114,7 +120,9 @@ def _refuse(kwargs: dict[str, Any], cache: Any, past: int) -> None:
         refuse_picture(past)
 
 
-class _Prefill:
+class Prefill:
+    """A prompt on its way through the layers. `run`, or `begin`, then `layer` and `decide` for each, then `end`."""
+
     def __init__(
         self, lm: Any, state: State, pending: Pending, prompt: Prompt, cache: Any, mask: Tensor | None, hidden: Tensor
     ) -> None:

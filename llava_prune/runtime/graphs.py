@@ -1,0 +1,259 @@
+"""Prefills recorded as CUDA graphs and replayed for later requests of the same shape.
+
+At batch 1 a prefill of a few hundred tokens is a thousand small kernels, and a GPU is done with each before Python has
+asked for the next. A replay asks for all of them at once. A prefill is recorded in pieces, one up to each tensor that
+the method asks for (`Method.ask`; AutoPrune has one, most methods none) and one behind the last. Which piece follows a
+read depends on what `Method.settle` makes of the values, so there is one for each answer: AutoPrune with `slope_step`
+has few of them. A piece is recorded when it is wanted for the second time; the first time it runs as ever.
+
+Inputs are copied to where the recording read them; caches, states and record are copied out, so an answer does not
+change when the next one is replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.method import Method
+from ..core.types import FILLER, View
+from .compat import DynamicCache
+from .loop import Prefill
+from .prompt import Prompt
+from .request import Pending, Request, Trace
+
+LIMIT = 64
+"""Recorded pieces that are kept; when a request finds so many, all are dropped."""
+
+RECORDED = 3
+"""Requests of a kind after which a method with one read is recorded: each piece waits for its second time."""
+
+
+class Recorder(Protocol):
+    """Runs a function and notes its operations."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """(what `run` returned, a function that does its operations again on the same memory)."""
+
+
+class CudaRecorder:
+    """Pieces as CUDA graphs that share a memory pool. What `run` returned holds values after the first replay."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()  # libraries set themselves up in a first run, which a capture would not allow
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = run()
+        return out, graph.replay
+
+
+def recorder(device: torch.device) -> Recorder:
+    """What records on a device.
+
+    Raises:
+        ValueError: for a device without CUDA graphs.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"graphs=True needs a CUDA device, and the model is on {device}; leave graphs out")
+    return CudaRecorder()
+
+
+@dataclass
+class _Stop:
+    """Where a piece ends: after layer `layer`, `view` being shown and `asked` wanted, or at the end (`asked` None)."""
+
+    prefill: Prefill
+    layer: int
+    view: View | None = None
+    asked: Tensor | None = None
+    ids: Tensor | None = None  # all of the trace's, one layer after the other; at the end only
+    widths: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Piece:
+    stop: _Stop
+    replay: Callable[[], None]
+    inputs: list[Tensor] = field(default_factory=list)
+    next: _Pieces = field(default_factory=lambda: _Pieces())
+
+
+@dataclass
+class _Pieces:
+    """Pieces by what they were recorded for, and what was wanted once."""
+
+    known: dict[Hashable, _Piece] = field(default_factory=dict)
+    seen: set[Hashable] = field(default_factory=set)
+
+    def again(self, key: Hashable) -> bool:
+        """Whether `key` was wanted before; it is noted."""
+        before = key in self.seen
+        self.seen.add(key)
+        return before
+
+
+class Graphs:
+    """Recordings of one method on one model. Not for several threads at once.
+
+    Args:
+        method: what prunes.
+        device: of the model.
+
+    Raises:
+        ValueError: for a device without CUDA graphs, or a method that cannot be replayed.
+    """
+
+    def __init__(self, method: Method, device: torch.device) -> None:
+        if not method.replays:
+            raise ValueError(f"{method!r} does not say that its prefill can be replayed (`replays`); leave graphs out")
+        self.method, self.recorder = method, recorder(device)
+        self.first = _Pieces()
+        self.count = 0
+
+    def run(
+        self, lm: Any, state: Any, pending: Pending, prompt: Prompt, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Request, Trace] | None:
+        """States, request and trace of a prefill, whose cache is filled; None where it has to run as ever.
+
+        That is: several samples, padding, rows of the vision side in place of the patches, gradients, another cache
+        than transformers' dynamic one, layers that accelerate has wrapped, or unknown arguments.
+        """
+        if hidden.shape[0] > 1 or not prompt.full or pending.cut is not None or torch.is_grad_enabled():
+            return None
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kwargs or state.check:
+            return None
+        if any(hasattr(layer, "_hf_hook") for layer in lm.layers):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(lm, state, pending, prompt, cache, hidden)
+
+    def _run(
+        self, lm: Any, state: Any, pending: Pending, prompt: Prompt, cache: Any, hidden: Tensor
+    ) -> tuple[Tensor, Request, Trace] | None:
+        if self.count >= LIMIT:
+            self.first, self.count = _Pieces(), 0
+        names = sorted(pending.carry)
+        given = [hidden, prompt.visual, prompt.valid, prompt.positions, *(pending.carry[n] for n in names)]
+        if prompt.source is not None:
+            given.append(prompt.source)
+        key = (
+            tuple((tuple(t.shape), t.dtype) for t in given), tuple(names),
+            prompt.n_visual, prompt.counts, prompt.n_text, prompt.gaps, prompt.top,
+        )  # fmt: skip
+        if not self.first.again(key):
+            return None
+        if key not in self.first.known:
+            inputs = [t.to(hidden.device).clone() for t in given]
+            it = iter(inputs)
+            states, visual, valid, positions = (next(it) for _ in range(4))
+            carry = {n: next(it) for n in names}
+            source = next(it, None)
+            mine = Pending(visual, source, carry)
+            same = replace(prompt, visual=visual, valid=valid, positions=positions, source=source)
+            empty = _empty_cache(lm, hidden)
+
+            def begin() -> _Stop:
+                prefill = Prefill(lm, state, mine, same, _forked_cache(empty), None, states)
+                prefill.begin()
+                return self._advance(prefill, -1)
+
+            self._record(self.first, key, begin, inputs)
+        piece = self.first.known[key]
+        for old, new in zip(piece.inputs, given, strict=True):
+            old.copy_(new)
+        piece.replay()
+        stop, pieces = piece.stop, piece.next
+        stats: dict[str, Any] = {}
+        while stop.asked is not None:
+            assert stop.view is not None
+            view = replace(stop.view, scratch=dict(stop.view.scratch))
+            settled = self.method.settle(stop.layer, stop.asked.tolist(), view)
+            stats = view.scratch.get("stats", stats)
+
+            def go_on(stop: _Stop = stop, settled: Hashable = settled) -> _Stop:
+                prefill, view = _forked(stop)
+                view.scratch["settled"] = settled
+                prefill.decide(stop.layer, view, None)
+                return self._advance(prefill, stop.layer)
+
+            if not pieces.again(settled):
+                stop, pieces = go_on(), _Pieces()  # what comes behind is new as well
+                continue
+            piece = pieces.known.get(settled) or self._record(pieces, settled, go_on)
+            piece.replay()
+            stop, pieces = piece.stop, piece.next
+        return _delivered(stop, cache, stats)
+
+    def _record(
+        self, pieces: _Pieces, key: Hashable, run: Callable[[], _Stop], inputs: list[Tensor] | None = None
+    ) -> _Piece:
+        self.count += 1
+        pieces.known[key] = piece = _Piece(*self.recorder.record(run), inputs or [])
+        return piece
+
+    def _advance(self, prefill: Prefill, layer: int) -> _Stop:
+        """Run on behind a layer, to the next question or to the end."""
+        for i in range(layer + 1, len(prefill.lm.layers)):
+            view = prefill.layer(i, {})
+            if view is None:
+                break
+            asked = self.method.ask(i, view)
+            if asked is not None:
+                return _Stop(prefill, i, view, asked)
+            prefill.decide(i, view, None)
+        prefill.end()
+        entries = prefill.trace.entries
+        last = entries[-1] if prefill.trace.final is None else prefill.trace.final()
+        ids = [ids for ids, _ in [*entries, last]]
+        return _Stop(prefill, len(prefill.lm.layers), ids=torch.cat(ids, 1), widths=[x.shape[1] for x in ids])
+
+
+def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any]) -> tuple[Tensor, Request, Trace]:
+    """Copies of what a replay left."""
+    assert stop.ids is not None
+    prefill = stop.prefill
+    for i, layer in enumerate(prefill.cache.layers):
+        cache.update(layer.keys, layer.values, i)  # which copies
+    request = copy.copy(prefill.request)
+    request.starts = request.starts.clone()
+    ids = stop.ids.clone()
+    *entries, last = zip(ids.split(stop.widths, 1), (ids > FILLER).split(stop.widths, 1), strict=True)
+    return prefill.hidden.clone(), request, Trace(entries, lambda: last, {"stats": stats} if stats else {})
+
+
+def _empty_cache(lm: Any, hidden: Tensor) -> Any:
+    """A cache whose layers are set up, which a recording could not do."""
+    cache = DynamicCache(config=lm.config)
+    nothing = hidden.new_empty(hidden.shape[0], 1, 0, 1)
+    for layer in cache.layers:
+        layer.lazy_initialization(nothing, nothing)  # type: ignore[union-attr]
+    return cache
+
+
+def _forked_cache(cache: Any) -> Any:
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _forked(stop: _Stop) -> tuple[Prefill, View]:
+    """A prefill that goes on where another one stands, which stays there; the tensors are the same."""
+    assert stop.view is not None
+    prefill = copy.copy(stop.prefill)
+    trace, request = prefill.trace, prefill.request
+    prefill.trace = Trace(list(trace.entries), None, dict(trace.scratch))
+    prefill.request = copy.copy(request)
+    prefill.cache = _forked_cache(prefill.cache)
+    return prefill, replace(stop.view, scratch=prefill.trace.scratch)
