@@ -155,8 +155,8 @@ def alternate(
     return plain, cut, last
 
 
-def deciding(model: Any, ask: Ask, method: Any, repeats: int) -> list[float]:
-    """Milliseconds of a pruned prefill spent outside the decoder layers, in runs of their own.
+def deciding(model: Any, ask: Ask, method: Any, repeats: int) -> list[tuple[float, float]]:
+    """Milliseconds of a pruned prefill spent outside the decoder layers, and of all of it, in runs of their own.
 
     That is scores, selection, merging and gathering, and also what an unpruned model needs there: rotary table, mask
     and final norm.
@@ -168,7 +168,7 @@ def deciding(model: Any, ask: Ask, method: Any, repeats: int) -> list[float]:
             marks = probe.layers
             inside = sum(probe.clock.ms(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True))
             if i:
-                out.append(whole - inside)
+                out.append((whole - inside, whole))
     return out
 
 

@@ -63,11 +63,13 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
         times.add_column(name, justify="right")
     ratios = Table(
         title="pruned against unpruned",
-        caption="times x: unpruned / pruned; efficiency: prefill x / FLOPs x; deciding: share of the unpruned prefill; "
-        "floor: what arithmetic and traffic leave possible",
+        caption="times x: unpruned / pruned; efficiency: prefill x / FLOPs x, with quartiles; if free: were deciding "
+        "free; deciding: share of the unpruned prefill; floor: what arithmetic and traffic leave possible",
     )
     ratios.add_column("request", overflow="fold")
-    for name in ("FLOPs x", "prefill x", "efficiency", "decode x", "total x", "deciding %", "floor x", "filler %"):
+    for name in (
+        "FLOPs x", "prefill x", "efficiency", "if free", "decode x", "total x", "deciding %", "floor x", "filler %"
+    ):  # fmt: skip
         ratios.add_column(name, justify="right")
     for r in result["rows"]:
         budget = "" if r["tokens"] is None else f" {r['tokens']}"
@@ -84,12 +86,14 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
         spread = [f"{prefill[k]['q1']:.1f}-{prefill[k]['q3']:.1f}" for k in ("full", "pruned")]
         mib = "-" if memory is None else " > ".join(f"{memory[k]['prefill'] / 2**20:.1f}" for k in ("full", "pruned"))
         times.add_row(label, pair("vision"), pair("prefill"), " > ".join(spread), pair("decode"), pair("total"), mib)
+        ratio = r["flops"]["ratio"]
         speedups = [stages[k]["speedup"]["median"] for k in ("prefill", "decode", "total")]
         ratios.add_row(
             label,
-            f"{r['flops']['ratio']:.2f}",
+            f"{ratio:.2f}",
             f"{speedups[0]:.2f}",
-            f"{r['efficiency']:.2f}",
+            f"{r['efficiency']:.2f} ({prefill['speedup']['q1'] / ratio:.2f}-{prefill['speedup']['q3'] / ratio:.2f})",
+            f"{r['efficiency'] / (1 - r['deciding']['share_of_pruned']):.2f}",
             f"{speedups[1]:.2f}",
             f"{speedups[2]:.2f}",
             f"{100 * r['deciding']['share_of_full']:.1f}",

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import platform
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,8 +229,8 @@ def measure(
     Returns:
         "graphs": whether prefills were replayed; "stages": see `latency.stages`, milliseconds; "flops": equation (2) on
         visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up over
-        FLOPs ratio; "deciding": quartiles in milliseconds and the median's share of the unpruned prefill;
-        "average_entering": visual tokens;
+        FLOPs ratio; "deciding": quartiles in milliseconds, the median's share of the unpruned prefill, and the median
+        of its share of the pruned one; "average_entering": visual tokens;
         "padding": filler rows over live ones in the pruned layers; "floor": milliseconds of prefill and decode for
         both models on `machine`; "memory": see `memory.peaks`, both models.
     """
@@ -243,7 +244,8 @@ def measure(
     live = [[n + text for n in row] for row in visual]
     cost = {"full": _flops(full, size), "pruned": _flops(live, size)}
     ratio = cost["full"] / cost["pruned"]
-    outside = quartiles(deciding(model, asked.ask, method, settings.repeats))
+    decided = deciding(model, asked.ask, method, settings.repeats)
+    outside = quartiles([a for a, _ in decided])
     width = next(model.parameters()).element_size()
     widest = sum(max(layer) for layer in zip(*live, strict=True)) * asked.batch
     row: dict[str, Any] = {
@@ -251,7 +253,11 @@ def measure(
         "stages": times,
         "flops": {**cost, "ratio": ratio},
         "efficiency": times["prefill"]["speedup"]["median"] / ratio,
-        "deciding": {**outside, "share_of_full": outside["median"] / times["prefill"]["full"]["median"]},
+        "deciding": {
+            **outside,
+            "share_of_full": outside["median"] / times["prefill"]["full"]["median"],
+            "share_of_pruned": statistics.median(a / b for a, b in decided),
+        },
         "average_entering": average_tokens([n for row in visual for n in row]),
         "padding": widest / sum(sum(r) for r in live) - 1,
         "floor": {
