@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv, rotate_half
 
 FLOOR = Version("5.14")
 
@@ -26,4 +26,5 @@ __all__ = [
     "apply_rotary_pos_emb",
     "create_causal_mask",
     "repeat_kv",
+    "rotate_half",
 ]

@@ -289,6 +289,7 @@ class Prefill:
             if view is not None:
                 asked = self.method.ask(i, view)
                 self.decide(i, view, None if asked is None else asked.tolist())
+            del view  # its tensors need not live through the next layer
         return self.end()
 
     def begin(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import ColumnIndex
-from .compat import apply_rotary_pos_emb, repeat_kv
+from .compat import apply_rotary_pos_emb, repeat_kv, rotate_half
 
 
 def text_rows(
@@ -55,7 +55,7 @@ def text_rows(
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, rows]))
     query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
-    query = apply_rotary_pos_emb(query, query[:, :0], cos[:, rows], sin[:, rows])[0]
+    query = query * cos[:, rows].unsqueeze(1) + rotate_half(query) * sin[:, rows].unsqueeze(1)
     score = (query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)).mul_(attn.scaling)  # (B, H, R, L)
     lowest = torch.finfo(score.dtype).min
     if isinstance(rows, slice):
@@ -113,29 +113,24 @@ def vision_rows(layer: nn.Module, hidden: Tensor, rows: list[int]) -> Tap:
     return Tap((query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32), keys, query)
 
 
-@contextmanager
-def middle_of(layer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+def middle_of(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
     """Catch what a decoder layer's MLP is given while it runs in this thread: a list of one tensor (B, L, D)."""
     norm: Any = layer.post_attention_layernorm
-    with _output(norm if wanted else None, lambda x: x) as box:
-        yield box
+    return _output(norm, lambda x: x) if wanted else nullcontext([])
 
 
-@contextmanager
-def queries_of(layer: nn.Module, rows: ColumnIndex | None) -> Iterator[list[Tensor]]:
+def queries_of(layer: nn.Module, rows: ColumnIndex | None) -> AbstractContextManager[list[Tensor]]:
     """Catch the query projections of `rows` while a decoder layer runs in this thread: a list of one (B, R, H dh)."""
     attn: Any = layer.self_attn
-    with _output(None if rows is None else attn.q_proj, lambda x: x[:, rows]) as box:
-        yield box
+    if rows is None:
+        return nullcontext([])
+    return _output(attn.q_proj, lambda x: x[:, rows].clone())  # a slice would keep all rows alive
 
 
 @contextmanager
-def _output(module: nn.Module | None, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """A list that holds `pick` of the module's output after it ran in this thread; empty before, or without module."""
+def _output(module: nn.Module, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """A list that holds `pick` of the module's output after it ran in this thread; empty before."""
     box: list[Tensor] = []
-    if module is None:
-        yield box
-        return
     thread = threading.get_ident()
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
