@@ -27,7 +27,7 @@ from rich.table import Table
 from .. import arguments
 from ..bench.latency import quartiles
 from .answers import ANSWERS, SETTINGS
-from .asking import load_model
+from .asking import Bench, batches, load_model, prepare
 from .plan import DATA, TINY, Settings, plan_runs
 from .run import evaluate, read_files
 from .show import finish
@@ -126,6 +126,7 @@ class Rate:
     Attributes:
         texts: arm label -> answers of its last round, in question order.
         batch: arm label -> batch size at the end, also where it was chosen.
+        filler: arm label -> masked rows over live rows, in all layers of all batches.
     """
 
     def __init__(self, settings: Settings, loaded: Any, folder: Path) -> None:
@@ -134,6 +135,7 @@ class Rate:
         self.files = read_files(self.task, settings)
         self.texts: dict[str, list[str]] = {}
         self.batch: dict[str, int] = {}
+        self.filler: dict[str, float] = {}
 
     def seconds(self, arm: Arm, limit: int | None) -> float:
         """Seconds of one evaluation: from question file to answer file, scores included, loading left out."""
@@ -149,6 +151,9 @@ class Rate:
         (run,) = plan_runs(settings)
         self.batch[arm.label] = json.loads((out / run.label / SETTINGS).read_text(encoding="utf-8"))["batch"]
         self.texts[arm.label] = _texts(out / run.label / ANSWERS)
+        settings = replace(settings, batch=self.batch[arm.label])
+        bench = prepare(settings, self.task, self.files, [run], self.loaded)
+        self.filler[arm.label] = _filler(bench, _rows(out / run.label / ANSWERS))
         return took
 
     def _theirs(self, limit: int | None) -> float:
@@ -166,8 +171,22 @@ class Rate:
         return took
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["text"].strip() for row in _rows(path)]
+
+
+def _filler(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
+    entering = {row["row"]: row["kept"]["entering"] for row in answers}
+    live = wide = 0
+    for numbers in batches(bench, sorted(entering)):
+        lengths = [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]  # of each sample in each layer
+        live += sum(map(sum, lengths))
+        wide += len(lengths) * sum(map(max, zip(*lengths, strict=True)))
+    return wide / live - 1
 
 
 def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:
@@ -181,8 +200,8 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
 
     Returns:
         {"machine", "model", "questions", "repeats", "rows"}; a row has the arm, its batch size, quartiles of questions
-        per second and of the ratio to LLaVA's program within a round, and the share of answers equal to that program's
-        and to the first arm's.
+        per second and of the ratio to LLaVA's program within a round, filler rows over live ones, and the share of
+        answers equal to that program's and to the first arm's.
 
     Raises:
         ValueError: for bad settings, see `evaluate` and `ask_llava`.
@@ -209,6 +228,7 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
             "tokens": settings.tokens[0] if arm.method not in ("", "full") else None,
             "batch": rate.batch[arm.label],
             "per_second": quartiles([count / s for s in mine]),
+            "filler": rate.filler.get(arm.label, 0.0),  # LLaVA's program asks one question at a time
             "same_answers": {"first": _same(rate.texts, arm.label, arms[0].label)},
         }
         if LOADER in took:
@@ -237,7 +257,7 @@ def table(result: dict[str, Any]) -> Table:
         f"{machine['threads']} threads",
         caption="question file to answer file, loading left out; medians, quartiles in brackets",
     )
-    for name in ("run", "batch", "per second", "x LLaVA's program", "same answers, %"):
+    for name in ("run", "batch", "per second", "x LLaVA's program", "filler, %", "same answers, %"):
         out.add_column(name, justify="left" if name == "run" else "right")
     for r in result["rows"]:
         rate, times = r["per_second"], r.get("times_llava")
@@ -248,6 +268,7 @@ def table(result: dict[str, Any]) -> Table:
             str(r["batch"]),
             f"{rate['median']:.2f} [{rate['q1']:.2f}, {rate['q3']:.2f}]",
             "-" if times is None else f"{times['median']:.2f} [{times['q1']:.2f}, {times['q3']:.2f}]",
+            f"{100 * r['filler']:.1f}",
             f"{100 * same:.1f}",
         )
     return out

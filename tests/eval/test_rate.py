@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,17 @@ def test_table(result: Any) -> None:
     text = console.export_text()
     assert "autoprune, batch 2, 64 tokens" in text and rate.LOADER in text
     assert f"{result[0]['rows'][0]['per_second']['median']:.2f}" in text
+
+
+def test_filler_by_hand() -> None:
+    """Two samples of 10 text tokens whose second layer sees 2 and 0 visual ones, and a batch of one."""
+    questions = [SimpleNamespace(image="a")] * 3
+    bench: Any = SimpleNamespace(
+        rows=[[0] * 11, [0] * 11, [0] * 6], batch=2, files=SimpleNamespace(questions=questions)
+    )
+    counts = [[4, 2], [4, 0], [3, 1]]
+    answers = [{"row": i, "kept": {"entering": n}} for i, n in enumerate(counts)]
+    assert rate._filler(bench, answers) == pytest.approx((2 * (14 + 12) + 8 + 6) / (14 + 12 + 14 + 10 + 8 + 6) - 1)
 
 
 def test_arms_take_turns(monkeypatch: Any, tmp_path: Path) -> None:
