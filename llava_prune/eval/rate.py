@@ -180,7 +180,7 @@ def _texts(path: Path) -> list[str]:
 
 
 def _filler(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
-    entering = {row["row"]: row["kept"]["entering"] for row in answers}
+    entering = {i: row["kept"]["entering"] for i, row in enumerate(answers)}  # in the order of the questions
     live = wide = 0
     for numbers in batches(bench, sorted(entering)):
         lengths = [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]  # of each sample in each layer

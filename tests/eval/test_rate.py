@@ -62,7 +62,7 @@ def test_filler_by_hand() -> None:
         rows=[[0] * 11, [0] * 11, [0] * 6], batch=2, files=SimpleNamespace(questions=questions)
     )
     counts = [[4, 2], [4, 0], [3, 1]]
-    answers = [{"row": i, "kept": {"entering": n}} for i, n in enumerate(counts)]
+    answers = [{"kept": {"entering": n}} for n in counts]
     assert rate._filler(bench, answers) == pytest.approx((2 * (14 + 12) + 8 + 6) / (14 + 12 + 14 + 10 + 8 + 6) - 1)
 
 
