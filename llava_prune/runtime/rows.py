@@ -69,10 +69,13 @@ def text_rows(
     return score.softmax(-1, dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 @torch.inference_mode(False)
 def _future(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows, columns) bool, what a row does not see of the columns that begin with its first row's own."""
+    """(rows, columns) bool, what a row does not see of the columns that begin with its first row's own.
+
+    A few kilobytes for each number of text rows, kept for good: recorded prefills read it where it is.
+    """
     return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
 
 

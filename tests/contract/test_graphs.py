@@ -134,7 +134,7 @@ def test_replays_equal_ordinary_prefills(name: str, tiny: Any, recorder: Recorde
 def test_one_recording_for_each_schedule(tiny: Any, recorder: Recorder) -> None:
     """A rounded slope needs one piece up to the read and one for each schedule."""
     hyper = {**setting("autoprune").hyper, "slope_step": 0.2}
-    with llava_prune.pruned(tiny, "autoprune", graphs=True, **hyper) as handle:
+    with torch.inference_mode(), llava_prune.pruned(tiny, "autoprune", graphs=True, **hyper) as handle:
         for _ in range(3):
             slopes = [asked(tiny, models.prompt(4, 5), models.pictures(1, seed=s), handle)["stats"] for s in range(6)]
         different = {tuple(s["scale"]) for s in slopes}
