@@ -27,8 +27,9 @@ from .loop import Prefill
 from .prompt import Prompt
 from .request import Pending, Request, Trace
 
-LIMIT = 64
-"""Recorded pieces that are kept; when a request finds so many, all are dropped."""
+LIMIT = 32
+"""Recorded pieces that are kept; when a request finds so many, all are dropped. Each holds the memory of one prefill's
+cache and of its largest layer (the latter once for all)."""
 
 RECORDED = 3
 """Requests of a kind after which a method with one read is recorded: each piece waits for its second time."""
@@ -128,13 +129,14 @@ class Graphs:
         """States, request and trace of a prefill, whose cache is filled; None where it has to run as ever.
 
         That is: several samples, padding, rows of the vision side in place of the patches, gradients, another cache
-        than transformers' dynamic one, layers that accelerate has wrapped, or unknown arguments.
+        than transformers' dynamic one, layers that accelerate has wrapped, unknown arguments, or a model of two layers,
+        where AutoPrune asks behind the last.
         """
         if hidden.shape[0] > 1 or not prompt.full or pending.cut is not None or torch.is_grad_enabled():
             return None
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kwargs or state.check:
             return None
-        if any(hasattr(layer, "_hf_hook") for layer in lm.layers):
+        if len(lm.layers) < 3 or any(hasattr(layer, "_hf_hook") for layer in lm.layers):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return self._run(lm, state, pending, prompt, cache, hidden)
