@@ -5,7 +5,7 @@ Every name says what is counted: visual tokens alone or text as well, and tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..core.budget import Schedule, schedule
@@ -62,6 +62,19 @@ def percent_with_text(counts: Sequence[float], text: float, size: Size) -> float
 def average_tokens(counts: Sequence[float]) -> float:
     """Mean over layers. Of leaving counts this is the budget in the papers' tables; of entering counts, the work."""
     return sum(counts) / len(counts)
+
+
+def filler(batches: Iterable[Sequence[Sequence[int]]]) -> float:
+    """Masked rows over live rows: what samples of different lengths cost that are computed together.
+
+    Args:
+        batches: live rows of each sample (outer) in each layer (inner).
+    """
+    live = wide = 0
+    for samples in batches:
+        live += sum(map(sum, samples))
+        wide += len(samples) * sum(map(max, zip(*samples, strict=True)))
+    return wide / live - 1
 
 
 def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> float | None:

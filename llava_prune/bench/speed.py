@@ -24,7 +24,7 @@ from ..families.base import family_of
 from ..runtime.attach import pruned
 from ..runtime.graphs import RECORDED, Graphs
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
-from .flops import Size, average_tokens, layer_flops
+from .flops import Size, average_tokens, filler, layer_flops
 from .latency import alternate, deciding, quartiles, stages
 from .memory import peaks
 from .request import Request, request
@@ -247,7 +247,6 @@ def measure(
     decided = deciding(model, asked.ask, method, settings.repeats)
     outside = quartiles([a for a, _ in decided])
     width = next(model.parameters()).element_size()
-    widest = sum(max(layer) for layer in zip(*live, strict=True)) * asked.batch
     row: dict[str, Any] = {
         "graphs": bool(graphs),
         "stages": times,
@@ -259,7 +258,7 @@ def measure(
             "share_of_pruned": statistics.median(a / b for a, b in decided),
         },
         "average_entering": average_tokens([n for row in visual for n in row]),
-        "padding": widest / sum(sum(r) for r in live) - 1,
+        "padding": filler([live]),
         "floor": {
             **dataclasses.asdict(machine),
             "prefill_full": prefill_floor(full, size, width, machine),

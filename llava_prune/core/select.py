@@ -126,11 +126,12 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     """
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
-    if all(q == size for q in counts) and all(c == 1 for c in clusters):
+    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
+    if even and n_max == 1:
         return torch.zeros(points.shape[:2], dtype=torch.long, device=device)  # one cluster takes them all
     distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
     numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
-    if all(q == size for q in counts) and all(c == n_max for c in clusters):  # nothing to mask
+    if even:
         density = _density(distance.topk(n_max, dim=2, largest=False).values, n_max)
         delta = _to_denser(distance, density, distance.amax((1, 2), keepdim=True), None)
         centre = _centres(density * delta, counts, clusters)  # (B, C)

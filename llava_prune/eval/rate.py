@@ -25,6 +25,7 @@ import torch
 from rich.table import Table
 
 from .. import arguments
+from ..bench.flops import filler
 from ..bench.latency import quartiles
 from .answers import ANSWERS, SETTINGS
 from .asking import Bench, batches, load_model, prepare
@@ -181,12 +182,10 @@ def _texts(path: Path) -> list[str]:
 
 def _filler(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
     entering = {i: row["kept"]["entering"] for i, row in enumerate(answers)}  # in the order of the questions
-    live = wide = 0
-    for numbers in batches(bench, sorted(entering)):
-        lengths = [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]  # of each sample in each layer
-        live += sum(map(sum, lengths))
-        wide += len(lengths) * sum(map(max, zip(*lengths, strict=True)))
-    return wide / live - 1
+    return filler(
+        [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]
+        for numbers in batches(bench, sorted(entering))
+    )
 
 
 def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:

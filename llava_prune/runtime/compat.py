@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 FLOOR = Version("5.14")
 
@@ -23,7 +23,6 @@ __all__ = [
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
     "DynamicCache",
-    "apply_rotary_pos_emb",
     "create_causal_mask",
     "repeat_kv",
     "rotate_half",

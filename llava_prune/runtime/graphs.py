@@ -187,7 +187,7 @@ class Graphs:
             def go_on(stop: _Stop = stop, settled: Hashable = settled) -> _Stop:
                 prefill, view = _forked(stop)
                 view.scratch["settled"] = settled
-                prefill.decide(stop.layer, view, None)
+                prefill.decide(stop.layer, view)
                 return self._advance(prefill, stop.layer)
 
             if not pieces.again(settled):
@@ -214,11 +214,9 @@ class Graphs:
             asked = self.method.ask(i, view)
             if asked is not None:
                 return _Stop(prefill, i, view, asked)
-            prefill.decide(i, view, None)
+            prefill.decide(i, view)
         prefill.end()
-        entries = prefill.trace.entries
-        last = entries[-1] if prefill.trace.final is None else prefill.trace.final()
-        ids = [ids for ids, _ in [*entries, last]]
+        ids = [ids for ids, _ in [*prefill.trace.entries, prefill.trace.last()]]
         return _Stop(prefill, len(prefill.lm.layers), ids=torch.cat(ids, 1), widths=[x.shape[1] for x in ids])
 
 

@@ -287,8 +287,8 @@ class Prefill:
         for i in range(len(self.lm.layers)):
             view = self.layer(i, kwargs)
             if view is not None:
-                asked = self.method.ask(i, view)
-                self.decide(i, view, None if asked is None else asked.tolist())
+                settle(self.method, i, view)
+                self.decide(i, view)
             del view  # its tensors need not live through the next layer
         return self.end()
 
@@ -325,9 +325,9 @@ class Prefill:
         nxt = _Scores(layers[i + 1], self.hidden, rope, None, valid)
         return self._view(score(), nxt.rows, rope, entering, middle[0] if middle else None)
 
-    def decide(self, i: int, view: View, values: list[Any] | None) -> None:
-        """The cut after a layer, given what the method asked for."""
-        cut = decided(self.method, i, view, values)
+    def decide(self, i: int, view: View) -> None:
+        """The cut after a layer; what the method asked for is settled."""
+        cut = self.method.cut(i, view)
         if cut is not None:
             self._apply(i, cut)
             self.rope, self.mask = self._rope(), self._mask(i + 1)
@@ -352,11 +352,11 @@ class Prefill:
         return keys if fits and keys.device == self.hidden.device else None  # an offloaded cache has them elsewhere
 
 
-def decided(method: Method, layer: int, view: View, values: list[Any] | None) -> Cut | None:
-    """A method's answer after a layer, given the values of its `ask`."""
-    if values is not None:
-        view.scratch["settled"] = method.settle(layer, values, view)
-    return method.cut(layer, view)
+def settle(method: Method, layer: int, view: View) -> None:
+    """Read what a method asks for before the cut of a layer, and leave what follows from it in the scratch."""
+    asked = method.ask(layer, view)
+    if asked is not None:
+        view.scratch["settled"] = method.settle(layer, asked.tolist(), view)
 
 
 class _Scores:
@@ -395,8 +395,8 @@ class _Final:
     def __call__(self) -> tuple[Tensor, Tensor]:
         view = self.view
         view.probs = self.score()
-        asked = self.method.ask(self.layer, view)
-        cut = decided(self.method, self.layer, view, None if asked is None else asked.tolist())
+        settle(self.method, self.layer, view)
+        cut = self.method.cut(self.layer, view)
         if cut is None:
             return view.ids, view.visual
         return moved_ids(view.ids, cut)

@@ -177,6 +177,10 @@ class Trace:
     final: Callable[[], tuple[Tensor, Tensor]] | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
 
+    def last(self) -> tuple[Tensor, Tensor]:
+        """What leaves the last layer."""
+        return self.entries[-1] if self.final is None else self.final()
+
 
 class Record:
     """The last prefill of an attached model.
@@ -195,9 +199,7 @@ class Record:
 
     def _all(self) -> list[tuple[Tensor, Tensor]]:
         if self._entries is None:
-            final = self._trace.final
-            last = final() if final is not None else self._trace.entries[-1]
-            self._entries = [*self._trace.entries, last]
+            self._entries = [*self._trace.entries, self._trace.last()]
             self._trace.final = None
         return self._entries
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import ColumnIndex
-from .compat import apply_rotary_pos_emb, repeat_kv, rotate_half
+from .compat import repeat_kv, rotate_half
 
 
 def text_rows(
@@ -50,12 +50,12 @@ def text_rows(
     if keys is None:
         states = norm(hidden)
         keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
-        keys = apply_rotary_pos_emb(keys, keys, cos, sin)[1]
+        keys = _turned(keys, cos, sin)
         queries = attn.q_proj(states[:, rows]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, rows]))
     query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
-    query = query * cos[:, rows].unsqueeze(1) + rotate_half(query) * sin[:, rows].unsqueeze(1)
+    query = _turned(query, cos[:, rows], sin[:, rows])
     score = (query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)).mul_(attn.scaling)  # (B, H, R, L)
     lowest = torch.finfo(score.dtype).min
     if isinstance(rows, slice):
@@ -67,6 +67,11 @@ def text_rows(
     if valid is not None:
         score.masked_fill_(~valid[:, None, None], lowest)
     return score.softmax(-1, dtype=torch.float32)
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, R, dh) with rotary positions, whose cosine and sine are (B or 1, R, dh)."""
+    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
 
 
 @functools.cache

@@ -22,8 +22,8 @@ SEARCHES = ("aten.nonzero", "masked_select", "unique")
 PROMPT = "prompt.py:_read"
 """Lengths of the request, before the first layer; `Loaded.generate` knows them already."""
 BEYOND = {
-    "autoprune": ["loop.py:run"],  # the mutual informations, after layer 1
-    "autoprune-flash": ["loop.py:run"],
+    "autoprune": ["loop.py:settle"],  # the mutual informations, after layer 1
+    "autoprune-flash": ["loop.py:settle"],
     "prumerge+": ["prumerge.py:choose"],  # how many outliers are grid points as well
 }
 """What methods read besides; nothing where there is no line."""
@@ -38,7 +38,7 @@ def beyond(name: str) -> list[str]:
 CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
-    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["loop.py:run"] * 3),
+    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["loop.py:settle"] * 3),
 ]
 
 
