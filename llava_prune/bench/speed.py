@@ -53,8 +53,9 @@ class Settings:
         method_args: hyper-parameters for every method that has them.
         seed: of weights, prompts and pictures.
         memory: measure peak memory too.
-        graphs: replay pruned prefills (`attach(..., graphs=True)`) when times are taken, of methods that allow it;
-            needs CUDA. Memory and the time spent deciding are measured without.
+        graphs: replay pruned requests (`attach(..., graphs=True)`) when times are taken; needs CUDA. Unpruned ones,
+            memory and the time spent deciding are measured without.
+        text_step: see `attach`.
         profile: write a trace of one pruned request each.
         out: folder; None for playground/results/bench/<shape or model>.
     """
@@ -77,6 +78,7 @@ class Settings:
     seed: int = 0
     memory: bool = True
     graphs: bool = False
+    text_step: int | None = None
     profile: bool = False
     out: str | None = None
 
@@ -151,6 +153,8 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     """
     if settings.new < 2:
         raise ValueError(f"new={settings.new}: decoding is timed from the second new token on; give 2 or more")
+    if settings.text_step is not None and not settings.graphs:
+        raise ValueError(f"text_step={settings.text_step}: this is for recordings; give graphs too (--graphs)")
     if settings.repeats < 1:
         raise ValueError(f"repeats={settings.repeats}: give 1 or more")
     wanted = cases(settings)
@@ -227,15 +231,15 @@ def measure(
     """Everything about one method on one kind of request.
 
     Returns:
-        "graphs": whether prefills were replayed; "stages": see `latency.stages`, milliseconds; "flops": equation (2) on
-        visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up over
-        FLOPs ratio; "deciding": quartiles in milliseconds, the median's share of the unpruned prefill, and the median
-        of its share of the pruned one; "average_entering": visual tokens;
-        "padding": filler rows over live ones in the pruned layers; "floor": milliseconds of prefill and decode for
+        "graphs": whether pruned requests were replayed; "stages": see `latency.stages`, milliseconds; "flops": equation
+        (2) on visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up
+        over FLOPs ratio; "deciding": quartiles in milliseconds, the median's share of the unpruned prefill, and the
+        median of its share of the pruned one; "average_entering": visual tokens; "padding": filler rows over live ones
+        in the pruned layers; "floor": milliseconds of prefill and decode for
         both models on `machine`; "memory": see `memory.peaks`, both models.
     """
     model, text = loaded.model, asked.text
-    graphs = Graphs(method, model.device) if settings.graphs and method.replays else False
+    graphs = Graphs(method, model.device, settings.text_step) if settings.graphs else False
     warmup = max(settings.warmup, RECORDED) if graphs else settings.warmup
     plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs)
     times = stages(plain, cut)

@@ -17,6 +17,7 @@ class Full(Method):
     where = "nowhere"
     source = "ours"
     licence = "-"
+    replays = True
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [n_visual] * n_layers

@@ -57,7 +57,13 @@ def _state_of(lm: Any) -> State | None:
 
 
 def attach(
-    model: Any, method: str | Method, *, check: bool = False, graphs: bool | Graphs = False, **hyper: Any
+    model: Any,
+    method: str | Method,
+    *,
+    check: bool = False,
+    graphs: bool | Graphs = False,
+    text_step: int | None = None,
+    **hyper: Any,
 ) -> Handle:
     """Prune `model` with `method` until the handle is detached.
 
@@ -68,17 +74,19 @@ def attach(
             LlavaNextForConditionalGeneration.
         method: a name (`llava_prune.names()`) or a Method instance.
         check: verify every cut on the host (for tests of new methods; slow).
-        graphs: record prefills of single prompts as CUDA graphs and replay them for later ones of the same length, for
-            methods that allow it (`Method.replays`). Give AutoPrune a `slope_step` with it. Other requests run as ever.
-            `Graphs` made for the same model and method outlive an attachment.
+        graphs: record decoding, and prefills of single prompts where the method allows it (`Method.replays`), as CUDA
+            graphs, and replay them for later ones of the same shapes. Give AutoPrune a `slope_step` with it. Other
+            requests run as ever. Tensors taken out of a cache change with the next request, the cache itself does
+            not. `Graphs` made for the same model and method outlive an attachment.
+        text_step: with graphs=True, see `Graphs`: 16, say, lets questions of different lengths share recordings.
         hyper: hyper-parameters when `method` is a name.
 
     Returns:
         Handle.
 
     Raises:
-        ValueError: unknown method or value, a foreign model, a model that is pruned already, or graphs where there is
-            no CUDA device or the method cannot be replayed. Nothing is changed then.
+        ValueError: unknown method or value, a foreign model, a model that is pruned already, graphs where there is no
+            CUDA device, or a text_step without them. Nothing is changed then.
     """
     if isinstance(method, str):
         method = build(method, **hyper)
@@ -99,8 +107,10 @@ def attach(
     previous = lm.__dict__.get("forward")
     state = State(method, previous)
     state.check = check
+    if text_step is not None and graphs is not True:
+        raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True with it")
     if graphs:
-        state.graphs = graphs if isinstance(graphs, Graphs) else Graphs(method, model.device)
+        state.graphs = graphs if isinstance(graphs, Graphs) else Graphs(method, model.device, text_step)
         if state.graphs.method is not method:
             raise ValueError(f"these recordings are of {state.graphs.method!r}, not of {method!r}; give graphs=True")
     undo: list[Callable[[], None]] = []
@@ -118,17 +128,15 @@ def attach(
 
 
 @contextmanager
-def pruned(
-    model: Any, method: str | Method, *, check: bool = False, graphs: bool | Graphs = False, **hyper: Any
-) -> Iterator[Handle]:
-    """`attach` for the length of a with block.
+def pruned(model: Any, method: str | Method, **options: Any) -> Iterator[Handle]:
+    """`attach`, with all of its options, for the length of a with block.
 
     Example:
         with pruned(model, "autoprune", tokens=64) as handle:
             model.generate(...)
             handle.last.tokens_out
     """
-    handle = attach(model, method, check=check, graphs=graphs, **hyper)
+    handle = attach(model, method, **options)
     try:
         yield handle
     finally:

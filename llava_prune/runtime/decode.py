@@ -6,6 +6,7 @@ what generate() hands down knows nothing of cuts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,22 @@ def _seen(request: Request, cache: Any, batch: int) -> int:
     if made != batch:
         raise ValueError(f"the cache was made for {made} samples and there are {batch} now; start a new cache")
     return seen
+
+
+def rotary(lm: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (S or 1, B, q, dh) each, of the positions (S or 1, B, q) of each stage."""
+    cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
+    shape = (*positions.shape, cos.shape[-1])
+    return cos.view(shape), sin.view(shape)
+
+
+def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
+    """The number of the stage that each layer is in."""
+    first, n, out = {s.first: n for n, s in enumerate(stages)}, 0, []
+    for i in range(layers):
+        n = first.get(i, n)
+        out.append(n)
+    return out
 
 
 class Decode:
@@ -60,10 +77,7 @@ class Decode:
         if q > 1 and tail is not None:
             request.whole = False
         self.plain = q == 1 and request.whole
-        positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
-        cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
-        shape = (*positions.shape, cos.shape[-1])
-        self.cos, self.sin = cos.view(shape), sin.view(shape)
+        self.positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
 
     def _mask(self, hidden: Tensor, stage: Stage) -> Any:
         if stage.valid is None and self.plain:
@@ -85,19 +99,17 @@ class Decode:
         )
 
     def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        stages = {s.first: (n, s) for n, s in enumerate(self.request.stages)}
+        stages = self.request.stages
+        cos, sin = rotary(self.lm, hidden, self.positions)
         mask: Any = None
-        rope: Any = None
-        for i, layer in enumerate(self.lm.layers):
-            if i in stages:
-                n, stage = stages[i]
-                mask = self._mask(hidden, stage)
-                n = min(n, self.cos.shape[0] - 1)
-                rope = self.cos[n], self.sin[n]
+        for i, (layer, n) in enumerate(zip(self.lm.layers, stage_of(stages, len(self.lm.layers)), strict=True)):
+            if i == stages[n].first:
+                mask = self._mask(hidden, stages[n])
+            turn = min(n, cos.shape[0] - 1)  # all stages may share one
             hidden = layer(
                 hidden,
                 attention_mask=mask,
-                position_embeddings=rope,
+                position_embeddings=(cos[turn], sin[turn]),
                 position_ids=None,
                 past_key_values=self.cache,
                 use_cache=True,

@@ -19,13 +19,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..core.checks import whole
 from ..core.method import Method
 from ..core.types import FILLER, View
 from .compat import DynamicCache
 from .loop import Prefill
-from .prompt import Prompt
+from .prompt import Prompt, padded
 from .request import Pending, Request, Trace
+from .steps import Steps, recordable
 
 LIMIT = 32
 """Recorded pieces that are kept; when a request finds so many, all are dropped. Each holds the memory of one prefill's
@@ -109,34 +112,35 @@ class Graphs:
     """Recordings of one method on one model. Not for several threads at once.
 
     Args:
-        method: what prunes.
+        method: what prunes. Prefills are recorded where it says that they can be (`Method.replays`), decoding is for
+            every method.
         device: of the model.
+        text_step: rounds the rows that count as text behind the picture up to a multiple, by masked rows before the
+            prompt, so that questions of nearly the same length share a recording (sdpa only; answers are the same up
+            to rounding); None records exact lengths.
 
     Raises:
-        ValueError: for a device without CUDA graphs, or a method that cannot be replayed.
+        ValueError: for a device without CUDA graphs, or a step that is no positive whole number.
     """
 
-    def __init__(self, method: Method, device: torch.device) -> None:
-        if not method.replays:
-            raise ValueError(f"{method!r} does not say that its prefill can be replayed (`replays`); leave graphs out")
-        self.method, self.recorder = method, recorder(device)
+    def __init__(self, method: Method, device: torch.device, text_step: int | None = None) -> None:
+        whole("text_step", text_step, 1)
+        self.method, self.recorder, self.text_step = method, recorder(device), text_step
         self.first = _Pieces()
         self.count = 0
+        self.step = Steps(self.recorder.record).run
 
     def run(
         self, lm: Any, state: Any, pending: Pending, prompt: Prompt, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Request, Trace] | None:
         """States, request and trace of a prefill, whose cache is filled; None where it has to run as ever.
 
-        That is: several samples, padding, rows of the vision side in place of the patches, gradients, another cache
-        than transformers' dynamic one, layers that accelerate has wrapped, unknown arguments, or a model of two layers,
-        where AutoPrune asks behind the last.
+        That is: several samples, padding, rows of the vision side in place of the patches, what is not `recordable`, or
+        a model of two layers, where AutoPrune asks behind the last.
         """
-        if hidden.shape[0] > 1 or not prompt.full or pending.cut is not None or torch.is_grad_enabled():
+        if not self.method.replays or hidden.shape[0] > 1 or not prompt.full or pending.cut is not None:
             return None
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or kwargs or state.check:
-            return None
-        if len(lm.layers) < 3 or any(hasattr(layer, "_hf_hook") for layer in lm.layers):
+        if state.check or len(lm.layers) < 3 or not recordable(lm, cache, kwargs):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return self._run(lm, state, pending, prompt, cache, hidden)
@@ -146,10 +150,13 @@ class Graphs:
     ) -> tuple[Tensor, Request, Trace] | None:
         if self.count >= LIMIT:
             self.first, self.count = _Pieces(), 0
+        extra = 0
+        if self.text_step is not None and lm.config._attn_implementation == "sdpa":  # others would read the mask
+            extra = -prompt.n_text % self.text_step
+            prompt, hidden = padded(prompt, extra), pad(hidden, (0, 0, extra, 0))
         names = sorted(pending.carry)
         given = [hidden, prompt.visual, prompt.valid, prompt.positions, *(pending.carry[n] for n in names)]
-        if prompt.source is not None:
-            given.append(prompt.source)
+        given += [x for x in (prompt.source, prompt.pad) if x is not None]
         key = (
             tuple((tuple(t.shape), t.dtype) for t in given), tuple(names),
             prompt.n_visual, prompt.counts, prompt.n_text, prompt.gaps, prompt.top,
@@ -161,9 +168,9 @@ class Graphs:
             it = iter(inputs)
             states, visual, valid, positions = (next(it) for _ in range(4))
             carry = {n: next(it) for n in names}
-            source = next(it, None)
+            source = None if prompt.source is None else next(it)
             mine = Pending(visual, source, carry)
-            same = replace(prompt, visual=visual, valid=valid, positions=positions, source=source)
+            same = replace(prompt, visual=visual, valid=valid, positions=positions, source=source, pad=next(it, None))
             empty = _empty_cache(lm, hidden)
 
             def begin() -> _Stop:
@@ -196,7 +203,7 @@ class Graphs:
             piece = pieces.known.get(settled) or self._record(pieces, settled, go_on)
             piece.replay()
             stop, pieces = piece.stop, piece.next
-        return _delivered(stop, cache, stats)
+        return _delivered(stop, cache, stats, extra)
 
     def _record(
         self, pieces: _Pieces, key: Hashable, run: Callable[[], _Stop], inputs: list[Tensor] | None = None
@@ -220,17 +227,18 @@ class Graphs:
         return _Stop(prefill, len(prefill.lm.layers), ids=torch.cat(ids, 1), widths=[x.shape[1] for x in ids])
 
 
-def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any]) -> tuple[Tensor, Request, Trace]:
-    """Copies of what a replay left."""
+def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any], extra: int) -> tuple[Tensor, Request, Trace]:
+    """Copies of what a replay left, without the `extra` rows before the prompt."""
     assert stop.ids is not None
     prefill = stop.prefill
     for i, layer in enumerate(prefill.cache.layers):
-        cache.update(layer.keys, layer.values, i)  # which copies
+        cache.update(layer.keys[:, :, extra:], layer.values[:, :, extra:], i)  # which copies
     request = copy.copy(prefill.request)
-    request.starts = request.starts.clone()
+    request.starts, request.length = request.starts.clone(), request.length - extra
+    request.stages = [replace(s, length=s.length - extra) for s in request.stages]
     ids = stop.ids.clone()
-    *entries, last = zip(ids.split(stop.widths, 1), (ids > FILLER).split(stop.widths, 1), strict=True)
-    return prefill.hidden.clone(), request, Trace(entries, lambda: last, {"stats": stats} if stats else {})
+    *entries, last = ((x[:, extra:], x[:, extra:] > FILLER) for x in ids.split(stop.widths, 1))
+    return prefill.hidden[:, extra:].clone(), request, Trace(entries, lambda: last, {"stats": stats} if stats else {})
 
 
 def _empty_cache(lm: Any, hidden: Tensor) -> Any:

@@ -85,7 +85,9 @@ def pruned_forward(
         if hidden.shape[1] > 1 and PENDING.get() is not None:
             PENDING.set(None)
             refuse_picture(past)
-        hidden = Decode(lm, request, past_key_values, attention_mask, hidden).run(hidden, kwargs)
+        decode = Decode(lm, request, past_key_values, attention_mask, hidden)
+        out = None if state.graphs is None else state.graphs.step(decode, past_key_values, hidden, kwargs)
+        hidden = decode.run(hidden, kwargs) if out is None else out
     else:
         assert pending is not None and prompt is not None
         if use_cache and past_key_values is None:
@@ -135,7 +137,7 @@ class Prefill:
         self.mask: Any
         self.visual, self.valid, self.positions = prompt.visual, prompt.valid, prompt.positions
         self.n_visual, self.counts, self.n_text = prompt.n_visual, prompt.counts, prompt.n_text
-        self.ids = original_ids(self.visual)
+        self.ids, self.pad = original_ids(self.visual), prompt.pad
         self.mask2d = mask = None if prompt.full else mask  # without padding backends may take their causal path
         self.causal: Tensor | None = None
         self.carried = carry(pending, self.visual, prompt.source, max(self.n_visual))
@@ -212,24 +214,31 @@ class Prefill:
 
     def _mask(self, layer: int) -> Any:
         """What `create_causal_mask` makes; where a backend takes that as it is, without its look at the values."""
-        backend = self.lm.config._attn_implementation
-        if backend in CAUSAL and self.mask2d is None:
+        backend, live = self.lm.config._attn_implementation, self._live()
+        if backend in CAUSAL and live is None:
             return None
         if backend == "flash_attention_2":
-            return self.valid
+            return live
         if backend == "sdpa":
-            n = self.valid.shape[1]
+            assert live is not None
+            n = live.shape[1]
             if self.causal is None or self.causal.shape[0] < n:
-                self.causal = torch.ones(n, n, dtype=torch.bool, device=self.valid.device).tril()
-            return self.causal[:n, :n] & self.valid[:, None, None]
+                self.causal = torch.ones(n, n, dtype=torch.bool, device=live.device).tril()
+            return self.causal[:n, :n] & live[:, None, None]
         return create_causal_mask(
             config=self.lm.config,
             inputs_embeds=self.hidden,
-            attention_mask=self.mask2d,
+            attention_mask=live,
             past_key_values=self.cache,
             position_ids=None,
             layer_idx=layer,
         )
+
+    def _live(self) -> Tensor | None:
+        """(B, L) bool rows that may be attended to, None for all."""
+        if self.pad is not None:
+            return torch.arange(self.visual.shape[1], device=self.pad.device) >= self.pad
+        return None if self.mask2d is None else self.valid
 
     def _rope(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rows, (B, L, dh) each, from a table made once."""
@@ -316,13 +325,13 @@ class Prefill:
                 use_cache=self.cache is not None,
                 **kwargs,
             )
-        valid = None if self.mask2d is None else self.valid
-        score = _Scores(layer, entering, rope, wanted, valid, self._keys(i), queries)
+        live = self._live()
+        score = _Scores(layer, entering, rope, wanted, live, self._keys(i), queries)
         if i + 1 == len(layers):
             if type(self.method).cut is not Method.cut:
                 self.trace.final = _Final(self.method, i, score, self._view(None, None))
             return None
-        nxt = _Scores(layers[i + 1], self.hidden, rope, None, valid)
+        nxt = _Scores(layers[i + 1], self.hidden, rope, None, live)
         return self._view(score(), nxt.rows, rope, entering, middle[0] if middle else None)
 
     def decide(self, i: int, view: View) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .layout import by_canvas, first_columns, in_place
 from .request import PROMPTS, Known, Pending, Rows
@@ -31,6 +32,7 @@ class Prompt:
         top: the largest position + 1.
         columns: first column of each picture in each sample, -1 where it is not there; rows to lay out only.
         ids: (N, K) long on the host, patches behind rows that are laid on a canvas.
+        pad: (1, 1) long, masked rows at the left end that count as text, see `padded`.
         row, live, left: see `in_place`, with the visual tokens it leaves in each sample; packed rows only.
     """
 
@@ -45,6 +47,7 @@ class Prompt:
     top: int = 0
     columns: Sequence[Sequence[int]] = ()
     ids: Tensor | None = None
+    pad: Tensor | None = None
     row: Tensor | None = None
     live: Tensor | None = None
     left: tuple[int, ...] = ()
@@ -60,6 +63,25 @@ def behind(visual: Tensor, valid: Tensor) -> Tensor:
     places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
     last = (visual * places).amax(1, keepdim=True)  # (B, 1), 1-based, 0 without picture
     return valid & (places > last) & (last > 0)
+
+
+def padded(prompt: Prompt, extra: int) -> Prompt:
+    """The prompt of one sample behind `extra` rows that every cut keeps and no row attends to.
+
+    Unlike padding they count as rows: what follows has the same shapes for every length of text that they make up for.
+    """
+    left = (extra, 0)
+    return replace(
+        prompt,
+        visual=pad(prompt.visual, left),
+        valid=pad(prompt.valid, left, value=True),
+        positions=pad(prompt.positions, left),
+        source=None if prompt.source is None else pad(prompt.source, left, value=-1),
+        counts=tuple(n + extra for n in prompt.counts),
+        n_text=prompt.n_text + extra,
+        top=prompt.top + extra,
+        pad=prompt.positions.new_full((1, 1), extra),
+    )
 
 
 def read_prompt(

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What a GPU should show: LLaVA-1.5-7B's shape at batch 1 (as ever, and replayed as CUDA graphs) and 16 and LLaVA-NeXT-7B's
-# at batch 1, random weights in bfloat16, against the unpruned model with sdpa; then questions per second on the mini GQA with a random checkpoint of
-# the 7B shape, answers of at most 2 tokens. About 20 GB of GPU memory at batch 1, 40 GB at batch 16, 14 GB of disk.
+# What a GPU should show: LLaVA-1.5-7B's shape at batch 1 and 16 and LLaVA-NeXT-7B's at batch 1, as ever and replayed as
+# CUDA graphs, random weights in bfloat16, against the unpruned model with sdpa (`full` among the replayed ones says what
+# replaying alone gives); then questions per second on the mini GQA with a random checkpoint of the 7B shape, answers of
+# at most 2 tokens. About 20 GB of GPU memory at batch 1, 40 GB at batch 16, 14 GB of disk.
 # This script has not been run: no GPU was at hand.
 #   bash scripts/bench/gpu.sh                         # sdpa
 #   ATTN=flash_attention_2 bash scripts/bench/gpu.sh  # with the flash-attn package
@@ -17,7 +18,8 @@ bash scripts/setup.sh
 bench() { "$VENV/bin/python" -m llava_prune bench --repeats "${REPEATS:-20}" --warmup "${WARMUP:-5}" "$@"; }
 bench --shape 7b --batch 1,16 --tokens 192,128,64 --text 84 --new 32 --out "$OUT/7b" --profile
 bench --shape next-7b --batch 1 --tokens 640,320,160 --text 84 --new 32 --out "$OUT/next-7b" --profile
-bench --shape 7b --batch 1 --tokens 192,128,64 --text 84 --new 32 --out "$OUT/7b-graphs" --graphs --no-memory
+export METHOD="full,$METHOD"
+bench --shape 7b --batch 1,16 --tokens 192,128,64 --text 84 --new 32 --out "$OUT/7b-graphs" --graphs --no-memory
 bench --shape next-7b --batch 1 --tokens 640,320,160 --text 84 --new 32 --out "$OUT/next-7b-graphs" --graphs --no-memory
 
 [ -e "$OUT/checkpoint/config.json" ] ||

@@ -218,6 +218,7 @@ def test_peak_counts_what_lives_at_once() -> None:
         ({"methods": ("nothing",)}, "nothing"),
         ({"method_args": {"nothing": 1}}, "nothing"),
         ({"texts": (1,)}, "text=1"),
+        ({"text_step": 16}, "text_step=16"),
     ],
 )
 def test_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

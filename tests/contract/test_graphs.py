@@ -1,108 +1,19 @@
-"""Replayed prefills equal prefills that run as ever.
-
-No CUDA here: a tape stands in for CUDA graphs. It keeps every operation with the tensors it read and wrote, and does
-them again on the same memory, which is what a graph does; reads of the device and data from the host break it, as they
-break a capture.
-"""
+"""Replayed prefills equal those that run as ever. What stands in for CUDA graphs is in tape.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import llava_prune
 from llava_prune.runtime import graphs
 from tests import models
 from tests.contract.settings import NAMES, setting
+from tests.contract.tape import Recorder, asked, same
 
 METHODS = [n for n in NAMES if llava_prune.build(n, **setting(n).hyper).replays]
-
-
-class Tape(TorchDispatchMode):
-    """Records while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if "_local_scalar_dense" in name or "nonzero" in name or "lift_fresh" in name:
-            raise RuntimeError(f"{name} cannot be captured: it reads the device, or brings data from the host")
-        out = func(*args, **(kwargs or {}))
-        self.steps.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.steps:
-            given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
-            new = func(*args, **kwargs)
-            for a, b in zip(_tensors(out), _tensors(new), strict=True):
-                if a.untyped_storage().data_ptr() not in given:  # a view, or written in place, is there already
-                    a.copy_(b)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.numel()]
-
-
-class Recorder:
-    """Counts what it records and replays; spoils what a recording computed, for a capture computes nothing."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        tape = Tape()
-        run()
-        with tape:
-            out = run()
-        for _, args, kwargs, made in tape.steps:
-            given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
-            for x in _tensors(made):
-                if x.untyped_storage().data_ptr() not in given:
-                    x.fill_(1)
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            tape.replay()
-
-        return out, replay
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    made = Recorder()
-    monkeypatch.setattr(graphs, "recorder", lambda device: made)
-    return made
-
-
-def asked(model: Any, row: Any, pixels: Any, handle: Any, steps: int = 4) -> dict[str, Any]:
-    """A greedy answer with its logits, cache and record."""
-    out = models.generate(model, models.inputs(model, [row], pixels), steps)
-    last, cache = handle.last, out.past_key_values
-    return {
-        "logits": torch.stack(out.logits),
-        "caches": [(x.keys, x.values) for x in cache.layers],
-        "in": last.tokens_in.tolist(),
-        "out": last.tokens_out.tolist(),
-        "kept": [k.tolist() for k in last.kept],
-        "stats": last.stats,
-    }
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert torch.equal(a["logits"], b["logits"])
-    for (k, v), (k2, v2) in zip(a["caches"], b["caches"], strict=True):
-        assert torch.equal(k, k2) and torch.equal(v, v2)
-    for name in ("in", "out", "kept", "stats"):
-        assert a[name] == b[name], name
 
 
 def test_some_methods_can_be_replayed() -> None:
@@ -181,10 +92,30 @@ def test_recordings_outlive_an_attachment(tiny: Any, recorder: Recorder) -> None
 
 
 def test_refusals(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="replays"):
-        llava_prune.attach(tiny, "random", tokens=12, graphs=True)
+    with pytest.raises(ValueError, match="text_step=0: give a whole number of at least 1"):
+        llava_prune.attach(tiny, "fastv", tokens=12, graphs=True, text_step=0)
+    with pytest.raises(ValueError, match="text_step=16.*graphs=True"):
+        llava_prune.attach(tiny, "fastv", tokens=12, text_step=16)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu"):
         llava_prune.attach(tiny, "fastv", tokens=12, graphs=True)
     with llava_prune.pruned(tiny, "fastv", tokens=12):
         pass  # nothing was changed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lengths_share_recordings(name: str, tiny: Any, recorder: Recorder) -> None:
+    """Texts of 1 to 8 rows behind the picture are two shapes for a step of 4; a prompt that fits exactly is one of
+    them."""
+    hyper = setting(name).hyper | ({"slope_step": 0.2} if "autoprune" in name else {})
+    asks = [(models.prompt(4, n, seed=n), models.pictures(1)) for n in range(1, 9)]
+    with llava_prune.pruned(tiny, name, **hyper) as handle:
+        expected = [asked(tiny, *ask, handle) for ask in asks]
+    with llava_prune.pruned(tiny, name, graphs=True, text_step=4, **hyper) as handle:
+        for n in range(4):
+            replayed = recorder.replayed
+            for ask, old in zip(asks, expected, strict=True):
+                same(asked(tiny, *ask, handle), old, padded=True)
+            schedules = {str(x["in"]) for x in expected}
+            assert recorder.recorded <= 2 * (1 + len(schedules))
+            assert n == 0 or recorder.replayed >= replayed + len(asks)
