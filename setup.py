@@ -37,7 +37,16 @@ setup(
         "deepspeed": ["deepspeed>=0.15", "accelerate"],
         "lmms-eval": ["lmms-eval>=0.7"],
         "plot": ["matplotlib>=3.7"],
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest>=8", "hypothesis>=6.100", "matplotlib>=3.7"],
+        "dev": [
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "matplotlib>=3.7",
+            # the kernels' tests; a CUDA build of torch has brought its own, which satisfies this
+            "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["llava-prune = llava_prune.cli:main"]},
     classifiers=[

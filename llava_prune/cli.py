@@ -82,6 +82,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     flag("out", None, "folder of the results; default playground/results/bench/SHAPE or MODEL")
     p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     p.add_argument("--graphs", action="store_true", help="replay pruned requests as CUDA graphs, see attach")
+    p.add_argument("--fused", action="store_true", help="cuts by Triton kernels, see attach")
     p.add_argument("--profile", action="store_true", help="write a trace of a pruned prefill each")
     p.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
     p.set_defaults(run=_bench)

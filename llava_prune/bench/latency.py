@@ -127,7 +127,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def alternate(
-    model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: bool | Graphs = False
+    model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: bool | Graphs = False, fused: bool = False
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], Any]:
     """Unpruned and pruned requests in turn, A B A B, in this process.
 
@@ -137,7 +137,7 @@ def alternate(
         method: a Method.
         repeats: pairs that count.
         warmup: pairs before them.
-        graphs: see `attach`.
+        graphs, fused: see `attach`.
 
     Returns:
         (stages of each unpruned request, of each pruned one, the last pruned prefill's Record).
@@ -146,7 +146,7 @@ def alternate(
     with probing(model) as probe, _no_collection():
         for i in range(warmup + repeats):
             first = once(ask, probe)
-            with pruned(model, method, graphs=graphs) as handle:
+            with pruned(model, method, graphs=graphs, fused=fused) as handle:
                 second = once(ask, probe)
                 last = handle.last
             if i >= warmup:
@@ -155,14 +155,14 @@ def alternate(
     return plain, cut, last
 
 
-def deciding(model: Any, ask: Ask, method: Any, repeats: int) -> list[tuple[float, float]]:
+def deciding(model: Any, ask: Ask, method: Any, repeats: int, fused: bool = False) -> list[tuple[float, float]]:
     """Milliseconds of a pruned prefill spent outside the decoder layers, and of all of it, in runs of their own.
 
     That is scores, selection, merging and gathering, and also what an unpruned model needs there: rotary table, mask
     and final norm.
     """
     out = []
-    with probing(model, layers=True) as probe, pruned(model, method), _no_collection():
+    with probing(model, layers=True) as probe, pruned(model, method, fused=fused), _no_collection():
         for i in range(1 + repeats):
             whole = once(ask, probe)["prefill"]
             marks = probe.layers

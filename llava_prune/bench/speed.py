@@ -56,6 +56,7 @@ class Settings:
         graphs: replay pruned requests (`attach(..., graphs=True)`) when times are taken; needs CUDA. Unpruned ones,
             memory and the time spent deciding are measured without.
         text_step: see `attach`.
+        fused: Triton kernels for the cuts, see `attach`; needs CUDA.
         profile: write a trace of one pruned request each.
         out: folder; None for playground/results/bench/<shape or model>.
     """
@@ -79,6 +80,7 @@ class Settings:
     memory: bool = True
     graphs: bool = False
     text_step: int | None = None
+    fused: bool = False
     profile: bool = False
     out: str | None = None
 
@@ -212,7 +214,13 @@ def _rows(settings: Settings, loaded: Any, wanted: Sequence[_Case], progress: Pr
                     log.warning("%s, batch %d: out of memory", case.label, batch)
                     row = {**head, "error": "out of memory"}
                 if settings.profile and "error" not in row:
-                    _trace(out_folder(settings) / f"trace-{case.label}-b{batch}-t{text}", loaded, case.method, asked)
+                    _trace(
+                        out_folder(settings) / f"trace-{case.label}-b{batch}-t{text}",
+                        loaded,
+                        case.method,
+                        asked,
+                        settings.fused,
+                    )
                 yield row
 
 
@@ -241,14 +249,14 @@ def measure(
     model, text = loaded.model, asked.text
     graphs = Graphs(method, model.device, settings.text_step) if settings.graphs else False
     warmup = max(settings.warmup, RECORDED) if graphs else settings.warmup
-    plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs)
+    plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs, settings.fused)
     times = stages(plain, cut)
     visual = [[asked.visual] * size.layers] * asked.batch if last is None else last.tokens_in.tolist()
     full = [[asked.visual + text] * size.layers] * asked.batch
     live = [[n + text for n in row] for row in visual]
     cost = {"full": _flops(full, size), "pruned": _flops(live, size)}
     ratio = cost["full"] / cost["pruned"]
-    decided = deciding(model, asked.ask, method, settings.repeats)
+    decided = deciding(model, asked.ask, method, settings.repeats, settings.fused)
     outside = quartiles([a for a, _ in decided])
     width = next(model.parameters()).element_size()
     row: dict[str, Any] = {
@@ -274,7 +282,7 @@ def measure(
     if settings.memory:
         lm = family_of(model).language_model(model)
         row["memory"] = {"full": peaks(asked.prefill, lm, model.device)}
-        with pruned(model, method):
+        with pruned(model, method, fused=settings.fused):
             row["memory"]["pruned"] = peaks(asked.prefill, lm, model.device)
     return row
 
@@ -283,12 +291,12 @@ def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
     return sum(layer_flops(n, size.hidden, size.intermediate) for row in counts for n in row)
 
 
-def _trace(stem: Path, loaded: Any, method: Method, asked: Request) -> None:
+def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool) -> None:
     """A Chrome trace of one pruned prefill, and its operators by time as text."""
     activity = torch.profiler.ProfilerActivity
     cuda = loaded.model.device.type == "cuda"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with pruned(loaded.model, method):
+    with pruned(loaded.model, method, fused=fused):
         asked.prefill()
         with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
             asked.prefill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fused import kernels_for
 from .types import ColumnIndex
 
 
@@ -42,6 +43,10 @@ def text_attention(attention: Tensor, text: Tensor) -> Tensor:
         (B, L) float32; a row whose attention is not finite in some head counts 0.
     """
     weight = text if text.is_floating_point() else shares(text)
+    kernels = kernels_for(attention)
+    if kernels is not None:
+        looked: Tensor = kernels.looked_at(attention, weight)
+        return looked
     return (weight[:, None] @ attention.mean(1).nan_to_num_())[:, 0]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fused import kernels_for
 from .types import Cut, Fold, View
 
 
@@ -127,8 +128,6 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
     even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
-    if even and n_max == 1:
-        return torch.zeros(points.shape[:2], dtype=torch.long, device=device)  # one cluster takes them all
     distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
     numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
     if even:
@@ -181,8 +180,23 @@ def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     return centre
 
 
-def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> Tensor:
-    """Sum of each cluster divided by (size + eps), as the official code does.
+EPS = 1e-6
+"""Added to the size of a cluster."""
+
+
+def cluster_means(hidden: Tensor, picked: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
+    """(B, C, D) means of the rows (B, L, D) `picked` (B, Q) by the clusters of `dpc_knn`, which see."""
+    if set(clusters) == {1} and all(n == picked.shape[1] for n in counts):  # one cluster takes them all
+        size, kernels = picked.shape[1] + EPS, kernels_for(hidden)
+        if kernels is not None:
+            return kernels.mean_of(hidden, picked, size)
+        return take(hidden, picked).float().sum(1, keepdim=True).div_(size).to(hidden.dtype)
+    points = take(hidden, picked)  # (B, Q, D)
+    return merge(points, dpc_knn(points, counts, clusters), max(clusters))
+
+
+def merge(points: Tensor, label: Tensor, n_clusters: int) -> Tensor:
+    """Sum of each cluster divided by (size + EPS), as the official code does.
 
     Args:
         points: (B, Q, D).
@@ -195,7 +209,7 @@ def merge(points: Tensor, label: Tensor, n_clusters: int, eps: float = 1e-6) -> 
     numbers = torch.arange(n_clusters, device=label.device)
     member = (label[:, None] == numbers[:, None]).float()  # (B, C, Q)
     total = member @ points.float()
-    return total.div_(member.sum(2, keepdim=True).add_(eps)).to(points.dtype)
+    return total.div_(member.sum(2, keepdim=True).add_(EPS)).to(points.dtype)
 
 
 def keep_best(
@@ -210,20 +224,24 @@ def keep_best(
         clusters: merged tokens a sample, appended behind the kept ones in the order of their centres; none if empty.
         recycle: tokens those are made of, the best behind the kept ones.
     """
+    if not any(recycle):
+        clusters = recycle = [0] * len(keep)
+    lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
+    kernels = kernels_for(view.hidden)
+    if kernels is not None and all(len(set(x)) == 1 for x in (view.counts, keep, clusters, recycle)):
+        index, picked = kernels.choose(score, view.visual, view.valid, keep[0], recycle[0], clusters[0], lengths[0])
+        return Cut(index, cluster_means(view.hidden, picked, recycle, clusters) if recycle[0] else None)
     best = descending_order(score, view.visual)  # (B, L) columns by rank
     kept = top(best, keep, view.visual)
     if not any(recycle):
-        lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
         return assemble(kept, view.visual, view.valid, lengths)
-    lengths = [n + k + c for n, k, c in zip(view.counts, keep, clusters, strict=True)]
     if len(set(keep)) == 1:
         picked = best[:, keep[0] : keep[0] + max(recycle)]  # (B, Q)
     else:
         slots = torch.arange(max(recycle), device=best.device)
         picked = best.gather(1, (column(keep, best) + slots).clamp(max=best.shape[1] - 1))
-    points = take(view.hidden, picked)  # (B, Q, D)
-    label = dpc_knn(points, recycle, clusters)
-    return assemble(kept, view.visual, view.valid, lengths, merge(points, label, max(clusters)), clusters)
+    means = cluster_means(view.hidden, picked, recycle, clusters)  # (B, C, D)
+    return assemble(kept, view.visual, view.valid, lengths, means, clusters)
 
 
 def fold_tokens(fold: Fold, states: Tensor, size: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..core import fused as kernels
 from ..core.method import Method
 from ..core.registry import build
 from ..families.base import family_of, restore, tower_of
@@ -63,6 +64,7 @@ def attach(
     check: bool = False,
     graphs: bool | Graphs = False,
     text_step: int | None = None,
+    fused: bool = False,
     **hyper: Any,
 ) -> Handle:
     """Prune `model` with `method` until the handle is detached.
@@ -79,14 +81,16 @@ def attach(
             requests run as ever. Tensors taken out of a cache change with the next request, the cache itself does
             not. `Graphs` made for the same model and method outlive an attachment.
         text_step: with graphs=True, see `Graphs`: 16, say, lets questions of different lengths share recordings.
+        fused: cuts by a few Triton kernels in place of dozens of small ones, where all samples keep the same counts;
+            tokens kept are the same, sums up to rounding.
         hyper: hyper-parameters when `method` is a name.
 
     Returns:
         Handle.
 
     Raises:
-        ValueError: unknown method or value, a foreign model, a model that is pruned already, graphs where there is no
-            CUDA device, or a text_step without them. Nothing is changed then.
+        ValueError: unknown method or value, a foreign model, a model that is pruned already, graphs or
+            fused where there is no CUDA device (or no triton), or a text_step without graphs. Nothing is changed then.
     """
     if isinstance(method, str):
         method = build(method, **hyper)
@@ -107,6 +111,7 @@ def attach(
     previous = lm.__dict__.get("forward")
     state = State(method, previous)
     state.check = check
+    state.kernels = kernels.load(model.device) if fused else None
     if text_step is not None and graphs is not True:
         raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True with it")
     if graphs:

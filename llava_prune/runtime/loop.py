@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import fused
 from ..core.method import Method
 from ..core.select import assemble, take
 from ..core.types import MERGED, ColumnIndex, Cut, Spans, View
@@ -32,6 +33,7 @@ class State:
         self.last: Record | None = None
         self.check = False
         self.graphs: Any = None
+        self.kernels: Any = None
 
     def base(self, lm: Any) -> Any:
         """The forward to fall back on for requests without visual tokens."""
@@ -94,11 +96,12 @@ def pruned_forward(
             past_key_values = DynamicCache(config=lm.config)
         state.last = None  # frees what the record before holds
         made = None
-        if state.graphs is not None:
-            made = state.graphs.run(lm, state, pending, prompt, past_key_values, hidden, kwargs)
-        if made is None:
-            prefill = Prefill(lm, state, pending, prompt, past_key_values, attention_mask, hidden)
-            made = prefill.run(kwargs), prefill.request, prefill.trace
+        with fused.use(state.kernels):
+            if state.graphs is not None:
+                made = state.graphs.run(lm, state, pending, prompt, past_key_values, hidden, kwargs)
+            if made is None:
+                prefill = Prefill(lm, state, pending, prompt, past_key_values, attention_mask, hidden)
+                made = prefill.run(kwargs), prefill.request, prefill.trace
         hidden, request, trace = made
         state.last = Record(trace)
         if past_key_values is not None:

@@ -1,0 +1,45 @@
+"""Whether the Triton kernels of `kernels.py` do the work of a cut, or plain torch does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KERNELS: ContextVar[Any] = ContextVar("llava_prune_kernels", default=None)
+
+
+def load(device: torch.device) -> Any:
+    """The module of the kernels.
+
+    Raises:
+        ValueError: without triton, or for a device it does not serve (TRITON_INTERPRET=1 serves any, slowly).
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"fused=True needs a CUDA device, and the model is on {device}; leave fused out")
+    try:
+        return importlib.import_module(".kernels", __package__)
+    except ImportError as error:
+        raise ValueError(f"fused=True needs triton ({error}): pip install triton, or leave fused out") from error
+
+
+@contextmanager
+def use(kernels: Any) -> Iterator[None]:
+    """Use `kernels`, which `load` gave; None for plain torch."""
+    token = _KERNELS.set(kernels)
+    try:
+        yield
+    finally:
+        _KERNELS.reset(token)
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The module of the kernels where they are to be used on `x` (B, ..., L), None for plain torch."""
+    kernels = _KERNELS.get()
+    return kernels if kernels is not None and not x.requires_grad else None
