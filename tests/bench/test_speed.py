@@ -21,6 +21,8 @@ from llava_prune.bench.plot import draw, plot
 from llava_prune.bench.request import request
 from llava_prune.bench.speed import Settings, speed
 from llava_prune.cli import main
+from llava_prune.runtime import graphs
+from tests.tape import Recorder
 
 SMALL = ["bench", "--shape", "tiny", "--tokens", "64", "--batch", "1", "--text", "20", "--new", "2", "--repeats", "2"]
 
@@ -113,6 +115,27 @@ def test_the_plot_shows_the_rows(result: Any) -> None:
         }
         assert [t.get_text() for t in axes.texts] == ["64"] * len(shown)
     assert first.get_title() == "batch 1, 576 + 20 tokens" and second.get_title().startswith("batch 8")
+
+
+def test_recorded_and_fused_requests(monkeypatch: Any, tmp_path: Path) -> None:
+    """What stands in for CUDA graphs is replayed in every pair that counts; kernels are interpreted."""
+    tape = Recorder()
+    monkeypatch.setattr(graphs, "recorder", lambda device: tape)
+    settings = Settings(
+        shape="tiny", methods=("full", "autoprune"), tokens=(64,), texts=(20,), new=4, repeats=2, memory=False,
+        graphs=True, text_step=8, out=str(tmp_path),
+    )  # fmt: skip
+    rows = speed(settings)["rows"]
+    assert [(r["method"], r["graphs"]) for r in rows] == [("full", True), ("autoprune", True)]
+    assert tape.recorded == 1 + 2 and tape.replayed >= 2 * (1 + 2) and tape.steps >= 2 and tape.stepped >= 2 * 2 * 3
+    pytest.importorskip("triton")
+    plain = speed(dataclasses.replace(settings, methods=("autoprune",), graphs=False, text_step=None, repeats=1))
+    fused = speed(
+        dataclasses.replace(settings, methods=("autoprune",), graphs=False, text_step=None, repeats=1, fused=True)
+    )
+    counts = [r["rows"][0]["average_entering"] for r in (plain, fused)]
+    assert counts[0] == counts[1]
+    assert fused["settings"]["fused"] is True
 
 
 def test_no_plot_without_matplotlib(result: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
@@ -218,6 +241,7 @@ def test_peak_counts_what_lives_at_once() -> None:
         ({"methods": ("nothing",)}, "nothing"),
         ({"method_args": {"nothing": 1}}, "nothing"),
         ({"texts": (1,)}, "text=1"),
+        ({"graphs": True}, "graphs=True needs a CUDA device"),
         ({"text_step": 16}, "text_step=16"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from llava_prune.runtime import graphs
 from tests.contract.settings import NAMES, Setting, setting
-from tests.contract.tape import Recorder
+from tests.tape import Recorder
 
 
 @pytest.fixture(params=NAMES)

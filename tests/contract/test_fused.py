@@ -10,7 +10,7 @@ import torch
 import llava_prune
 from tests import models
 from tests.contract.settings import setting
-from tests.contract.tape import asked, same
+from tests.tape import asked, same
 
 pytest.importorskip("triton")
 METHODS = ["autoprune", "autoprune-flash", "fastv", "pdrop", "sparsevlm", "visionzip+autoprune"]

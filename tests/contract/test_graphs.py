@@ -11,7 +11,7 @@ import llava_prune
 from llava_prune.runtime import graphs
 from tests import models
 from tests.contract.settings import NAMES, setting
-from tests.contract.tape import Recorder, asked, same
+from tests.tape import Recorder, asked, same
 
 METHODS = [n for n in NAMES if llava_prune.build(n, **setting(n).hyper).replays]
 

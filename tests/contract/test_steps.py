@@ -11,7 +11,7 @@ import llava_prune
 from llava_prune.runtime import steps
 from tests import models
 from tests.contract.settings import setting
-from tests.contract.tape import Recorder, asked, same
+from tests.tape import Recorder, asked, same
 
 CLOSE = 2e-5
 ROWS = [models.prompt(4, 5), models.prompt(9, 2, seed=1)]
