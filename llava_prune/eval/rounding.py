@@ -45,11 +45,11 @@ class Seen:
     kept: dict[int, list[frozenset[int]]] = field(default_factory=dict)
 
 
-def watch(bench: Bench, run: Run) -> Seen:
-    """Put every question with a picture to the pruned model and note what it kept."""
+def watch(bench: Bench, run: Run, **options: Any) -> Seen:
+    """Put every question with a picture to the pruned model and note what it kept; `options` are those of `pruned`."""
     seen = Seen()
     numbers = [i for i, q in enumerate(bench.files.questions) if q.image is not None]
-    with llava_prune.pruned(bench.loaded.model, run.method) as handle:
+    with llava_prune.pruned(bench.loaded.model, run.method, **options) as handle:
         for some in batches(bench, numbers):
             rows = answer(bench, handle, some, run, bench.task.name)
             record = handle.last

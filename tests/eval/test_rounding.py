@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -10,7 +11,16 @@ import pytest
 import llava_prune
 from llava_prune.core.budget import schedule
 from llava_prune.eval import rounding
+from llava_prune.eval.asking import prepare
+from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.rounding import Seen, overlap
+from llava_prune.eval.run import read_files
+from llava_prune.eval.task import load_task
+from llava_prune.runtime import graphs
+from tests.tape import Recorder
+
+COUNT = int(os.environ.get("QUESTIONS", "24"))
+"""Questions; all 400 take minutes."""
 
 
 def plans(step: float | None) -> set[Any]:
@@ -51,6 +61,26 @@ def test_the_command(tiny_path: Any, capsys: Any) -> None:
     assert rounding.main([*args, "--step", "1"]) == 0
     (coarse,) = json.loads(capsys.readouterr().out)["rows"]
     assert coarse["schedules"]["rounded"] == 1 and 0 < coarse["overlap"]["least"] <= coarse["overlap"]["mean"] <= 1
+
+
+def test_text_step_keeps_the_same_tokens(tiny_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions of the miniature, one at a time, recorded with rounded text lengths (see tests/tape.py)."""
+    tape = Recorder()
+    monkeypatch.setattr(graphs, "recorder", lambda device: tape)
+    settings = Settings(
+        model=str(tiny_path), methods=("autoprune",), tokens=(64,), batch=1, limit=COUNT, reference=False,
+        method_args={"slope_step": 0.05},
+    )  # fmt: skip
+    task, (run,) = load_task("gqa"), plan_runs(settings)
+    bench = prepare(settings, task, read_files(task, settings), [run])
+    with bench.loaded.remember_images([run.method]) as bench.memo:
+        plain = rounding.watch(bench, run)
+        padded = rounding.watch(bench, run, graphs=True, text_step=16)
+    lengths = {len(bench.files.questions[i].text) for i in plain.rows}
+    assert len(lengths) > 4 and tape.replayed > COUNT
+    assert tape.recorded <= 2 * (1 + len(set(plain.plans.values()))), "one or two text lengths"
+    assert padded.plans == plain.plans and padded.kept == plain.kept
+    assert [r["text"] for r in padded.rows.values()] == [r["text"] for r in plain.rows.values()]
 
 
 def test_a_method_without_a_slope(capsys: Any) -> None:
