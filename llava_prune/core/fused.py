@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,11 +30,15 @@ def load(device: torch.device) -> Any:
 
 
 @contextmanager
-def use(kernels: Any) -> Iterator[None]:
-    """Use `kernels`, which `load` gave; None for plain torch."""
+def use(kernels: Any, device: torch.device) -> Iterator[None]:
+    """Use `kernels`, which `load` gave, on tensors of a device; None for plain torch."""
+    if kernels is None:
+        yield
+        return
     token = _KERNELS.set(kernels)
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where triton starts them
+            yield
     finally:
         _KERNELS.reset(token)
 

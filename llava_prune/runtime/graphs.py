@@ -48,18 +48,19 @@ class Recorder(Protocol):
 class CudaRecorder:
     """Pieces as CUDA graphs that share a memory pool. What `run` returned holds values after the first replay."""
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()  # libraries set themselves up in a first run, which a capture would not allow
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = run()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()  # libraries set themselves up in a first run, which a capture would not allow
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders may pin memory
+                out = run()
         return out, graph.replay
 
 
@@ -71,7 +72,7 @@ def recorder(device: torch.device) -> Recorder:
     """
     if device.type != "cuda":
         raise ValueError(f"graphs=True needs a CUDA device, and the model is on {device}; leave graphs out")
-    return CudaRecorder()
+    return CudaRecorder(device)
 
 
 @dataclass

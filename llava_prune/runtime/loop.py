@@ -96,7 +96,7 @@ def pruned_forward(
             past_key_values = DynamicCache(config=lm.config)
         state.last = None  # frees what the record before holds
         made = None
-        with fused.use(state.kernels):
+        with fused.use(state.kernels, hidden.device):
             if state.graphs is not None:
                 made = state.graphs.run(lm, state, pending, prompt, past_key_values, hidden, kwargs)
             if made is None:

@@ -60,7 +60,7 @@ def test_cuts_are_the_same(
     groups = min(clusters, pool)
     given = ([keep] * batch, [groups] * batch, [pool] * batch)
     plain = keep_best(view, score, *given)
-    with fused.use(fused.load(CPU)):
+    with fused.use(fused.load(CPU), CPU):
         cut = keep_best(view, score, *given)
     assert torch.equal(cut.index, plain.index) and cut.valid is None and plain.valid is None
     assert (cut.merged is None) == (plain.merged is None)
@@ -72,7 +72,7 @@ def test_samples_of_different_counts_are_left_to_torch() -> None:
     visual = torch.tensor([[False, True, True, True, False]] * 2)
     view = view_of(torch.randn(2, 5, 4), visual, 2)
     score = torch.rand(2, 5)
-    with fused.use(fused.load(CPU)):
+    with fused.use(fused.load(CPU), CPU):
         cut = keep_best(view, score, [1, 2])
     plain = keep_best(view, score, [1, 2])
     assert torch.equal(cut.index, plain.index)
@@ -85,7 +85,7 @@ def test_text_attention(heads: int, rows: int, length: int) -> None:
     attention[0, 0, 0, 1], attention[1, -1, -1, 2] = torch.nan, torch.inf
     text = torch.rand(2, rows) > 0.3
     plain = text_attention(attention, text)
-    with fused.use(fused.load(CPU)):
+    with fused.use(fused.load(CPU), CPU):
         got = text_attention(attention, shares(text))
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-7)
 
@@ -94,7 +94,7 @@ def test_text_attention(heads: int, rows: int, length: int) -> None:
 def test_means(dtype: torch.dtype) -> None:
     hidden, picked = torch.randn(2, 20, 300, dtype=dtype), torch.tensor([[3, 1, 7, 9], [0, 19, 4, 9]])[:, :3]
     plain = cluster_means(hidden, picked, [3, 3], [1, 1])
-    with fused.use(fused.load(CPU)):
+    with fused.use(fused.load(CPU), CPU):
         torch.testing.assert_close(cluster_means(hidden, picked, [3, 3], [1, 1]), plain)
     assert torch.allclose(plain[:, 0].float(), take(hidden, picked).float().mean(1), atol=1e-3)
 
@@ -122,7 +122,7 @@ def test_rows_of_a_layer(masked: bool) -> None:
     for rows in (slice(7, 11), slice(4, 6), slice(10, 11)):
         with torch.no_grad():
             plain = text_rows(layer, hidden, (cos, sin), rows, valid)
-            with fused.use(fused.load(CPU)):
+            with fused.use(fused.load(CPU), CPU):
                 got = text_rows(layer, hidden, (cos, sin), rows, valid)
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
         assert got.dtype == torch.float32
