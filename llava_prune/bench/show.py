@@ -56,7 +56,8 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
 def speed_tables(result: Mapping[str, Any]) -> list[Table]:
     """Times, and what they should have been, of a result of `llava-prune bench`."""
     machine = result["machine"]
-    where = f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads"
+    how = [f"pruned: {name}" for name in ("fused", "graphs") if result["settings"].get(name)]
+    where = ", ".join([machine["device"], machine["dtype"], f"{machine['threads']} threads", *how])
     times = Table(title=f"milliseconds, unpruned > pruned ({where})", caption="medians; decode per token")
     times.add_column("request", overflow="fold")
     for name in ("vision", "prefill", "prefill q1-q3", "decode", "total", "prefill MiB"):
