@@ -7,6 +7,7 @@ business of `decode.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..core.types import MERGED, ColumnIndex, Cut, Spans, View
 from .compat import CAUSAL, BaseModelOutputWithPast, DynamicCache, create_causal_mask
 from .decode import Decode
 from .layout import carry, check_cut, lay_out, moved, moved_ids
+from .onednn import few_rows
 from .prompt import Prompt, behind, read_prompt
 from .request import PENDING, Pending, Record, Request, Rows, Stage, Trace, original_ids, refuse_picture, request_of
 from .rows import middle_of, queries_of, text_rows
@@ -318,7 +320,8 @@ class Prefill:
         entering, rope = self.hidden, self.rope
         spans = self._spans()
         wanted = self.method.rows(i, spans)
-        with middle_of(layer, self.method.middle(i, spans)) as middle, queries_of(layer, wanted) as queries:
+        short = few_rows(entering) if entering.shape[1] < self.request.length else nullcontext()
+        with middle_of(layer, self.method.middle(i, spans)) as middle, queries_of(layer, wanted) as queries, short:
             self.hidden = layer(
                 entering,
                 attention_mask=self.mask,
