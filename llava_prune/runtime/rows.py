@@ -55,17 +55,15 @@ def text_rows(
         queries = attn.q_proj(states[:, rows]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, rows]))
-    kernels = kernels_for(queries) if isinstance(rows, slice) else None
-    if kernels is not None:
+    columns = repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)  # (B, H, dh, L)
+    kernels = kernels_for(queries)
+    if kernels is not None and isinstance(rows, slice):
         query = kernels.turned(queries, cos[:, rows], sin[:, rows], queries.shape[2] // attn.head_dim)
-    else:
-        query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
-        query = _turned(query, cos[:, rows], sin[:, rows])
-    score = query @ repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)  # (B, H, R, L)
-    if kernels is not None:
-        probs: Tensor = kernels.attention(score, attn.scaling, rows.start, valid)
+        probs: Tensor = kernels.attention(query @ columns, attn.scaling, rows.start, valid)
         return probs
-    score, lowest = score.mul_(attn.scaling), torch.finfo(score.dtype).min
+    query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, R, dh)
+    score = (_turned(query, cos[:, rows], sin[:, rows]) @ columns).mul_(attn.scaling)  # (B, H, R, L)
+    lowest = torch.finfo(score.dtype).min
     if isinstance(rows, slice):
         if length - rows.start > 1:
             count = rows.stop - rows.start, length - rows.start
