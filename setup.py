@@ -45,7 +45,7 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.7",
             # the kernels' tests; a CUDA build of torch has brought its own, which satisfies this
-            "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "triton>=3.3; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
     entry_points={"console_scripts": ["llava-prune = llava_prune.cli:main"]},

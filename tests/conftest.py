@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU; to be set before triton is imported
+if not torch.cuda.is_available():  # kernels are interpreted then; to be set before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # small models: more threads only wait for each other

@@ -10,8 +10,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
+OLDEST = "3.3"
+"""Triton that the kernels were compiled with, at least."""
 _KERNELS: ContextVar[Any] = ContextVar("llava_prune_kernels", default=None)
 
 
@@ -19,14 +22,19 @@ def load(device: torch.device) -> Any:
     """The module of the kernels.
 
     Raises:
-        ValueError: without triton, or for a device it does not serve (TRITON_INTERPRET=1 serves any, slowly).
+        ValueError: without triton of at least OLDEST, or for a device it does not serve (TRITON_INTERPRET=1 serves any,
+            slowly).
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"fused=True needs a CUDA device, and the model is on {device}; leave fused out")
     try:
+        import triton
+
+        if Version(triton.__version__) < Version(OLDEST):
+            raise ImportError(f"this is {triton.__version__}")
         return importlib.import_module(".kernels", __package__)
     except ImportError as error:
-        raise ValueError(f"fused=True needs triton ({error}): pip install triton, or leave fused out") from error
+        raise ValueError(f"fused=True needs triton >= {OLDEST} ({error}): install it, or leave fused out") from error
 
 
 @contextmanager

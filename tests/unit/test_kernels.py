@@ -1,4 +1,7 @@
-"""Triton kernels against the plain functions they stand for, interpreted; that they compile is a test of its own."""
+"""Triton kernels against the plain functions they stand for: on a GPU where there is one, interpreted elsewhere.
+
+That they compile for a GPU is a test of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,17 @@ from llava_prune.runtime.rows import _turned, text_rows
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return fused.load(CPU)
+    return fused.load(HERE)
 
 
 def view_of(hidden: torch.Tensor, visual: torch.Tensor, counts: int) -> View:
     valid = torch.ones_like(visual)
-    text = torch.ones(visual.shape[0], 1, dtype=torch.bool)
+    text = torch.ones(visual.shape[0], 1, dtype=torch.bool, device=HERE)
     spans = Spans(visual.shape[1], 1, text, tuple(visual.sum(1).tolist()), 4)
     return View(hidden, visual, valid, visual.long(), None, spans, {}, (counts,) * visual.shape[0])
 
@@ -46,21 +50,21 @@ def test_cuts_are_the_same(
     """Ties, values that are no numbers, one or two pictures, no text on either side, all and nothing kept."""
     draw = torch.Generator().manual_seed(seed)
     length = before + patches + after
-    visual = torch.zeros(batch, length, dtype=torch.bool)
+    visual = torch.zeros(batch, length, dtype=torch.bool, device=HERE)
     visual[:, before : before + patches] = True
     if split and patches > 2:
         visual[:, before + patches // 2] = False
     n = int(visual[0].sum())
     keep = int(parts[0] * n)
     pool = int(parts[1] * (n - keep))
-    score = torch.randint(0, max(2, n // 3), (batch, length), generator=draw).float()
+    score = torch.randint(0, max(2, n // 3), (batch, length), generator=draw).float().to(HERE)
     score[:, seed % length] = [torch.nan, torch.inf, -torch.inf][seed % 3]
-    hidden = torch.randn(batch, length, 7, generator=draw)
+    hidden = torch.randn(batch, length, 7, generator=draw).to(HERE)
     view = view_of(hidden, visual, length - n)
     groups = min(clusters, pool)
     given = ([keep] * batch, [groups] * batch, [pool] * batch)
     plain = keep_best(view, score, *given)
-    with fused.use(fused.load(CPU), CPU):
+    with fused.use(fused.load(HERE), HERE):
         cut = keep_best(view, score, *given)
     assert torch.equal(cut.index, plain.index) and cut.valid is None and plain.valid is None
     assert (cut.merged is None) == (plain.merged is None)
@@ -69,10 +73,10 @@ def test_cuts_are_the_same(
 
 
 def test_samples_of_different_counts_are_left_to_torch() -> None:
-    visual = torch.tensor([[False, True, True, True, False]] * 2)
-    view = view_of(torch.randn(2, 5, 4), visual, 2)
-    score = torch.rand(2, 5)
-    with fused.use(fused.load(CPU), CPU):
+    visual = torch.tensor([[False, True, True, True, False]] * 2, device=HERE)
+    view = view_of(torch.randn(2, 5, 4, device=HERE), visual, 2)
+    score = torch.rand(2, 5, device=HERE)
+    with fused.use(fused.load(HERE), HERE):
         cut = keep_best(view, score, [1, 2])
     plain = keep_best(view, score, [1, 2])
     assert torch.equal(cut.index, plain.index)
@@ -81,20 +85,23 @@ def test_samples_of_different_counts_are_left_to_torch() -> None:
 
 @pytest.mark.parametrize(("heads", "rows", "length"), [(1, 1, 5), (4, 9, 70), (5, 3, 130)])
 def test_text_attention(heads: int, rows: int, length: int) -> None:
-    attention = torch.rand(2, heads, rows, length)
+    attention = torch.rand(2, heads, rows, length, device=HERE)
     attention[0, 0, 0, 1], attention[1, -1, -1, 2] = torch.nan, torch.inf
-    text = torch.rand(2, rows) > 0.3
+    text = torch.rand(2, rows, device=HERE) > 0.3
     plain = text_attention(attention, text)
-    with fused.use(fused.load(CPU), CPU):
+    with fused.use(fused.load(HERE), HERE):
         got = text_attention(attention, shares(text))
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_means(dtype: torch.dtype) -> None:
-    hidden, picked = torch.randn(2, 20, 300, dtype=dtype), torch.tensor([[3, 1, 7, 9], [0, 19, 4, 9]])[:, :3]
+    hidden, picked = (
+        torch.randn(2, 20, 300, dtype=dtype, device=HERE),
+        torch.tensor([[3, 1, 7, 9], [0, 19, 4, 9]], device=HERE)[:, :3],
+    )
     plain = cluster_means(hidden, picked, [3, 3], [1, 1])
-    with fused.use(fused.load(CPU), CPU):
+    with fused.use(fused.load(HERE), HERE):
         torch.testing.assert_close(cluster_means(hidden, picked, [3, 3], [1, 1]), plain)
     assert torch.allclose(plain[:, 0].float(), take(hidden, picked).float().mean(1), atol=1e-3)
 
@@ -102,8 +109,8 @@ def test_means(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotary_positions(shared: bool, kernels: Any) -> None:
     """Heads of 12 are no power of two."""
-    queries = torch.randn(2, 5, 3 * 12)
-    cos, sin = torch.randn(2, 1 if shared else 2, 5, 12)
+    queries = torch.randn(2, 5, 3 * 12, device=HERE)
+    cos, sin = torch.randn(2, 1 if shared else 2, 5, 12, device=HERE)
     plain = _turned(queries.view(2, 5, 3, 12).transpose(1, 2), cos, sin)
     torch.testing.assert_close(kernels.turned(queries, cos, sin, 3), plain)
 
@@ -116,23 +123,26 @@ def test_rows_of_a_layer(masked: bool) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=32, intermediate_size=8, num_attention_heads=4, num_key_value_heads=2)
-    layer = LlamaDecoderLayer(config, 0)
-    hidden, (cos, sin) = torch.randn(2, 11, 32), torch.randn(2, 1, 11, 8)
-    valid = torch.arange(11)[None] >= torch.tensor([[0], [3]]) if masked else None
+    layer = LlamaDecoderLayer(config, 0).to(HERE)
+    hidden, (cos, sin) = torch.randn(2, 11, 32, device=HERE), torch.randn(2, 1, 11, 8, device=HERE)
+    valid = torch.arange(11, device=HERE)[None] >= torch.tensor([[0], [3]], device=HERE) if masked else None
     for rows in (slice(7, 11), slice(4, 6), slice(10, 11)):
         with torch.no_grad():
             plain = text_rows(layer, hidden, (cos, sin), rows, valid)
-            with fused.use(fused.load(CPU), CPU):
+            with fused.use(fused.load(HERE), HERE):
                 got = text_rows(layer, hidden, (cos, sin), rows, valid)
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
         assert got.dtype == torch.float32
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llava_prune.core.kernels", None)
+    monkeypatch.setattr(fused, "OLDEST", "99")
+    with pytest.raises(ValueError, match="fused=True needs triton >= 99 .this is 3"):
+        fused.load(HERE)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="fused=True needs triton"):
-        fused.load(CPU)
-    monkeypatch.delenv("TRITON_INTERPRET")
+        fused.load(HERE)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu"):
         fused.load(CPU)
 
