@@ -246,7 +246,7 @@ def inputs(
         "attention_mask": torch.tensor([b for _, b in both]),
     }
     if images is None:
-        return out
+        return _placed(out, model)
     if is_llava(model):
         blanks = [IMAGE not in r for r in rows]
         if any(blanks):
@@ -265,7 +265,12 @@ def inputs(
             [torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])]) for x in images]
         )
         out["image_sizes"] = torch.tensor([[h, w] for w, h in sizes or ()])
-    return out
+    return _placed(out, model)
+
+
+def _placed(given: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Arguments on the device of the model."""
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
 def _taken(stack: Any, n: int, blank: bool) -> list[Tensor]:

@@ -22,7 +22,7 @@ from ..core.method import Method
 from ..core.registry import resolve
 from ..families.base import family_of
 from ..runtime.attach import pruned
-from ..runtime.graphs import RECORDED, Graphs
+from ..runtime.graphs import RECORDED, Graphs, check_step
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, filler, layer_flops
 from .latency import alternate, deciding, quartiles, stages
@@ -155,8 +155,7 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     """
     if settings.new < 2:
         raise ValueError(f"new={settings.new}: decoding is timed from the second new token on; give 2 or more")
-    if settings.text_step is not None and not settings.graphs:
-        raise ValueError(f"text_step={settings.text_step}: this is for recordings; give graphs too (--graphs)")
+    check_step(settings.text_step, settings.graphs)
     if settings.repeats < 1:
         raise ValueError(f"repeats={settings.repeats}: give 1 or more")
     wanted = cases(settings)
@@ -214,13 +213,8 @@ def _rows(settings: Settings, loaded: Any, wanted: Sequence[_Case], progress: Pr
                     log.warning("%s, batch %d: out of memory", case.label, batch)
                     row = {**head, "error": "out of memory"}
                 if settings.profile and "error" not in row:
-                    _trace(
-                        out_folder(settings) / f"trace-{case.label}-b{batch}-t{text}",
-                        loaded,
-                        case.method,
-                        asked,
-                        settings.fused,
-                    )
+                    stem = out_folder(settings) / f"trace-{case.label}-b{batch}-t{text}"
+                    _trace(stem, loaded, case.method, asked, settings.fused)
                 yield row
 
 
@@ -243,8 +237,8 @@ def measure(
         (2) on visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up
         over FLOPs ratio; "deciding": quartiles in milliseconds, the median's share of the unpruned prefill, and the
         median of its share of the pruned one; "average_entering": visual tokens; "padding": filler rows over live ones
-        in the pruned layers; "floor": milliseconds of prefill and decode for
-        both models on `machine`; "memory": see `memory.peaks`, both models.
+        in the pruned layers; "floor": milliseconds of prefill and decode for both models on `machine`; "memory": see
+        `memory.peaks`, both models.
     """
     model, text = loaded.model, asked.text
     graphs = Graphs(method, model.device, settings.text_step) if settings.graphs else False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,9 +31,10 @@ def load(device: torch.device) -> Any:
 
         if Version(triton.__version__) < Version(OLDEST):
             raise ImportError(f"this is {triton.__version__}")
-        return importlib.import_module(".kernels", __package__)
+        from . import kernels
     except ImportError as error:
         raise ValueError(f"fused=True needs triton >= {OLDEST} ({error}): install it, or leave fused out") from error
+    return kernels
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..core.method import Method
 from ..core.registry import build
 from ..families.base import family_of, restore, tower_of
 from .door import Door
-from .graphs import Graphs
+from .graphs import Graphs, check_step
 from .loop import State, pruned_forward
 from .request import PENDING, VISION, Record
 
@@ -112,8 +112,7 @@ def attach(
     state = State(method, previous)
     state.check = check
     state.kernels = kernels.load(model.device) if fused else None
-    if text_step is not None and graphs is not True:
-        raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True with it")
+    check_step(text_step, graphs is True)
     if graphs:
         state.graphs = graphs if isinstance(graphs, Graphs) else Graphs(method, model.device, text_step)
         if state.graphs.method is not method:

@@ -34,13 +34,6 @@ def _seen(request: Request, cache: Any, batch: int) -> int:
     return seen
 
 
-def rotary(lm: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (S or 1, B, q, dh) each, of the positions (S or 1, B, q) of each stage."""
-    cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
-    shape = (*positions.shape, cos.shape[-1])
-    return cos.view(shape), sin.view(shape)
-
-
 def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
     """The number of the stage that each layer is in."""
     first, n, out = {s.first: n for n, s in enumerate(stages)}, 0, []
@@ -48,6 +41,42 @@ def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
         n = first.get(i, n)
         out.append(n)
     return out
+
+
+def through(
+    lm: Any,
+    stages: Sequence[Stage],
+    positions: Tensor,
+    masks: Sequence[Any],
+    hidden: Tensor,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, q, D) states behind the last layer.
+
+    Args:
+        lm: the language model.
+        stages: of the request.
+        positions: (S or 1, B, q) long, of each stage or of all.
+        masks: what the layers of each stage are given.
+        hidden: (B, q, D) new tokens.
+        cache: what a layer puts keys and values into.
+        kwargs: further arguments of a layer.
+    """
+    cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
+    shape = (*positions.shape, cos.shape[-1])
+    turns = list(zip(cos.view(shape), sin.view(shape), strict=True))
+    for layer, n in zip(lm.layers, stage_of(stages, len(lm.layers)), strict=True):
+        hidden = layer(
+            hidden,
+            attention_mask=masks[n],
+            position_embeddings=turns[min(n, len(turns) - 1)],
+            position_ids=None,
+            past_key_values=cache,
+            use_cache=True,
+            **kwargs,
+        )
+    return hidden
 
 
 class Decode:
@@ -100,19 +129,5 @@ class Decode:
 
     def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         stages = self.request.stages
-        cos, sin = rotary(self.lm, hidden, self.positions)
-        mask: Any = None
-        for i, (layer, n) in enumerate(zip(self.lm.layers, stage_of(stages, len(self.lm.layers)), strict=True)):
-            if i == stages[n].first:
-                mask = self._mask(hidden, stages[n])
-            turn = min(n, cos.shape[0] - 1)  # all stages may share one
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=(cos[turn], sin[turn]),
-                position_ids=None,
-                past_key_values=self.cache,
-                use_cache=True,
-                **kwargs,
-            )
-        return hidden
+        masks = [self._mask(hidden, s) for s in stages]
+        return through(self.lm, stages, self.positions, masks, hidden, self.cache, kwargs)

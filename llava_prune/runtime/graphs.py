@@ -28,7 +28,7 @@ from .compat import DynamicCache
 from .loop import Prefill
 from .prompt import Prompt, padded
 from .request import Pending, Request, Trace
-from .steps import Steps, recordable
+from .steps import Recordings, Steps, recordable
 
 LIMIT = 32
 """Recorded pieces that are kept; when a request finds so many, all are dropped. Each holds the memory of one prefill's
@@ -75,6 +75,16 @@ def recorder(device: torch.device) -> Recorder:
     return CudaRecorder(device)
 
 
+def check_step(text_step: int | None, recording: bool) -> None:
+    """Refuse a `text_step` where nothing is recorded.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if text_step is not None and not recording:
+        raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True (--graphs) with it")
+
+
 @dataclass
 class _Stop:
     """Where a piece ends: after layer `layer`, `view` being shown and `asked` wanted, or at the end (`asked` None)."""
@@ -92,21 +102,10 @@ class _Piece:
     stop: _Stop
     replay: Callable[[], None]
     inputs: list[Tensor] = field(default_factory=list)
-    next: _Pieces = field(default_factory=lambda: _Pieces())
+    next: Recordings[_Piece] = field(default_factory=Recordings)
 
 
-@dataclass
-class _Pieces:
-    """Pieces by what they were recorded for, and what was wanted once."""
-
-    known: dict[Hashable, _Piece] = field(default_factory=dict)
-    seen: set[Hashable] = field(default_factory=set)
-
-    def again(self, key: Hashable) -> bool:
-        """Whether `key` was wanted before; it is noted."""
-        before = key in self.seen
-        self.seen.add(key)
-        return before
+_Pieces = Recordings[_Piece]
 
 
 class Graphs:

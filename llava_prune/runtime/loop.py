@@ -142,7 +142,10 @@ class Prefill:
         self.mask: Any
         self.visual, self.valid, self.positions = prompt.visual, prompt.valid, prompt.positions
         self.n_visual, self.counts, self.n_text = prompt.n_visual, prompt.counts, prompt.n_text
-        self.ids, self.pad = original_ids(self.visual), prompt.pad
+        self.ids = original_ids(self.visual)
+        self.unmasked: Tensor | None = None  # (1, L) bool, where masked rows stand before the prompt
+        if prompt.pad is not None:
+            self.unmasked = torch.arange(length, device=hidden.device) >= prompt.pad
         self.mask2d = mask = None if prompt.full else mask  # without padding backends may take their causal path
         self.causal: Tensor | None = None
         self.carried = carry(pending, self.visual, prompt.source, max(self.n_visual))
@@ -241,8 +244,8 @@ class Prefill:
 
     def _live(self) -> Tensor | None:
         """(B, L) bool rows that may be attended to, None for all."""
-        if self.pad is not None:
-            return torch.arange(self.visual.shape[1], device=self.pad.device) >= self.pad
+        if self.unmasked is not None:
+            return self.unmasked[:, : self.visual.shape[1]]  # the masked rows are the first and stay
         return None if self.mask2d is None else self.valid
 
     def _rope(self) -> tuple[Tensor, Tensor]:

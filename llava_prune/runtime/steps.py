@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.select import sent
 from .compat import DynamicCache
-from .decode import Decode, rotary, stage_of
+from .decode import Decode, stage_of, through
 from .request import Stage
 
 GRAIN = 64
@@ -33,7 +33,7 @@ BACKENDS = ("sdpa", "eager")
 
 @dataclass
 class _Step:
-    """One recording, and where it reads.
+    """Where a recording reads.
 
     Attributes:
         hidden: (B, 1, D) the new token.
@@ -43,7 +43,6 @@ class _Step:
         lengths: (S,) long, columns of the prompt in each stage.
         bias: (S, B, 1, C) 0 on live columns, -inf elsewhere.
         keys, values: (B, KV, C', dh) of each layer.
-        replay, out: set once recorded; `out` is (B, 1, D).
     """
 
     hidden: Tensor
@@ -54,8 +53,15 @@ class _Step:
     bias: Tensor
     keys: list[Tensor]
     values: list[Tensor]
-    replay: Callable[[], None]
+
+
+@dataclass
+class _Recorded:
+    """A recorded token, and its states (B, 1, D)."""
+
+    step: _Step
     out: Tensor
+    replay: Callable[[], None]
 
 
 class _Columns:
@@ -70,12 +76,29 @@ class _Columns:
         return self.keys[layer_idx], self.values[layer_idx]
 
 
+T = TypeVar("T")
+
+
+@dataclass
+class Recordings(Generic[T]):
+    """Recordings by what they are for, and what was wanted once: it is recorded when it is wanted again."""
+
+    known: dict[Hashable, T] = field(default_factory=dict)
+    seen: set[Hashable] = field(default_factory=set)
+
+    def again(self, key: Hashable) -> bool:
+        """Whether `key` was wanted before; it is noted."""
+        before = key in self.seen
+        self.seen.add(key)
+        return before
+
+
 def recordable(lm: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a request's surroundings allow replays: no gradients, transformers' dynamic cache where it was made, no
     layers that accelerate has wrapped, no unknown arguments."""
     if torch.is_grad_enabled() or kwargs or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return False
-    return not any(hasattr(layer, "_hf_hook") for layer in lm.layers)
+    return not any("_hf_hook" in vars(layer) for layer in lm.layers)
 
 
 class Steps:
@@ -91,8 +114,7 @@ class Steps:
 
     def forget(self) -> None:
         """Drop recordings and buffers; a request that has its cache there keeps it."""
-        self.known: dict[Hashable, _Step] = {}
-        self.wanted: set[Hashable] = set()
+        self.recordings: Recordings[_Recorded] = Recordings()
         self.memory: list[tuple[Tensor, Tensor]] = []  # flat, of each layer
         self.shown: list[tuple[Tensor, Tensor]] = []  # what the owner's cache has of it
         self.owner: Callable[[], Any] = lambda: None
@@ -116,34 +138,32 @@ class Steps:
         sizes = [-(-(s.length + room) // GRAIN) * GRAIN for s in request.stages]
         layers, like = tuple((s.first, n) for s, n in zip(request.stages, sizes, strict=True)), cache.layers[0].keys
         key = layers, decode.positions.shape, hidden.shape, hidden.dtype, like.shape[1], like.shape[3], like.dtype
-        if len(self.known) >= LIMIT:
+        if len(self.recordings.known) >= LIMIT:
             self.forget()
-        if key not in self.wanted:
-            self.wanted.add(key)
+        if not self.recordings.again(key):
             return None
         with torch.inference_mode(False), torch.no_grad():
             return self._run(key, sizes, decode, cache, hidden, seen)
 
     def _run(self, key: Hashable, sizes: list[int], decode: Decode, cache: Any, hidden: Tensor, seen: int) -> Tensor:
-        step = self.known.get(key)
-        mine = step is not None and step is self.held and self._shows(cache)
+        recorded = self.recordings.known.get(key)
+        mine = recorded is not None and recorded.step is self.held and self._shows(cache)
         if not mine:
             self._release()
-        if step is None:
-            step = self._prepare(sizes, decode, cache, hidden)
+        step = self._prepare(sizes, decode, cache, hidden) if recorded is None else recorded.step
         if not mine:
             self._hold(step, decode, cache, seen)
         step.hidden.copy_(hidden)
         step.positions.copy_(decode.positions)
         step.live.copy_(decode.tail[:, -1])
         step.seen.fill_(seen)
-        if key not in self.known:
-            step.out, step.replay = self.record(lambda: _advance(step, decode.lm, decode.request.stages))
-            self.known[key] = step
-        step.replay()
         stages = decode.request.stages
+        if recorded is None:
+            recorded = _Recorded(step, *self.record(lambda: _advance(step, decode.lm, stages)))
+            self.recordings.known[key] = recorded
+        recorded.replay()
         self._show(step, cache, [stages[n].length + seen + 1 for n in stage_of(stages, len(step.keys))])
-        return step.out
+        return recorded.out
 
     def _prepare(self, sizes: list[int], decode: Decode, cache: Any, hidden: Tensor) -> _Step:
         """Buffers for a recording, cut out of the memory of all."""
@@ -153,7 +173,7 @@ class Steps:
         need = [torch.Size(s).numel() for s in shapes]
         if not self.memory or any(k.numel() < n for (k, _), n in zip(self.memory, need, strict=True)):
             have = [k.numel() for k, _ in self.memory] or [0] * len(need)
-            self.known = {}  # they read the smaller memory
+            self.recordings.known = {}  # they read the smaller memory
             like, sized = cache.layers[0].keys, [max(a, b) for a, b in zip(have, need, strict=True)]
             self.memory = [(like.new_zeros(n), like.new_zeros(n)) for n in sized]
         keys = [k[:n].view(s) for (k, _), n, s in zip(self.memory, need, shapes, strict=True)]
@@ -168,8 +188,6 @@ class Steps:
             bias=hidden.new_zeros(count, batch, 1, max(sizes)),
             keys=keys,
             values=values,
-            replay=lambda: None,
-            out=hidden,
         )
 
     def _hold(self, step: _Step, decode: Decode, cache: Any, seen: int) -> None:
@@ -221,18 +239,6 @@ def _advance(step: _Step, lm: Any, stages: list[Stage]) -> Tensor:
     new = torch.zeros_like(step.live, dtype=step.bias.dtype).masked_fill_(~step.live, -torch.inf)
     places = at[:, None, None, None].expand(*step.bias.shape[:3], 1)
     step.bias.scatter_(3, places, new[None, :, None, None].expand_as(places))
-    cos, sin = rotary(lm, step.hidden, step.positions)
-    of = stage_of(stages, len(lm.layers))
-    columns = _Columns(step.keys, step.values, [at[n : n + 1] for n in of])
-    hidden = step.hidden
-    for n, layer, keys in zip(of, lm.layers, step.keys, strict=True):
-        turn = min(n, cos.shape[0] - 1)
-        hidden = layer(
-            hidden,
-            attention_mask=step.bias[n, :, None, :, : keys.shape[2]],
-            position_embeddings=(cos[turn], sin[turn]),
-            position_ids=None,
-            past_key_values=columns,
-            use_cache=True,
-        )
-    return hidden
+    columns = _Columns(step.keys, step.values, [at[n : n + 1] for n in stage_of(stages, len(lm.layers))])
+    masks = [step.bias[n, :, None, :, : step.keys[s.first].shape[2]] for n, s in enumerate(stages)]
+    return through(lm, stages, step.positions, masks, step.hidden, columns, {})

@@ -18,7 +18,6 @@ CLOSE = 2e-4
 
 def asked(model: Any, handle: Any, seed: int) -> tuple[Any, list[Any]]:
     given = models.inputs(model, [models.prompt(4, 5)], models.pictures(1, seed=seed))
-    given = {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     out = models.generate(model, given, 5)
     return out, [k.tolist() for k in handle.last.kept]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +29,17 @@ def alike(a: Any, b: Any) -> None:
     for old, new in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
         torch.testing.assert_close(new.keys, old.keys, rtol=0, atol=CLOSE)
         torch.testing.assert_close(new.values, old.values, rtol=0, atol=CLOSE)
+
+
+def in_turn(model: Any, texts: Sequence[int], rounds: int) -> None:
+    """Prompts with so many text rows behind the picture, several times over, are answered as without recordings."""
+    rows = [[models.prompt(4, n)] for n in texts]
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        expected = [answers(model, row) for row in rows]
+    with llava_prune.pruned(model, "fastv", tokens=16, graphs=True):
+        for _ in range(rounds):
+            for row, old in zip(rows, expected, strict=True):
+                alike(old, answers(model, row))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -62,13 +74,7 @@ def test_long_answers_take_larger_buffers(
 
 def test_memory_grows_with_the_prompt(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "GRAIN", 1)
-    rows = [[models.prompt(4, n)] for n in (3, 30, 3, 60)]
-    with llava_prune.pruned(tiny, "fastv", tokens=16):
-        expected = [answers(tiny, row) for row in rows]
-    with llava_prune.pruned(tiny, "fastv", tokens=16, graphs=True):
-        for _ in range(2):
-            for row, old in zip(rows, expected, strict=True):
-                alike(old, answers(tiny, row))
+    in_turn(tiny, (3, 30, 3, 60), 2)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
@@ -158,11 +164,5 @@ def test_other_tokens_run_as_ever(why: str, tiny: Any, recorder: Recorder, monke
 def test_recordings_are_dropped_at_the_limit(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "LIMIT", 2)
     monkeypatch.setattr(steps, "GRAIN", 1)
-    rows = [[models.prompt(4, n)] for n in (2, 3, 4)]
-    with llava_prune.pruned(tiny, "fastv", tokens=16):
-        expected = [answers(tiny, row) for row in rows]
-    with llava_prune.pruned(tiny, "fastv", tokens=16, graphs=True):
-        for _ in range(3):
-            for row, old in zip(rows, expected, strict=True):
-                alike(old, answers(tiny, row))
+    in_turn(tiny, (2, 3, 4), 3)
     assert recorder.steps > 3
