@@ -17,7 +17,7 @@ def flag(group: Any, env: Mapping[str, str], name: str, default: str | None, tex
 
 def method(text: str) -> str:
     """A method's name. Of "folder/file.py:name" the file, which registers it, is run first."""
-    from .core.registry import from_file
+    from .methods.registry import from_file
 
     found = re.fullmatch(r"(.+\.py)(?::(.+))?", text)
     if found is None:

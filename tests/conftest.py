@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 def clean_registry() -> Iterator[None]:
     """Take back what a test registers."""
     import llava_prune
-    from llava_prune.core import registry
+    from llava_prune.methods import registry
 
     llava_prune.names()  # all of the package's own are there before
     tables = registry._METHODS, registry._PRESETS

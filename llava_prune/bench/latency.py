@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..families.base import family_of
-from ..runtime.attach import pruned
+from ..models.base import family_of
+from ..handle import pruned
 from ..runtime.graphs import Graphs
 
 STAGES = ("vision", "prefill", "decode", "total")

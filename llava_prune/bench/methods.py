@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.registry import build, names, presets, resolve, takes_budget
+from ..methods.registry import build, names, presets, resolve, takes_budget
 from .flops import Size, average_tokens, percent_visual_only, percent_with_text
 
 

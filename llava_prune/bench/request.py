@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.hf import is_next
-from ..families.load import IMAGE
+from ..models.hf import is_next
+from ..models.load import IMAGE
 
 BEFORE = 35
 """Text tokens before the picture in LLaVA-1.5's prompts (its system sentence), where the prompt is long enough."""

@@ -136,7 +136,7 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def _processor(folder: Path) -> None:
-    from ..families.checkpoint import processor_class
+    from ..models.checkpoint import processor_class
 
     processor_class()(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
 
@@ -229,14 +229,14 @@ def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str |
         seed: of the weights.
 
     Returns:
-        `llava_prune.families.load.Loaded` without tokenizer and image processor.
+        `llava_prune.models.load.Loaded` without tokenizer and image processor.
 
     Raises:
         ValueError: for an unknown shape.
     """
     from transformers import AutoModelForImageTextToText
 
-    from ..families.load import Loaded
+    from ..models.load import Loaded
 
     if shape not in SHAPES:
         raise ValueError(f"shape {shape!r}: choose one of {', '.join(SHAPES)}")
@@ -249,7 +249,7 @@ def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str |
 
 def _write_hf(out: Path, s: ModelShape, tower: Any, llm: Iterator[tuple[str, Tensor]]) -> None:
     """The same weights under transformers' names."""
-    from ..families.checkpoint import rename
+    from ..models.checkpoint import rename
 
     config = hf_config(s)
     config.save_pretrained(out)

@@ -18,10 +18,10 @@ import transformers
 
 import llava_prune
 
-from ..core.method import Method
-from ..core.registry import resolve
-from ..families.base import family_of
-from ..runtime.attach import pruned
+from ..methods.base import Method
+from ..methods.registry import resolve
+from ..models.base import family_of
+from ..handle import pruned
 from ..runtime.graphs import RECORDED, Graphs, check_step
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, filler, layer_flops
@@ -130,7 +130,7 @@ def load(settings: Settings) -> Any:
         return llava_prune.load(
             settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn
         )
-    from ..families.load import pick_dtype
+    from ..models.load import pick_dtype
     from .shapes import random_model
 
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))

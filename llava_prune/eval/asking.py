@@ -15,7 +15,7 @@ import torch
 
 import llava_prune
 
-from ..families.load import resolve
+from ..models.load import resolve
 from .images import pixels
 from .plan import Run, Settings, check_budgets
 from .prompt import check_tokenizer, token_ids, vicuna_v1
@@ -80,7 +80,7 @@ def pads(loaded: Any, model: str) -> bool:
     Raises:
         ValueError: for anyres checkpoints, whose protocol is another one.
     """
-    from ..families.load import is_original, read_config
+    from ..models.load import is_original, read_config
 
     config = read_config(resolve(model))
     aspect = config.get("image_aspect_ratio")

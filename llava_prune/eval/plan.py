@@ -14,8 +14,8 @@ import yaml
 
 import llava_prune
 
-from ..core.method import Method
-from ..core.registry import resolve, takes_budget
+from ..methods.base import Method
+from ..methods.registry import resolve, takes_budget
 
 TINY = "playground/models/llava-tiny"
 DATA = "playground/data/mini"

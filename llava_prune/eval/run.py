@@ -12,7 +12,7 @@ import torch
 
 import llava_prune
 
-from ..families.load import resolve
+from ..models.load import resolve
 from .answers import RESULT, Answers, merge, model_id, write_whole
 from .asking import Bench, Files, answer, batches, load_model, prepare, tower_clock
 from .plan import RESULTS, Run, Settings, fingerprint, plan_runs

@@ -7,44 +7,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.checks import whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import keep_best
-from ..core.types import Cut, View
+from .base import MethodInfo, ScoreMethod
+from .checks import integer
+from .registry import register
+from .views import View
 
 
-class _Blind(Method):
+class _Blind(ScoreMethod):
     """Keep `tokens` of the visual tokens before the first layer, whatever they show.
 
-    The rest of the prompt moves up (positions 0..n-1), as if the picture had that many patches.
+    The rest of the prompt moves up (positions 0..n-1), as if the image had that many patches.
     """
 
+    info = MethodInfo(paper="baseline", where="before the language model", source="ours", licence="-")
     positions = "renumber"
     decode = "cache"
-    where = "before the language model"
-    source = "ours"
-    licence = "-"
     tokens: int
 
-    def _check(self) -> None:
-        whole("tokens", self.tokens, none=False)
-
-    def score(self, n: int) -> Tensor:
-        """(n,) float: larger is kept, for a picture of n tokens."""
+    def ranking(self, n: int) -> Tensor:
+        """(n,) float: larger is kept, for an image of n tokens."""
         raise TypeError("a subclass says which tokens it keeps")
 
-    def cut(self, layer: int, view: View) -> Cut | None:
-        if layer != -1 or all(n <= self.tokens for n in view.spans.n_visual):
-            return None
-        width = max(view.spans.n_visual)
-        table = torch.zeros(len(view.spans.n_visual), width)  # (B, V)
+    def scores(self, layer: int, view: View) -> Tensor:
+        table = torch.zeros(len(view.spans.n_visual), max(view.spans.n_visual))  # (B, V)
         for b, n in enumerate(view.spans.n_visual):
-            table[b, :n] = self.score(n)
+            table[b, :n] = self.ranking(n)
         place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) which visual token of its sample
-        score = table.to(view.hidden.device).gather(1, place)
-        keep = [min(n, self.tokens) for n in view.spans.n_visual]
-        return keep_best(view, score, keep)
+        return table.to(view.hidden.device).gather(1, place)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers
@@ -53,9 +42,9 @@ class _Blind(Method):
 @register("random")
 @dataclass(frozen=True)
 class Random(_Blind):
-    """Random visual tokens, the same places for every picture of that size.
+    """Random visual tokens, the same places for every image of that size.
 
-    The places depend on `seed` and the number of tokens only, so answers do not depend on how pictures are batched.
+    The places depend on `seed` and the number of tokens only, so answers do not depend on how images are batched.
 
     Args:
         tokens: visual tokens kept in every layer.
@@ -64,14 +53,13 @@ class Random(_Blind):
 
     tokens: int = 64
     seed: int = 0
-    paper = "baseline"
 
     def __post_init__(self) -> None:
-        self._check()
+        integer("tokens", self.tokens, none=False)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r}: give a whole number")
+            raise ValueError(f"seed={self.seed!r}: must be an integer")
 
-    def score(self, n: int) -> Tensor:
+    def ranking(self, n: int) -> Tensor:
         return torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
 
 
@@ -87,12 +75,11 @@ class Uniform(_Blind):
     """
 
     tokens: int = 64
-    paper = "baseline"
 
     def __post_init__(self) -> None:
-        self._check()
+        integer("tokens", self.tokens, none=False)
 
-    def score(self, n: int) -> Tensor:
+    def ranking(self, n: int) -> Tensor:
         out = torch.zeros(n)
         k = min(self.tokens, n)
         out[[(2 * i + 1) * n // (2 * k) for i in range(k)]] = 1.0

@@ -1,60 +1,53 @@
-"""FasterVLM: keep the patches that the tower's class token attends to."""
+"""FasterVLM: keep the patches that the vision tower's class token attends to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from ..core.budget import per_crop
-from ..core.checks import whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import descending_rank
-from ..core.types import VisionCut, VisionView
-
-BUDGETS = (192, 128, 64, 288, 144, 58, 640, 320, 160)
+from .base import MethodInfo, ScoreMethod
+from .checks import integer
+from .registry import register
+from .views import VisionView
 
 
-@register("fastervlm", presets={str(t): {"tokens": t} for t in BUDGETS})
+@register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(Method):
+class FasterVLM(ScoreMethod):
     """Keep the patches with the largest class-token attention, in raster order; no merging, no class token.
 
-    Score: attention of the class token in the block whose output is the feature map, mean over heads, its own column
-    taken away without renormalising. Source: official code f5d5f12. Deviations: only the patches that stay go through
-    the projector (it works token by token), and ties go by index. Pictures in crops: the same number in each crop,
-    neither newline tokens nor unpadding, as the official code forces; a budget of all tokens leaves the picture alone.
+    Score: attention of the class token in the block whose output is the feature map, mean over heads, without its
+    attention on itself and without renormalising. Source: official code f5d5f12. Deviation: ties go by index. Images in
+    crops: the same number in each crop, neither newline tokens nor unpadding, as the official code forces; a budget of
+    all tokens keeps the image unchanged.
 
-    Presets: budgets by name. 192, 128, 64, 640, 320, 160 are not in the official tables; the code takes any number.
+    Budgets 192, 128, 64, 640, 320 and 160 are not in the official tables; the code takes any number.
 
     Args:
-        tokens: visual tokens of a picture; with crops each of them gets tokens // (most crops of the model).
+        tokens: visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
     """
 
     tokens: int = 64
 
-    paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster, 2024"
-    where = "before the projector, by the tower's class-token attention"
-    source = "Theia-4869/FasterVLM @ f5d5f12"
-    licence = "Apache-2.0"
+    info = MethodInfo(
+        paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster, 2024",
+        where="before the language model, by the vision tower's class-token attention",
+        source="Theia-4869/FasterVLM @ f5d5f12",
+        licence="Apache-2.0",
+    )
     positions = "renumber"
     decode = "cache"
+    requires = frozenset({"class token"})
 
     def __post_init__(self) -> None:
-        whole("tokens", self.tokens, 1, none=False)
+        integer("tokens", self.tokens, 1, none=False)
 
-    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+    def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer: [0]}
 
-    def reduce(self, view: VisionView) -> VisionCut | None:
-        keep = per_crop(self.tokens, view.crops)
-        if keep >= view.features.shape[1]:
-            return None
-        score = view.class_attention()  # (N, T)
-        live = descending_rank(score, score == score) < keep
-        patches = torch.arange(live.shape[1], device=live.device).expand_as(live)
-        return VisionCut(live, view.features, patches, counts=[keep] * live.shape[0])
+    def vision_scores(self, view: VisionView) -> Tensor:
+        return view.class_attention()
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers

@@ -1,21 +1,22 @@
-"""FastV: all visual tokens pass the first layers, then only those the last prompt token looked at."""
+"""FastV: all visual tokens enter the first layers, then only those the last prompt token attended to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.checks import at_most_one, real, whole
-from ..core.information import last_attention
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import keep_best
-from ..core.stages import after_full
-from ..core.types import ColumnIndex, Cut, Spans, View
+from torch import Tensor
 
-_PRESETS: dict[str, dict[str, int | float]] = {
+from ..ops.attention import last_attention
+from ..ops.counts import tokens_after_full_layers
+from .base import MethodInfo, ScoreMethod
+from .checks import at_most_one, integer, real
+from .registry import register
+from .views import View
+
+_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"layer": 2, "keep": 0.5},
     "lmms-eval": {"layer": 3, "keep": 0.5},
-    **{str(b): {"tokens": b} for b in (192, 128, 64, 288, 144, 58, 640, 320, 160)},
     **{f"k3-{b}": {"tokens": b, "layer": 3} for b in (192, 128, 64)},
     **{f"keep{b}": {"layer": 2, "keep": b} for b in (192, 128, 64, 288, 144, 58)},
     **{f"one{b}": {"layer": 1, "keep": b} for b in (192, 128, 64)},
@@ -24,49 +25,61 @@ _PRESETS: dict[str, dict[str, int | float]] = {
 
 @register("fastv", presets=_PRESETS)
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(ScoreMethod):
     """The first `layer` layers see every visual token, the others the best `keep` by the last prompt token's attention.
 
-    Score: softmax attention of the last row in layer index `layer` - 1, mean over heads. Source: pkunlp-icler/FastV
-    (all released variants use this one row; the paper words it as a mean over all tokens). Selection once, in the
-    prefill; survivors keep their positions, as in the variants with a cache (HF fork, lmms-eval).
+    Score: softmax attention of the last prompt token in layer index `layer` - 1, mean over heads. Source:
+    pkunlp-icler/FastV (all released variants use this one token; the paper words it as a mean over all tokens).
+    Selection once, in the prefill; remaining tokens keep their positions, as in the variants with a cache (HF fork,
+    lmms-eval).
 
-    Nothing given is the paper's setting, layer 2 and half of the tokens. What the widely copied rows at 192, 128 and 64
-    ran is not documented, so `tokens` takes the reading that is true to its name and the others are presets:
-    "192" and so on, true average of tokens entering the layers after layer 2; "k3-192", the same after layer 3;
-    "keep192", that many after layer 2 (average 216); "one192", that many after layer 1, which gives the FLOPs printed
+    Without arguments this is the paper's setting, layer 2 and half of the tokens. What the widely copied rows at 192,
+    128 and 64 ran is not documented, so `tokens` takes the reading that is true to its name, an average of tokens
+    entering with the cut after layer 2, and the others are presets: "k3-192", the same after layer 3; "keep192", that many after layer 2 (average 216); "one192", that many after layer 1, which gives the FLOPs printed
     beside the copied rows. "keep288", "keep144" and "keep58" are how the 13B rows of FasterVLM were run.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering. After layer 2 where the budget allows it,
             else after layer 1.
         layer: layers that see everything (K >= 1).
-        keep: visual tokens in the other layers; a number below 1 is a share of the picture's, rounded.
+        keep: visual tokens in the other layers; a number below 1 is a share of the image's, rounded.
     """
 
     tokens: int | None = None
     layer: int | None = None
     keep: int | float | None = None
 
-    paper = "An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024 (arXiv 2403.06764)"
-    where = "language model, after the first 2 layers (or as `layer` says)"
-    source = "pkunlp-icler/FastV @ d165972"
-    licence = "none given"
-    batch = "any (official code: 1)"
-    instead = ("keep",)
+    info = MethodInfo(
+        paper="An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024 (arXiv 2403.06764)",
+        where="language model, after the first 2 layers (or as `layer` says)",
+        source="pkunlp-icler/FastV @ d165972",
+        licence="none given",
+        batch="any (official code: 1)",
+    )
+    fixes_budget = ("keep",)
     replays = True
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, keep=self.keep)
-        whole("tokens", self.tokens, 1)
-        whole("layer", self.layer, 1)
+        integer("tokens", self.tokens, 1)
+        integer("layer", self.layer, 1)
         if isinstance(self.keep, float):
             real("keep", self.keep, 0, 1)
         else:
-            whole("keep", self.keep)
+            integer("keep", self.keep)
+
+    def scores(self, layer: int, view: View) -> Tensor:
+        assert view.attention is not None
+        return last_attention(view.attention)
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        if n_visual == 0:
+            return [0] * n_layers
+        full, keep = self.setting(n_visual, n_layers)
+        return [n_visual] * full + [min(keep, n_visual)] * (n_layers - full)
 
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int]:
-        """(K, k) for a picture: layers that see everything, tokens in the others.
+        """(K, k) for an image: layers that see everything, tokens in the others.
 
         Raises:
             ValueError: for a layer the model does not have, or a budget that K full layers exceed.
@@ -79,25 +92,10 @@ class FastV(Method):
         if self.tokens >= n_visual:
             return self.layer or 1, n_visual
         for full in (2, 1) if self.layer is None else (self.layer,):
-            keep = after_full(self.tokens, n_visual, n_layers, full)
+            keep = tokens_after_full_layers(self.tokens, n_visual, n_layers, full)
             if keep >= 1:
                 return full, keep
         raise ValueError(
             f"tokens={self.tokens}: {full} full layer(s) of {n_layers} with {n_visual} visual tokens exceed that; "
             f"give at least {full * n_visual // n_layers + 1}" + (" or a smaller layer" if full > 1 else "")
         )
-
-    def plan(self, n_visual: int, n_layers: int) -> list[int]:
-        if n_visual == 0:
-            return [0] * n_layers
-        full, keep = self.setting(n_visual, n_layers)
-        return [n_visual] * full + [min(keep, n_visual)] * (n_layers - full)
-
-    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
-        return None if self.keep_after(layer, spans) is None else spans.last_row()
-
-    def cut(self, layer: int, view: View) -> Cut | None:
-        keep = self.keep_after(layer, view.spans)
-        if keep is None or view.probs is None:
-            return None
-        return keep_best(view, last_attention(view.probs), keep)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.method import Method
-from ..core.registry import register
+from .base import Method, MethodInfo
+from .registry import register
 
 
 @register("full")
@@ -13,10 +13,7 @@ from ..core.registry import register
 class Full(Method):
     """No pruning: every visual token goes through every layer."""
 
-    paper = "the unpruned model"
-    where = "nowhere"
-    source = "ours"
-    licence = "-"
+    info = MethodInfo(paper="the unpruned model", where="nowhere", source="ours", licence="-")
     replays = True
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core.checks import at_most_one, choice, real, whole, wholes
-from ..core.information import last_attention
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import keep_best
-from ..core.stages import pyramid, pyramid_recipe
-from ..core.types import ColumnIndex, Cut, Spans, View
+from torch import Tensor
+
+from ..ops.attention import last_attention
+from ..ops.selection import Positions
+from .base import MethodInfo, ScoreMethod
+from .checks import at_most_one, choice, integer, integers, real
+from .registry import register
+from .views import Spans, View
 
 HALVES = (0.5, 0.25, 0.125)
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "official": {"layers": (8, 16, 24), "ratios": HALVES},
     "quarters": {"ratios": HALVES},
-    **{str(b): {"tokens": b} for b in (192, 128, 64, 288, 144, 58, 640, 320, 160)},
     "192-stages": {"layers": (8, 16, 24), "ratios": (0.2535, 0.2535**2, 0.2535**3)},
     "128-script": {"layers": (2, 10, 20), "ratios": (0.32, 0.16, 0.08)},
     "64-script": {"layers": (2, 8, 16), "ratios": (0.111, 0.056, 0.028)},
@@ -29,22 +30,22 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @register("pdrop", presets=_PRESETS)
 @dataclass(frozen=True)
-class PyramidDrop(Method):
-    """After layer number r of `layers` (counted from 1) int(N ratio) visual tokens go on, N being the picture's.
+class PyramidDrop(ScoreMethod):
+    """After layer number r of `layers` (counted from 1) int(N ratio) visual tokens remain, N being the image's.
 
     Score: attention of the last prompt token with the norm, q and k of the *next* layer on the states at the boundary,
     softmax over the whole sequence, mean over heads. Positions become 0..n-1 after every drop. Source:
-    Cooperx521/PyramidDrop; the paper speaks of the finished layer and of a product without softmax, see `score`.
+    Cooperx521/PyramidDrop; the paper uses the finished layer and a product without softmax, see `score`.
 
-    Nothing given is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40 layers
+    Without arguments this is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40 layers
     the official scripts pass [8, 16, 24] all the same ("official"). Schedules of the published rows at 192, 128 and 64
-    are unknown; `tokens` follows the author's recipe (`core.stages.pyramid_recipe`), and other candidates are presets:
+    are unknown; `tokens` follows the author's recipe (`pyramid_recipe`), and other candidates are presets:
     "192-stages" keeps the paper's stages, "128-script", "64-script" and "128-fork" are third parties'.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering (the author's definition).
         layers: numbers of the layers after which tokens are dropped, ascending, from 1.
-        ratios: shares of the original count that go on, not ascending.
+        ratios: shares of the original count that remain, not ascending.
         score: "next" as the official code; "finished" ranks by the dot products of the layer just run, as the paper.
     """
 
@@ -53,22 +54,24 @@ class PyramidDrop(Method):
     ratios: Sequence[float] | None = None
     score: Literal["next", "finished"] = "next"
 
-    paper = "PyramidDrop (Conical Visual Concentration), CVPR 2025 (arXiv 2410.17247)"
-    where = "language model, after three layers: quarters of the depth, by budget the first 2, 8, 16 of 32"
-    source = "Cooperx521/PyramidDrop @ 6444f30"
-    licence = "MIT"
+    info = MethodInfo(
+        paper="PyramidDrop (Conical Visual Concentration), CVPR 2025 (arXiv 2410.17247)",
+        where="language model, after three layers: quarters of the depth, by budget the first 2, 8, 16 of 32",
+        source="Cooperx521/PyramidDrop @ 6444f30",
+        licence="MIT",
+        batch="any (official code: 1)",
+    )
     positions = "renumber"
     decode = "cache"
-    batch = "any (official code: 1)"
-    instead = ("layers", "ratios")
+    fixes_budget = ("layers", "ratios")
     replays = True
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, ratios=self.ratios)
         at_most_one(tokens=self.tokens, layers=self.layers)
-        whole("tokens", self.tokens, 1)
+        integer("tokens", self.tokens, 1)
         choice("score", self.score, ("next", "finished"))
-        object.__setattr__(self, "layers", wholes("layers", self.layers, 1))
+        object.__setattr__(self, "layers", integers("layers", self.layers, 1))
         if self.ratios is not None:
             object.__setattr__(self, "ratios", tuple(self.ratios))
         for r in self.ratios or ():
@@ -82,10 +85,10 @@ class PyramidDrop(Method):
             raise ValueError(f"{len(stages)} layers and {len(ratios)} ratios; give as many of one as of the other")
 
     def schedule(self, n_visual: int, n_layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Layer numbers and ratios for a picture.
+        """Layer numbers and ratios for an image.
 
         Raises:
-            ValueError: for layers the model does not have, or a budget nobody can meet.
+            ValueError: for layers the model does not have, or a budget that cannot be met.
         """
         if self.tokens is not None:
             return ((), ()) if self.tokens >= n_visual else pyramid_recipe(self.tokens, n_visual, n_layers)
@@ -103,17 +106,66 @@ class PyramidDrop(Method):
             return [0] * n_layers
         return pyramid(*self.schedule(n_visual, n_layers), n_visual, n_layers)
 
-    def rows(self, layer: int, spans: Spans) -> ColumnIndex | None:
-        if self.score == "next" or self.keep_after(layer, spans) is None:
-            return None
-        return spans.last_row()
+    def queries(self, layer: int, spans: Spans) -> Positions | None:
+        return None if self.score == "next" else super().queries(layer, spans)
 
-    def cut(self, layer: int, view: View) -> Cut | None:
-        keep = self.keep_after(layer, view.spans)
-        if keep is None:
-            return None
+    def scores(self, layer: int, view: View) -> Tensor:
         if self.score == "next":
-            assert view.next_rows is not None
-            return keep_best(view, last_attention(view.next_rows(view.spans.last_row())), keep)
-        assert view.probs is not None
-        return keep_best(view, last_attention(view.probs, product=True), keep)
+            assert view.next_attention is not None
+            return last_attention(view.next_attention(view.spans.last_position()))
+        assert view.attention is not None
+        return last_attention(view.attention, product=True)
+
+
+PYRAMID = (2, 8, 16)
+"""Stages of 32 layers that PyramidDrop's author recommends for small budgets (issue #29 of the repository)."""
+
+
+@functools.lru_cache(maxsize=512)
+def pyramid_recipe(tokens: int, n_visual: int, n_layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Stages and ratios for a budget: the author's l, l^2, l^3 with the stages [2, 8, 16] of 32 layers.
+
+    Other depths scale the stages. l has as few decimals, from two on, as bring the mean of tokens entering within 2 %
+    of the budget; on 32 layers and 576 tokens that is .56, .42 and .19 for 192, 128 and 64. Where the layers before the
+    first drop alone exceed the budget, the first drop moves to layer 1.
+
+    Raises:
+        ValueError: when no l meets the budget.
+    """
+    first, *later = (round(s * n_layers / 32) for s in PYRAMID)
+    for start in dict.fromkeys((max(1, first), 1)):
+        if start * n_visual >= tokens * n_layers:
+            continue
+        stages = [start]
+        for s in later:
+            stages.append(max(stages[-1] + 1, s))
+        if stages[-1] >= n_layers:
+            break
+        for decimals in (2, 3, 4, 5, 6):
+            unit = 10**decimals
+            low, high = 0, unit  # the mean grows with l: the last l that is not above the budget, and its neighbour
+            while high - low > 1:
+                middle = (low + high) // 2
+                over = _mean(middle / unit, stages, n_visual, n_layers) > tokens
+                low, high = (low, middle) if over else (middle, high)
+            best = min((low, high), key=lambda x: abs(_mean(x / unit, stages, n_visual, n_layers) - tokens))
+            if abs(_mean(best / unit, stages, n_visual, n_layers) - tokens) <= 0.02 * tokens:
+                break
+        share = best / unit
+        return tuple(stages), (share, share**2, share**3)
+    raise ValueError(
+        f"tokens={tokens}: no schedule of three drops on {n_layers} layers brings {n_visual} visual tokens to that "
+        "average; give layers and ratios, or a larger budget"
+    )
+
+
+def _mean(share: float, stages: Sequence[int], n_visual: int, n_layers: int) -> float:
+    counts = pyramid(stages, (share, share**2, share**3), n_visual, n_layers)
+    return sum(counts) / n_layers
+
+
+def pyramid(stages: Sequence[int], ratios: Sequence[float], n_visual: int, n_layers: int) -> list[int]:
+    """Visual tokens entering each layer: int(share of the original count) from each stage on."""
+    ends = [0, *stages, n_layers]
+    kept = [n_visual, *(int(n_visual * r) for r in ratios)]
+    return [k for k, a, b in zip(kept, ends[:-1], ends[1:], strict=True) for _ in range(b - a)]

@@ -8,20 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.budget import per_crop
-from ..core.checks import at_most_one, whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import absorb, column, inverse
-from ..core.types import MERGED, VisionCut, VisionView
+from ..ops.selection import column, inverse, take
+from .base import Method, MethodInfo
+from .checks import at_most_one, integer
+from .registry import register
+from .views import MERGED, VisionCut, VisionView
 
-BUDGETS = (192, 128, 64, 288, 144, 58, 640, 320, 160)
-PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in BUDGETS}
-PRESETS |= {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
+PRESETS: dict[str, dict[str, Any]] = {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
 
 
 def outliers(score: Tensor) -> Tensor:
-    """(N,) long: scores of each row above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
+    """(N,) long: how many scores of each image are above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
 
     Args:
         score: (N, T).
@@ -32,22 +29,64 @@ def outliers(score: Tensor) -> Tensor:
     return (s > fence[:, None]).sum(1)
 
 
+def absorb(
+    features: Tensor, keys: Tensor, score: Tensor, kept: Tensor, counts: list[int], neighbours: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Add to each kept patch its nearest others, and sum up what is not kept.
+
+    y_i = x_i + sum of score_j x_j over the `neighbours` candidates j of largest cosine; candidates are the patches
+    that are not kept and the other places of the kept list. Where that list names a patch twice, as many of the
+    lowest patches that are not kept are lost to candidates and sum, as in the official code.
+
+    Args:
+        features: (N, T, Dv).
+        keys: (N, T, C).
+        score: (N, T).
+        kept: (N, K) long, the first counts[n] being real.
+        counts: kept places of each image.
+        neighbours: at most so many.
+
+    Returns:
+        (N, K, Dv) float32 and (N, Dv) float32.
+    """
+    n, t = score.shape
+    size = kept.shape[1]
+    real = torch.arange(size, device=kept.device) < column(counts, kept)  # (N, K)
+    named = torch.zeros(n, t + 1, dtype=torch.bool, device=kept.device)
+    named = named.scatter(1, kept.masked_fill(~real, t), True)[:, :t]
+    twice = column(counts, kept) - named.sum(1, keepdim=True)  # (N, 1)
+    pool = ~named & ((~named).cumsum(1) > twice)  # (N, T)
+    unit = torch.nn.functional.normalize(keys.float(), dim=2)
+    mine = take(unit, kept)  # (N, K, C)
+    similarity = torch.cat([mine @ unit.transpose(1, 2), mine @ mine.transpose(1, 2)], 2)  # (N, K, T + K)
+    own = torch.eye(size, dtype=torch.bool, device=kept.device)
+    free = torch.cat([pool[:, None].expand(-1, size, -1), real[:, None] & ~own], 2)  # (N, K, T + K)
+    near = similarity.masked_fill(~free, -torch.inf).topk(min(neighbours, similarity.shape[2]), dim=2)
+    weights = torch.cat([score, score.gather(1, kept)], 1)[:, None].expand(-1, size, -1).gather(2, near.indices)
+    weights = weights.masked_fill(near.values == -torch.inf, 0)
+    share = torch.zeros_like(similarity).scatter(2, near.indices, weights)
+    x = features.float()
+    centre = take(x, kept)
+    left = (score * pool)[:, None] @ x  # (N, 1, Dv)
+    return centre + share[..., :t] @ x + share[..., t:] @ centre, left[:, 0]
+
+
 @register("prumerge", presets=PRESETS)
 @dataclass(frozen=True)
 class PruMerge(Method):
     """Keep the patches with outlying class-token attention, let each absorb its 32 nearest, and add one for the rest.
 
-    Attention and keys come from the block that reads the feature map (the one behind it), at full width: the class
+    Attention and keys come from the block that reads the feature map (the one after it), at full width: the class
     token's query times each key over sqrt(C), softmax, its own column taken away. Output: kept patches by descending
     attention, then the sum of those not kept, weighted by attention. Weights are not normalised. Source: official
-    code 097c041. Deviations: the fence is found for each picture by itself (the official one pools a batch), quartiles
-    in float64, ties by index. Pictures in crops: crop by crop, our reading.
+    code 097c041. Deviations: the threshold is found for each image by itself (the official one pools a batch), quartiles
+    in float64, ties by index. Images in crops: crop by crop, our reading.
 
     Presets: "adaptive" is the official default. Budgets are not published: our reading keeps `tokens` patches, so
     tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.
 
     Args:
-        tokens: patches kept, a fixed number; with crops each of them gets tokens // (most crops of the model).
+        tokens: patches kept, a fixed number; with crops each of them gets tokens // (largest number of crops of the model).
         ratio: share of the patches kept, a fixed number, in (0, 1]; 1/8 when adaptive=False.
         adaptive: keep the outliers, as many as there are (the default when neither tokens nor ratio is given).
         exact: with `tokens`, count the sum among them.
@@ -60,18 +99,21 @@ class PruMerge(Method):
     exact: bool = False
     strict: bool = False
 
-    paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025"
-    where = "before the projector, by attention and keys of the block behind the features"
-    source = "42Shawn/LLaVA-PruMerge @ 097c041"
-    licence = "Apache-2.0"
-    batch = "any (official code: 1)"
-    instead = ("ratio", "adaptive")
-    new_rows = True
+    info = MethodInfo(
+        paper="LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025",
+        where="before the language model, by attention and keys of the block after the features",
+        source="42Shawn/LLaVA-PruMerge @ 097c041",
+        licence="Apache-2.0",
+        batch="any (official code: 1)",
+    )
+    requires = frozenset({"class token"})
+    fixes_budget = ("ratio", "adaptive")
+    makes_tokens = True
     positions = "renumber"
     decode = "cache"
 
     def __post_init__(self) -> None:
-        whole("tokens", self.tokens, 1)
+        integer("tokens", self.tokens, 1)
         at_most_one(tokens=self.tokens, ratio=self.ratio)
         fixed = self.tokens is not None or self.ratio is not None
         if self.adaptive and fixed:
@@ -82,27 +124,27 @@ class PruMerge(Method):
             object.__setattr__(self, "ratio", 1 / 8)
         number = self.ratio is None or (isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool))
         if not number or (self.ratio is not None and not 0 < self.ratio <= 1):
-            raise ValueError(f"ratio={self.ratio!r}: give a share above 0, up to 1")
+            raise ValueError(f"ratio={self.ratio!r}: must be a share above 0, up to 1")
 
-    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+    def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer + 1: [0]}
 
-    def reduce(self, view: VisionView) -> VisionCut | None:
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
         (layer,) = view.keys
         n, t = view.features.shape[:2]
-        if self.tokens is not None and per_crop(self.tokens, view.crops) >= t:
+        if self.tokens is not None and view.tokens_per_crop(self.tokens) >= t:
             return None
         keys = view.keys[layer].transpose(1, 2).flatten(2).to(view.features.device)  # (N, 1 + T, C)
         query = view.queries[layer].transpose(1, 2).flatten(2).to(keys.device)  # (N, 1, C)
         logits = (query @ keys.transpose(1, 2))[:, 0] / keys.shape[2] ** 0.5
         score = logits.softmax(1, dtype=torch.float32)[:, 1:]  # (N, T)
         kept, counts = self.choose(score, view.crops)
-        rows, rest = absorb(view.features, keys[:, 1:], score, kept, counts)
-        features = torch.cat([rows, rest[:, None]], 1).to(view.features.dtype)
+        tokens, rest = absorb(view.features, keys[:, 1:], score, kept, counts)
+        features = torch.cat([tokens, rest[:, None]], 1).to(view.features.dtype)
         real = torch.arange(kept.shape[1], device=kept.device) < column(counts, kept)
         live = torch.cat([real, real.new_ones(n, 1)], 1)
         ids = torch.cat([kept, kept.new_full((n, 1), MERGED)], 1)
-        return VisionCut(live, features, ids, canvas=False, counts=[c + 1 for c in counts])
+        return VisionCut(live, features, ids, by_canvas=False, counts=[c + 1 for c in counts])
 
     def share(self, t: int, crops: int) -> float:
         """The fixed ratio; `tokens` of t patches are tokens / t."""
@@ -110,10 +152,10 @@ class PruMerge(Method):
 
     def target(self, crops: int) -> int:
         assert self.tokens is not None
-        return max(per_crop(self.tokens, crops) - self.exact, 0)
+        return max(max(self.tokens // crops, 1) - self.exact, 0)
 
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
-        """Kept patches (N, K) in output order, and how many of them are real in each picture."""
+        """Kept patches (N, K) in output order, and how many of them are real in each image."""
         n, t = score.shape
         counts: list[int]
         counts = outliers(score).tolist() if self.adaptive else [int(t * self.share(t, crops) + 1e-9)] * n
@@ -130,7 +172,7 @@ class PruMerge(Method):
 @register("prumerge+", presets=PRESETS)
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge that keeps a regular grid of patches as well, so that no part of the picture is lost.
+    """PruMerge that keeps a regular grid of patches as well, so that no part of the image is lost.
 
     Adaptive: every s-th patch from 0 on, s = floor(floor(N / k) / 3) for k outliers. Fixed: every t-th from floor(t/2)
     on, t = floor(1 / ratio). The last patch is never on the grid. Output: outliers by descending attention, the grid

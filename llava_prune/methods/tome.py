@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.checks import choice, whole, wholes
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import fold_tokens, match, take
-from ..core.types import MERGED, Fold, VisionCut, VisionView
+from ..ops.merging import Merge, merge_tokens
+from ..ops.selection import take
+from .base import Method, MethodInfo
+from .checks import choice, integer, integers
+from .registry import register
+from .views import MERGED, VisionCut, VisionView
 
-PRESETS: dict[str, dict[str, Any]] = {str(t): {"tokens": t} for t in (192, 128, 64, 288, 144, 58)}
-PRESETS |= {f"decreasing-{t}": {"tokens": t, "shape": "decreasing"} for t in (192, 128, 64)}
+PRESETS: dict[str, dict[str, Any]] = {f"decreasing-{t}": {"tokens": t, "shape": "decreasing"} for t in (192, 128, 64)}
 PRESETS |= {f"output-{t}": {"tokens": t, "reading": "output"} for t in (192, 128, 64)}
 PRESETS |= {"constant-16": {"schedule": (16,) * 24}}
 
@@ -69,6 +69,33 @@ def decreasing_schedule(remove: int, blocks: int, t: int) -> list[int]:
     return out if sum(out) == remove else even_schedule(remove, blocks, t)
 
 
+def match(metric: Tensor, count: int, protect: bool = True) -> Merge:
+    """The `count` tokens at even places that are most similar to one at an odd place are merged into it.
+
+    Source: ToMe's description. Several may be merged into the same token; those at odd places never are. Ties go by
+    index.
+
+    Args:
+        metric: (N, t, d); its length does not matter.
+        count: at most half of the tokens (without the class token) are merged.
+        protect: token 0 is the class token and takes no part.
+
+    Returns:
+        Merge; kept tokens at even places come first, then all at odd places.
+    """
+    n, t = metric.shape[:2]
+    count = min(count, (t - protect) // 2)
+    unit = torch.nn.functional.normalize(metric.float(), dim=2)
+    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (N, A, B)
+    if protect:
+        similarity[:, 0] = -torch.inf
+    best, partner = similarity.max(2)  # (N, A)
+    order = best.sort(dim=1, descending=True, stable=True).indices
+    merged, rest = order[:, :count], order[:, count:].sort(dim=1).values
+    odd = torch.arange(1, t, 2, device=metric.device).expand(n, -1)
+    return Merge(torch.cat([2 * rest, odd], 1), 2 * merged, rest.shape[1] + partner.gather(1, merged))
+
+
 @register("tome", presets=PRESETS)
 @dataclass(frozen=True)
 class ToMe(Method):
@@ -79,10 +106,10 @@ class ToMe(Method):
     The order of tokens is that of the last merge, not the raster. No LLaVA integration is official; written from the
     description of ToMe (its code is CC BY-NC and was not used), in reading (A) of what the tables did: in the tower.
 
-    Presets: budgets by name spread the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are
-    published. "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the finished
+    A budget spreads the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are
+    published. Presets: "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the final
     features without the class token, at most half a step; "constant-16" is the ports' r = 16 (208 tokens).
-    Pictures in crops are refused: their assembly needs whole grids.
+    Images in crops are refused: their assembly needs whole grids.
 
     Args:
         tokens: visual tokens left. Default 64 when there is no schedule.
@@ -100,17 +127,19 @@ class ToMe(Method):
     prop_attn: bool = True
     order: Literal["merge", "raster"] = "merge"
 
-    paper = "Token Merging: Your ViT But Faster, ICLR 2023"
-    where = "inside the vision tower, in every block up to the features"
-    source = "the description of facebookresearch/ToMe @ af95e4b; its use on LLaVA is a reading"
-    licence = "CC-BY-NC-4.0 (no code taken)"
-    backends = "eager, sdpa, flash; merging blocks of the tower run torch's scaled-dot-product kernels"
-    batch = "any; pictures in crops (anyres) are refused"
-    instead = ("schedule",)
-    new_rows = True
+    info = MethodInfo(
+        paper="Token Merging: Your ViT But Faster, ICLR 2023",
+        where="inside the vision tower, in every block up to the features",
+        source="the description of facebookresearch/ToMe @ af95e4b; its use on LLaVA is a reading",
+        licence="CC-BY-NC-4.0 (no code taken)",
+        backends="eager, sdpa, flash; merging blocks of the tower run torch's scaled-dot-product kernels",
+        batch="any; images in crops (anyres) are refused",
+    )
     positions = "renumber"
     decode = "cache"
-    anyres = False
+    requires = frozenset({"class token", "whole images"})
+    fixes_budget = ("schedule",)
+    makes_tokens = True
 
     def __post_init__(self) -> None:
         choice("shape", self.shape, ("even", "decreasing"))
@@ -118,13 +147,13 @@ class ToMe(Method):
         choice("order", self.order, ("merge", "raster"))
         if self.schedule is None:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
-            whole("tokens", self.tokens, 1)
+            integer("tokens", self.tokens, 1)
             return
         if self.tokens is not None or self.reading == "output":
-            raise ValueError("a schedule settles the number in the tower; leave tokens and reading out")
-        object.__setattr__(self, "schedule", wholes("schedule", self.schedule))
+            raise ValueError("a schedule fixes the number of tokens in the tower; leave tokens and reading out")
+        object.__setattr__(self, "schedule", integers("schedule", self.schedule))
 
-    def tower(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
+    def merge_schedule(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
         if self.schedule is not None:
             return tuple(self.schedule)
         assert self.tokens is not None
@@ -133,13 +162,13 @@ class ToMe(Method):
         spread = even_schedule if self.shape == "even" else decreasing_schedule
         return tuple(spread(n_patches - self.tokens, feature_layer + 1, n_patches + 1))
 
-    def fold(self, keys: Tensor, count: int) -> Fold:
+    def merge(self, keys: Tensor, count: int) -> Merge:
         return match(keys.mean(1), count)
 
-    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+    def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer: [0]} if self.reading == "output" else {}
 
-    def reduce(self, view: VisionView) -> VisionCut | None:
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
         features, groups = view.features, view.groups
         if self.reading == "output":
             assert self.tokens is not None
@@ -161,7 +190,7 @@ class ToMe(Method):
         return VisionCut(live, features, ids, counts=[k] * n)
 
     def _after(self, view: VisionView, tokens: int) -> tuple[Tensor, Tensor]:
-        """Reading (B): halve the finished features until `tokens` are left."""
+        """Reading (B): halve the final features until `tokens` are left."""
         (keys,) = view.keys.values()
         features = view.features
         metric = keys.mean(1)[:, 1:].to(features.device, torch.float32)  # (N, T, dh)
@@ -170,8 +199,8 @@ class ToMe(Method):
         groups = torch.arange(t, device=features.device).expand(n, t)
         while features.shape[1] > tokens:
             step = match(metric, features.shape[1] - tokens, protect=False)
-            metric = fold_tokens(step, metric, size, groups)[0]
-            features, size, groups = fold_tokens(step, features, size, groups)
+            metric = merge_tokens(step, metric, size, groups)[0]
+            features, size, groups = merge_tokens(step, features, size, groups)
         return features, groups
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
@@ -183,4 +212,4 @@ class ToMe(Method):
         left = n_visual
         for r in self.schedule[:23]:
             left -= min(r, left // 2)
-        return [left] * n_layers, [left] * n_layers, "a tower of 24 blocks, features behind the 23rd"
+        return [left] * n_layers, [left] * n_layers, "a tower of 24 blocks, features after the 23rd"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.checks import at_most_one, real, whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import assemble, descending_order, take, top
-from ..core.stages import after_full, after_full_by_flops, with_recovery, within_total
-from ..core.transport import feature_cost, grid_distance, patch_places, transport, unit_range
-from ..core.types import Cut, Spans, View, VisionView
+from ..ops.counts import layer_flops, tokens_after_full_layers, tokens_for_flops
+from ..ops.selection import Cut, assemble, descending_order, take, top
+from .base import Method, MethodInfo
+from .checks import at_most_one, integer, real
+from .registry import register
+from .views import Spans, View, VisionView
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "half": {"flops": 0.5},
@@ -25,7 +25,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "recover6": {"flops": 0.51, "r": 6},
     "balanced": {"flops": 0.5, "tau": 1.0},
     "unit": {"flops": 0.5, "unit": True},
-    **{str(b): {"tokens": b} for b in (192, 128, 64, 288, 144, 58, 640, 320, 160)},
 }
 
 
@@ -40,7 +39,7 @@ class TopV(Method):
     with uniform marginals, row steps damped by `tau`, the exact column step last. What the paper does not state is our
     choice or a third party's; docs/methods/topv.md lists every decision.
 
-    Nothing given is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32 layers). The
+    Without arguments this is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32 layers). The
     paper's "49 %" is read as a reduction ("49-less"). "recover4" and "recover6" put discarded tokens back within the
     same cost, "full3" prunes a layer later (the index of the paper's layer 2 is unknown), "balanced" is plain Sinkhorn,
     "unit" normalises both ends.
@@ -76,19 +75,21 @@ class TopV(Method):
     iterations: int = 3
     unit: bool = False
 
-    paper = "TopV: Compatible Token Pruning with Inference Time Optimization, CVPR 2025 (arXiv 2503.18278)"
-    where = "language model, after the first 2 layers (or as `full_layers` says)"
-    source = "none; a reconstruction"
-    licence = "-"
-    instead = ("rho", "flops")
-    needs_patches = True
+    info = MethodInfo(
+        paper="TopV: Compatible Token Pruning with Inference Time Optimization, CVPR 2025 (arXiv 2503.18278)",
+        where="language model, after the first 2 layers (or as `full_layers` says)",
+        source="none; a reconstruction",
+        licence="-",
+    )
+    requires = frozenset({"patch positions"})
+    fixes_budget = ("rho", "flops")
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, rho=self.rho, flops=self.flops)
-        whole("tokens", self.tokens, 1)
-        whole("full_layers", self.full_layers, 1)
-        whole("r", self.r)
-        whole("iterations", self.iterations, 1)
+        integer("tokens", self.tokens, 1)
+        integer("full_layers", self.full_layers, 1)
+        integer("r", self.r)
+        integer("iterations", self.iterations, 1)
         for name in ("rho", "flops", "tau"):
             real(name, getattr(self, name), 0, 1)
         for name in ("alpha", "beta", "gamma"):
@@ -98,7 +99,7 @@ class TopV(Method):
 
     # counts --------------------------------------------------------------------------------------------------
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int, int]:
-        """(full layers, tokens kept by rank, tokens recovered) for a picture.
+        """(full layers, tokens kept by rank, tokens recovered) for an image.
 
         Raises:
             ValueError: for a layer the model does not have, or a budget that cannot be met.
@@ -112,9 +113,9 @@ class TopV(Method):
             return full or 1, n_visual, 0
         for f in (2, 1) if full is None else (full,):
             if self.tokens is not None:
-                total = after_full(self.tokens, n_visual, n_layers, f)
+                total = tokens_after_full_layers(self.tokens, n_visual, n_layers, f)
             else:
-                total = after_full_by_flops(0.5 if self.flops is None else self.flops, n_visual, n_layers, f)
+                total = tokens_by_flops(0.5 if self.flops is None else self.flops, n_visual, n_layers, f)
             keep, back = within_total(total, n_visual, self.r)
             if keep:
                 return f, keep, back
@@ -132,16 +133,16 @@ class TopV(Method):
         return [n_visual] * full + [keep + back] * (n_layers - full)
 
     # requests ------------------------------------------------------------------------------------------------
-    def reduce(self, view: VisionView) -> None:
-        """Places of the patches, each in its own picture or crop."""
-        view.carry.update(patch_places(view.features.shape[0], view.grid, view.features.device))
+    def prune_vision(self, view: VisionView) -> None:
+        """Places of the patches, each in its own image or crop."""
+        view.patch_values.update(patch_places(view.features.shape[0], view.grid, view.features.device))
 
-    def middle(self, layer: int, spans: Spans) -> bool:
+    def needs_mlp_input(self, layer: int, spans: Spans) -> bool:
         return self.keep_after(layer, spans) is not None
 
-    def cut(self, layer: int, view: View) -> Cut | None:
+    def prune(self, layer: int, view: View) -> Cut | None:
         after = self.keep_after(layer, view.spans)
-        if after is None or view.middle is None or view.entering is None:
+        if after is None or view.mlp_input is None or view.layer_input is None:
             return None
         settings = [self.setting(n, view.spans.n_layers) if n else (layer + 1, 0, 0) for n in view.spans.n_visual]
         plans = zip(settings, view.spans.n_visual, after, strict=True)
@@ -152,23 +153,23 @@ class TopV(Method):
         importance = self._importance(view, place, live)
         score = torch.zeros(view.visual.shape, device=importance.device).scatter(1, place, importance)
         stay = top(descending_order(score, view.visual), keep, view.visual)
-        lengths = [n + k for n, k in zip(view.counts, after, strict=True)]
+        lengths = [n + k for n, k in zip(view.n_other, after, strict=True)]
         if self.r:
-            gone = view.visual & ~stay
-            due = torch.tensor([s[0] == layer + 1 for s in settings]).to(gone.device, non_blocking=True)[:, None]
-            stay = stay | gone & due & ((gone.cumsum(1) - 1) % self.r == 0)
+            dropped = view.visual & ~stay
+            due = torch.tensor([s[0] == layer + 1 for s in settings]).to(dropped.device, non_blocking=True)[:, None]
+            stay = stay | dropped & due & ((dropped.cumsum(1) - 1) % self.r == 0)
         return assemble(stay, view.visual, view.valid, lengths)
 
     def _importance(self, view: View, place: Tensor, live: Tensor) -> Tensor:
-        """(B, V) row sums of the plan, 0 on filler."""
-        assert view.entering is not None and view.middle is not None
-        source, target = take(view.entering, place).float(), take(view.middle, place).float()  # (B, V, D)
+        """(B, V) row sums of the transport plan, 0 on padding."""
+        assert view.layer_input is not None and view.mlp_input is not None
+        source, target = take(view.layer_input, place).float(), take(view.mlp_input, place).float()  # (B, V, D)
         if self.unit:
             source, target = (torch.nn.functional.normalize(z, dim=2) for z in (source, target))
-        crop = view.carry("crop").gather(1, place)  # (B, V), 0 on tokens without a patch
+        crop = view.patch_values("crop").gather(1, place)  # (B, V), 0 on tokens without a patch
         index = torch.arange(crop.shape[1], device=crop.device).expand_as(crop)
         before = index.masked_fill(crop == 0, 0).cummax(1).values  # a newline token stands where the one before it does
-        x, y, off = (view.carry(k).gather(1, place).gather(1, before) for k in ("x", "y", "off"))
+        x, y, off = (view.patch_values(k).gather(1, place).gather(1, before) for k in ("x", "y", "off"))
         grid = grid_distance(x, y, crop.gather(1, before))
         cost = self.cost(feature_cost(source, target), grid, off, live)
         return transport(cost, live, self.eps, self.tau, self.iterations).sum(2)
@@ -185,3 +186,99 @@ class TopV(Method):
         pair = live[:, :, None] & live[:, None]
         near = 1 - torch.exp(-grid / (2 * self.sigma**2))
         return self.alpha * unit_range(feature, pair) + self.beta * near + self.gamma * unit_range(off, live)[..., None]
+
+
+# counts ----------------------------------------------------------------------------------------------------------
+
+WIDTH, INNER = 4096, 11008
+"""Hidden and MLP size of LLaVA-1.5-7B, for shares of FLOPs (13B has nearly the same ratio of the two)."""
+
+
+def tokens_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> int:
+    """Tokens in the other layers that bring the FLOPs on visual tokens alone nearest to a share of the unpruned ones.
+
+    May be 0.
+    """
+    each = layer_flops(n_visual, WIDTH, INNER)
+    return tokens_for_flops((share * n_layers - full) * each / (n_layers - full), WIDTH, INNER)
+
+
+def with_recovery(keep: int, n_visual: int, every: int) -> tuple[int, int]:
+    """(kept by rank, recovered) when every `every`-th of the others is recovered; 0 for none."""
+    keep = min(keep, n_visual)
+    return keep, math.ceil((n_visual - keep) / every) if every else 0
+
+
+def within_total(total: int, n_visual: int, every: int) -> tuple[int, int]:
+    """The most kept by rank, and what is recovered then, that together are `total` tokens at most; (0, 0) if none."""
+    keep = (every * total - n_visual) // (every - 1) if every > 1 else 0 if every else total
+    return with_recovery(keep, n_visual, every) if keep > 0 else (0, 0)
+
+
+# the transport problem --------------------------------------------------------------------------------------------
+
+
+def feature_cost(source: Tensor, target: Tensor) -> Tensor:
+    """(B, V, V) squared distances."""
+    return torch.cdist(source, target).square()
+
+
+def patch_places(images: int, grid: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    """Places of patches by name, (N, T) float32 each.
+
+    "x", "y": column and row in the patch's own image or crop; "crop": its number, from 1; "off": distance to the
+    centre.
+
+    Args:
+        images: N, images or crops.
+        grid: (height, width) in patches.
+        device: of the tensors.
+    """
+    height, width = grid
+    place = torch.arange(height * width, device=device, dtype=torch.float32).expand(images, -1)
+    x, y = place % width, (place / width).floor()
+    crop = torch.arange(1, images + 1, device=device, dtype=torch.float32)[:, None].expand_as(place)
+    off = ((x - (width - 1) / 2) ** 2 + (y - (height - 1) / 2) ** 2).sqrt()
+    return {"x": x, "y": y, "crop": crop, "off": off}
+
+
+def grid_distance(x: Tensor, y: Tensor, crop: Tensor) -> Tensor:
+    """(B, V, V) squared distances on the grid; patches of different images or crops are infinitely far."""
+    square = (x[:, :, None] - x[:, None]).square() + (y[:, :, None] - y[:, None]).square()
+    return square.masked_fill(crop[:, :, None] != crop[:, None], torch.inf)
+
+
+def unit_range(values: Tensor, live: Tensor) -> Tensor:
+    """Min-max to 0..1 over the live entries of a sample; 0 where all are equal."""
+    flat, mask = values.flatten(1), live.flatten(1)
+    low = flat.masked_fill(~mask, torch.inf).amin(1)
+    high = flat.masked_fill(~mask, -torch.inf).amax(1)
+    shape = (-1, *[1] * (values.ndim - 1))
+    spread = (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+    return ((values - low.view(shape)) / spread.view(shape)).masked_fill(~live, 0)
+
+
+def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: int) -> Tensor:
+    """The plan diag(u) exp(-C / eps) diag(v), uniform marginals, log-domain.
+
+    Each iteration takes a row step damped by `tau`, u = (p / K v)^tau, then the exact column step.
+
+    Args:
+        cost: (B, V, V).
+        live: (B, V) bool.
+        eps: regularisation.
+        tau: damping of the row step.
+        iterations: at least 1.
+
+    Returns:
+        (B, V, V), 0 where row or column is not live. Columns sum to their marginal exactly.
+    """
+    pair = live[:, :, None] & live[:, None]
+    kernel = (-cost / eps).masked_fill(~pair, -1e30)
+    mass = -live.sum(1, keepdim=True).clamp(min=1).to(cost.dtype).log()  # (B, 1) log of the uniform marginal
+    u = v = torch.zeros_like(kernel[:, 0])
+    for _ in range(iterations):
+        if tau:
+            u = (tau * (mass - (kernel + v[:, None]).logsumexp(2))).masked_fill(~live, 0)
+        v = (mass - (kernel + u[..., None]).logsumexp(1)).masked_fill(~live, 0)
+    return (kernel + u[..., None] + v[:, None]).exp().masked_fill(~pair, 0)

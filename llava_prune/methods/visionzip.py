@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.budget import per_crop
-from ..core.checks import whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import descending_rank, take
-from ..core.types import MERGED, VisionCut, VisionView
-
-PRESETS = {str(t): {"tokens": t} for t in (192, 128, 64, 32, 288, 144, 58, 640, 320, 160)}
+from ..ops.selection import descending_rank, take
+from .base import Method, MethodInfo
+from .checks import integer
+from .registry import register
+from .views import MERGED, VisionCut, VisionView
 
 
 def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +42,7 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
     return states[:, places] + mean.to(states.dtype), rest[:, places], label
 
 
-@register("visionzip", presets={**PRESETS, "default": {"dominant": 191, "contextual": 30}})
+@register("visionzip", presets={"default": {"dominant": 191, "contextual": 30}})
 @dataclass(frozen=True)
 class VisionZip(Method):
     """The class token, the patches it attends to most, then contextual tokens made of the rest.
@@ -54,17 +51,17 @@ class VisionZip(Method):
     sum ranks the same). The rest goes by the cosine of its keys in that block (mean over heads, then normalised) to
     evenly spaced targets; a contextual token is its target PLUS the mean of its members, as in the official code, not a
     mean over all. Source: official code 3151f6d; deviations: ties of the score go by index, contextual=0 prunes only.
-    Pictures in crops: the same in each crop, neither newline tokens nor unpadding; a budget of all tokens leaves the
-    picture alone.
+    Images in crops: the same in each crop, neither newline tokens nor unpadding; a budget of all tokens keeps the image
+    unchanged.
 
-    Presets: 192, 128 and 64 are the paper's 162+30, 108+20 and 54+10 as others transcribe it; 32, 640, 320 and 160
+    Budgets: 192, 128 and 64 are the paper's 162+30, 108+20 and 54+10 as others transcribe it; 32, 640, 320 and 160
     those of LightCompress. 288, 144 and 58 are not published: our reading keeps the share, contextual =
-    round(5 tokens / 32). "default" is the official function's default, 191+30.
+    round(5 tokens / 32). Preset "default" is the official function's default, 191+30.
 
     Args:
         tokens: dominant and contextual tokens together, split as above; with crops each of them gets
-            tokens // (most crops of the model). Default 64 when the other two are not given.
-        dominant: tokens of the first kind in each picture or crop, the class token among them; 191 when only
+            tokens // (largest number of crops). Default 64 when the other two are not given.
+        dominant: tokens of the first kind in each image or crop, the class token among them; 191 when only
             `contextual` is given.
         contextual: tokens of the second kind; 30 when only `dominant` is given.
         keep_cls: False sends one more patch in place of the class token, which LLaVA never saw in training.
@@ -75,12 +72,15 @@ class VisionZip(Method):
     contextual: int | None = None
     keep_cls: bool = True
 
-    paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025"
-    where = "before the projector, by the tower's class-token attention and keys"
-    source = "dvlab-research/VisionZip @ 3151f6d"
-    licence = "Apache-2.0"
-    instead = ("dominant", "contextual")
-    new_rows = True
+    info = MethodInfo(
+        paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025",
+        where="before the language model, by the vision tower's class-token attention and keys",
+        source="dvlab-research/VisionZip @ 3151f6d",
+        licence="Apache-2.0",
+    )
+    requires = frozenset({"class token"})
+    fixes_budget = ("dominant", "contextual")
+    makes_tokens = True
     positions = "renumber"
     decode = "cache"
 
@@ -90,26 +90,26 @@ class VisionZip(Method):
             raise ValueError(f"tokens={self.tokens} splits itself; give either tokens or dominant and contextual")
         if not explicit:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
-            whole("tokens", self.tokens, 1)
+            integer("tokens", self.tokens, 1)
             return
         object.__setattr__(self, "dominant", 191 if self.dominant is None else self.dominant)
         object.__setattr__(self, "contextual", 30 if self.contextual is None else self.contextual)
-        whole("dominant", self.dominant, 1)
-        whole("contextual", self.contextual)
+        integer("dominant", self.dominant, 1)
+        integer("contextual", self.contextual)
 
     def split(self, crops: int = 1) -> tuple[int, int]:
-        """(dominant, contextual) of each picture or crop."""
+        """(dominant, contextual) of each image or crop."""
         if self.tokens is None:
             assert self.dominant is not None and self.contextual is not None
             return self.dominant, self.contextual
-        total = per_crop(self.tokens, crops)
+        total = max(self.tokens // crops, 1)
         contextual = (10 * total + 32) // 64  # 5/32, halves up
         return total - contextual, contextual
 
-    def vision_rows(self, feature_layer: int) -> dict[int, list[int]]:
+    def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer: [0]}
 
-    def reduce(self, view: VisionView) -> VisionCut | None:
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
         n, t = view.features.shape[:2]
         dominant, contextual = self.split(view.crops)
         if self.tokens is not None and dominant + contextual >= t:
@@ -123,18 +123,18 @@ class VisionZip(Method):
         score = view.class_attention()  # (N, T)
         best = descending_rank(score, score == score) < patches
         order = (~best).to(torch.int8).sort(dim=1, stable=True).indices  # dominant patches, then the rest, ascending
-        rows = [take(view.features, order[:, :patches])]
+        tokens = [take(view.features, order[:, :patches])]
         ids = [order[:, :patches]]
         if self.keep_cls:
             assert view.cls is not None
-            rows.insert(0, view.cls[:, None].to(view.features.dtype))
+            tokens.insert(0, view.cls[:, None].to(view.features.dtype))
             ids.insert(0, order.new_full((n, 1), MERGED))
         if contextual:
             (keys,) = view.keys.values()  # (N, H, 1 + T, dh)
             metric = keys.mean(1)[:, 1:].to(order.device)  # (N, T, dh)
-            rows.append(contextual_tokens(view.features, metric, order[:, patches:], contextual)[0])
+            tokens.append(contextual_tokens(view.features, metric, order[:, patches:], contextual)[0])
             ids.append(order.new_full((n, contextual), MERGED))
-        features = torch.cat(rows, 1)
+        features = torch.cat(tokens, 1)
         live = torch.ones_like(features[..., 0], dtype=torch.bool)
         return VisionCut(live, features, torch.cat(ids, 1), counts=[live.shape[1]] * n)
 

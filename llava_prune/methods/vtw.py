@@ -1,4 +1,4 @@
-"""VTW: visual tokens withdrawal. From one layer on there are none."""
+"""VTW: visual tokens withdrawal. After one layer there are none."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.checks import at_most_one, real, whole
-from ..core.method import Method
-from ..core.registry import register
-from ..core.select import assemble
-from ..core.types import Cut, View
+from ..ops.selection import Cut, assemble
+from .base import Method, MethodInfo
+from .checks import at_most_one, integer, real
+from .registry import register
+from .views import View
 
 _PRESETS: dict[str, dict[str, int | float]] = {
     "half": {"flops": 0.5},
     "k15": {"layer": 15},
     "k16": {"layer": 16},
     "k20": {"layer": 20},
-    **{str(b): {"tokens": b} for b in (192, 128, 64, 288, 144, 58, 640, 320, 160)},
 }
 
 
@@ -30,7 +29,7 @@ class VTW(Method):
 
     Source: lzhxmu/VTW. Text keeps its positions, layers before the withdrawal keep the visual tokens in their caches.
 
-    Nothing given is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of the FLOPs
+    Without arguments this is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of the FLOPs
     counted on visual tokens alone ("half"). "k15" is the README's setting. The paper has no rows at 192, 128 and 64:
     there the layer is the one whose average is nearest.
 
@@ -45,17 +44,19 @@ class VTW(Method):
     layer: int | None = None
     flops: float | None = None
 
-    paper = "Boosting Multimodal LLMs via Visual Tokens Withdrawal, AAAI 2025 (arXiv 2405.05803)"
-    where = "language model, all of them before one layer"
-    source = "lzhxmu/VTW @ a3d8cfc"
-    licence = "none given"
-    batch = "any (official code: 1)"
-    instead = ("layer", "flops")
+    info = MethodInfo(
+        paper="Boosting Multimodal LLMs via Visual Tokens Withdrawal, AAAI 2025 (arXiv 2405.05803)",
+        where="language model, all of them before one layer",
+        source="lzhxmu/VTW @ a3d8cfc",
+        licence="none given",
+        batch="any (official code: 1)",
+    )
+    fixes_budget = ("layer", "flops")
 
     def __post_init__(self) -> None:
         at_most_one(tokens=self.tokens, layer=self.layer, flops=self.flops)
-        whole("tokens", self.tokens, 1)
-        whole("layer", self.layer)
+        integer("tokens", self.tokens, 1)
+        integer("layer", self.layer)
         real("flops", self.flops, 0, 1)
 
     def first(self, n_visual: int, n_layers: int) -> int:
@@ -80,12 +81,12 @@ class VTW(Method):
         first = self.first(n_visual, n_layers)
         return [n_visual] * first + [0] * (n_layers - first)
 
-    def cut(self, layer: int, view: View) -> Cut | None:
+    def prune(self, layer: int, view: View) -> Cut | None:
         keep = self.keep_after(layer, view.spans)
         if keep is None:
             return None
         stays = torch.tensor([k > 0 for k in keep]).to(view.visual.device, non_blocking=True)[:, None]  # (B, 1)
-        lengths = [n + k for n, k in zip(view.counts, keep, strict=True)]
+        lengths = [n + k for n, k in zip(view.n_other, keep, strict=True)]
         return assemble(view.visual & stays, view.visual, view.valid, lengths)
 
 

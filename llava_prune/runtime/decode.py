@@ -1,7 +1,7 @@
 """Later tokens of a pruned request.
 
-Masks and positions are worked out per stage, from each layer's cache or from the unpruned length, as the method says;
-what generate() hands down knows nothing of cuts.
+Masks and positions are computed per stage, from each layer's cache or from the unpruned length, as the method says; those
+that generate() passes know nothing of cuts.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .compat import CAUSAL, create_causal_mask
-from .request import Request, Stage
+from .state import DecodeState, Stage
 
 
-def _seen(request: Request, cache: Any, batch: int) -> int:
+def _seen(request: DecodeState, cache: Any, batch: int) -> int:
     """Tokens that every layer has cached since the prefill.
 
     Raises:
@@ -35,7 +35,7 @@ def _seen(request: Request, cache: Any, batch: int) -> int:
 
 
 def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
-    """The number of the stage that each layer is in."""
+    """The index of the stage that each layer is in."""
     first, n, out = {s.first: n for n, s in enumerate(stages)}, 0, []
     for i in range(layers):
         n = first.get(i, n)
@@ -52,15 +52,15 @@ def through(
     cache: Any,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """(B, q, D) states behind the last layer.
+    """(B, q, D) states after the last layer.
 
     Args:
         lm: the language model.
         stages: of the request.
         positions: (S or 1, B, q) long, of each stage or of all.
-        masks: what the layers of each stage are given.
+        masks: attention masks of the layers of each stage.
         hidden: (B, q, D) new tokens.
-        cache: what a layer puts keys and values into.
+        cache: the KV cache.
         kwargs: further arguments of a layer.
     """
     cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
@@ -82,7 +82,7 @@ def through(
 class Decode:
     """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
 
-    def __init__(self, lm: Any, request: Request, cache: Any, mask: Any, hidden: Tensor) -> None:
+    def __init__(self, lm: Any, request: DecodeState, cache: Any, mask: Any, hidden: Tensor) -> None:
         self.lm, self.request, self.cache = lm, request, cache
         batch, q = hidden.shape[:2]
         seen = _seen(request, cache, batch)
@@ -106,7 +106,7 @@ class Decode:
         if q > 1 and tail is not None:
             request.whole = False
         self.plain = q == 1 and request.whole
-        self.positions = (request.starts + steps).clamp(min=0)  # (S or 1, B, q)
+        self.positions = (request.starts.to(steps.device) + steps).clamp(min=0)  # (S or 1, B, q)
 
     def _mask(self, hidden: Tensor, stage: Stage) -> Any:
         if stage.valid is None and self.plain:
@@ -114,7 +114,7 @@ class Decode:
         before = stage.valid
         if before is None:
             before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
-        live = torch.cat([before.bool(), self.tail], 1)
+        live = torch.cat([before.to(hidden.device).bool(), self.tail], 1)
         backend = self.lm.config._attn_implementation
         if self.q == 1 and backend in CAUSAL:  # the mask that transformers would make, without its look at the values
             return live[:, None, None] if backend == "sdpa" else live

@@ -1,4 +1,4 @@
-"""Which row stands where in the sequences of a batch."""
+"""Where the tokens of a vision cut go in the sequences of a batch."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..core.select import column, sent
-from ..core.types import FILLER, MERGED, Cut
-from .request import Pending, Rows
+from ..methods.views import MERGED, PADDING
+from ..ops.selection import Cut, column, to_device
+from .state import ImageState, VisionTokens
 
 
 @dataclass
 class Placed:
-    """Rows of a batch of B samples, C being the most that one has.
+    """Tokens of a batch of B samples, C being the most that one has.
 
     Attributes:
-        index: (B, C) long into all rows (N x K) of the request.
-        at: (B, C) long, the column that each row follows.
-        ids: (B, C) long, the visual token of the unpruned sequence that shows the row's patch; MERGED for none.
-        counts: rows of each sample.
+        index: (B, C) long into all tokens (N x K) of the request.
+        after: (B, C) long, the position that each token follows.
+        ids: (B, C) long, the visual token of the unpruned sequence that shows the token's patch; MERGED for none.
+        counts: tokens of each sample.
     """
 
     index: Tensor
-    at: Tensor
+    after: Tensor
     ids: Tensor
     counts: list[int]
 
 
-def in_place(cut: Rows, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are patches, where the package has put these: (B, L) long row of each column, (B, L) bool columns left.
+def in_place(cut: VisionTokens, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that are patches, where the package has put these.
 
-    Columns without a patch (text, newline tokens) are left and have row -1.
+    Returns:
+        (B, L) long, the token at each position, -1 where there is no patch (text, newline tokens); (B, L) bool, the
+        positions that remain.
     """
     n, width = cut.ids.shape
     patches = cut.grid[0] * cut.grid[1]
@@ -42,62 +44,64 @@ def in_place(cut: Rows, source: Tensor) -> tuple[Tensor, Tensor]:
     real = torch.arange(width, device=cut.ids.device) < column(cut.counts, cut.ids)
     table = torch.full((n, patches + 1), -1, dtype=torch.long, device=cut.ids.device)
     table = table.scatter(1, cut.ids.masked_fill(~real, patches), slots)[:, :patches].flatten().to(source.device)
-    row = table[source.clamp(min=0)].masked_fill(source < 0, -1)
-    return row, (row >= 0) | (source < 0)
+    token = table[source.clamp(min=0)].masked_fill(source < 0, -1)
+    return token, (token >= 0) | (source < 0)
 
 
-def first_columns(cut: Rows, visual: Tensor, source: Tensor) -> Tensor:
-    """(B, P) long: the first column of each picture in each sample, -1 where it is not there.
+def first_positions(cut: VisionTokens, visual: Tensor, source: Tensor) -> Tensor:
+    """(B, P) long: the first position of each image in each sample, -1 where it is not there.
 
     Args:
-        cut: the rows of all pictures.
+        cut: the tokens of all images.
         visual: (B, L) bool.
-        source: (B, L) long, patch behind each token, counted over all pictures, -1 for none.
+        source: (B, L) long, patch of each token, counted over all images, -1 for none.
     """
-    ends = sent([sum(n for n, _, _ in cut.pictures[: p + 1]) for p in range(len(cut.pictures))], source)  # in crops
+    ends = to_device([sum(n for n, _, _ in cut.layout[: p + 1]) for p in range(len(cut.layout))], source)  # in crops
     crop = source.clamp(min=0) // (cut.grid[0] * cut.grid[1])
-    picture = torch.bucketize(crop, ends, right=True).masked_fill(~visual | (source < 0), -1)  # (B, L)
-    hit = picture[:, None] == torch.arange(len(cut.pictures), device=source.device)[:, None]  # (B, P, L)
+    image = torch.bucketize(crop, ends, right=True).masked_fill(~visual | (source < 0), -1)  # (B, L)
+    hit = image[:, None] == torch.arange(len(cut.layout), device=source.device)[:, None]  # (B, P, L)
     return hit.to(torch.int8).argmax(2).masked_fill(~hit.any(2), -1)
 
 
-def by_canvas(cut: Rows) -> bool:
-    """Whether the host must know the patches behind the rows to order them."""
-    return cut.canvas and any(n > 1 for n, _, _ in cut.pictures)
+def by_canvas(cut: VisionTokens) -> bool:
+    """Whether the host must know the patch of each token to order them."""
+    return cut.by_canvas and any(n > 1 for n, _, _ in cut.layout)
 
 
-def lay_out(cut: Rows, visual: Tensor, source: Tensor, columns: Sequence[Sequence[int]], ids: Tensor | None) -> Placed:
-    """Put each picture's rows behind its first column; no read from the device.
+def lay_out(
+    cut: VisionTokens, visual: Tensor, source: Tensor, first: Sequence[Sequence[int]], ids: Tensor | None
+) -> Placed:
+    """Put the tokens of each image where its first token was; reads nothing from the device.
 
     Args:
-        cut: the rows of all pictures.
+        cut: the tokens of all images.
         visual: (B, L) bool.
-        source: (B, L) long, patch behind each token, counted over all pictures, -1 for none.
-        columns: what `first_columns` says.
+        source: (B, L) long, patch of each token, counted over all images, -1 for none.
+        first: what `first_positions` returns.
         ids: `cut.ids` on the host, None where their order does not depend on it.
     """
     patches = cut.grid[0] * cut.grid[1]
     order = _orders(cut, ids)
-    index, at = [], []
-    for places in columns:
+    index, after = [], []
+    for places in first:
         mine = sorted((c, p) for p, c in enumerate(places) if c >= 0)
         index.append(list(chain.from_iterable(order[p] for _, p in mine)))
-        at.append(list(chain.from_iterable([c] * len(order[p]) for c, p in mine)))
+        after.append(list(chain.from_iterable([c] * len(order[p]) for c, p in mine)))
     counts = [len(x) for x in index]
-    where, behind = (sent([[*x, *[0] * (max(counts) - len(x))] for x in rows], visual) for rows in (index, at))
-    total = sum(n for n, _, _ in cut.pictures) * patches
+    where, follows = (to_device([[*x, *[0] * (max(counts) - len(x))] for x in xs], visual) for xs in (index, after))
+    total = sum(n for n, _, _ in cut.layout) * patches
     there = visual & (source >= 0)
     numbers = source.new_full((total + 1,), MERGED)  # patch -> visual token; beams write the same twice
     numbers[source.masked_fill(~there, total)] = visual.cumsum(1) - 1
-    rows = cut.ids.to(visual.device).flatten()[where]
-    found = numbers[where // cut.ids.shape[1] * patches + rows.clamp(min=0)]
-    return Placed(where, behind, found.masked_fill(rows < 0, MERGED), counts)
+    patch = cut.ids.to(visual.device).flatten()[where]
+    found = numbers[where // cut.ids.shape[1] * patches + patch.clamp(min=0)]
+    return Placed(where, follows, found.masked_fill(patch < 0, MERGED), counts)
 
 
-def _orders(cut: Rows, ids: Tensor | None) -> list[list[int]]:
-    """The rows of each picture in the order they are sent."""
+def _orders(cut: VisionTokens, ids: Tensor | None) -> list[list[int]]:
+    """The tokens of each image in the order they are sent."""
     width, start, out = cut.ids.shape[1], 0, []
-    for crops, rows, columns in cut.pictures:
+    for crops, rows, columns in cut.layout:
         each = [range(c * width, c * width + cut.counts[c]) for c in range(start, start + crops)]
         out.append(list(chain.from_iterable(each)))
         if ids is not None and rows * columns:
@@ -108,7 +112,7 @@ def _orders(cut: Rows, ids: Tensor | None) -> list[list[int]]:
 
 
 def _canvas_key(ids: Tensor, crop: int, grid: tuple[int, int], columns: int) -> Tensor:
-    """Sort key of a crop's rows: the whole picture, the stitched canvas, rows before the patches, rows behind."""
+    """Sort key of a crop's tokens: the whole image, the stitched canvas, tokens before the patches, tokens after."""
     if crop == 0:
         return torch.arange(len(ids)) - (1 << 40)
     height, width = grid
@@ -119,41 +123,41 @@ def _canvas_key(ids: Tensor, crop: int, grid: tuple[int, int], columns: int) -> 
     return torch.where(ids >= 0, y * columns * width + x, loose)
 
 
-def carry(pending: Pending, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:
-    """Patch values by original visual index: name -> (B, V), 0 where no patch is behind a token."""
-    if not pending.carry or source is None:
+def patch_table(images: ImageState, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:
+    """Patch values by original visual index: name -> (B, V), 0 where a token has no patch."""
+    if not images.patch_values or source is None:
         return {}
     order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
     real = visual.gather(1, order)
     patch = source.gather(1, order).masked_fill(~real, -1)  # (B, V)
     out = {}
-    for name, values in pending.carry.items():
+    for name, values in images.patch_values.items():
         flat = values.flatten().to(patch.device)
         out[name] = flat[patch.clamp(min=0)].masked_fill(patch < 0, 0)
     return out
 
 
-def moved(rows: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
-    """(B, L') what the rows (B, L) of a batch have after a cut; merged ones get `fill`, a number or (B, 1 or C)."""
+def moved(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
+    """(B, L') what the tokens (B, L) of a batch have after a cut; merged ones get `fill`, a number or (B, 1 or C)."""
     if cut.merged is not None:
         extra = cut.merged.shape[1]
         if isinstance(fill, int):
-            rows = torch.nn.functional.pad(rows, (0, extra), value=fill)
+            values = torch.nn.functional.pad(values, (0, extra), value=fill)
         else:
-            rows = torch.cat([rows, fill.expand(-1, extra)], 1)
-    return rows.gather(1, cut.index)
+            values = torch.cat([values, fill.expand(-1, extra)], 1)
+    return values.gather(1, cut.index)
 
 
 def moved_ids(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Tensor, Tensor]:
-    """Original indices and the visual mask, (B, L') each, after a cut whose merged rows have the indices `merged`."""
+    """Original indices and the visual mask, (B, L') each, after a cut whose merged tokens have the indices `merged`."""
     ids = moved(ids, cut, merged)
     if cut.valid is not None:
-        ids = ids.masked_fill(~cut.valid, FILLER)
-    return ids, ids > FILLER
+        ids = ids.masked_fill(~cut.valid, PADDING)
+    return ids, ids > PADDING
 
 
 def check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:
-    """Every live row that is not visual is there once and in order (debug runs and tests; reads the device)."""
+    """Every text token is there once and in order (debug runs and tests; reads from the device)."""
     length = visual.shape[1]
     for b in range(visual.shape[0]):
         index = cut.index[b] if cut.valid is None else cut.index[b][cut.valid[b]]
@@ -161,6 +165,6 @@ def check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:
         got = index[~visual[b][index]]
         want = torch.arange(length, device=index.device)[valid[b] & ~visual[b]]
         if got.shape != want.shape or not bool((got == want).all()):
-            raise ValueError(f"sample {b}: a cut must keep each text row once and in order")
+            raise ValueError(f"sample {b}: a cut must keep each text token once and in order")
         if index.unique().numel() != index.numel():
-            raise ValueError(f"sample {b}: a cut repeats a row")
+            raise ValueError(f"sample {b}: a cut repeats a token")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from llava_prune.runtime import graphs
+from llava_prune.experimental import graphs
 from tests.contract.settings import NAMES, Setting, setting
-from tests.tape import Recorder
+from tests.experimental.tape import Recorder
 
 
 @pytest.fixture(params=NAMES)

@@ -38,7 +38,7 @@ def hyper(chosen: Setting) -> dict[str, Any]:
 
 def refused(name: str, hyper: dict[str, Any]) -> bool:
     """Whether a method says that it cannot work on crops."""
-    return not getattr(llava_prune.build(name, **hyper), "anyres", True)
+    return "whole images" in llava_prune.build(name, **hyper).requires
 
 
 def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, logits: Any) -> None:

@@ -133,7 +133,7 @@ def test_exception_in_the_method_then_reuse(tiny: Any, given: dict[str, Any], lo
     class Fails(llava_prune.Method):
         broken = True
 
-        def cut(self, layer: int, view: llava_prune.View) -> None:
+        def prune(self, layer: int, view: llava_prune.View) -> None:
             if self.broken and layer == 2:
                 raise ZeroDivisionError
 
@@ -211,4 +211,4 @@ def test_hyper_parameters_are_shown(name: str, hyper: Any) -> None:
     assert method.name == name
     assert {k: method.hyper()[k] for k in hyper} == hyper
     assert llava_prune.build(name, **method.hyper()).hyper() == method.hyper()
-    assert method.paper
+    assert method.info.paper

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.usefixtures("clean_registry")
 MINE = """
 from dataclasses import dataclass
 
-from llava_prune import Cut, Method, View, register
-from llava_prune.core.select import keep_best
+from llava_prune import Cut, Method, MethodInfo, View, register
 
 
 @register("mine", presets={"few": {"tokens": 3}})
@@ -30,14 +29,11 @@ class Mine(Method):
 
     tokens: int = 8
 
-    paper = "ours"
-    where = "language model, after two layers"
-    source = "ours"
-    licence = "-"
+    info = MethodInfo(paper="ours", where="language model, after two layers", source="ours", licence="-")
 
-    def cut(self, layer: int, view: View) -> Cut | None:
+    def prune(self, layer: int, view: View) -> Cut | None:
         keep = self.keep_after(layer, view.spans)
-        return None if keep is None else keep_best(view, -view.ids.float(), keep)
+        return None if keep is None else view.keep_top(-view.ids.float(), keep)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [n_visual] * 2 + [min(self.tokens, n_visual)] * (n_layers - 2)

@@ -46,14 +46,14 @@ def test_kept_indices(name: str, hyper: Any, tiny: Any) -> None:
     assert len(last.kept) == models.LAYERS
     for layer, kept in enumerate(last.kept):
         assert kept.dtype == torch.long
-        counts = (kept != llava_prune.core.types.FILLER).sum(1)
+        counts = (kept != llava_prune.methods.views.PADDING).sum(1)
         assert counts.tolist() == last.tokens_out[:, layer].tolist()
         assert kept.shape[1] == counts.max()
-        assert ((kept < models.PATCHES) & (kept >= llava_prune.core.types.FILLER)).all()
+        assert ((kept < models.PATCHES) & (kept >= llava_prune.methods.views.PADDING)).all()
         for row in kept:
             real = row[row >= 0]
             assert real.unique().numel() == real.numel()
-            filler = (row == llava_prune.core.types.FILLER).long()
+            filler = (row == llava_prune.methods.views.PADDING).long()
             assert torch.equal(filler, filler.sort().values)  # at the end
     for early, late in zip(last.kept, last.kept[1:], strict=False):
         for a, b in zip(early, late, strict=True):

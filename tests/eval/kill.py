@@ -25,7 +25,7 @@ from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.task import load_task
-from llava_prune.families.load import Loaded
+from llava_prune.models.load import Loaded
 from tests import models
 
 LABELS = ("full", "autoprune-8")

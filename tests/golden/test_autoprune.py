@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import llava_prune
+from llava_prune.methods.autoprune import schedule
 from tests import models
 from tests.golden.reference import LAYERS, Case, first_case
 
@@ -118,7 +119,7 @@ def test_other_hyper_parameters(hyper: dict[str, Any], slope: str, reference: An
     k = hyper["k0"] - hyper["gamma"] * float(recorded["case1_b128/mi1"])
     assert last.stats["slope"] == [pytest.approx(k, abs=1e-5)]
     assert last.kept[0].tolist() == [recorded["case1_b128/orig_out"][0][:320].tolist()]
-    plan = llava_prune.core.budget.schedule(last.stats["slope"][0], 128, 576, LAYERS, hyper.get("x0", 14.9))
+    plan = schedule(last.stats["slope"][0], 128, 576, LAYERS, hyper.get("x0", 14.9))
     assert last.tokens_out.tolist() == [list(plan.leaving)]
     assert last.tokens_out.float().mean().item() == pytest.approx(128, abs=1)
     assert lengths == [n + len(cases("case1").ids) - 1 for n in plan.entering(576)]

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import llava_prune
-from llava_prune.core.budget import logistic, schedule
-from llava_prune.core.information import mutual_information
-from llava_prune.core.select import dpc_knn, merge
-from llava_prune.runtime.door import padding_mask
+from llava_prune.methods.autoprune import logistic, schedule
+from llava_prune.methods.autoprune import mutual_information
+from llava_prune.ops.clustering import average, dpc_knn
+from llava_prune.runtime.vision import padding_mask
 
 Arrays = Callable[[str], np.ndarray]
 
@@ -70,7 +70,7 @@ def test_clusters(vector: Arrays, j: int) -> None:
     centres = vector(f"cluster_center{j}")
     assert label[0][centres].tolist() == list(range(k))
     expected = torch.from_numpy(vector(f"cluster_merged{j}"))
-    assert torch.allclose(merge(points, label, k)[0], expected, atol=1e-6, rtol=1e-6)
+    assert torch.allclose(average(points, label, k)[0], expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("j", [0, 3, 4])

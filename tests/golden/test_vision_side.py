@@ -85,8 +85,8 @@ def test_recorded_runs_on_the_deep_tower(run: str, deep_reference: Any) -> None:
 def test_tome_recorded_runs(run: str, deep_reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which token each patch went into, and what the language model makes of that order."""
     groups: list[Any] = []
-    reduce = ToMe.reduce
-    monkeypatch.setattr(ToMe, "reduce", lambda self, view: groups.append(view.groups) or reduce(self, view))
+    stock = ToMe.prune_vision
+    monkeypatch.setattr(ToMe, "prune_vision", lambda self, view: groups.append(view.groups) or stock(self, view))
     of_patch = recorded("deep_tower.npz", f"{run}/groups")
     members = [[p for p, g in enumerate(of_patch) if g == j] for j in range(max(of_patch) + 1)]
     kept = [m[0] if len(m) == 1 else -1 for m in members]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import llava_prune
-from llava_prune.core.registry import resolve
+from llava_prune.methods.registry import resolve
 from tests.models import PATCHES, VOCAB, cache_lengths, generate, inputs, pictures, prompt
 from tests.oracle.dense import Replay, Watch, near, replay, spliced
 

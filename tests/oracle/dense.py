@@ -2,7 +2,7 @@
 
 From a method only its decisions are taken: which rows leave after which layer, and the values of merged ones. `Watch`
 records them; `replay` computes from weights and input embeddings what every layer and every generated token must be.
-Nothing of `llava_prune.runtime` or `llava_prune.families` is used.
+Nothing of `llava_prune.runtime` or `llava_prune.models` is used.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Asked:
     visual: Tensor
     valid: Tensor
     ids: Tensor
-    probs: Tensor | None
+    attention: Tensor | None
     rows: slice | Tensor | None
     spans: Any
     next_row: Tensor | None
@@ -130,24 +130,28 @@ class Watch:
     wanted: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        cut, rows, reduce = self.method.cut, self.method.rows, self.method.reduce
+        prune, queries, prune_vision = self.method.prune, self.method.queries, self.method.prune_vision
 
-        def watched_rows(layer: int, spans: Any) -> Any:
-            self.wanted[layer] = rows(layer, spans)
+        def watched_queries(layer: int, spans: Any) -> Any:
+            self.wanted[layer] = queries(layer, spans)
             return self.wanted[layer]
 
-        def watched_reduce(view: Any) -> Any:
-            self.vision = reduce(view)
+        def watched_prune_vision(view: Any) -> Any:
+            self.vision = prune_vision(view)
             return self.vision
 
-        def watched_cut(layer: int, view: Any) -> Any:
-            nxt = None if view.next_rows is None else view.next_rows(view.spans.last_row())
-            seen = (view.hidden, view.visual, view.valid, view.ids, view.probs, self.wanted.get(layer), view.spans, nxt)
-            answer = cut(layer, view)
+        def watched_prune(layer: int, view: Any) -> Any:
+            nxt = None if view.next_attention is None else view.next_attention(view.spans.last_position())
+            seen = (view.hidden, view.visual, view.valid, view.ids, view.attention, self.wanted.get(layer), view.spans, nxt)
+            answer = prune(layer, view)
             self.asked.append(Asked(layer, *seen, answer))
             return answer
 
-        for name, hook in (("cut", watched_cut), ("rows", watched_rows), ("reduce", watched_reduce)):
+        for name, hook in (
+            ("prune", watched_prune),
+            ("queries", watched_queries),
+            ("prune_vision", watched_prune_vision),
+        ):
             object.__setattr__(self.method, name, hook)
 
     def clear(self) -> None:
@@ -419,10 +423,10 @@ def _compare(
     live = torch.tensor([i for i, c in enumerate(columns) if c is not None])
     at = {int(c): i for i, c in enumerate(live.tolist())}
     near(shown.hidden[b, live], out, tol, f"hidden after layer {n}, sample {b}")
-    if shown.probs is not None:
-        assert shown.rows is not None and shown.probs.dtype == torch.float32
+    if shown.attention is not None:
+        assert shown.rows is not None and shown.attention.dtype == torch.float32
         rows = [(r, at[c]) for r, c in enumerate(torch.arange(shown.spans.length)[shown.rows].tolist()) if c in at]
-        got = shown.probs[b][:, [r for r, _ in rows]]  # (H, R, L)
+        got = shown.attention[b][:, [r for r, _ in rows]]  # (H, R, L)
         near(got[..., live], weight[:, [i for _, i in rows], : len(live)], tol, f"rows of layer {n}, sample {b}")
         dead = [i for i, c in enumerate(columns) if c is None]
         assert not dead or float(got[..., dead].abs().max()) == 0.0

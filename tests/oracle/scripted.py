@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava_prune import Cut, Method, Spans, View, VisionCut, VisionView
-from llava_prune.core.select import assemble
+from llava_prune.ops.selection import assemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +30,18 @@ class Scripted(Method):
     vision: int = 0
     copies: int = 1
 
-    def reduce(self, view: VisionView) -> VisionCut | None:
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
         if not self.vision:
             return None
-        view.carry["number"] = torch.arange(view.features[..., 0].numel()).view(view.features.shape[:2]) + 1.0
+        view.patch_values["number"] = torch.arange(view.features[..., 0].numel()).view(view.features.shape[:2]) + 1.0
         n, t = view.features.shape[:2]
         live = (torch.arange(n * t) % self.vision != 0).view(n, t)  # pictures keep different counts
         return VisionCut(live, view.features.roll(1, 1) * 0.5 + view.features)
 
-    def rows(self, layer: int, spans: Spans) -> torch.Tensor | None:
-        return spans.text_rows() if layer % 2 else None
+    def queries(self, layer: int, spans: Spans) -> torch.Tensor | None:
+        return spans.text_positions() if layer % 2 else None
 
-    def cut(self, layer: int, view: View) -> Cut | None:
+    def prune(self, layer: int, view: View) -> Cut | None:
         if layer not in self.script:
             return None
         share, clusters = self.script[layer]
@@ -57,7 +57,7 @@ class Scripted(Method):
             groups = [order[n:][i::c] for i in range(c)]
             merged.append([view.hidden[b, g].mean(0) for g in groups])
             counts.append(c)
-        lengths = [t + int(keep[b].sum()) + counts[b] for b, t in enumerate(view.counts)]
+        lengths = [t + int(keep[b].sum()) + counts[b] for b, t in enumerate(view.n_other)]
         if not any(counts):
             return assemble(keep, view.visual, view.valid, lengths)
         rows = view.hidden.new_zeros(batch, max(counts), view.hidden.shape[2])

@@ -183,7 +183,7 @@ def test_beams(family: str, vision: int) -> None:
     assert counts.shape[0] == 12
     for a in watch.asked:  # decisions of a sample's beams are alike; the replay takes one of them
         a.hidden, a.visual, a.valid, a.ids = a.hidden[::3], a.visual[::3], a.valid[::3], a.ids[::3]
-        a.probs = None if a.probs is None else a.probs[::3]
+        a.attention = None if a.attention is None else a.attention[::3]
         a.next_row = None if a.next_row is None else a.next_row[::3]
         a.answer = a.answer and _third(a.answer)
     if watch.vision is not None and len(watch.vision.live) == 9:  # ... and encodes every beam's pictures
@@ -311,10 +311,10 @@ def test_a_picture_in_a_later_turn_is_refused(family: str) -> None:
     turn = {k: v for k, v in given.items() if k != "attention_mask"}
     with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():
         cache = model(**given, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="a picture after"):
+        with pytest.raises(ValueError, match="an image after"):
             model(**turn, past_key_values=cache)
         if family == "llava":  # spliced by generate() itself, which knows no cache by then
-            with pytest.raises(ValueError, match="a picture after"):
+            with pytest.raises(ValueError, match="an image after"):
                 more = {"inputs": turn.pop("input_ids"), **turn}
                 model.generate(**more, past_key_values=cache, max_new_tokens=2, do_sample=False)
         out = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)  # text goes on

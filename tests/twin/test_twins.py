@@ -143,7 +143,7 @@ def test_anyres_agrees(name: str, label: str) -> None:
 def test_anyres_agrees_for_every_method(name: str) -> None:
     """A batch of two sizes; one of the methods' harder inputs."""
     sizes = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)]
-    if not small(name).anyres:
+    if "whole images" in small(name).requires:
         for kind in ("anyres", "next"):
             with pytest.raises(ValueError, match="crops"):
                 llava_prune.attach(model_of(kind), small(name))
@@ -178,7 +178,7 @@ def test_newline_tokens_stay_when_patches_go(kind: str) -> None:
     given = pictures_of(model, [(3 * SIDE, SIDE)])
 
     class Nothing(llava_prune.Method):
-        def reduce(self, view: Any) -> Any:
+        def prune_vision(self, view: Any) -> Any:
             return llava_prune.VisionCut(torch.zeros_like(view.features[..., 0], dtype=torch.bool), view.features)
 
     _, record = run(model, Nothing(), given)

@@ -1,1 +1,0 @@
-"""Plain data types, selection and budget mathematics. Depends on torch only."""

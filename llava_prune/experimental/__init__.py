@@ -1,0 +1,1 @@
+"""Acceleration that no GPU has run yet: CUDA graphs and Triton kernels. Reached through `engine.py` only."""

@@ -1,0 +1,265 @@
+"""Prefills recorded as CUDA graphs and replayed for later requests of the same shape.
+
+At batch 1 a prefill of a few hundred tokens is a thousand small kernels, and a GPU is done with each before Python has
+asked for the next. A replay asks for all of them at once. A prefill is recorded in pieces, one up to each tensor that
+the method asks for (`Method.ask`; AutoPrune has one, most methods none) and one behind the last. Which piece follows a
+read depends on what `Method.settle` makes of the values, so there is one for each answer: AutoPrune with `slope_step`
+has few of them. A piece is recorded when it is wanted for the second time; the first time it runs as ever.
+
+Inputs are copied to where the recording read them; caches, states and record are copied out, so an answer does not
+change when the next one is replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..methods.base import Method
+from ..methods.checks import integer
+from ..methods.views import PADDING, View
+from ..runtime.compat import DynamicCache
+from ..runtime.prefill import Prefill
+from ..runtime.prompt import Prompt, padded
+from ..runtime.record import Trace
+from ..runtime.state import DecodeState, ImageState
+from .steps import Recordings, Steps, recordable
+
+LIMIT = 32
+"""Recorded pieces that are kept; when a request finds so many, all are dropped. Each holds the memory of one prefill's
+cache and of its largest layer (the latter once for all)."""
+
+RECORDED = 3
+"""Requests of a kind after which a method with one read is recorded: each piece waits for its second time."""
+
+
+class Recorder(Protocol):
+    """Runs a function and notes its operations."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """(what `run` returned, a function that does its operations again on the same memory)."""
+
+
+class CudaRecorder:
+    """Pieces as CUDA graphs that share a memory pool. What `run` returned holds values after the first replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()  # libraries set themselves up in a first run, which a capture would not allow
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders may pin memory
+                out = run()
+        return out, graph.replay
+
+
+def recorder(device: torch.device) -> Recorder:
+    """What records on a device.
+
+    Raises:
+        ValueError: for a device without CUDA graphs.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"graphs=True needs a CUDA device, and the model is on {device}; leave graphs out")
+    return CudaRecorder(device)
+
+
+def check_step(text_step: int | None, recording: bool) -> None:
+    """Refuse a `text_step` where nothing is recorded.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if text_step is not None and not recording:
+        raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True (--graphs) with it")
+
+
+@dataclass
+class _Stop:
+    """Where a piece ends: after layer `layer`, `view` being shown and `asked` wanted, or at the end (`asked` None)."""
+
+    prefill: Prefill
+    layer: int
+    view: View | None = None
+    asked: Tensor | None = None
+    ids: Tensor | None = None  # all of the trace's, one layer after the other; at the end only
+    widths: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Piece:
+    stop: _Stop
+    replay: Callable[[], None]
+    inputs: list[Tensor] = field(default_factory=list)
+    next: Recordings[_Piece] = field(default_factory=Recordings)
+
+
+_Pieces = Recordings[_Piece]
+
+
+class Graphs:
+    """Recordings of one method on one model. Not for several threads at once.
+
+    Args:
+        method: what prunes. Prefills are recorded where it says that they can be (`Method.replays`), decoding is for
+            every method.
+        device: of the model.
+        text_step: rounds the rows that count as text behind the picture up to a multiple, by masked rows before the
+            prompt, so that questions of nearly the same length share a recording (sdpa only; answers are the same up
+            to rounding); None records exact lengths.
+
+    Raises:
+        ValueError: for a device without CUDA graphs, or a step that is no positive whole number.
+    """
+
+    def __init__(self, method: Method, device: torch.device, text_step: int | None = None) -> None:
+        integer("text_step", text_step, 1)
+        self.method, self.recorder, self.text_step = method, recorder(device), text_step
+        self.first = _Pieces()
+        self.count = 0
+        self.step = Steps(self.recorder.record).run
+
+    def run(
+        self, lm: Any, kernels: Any, prompt: Prompt, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, DecodeState, Trace] | None:
+        """States, decode state and trace of a prefill, whose cache is filled; None where it has to run as usual.
+
+        That is: several samples, padding, tokens that replace the patches, what is not `recordable`, or a model of two
+        layers, where AutoPrune decides after the last.
+        """
+        if not self.method.replays or hidden.shape[0] > 1 or not prompt.full or prompt.images.tokens is not None:
+            return None
+        if len(lm.layers) < 3 or not recordable(lm, cache, kwargs):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            return self._run(lm, kernels, prompt, cache, hidden)
+
+    def _run(
+        self, lm: Any, kernels: Any, prompt: Prompt, cache: Any, hidden: Tensor
+    ) -> tuple[Tensor, DecodeState, Trace] | None:
+        if self.count >= LIMIT:
+            self.first, self.count = _Pieces(), 0
+        extra = 0
+        if self.text_step is not None and lm.config._attn_implementation == "sdpa":  # others would read the mask
+            extra = -prompt.n_text % self.text_step
+            prompt, hidden = padded(prompt, extra), pad(hidden, (0, 0, extra, 0))
+        patch_values = prompt.images.patch_values
+        names = sorted(patch_values)
+        given = [hidden, prompt.visual, prompt.valid, prompt.positions, *(patch_values[n] for n in names)]
+        given += [x for x in (prompt.source, prompt.pad) if x is not None]
+        key = (
+            tuple((tuple(t.shape), t.dtype) for t in given), tuple(names), kernels is None,
+            prompt.n_visual, prompt.n_other, prompt.n_text, prompt.gaps, prompt.top,
+        )  # fmt: skip
+        if not self.first.again(key):
+            return None
+        if key not in self.first.known:
+            inputs = [t.to(hidden.device).clone() for t in given]
+            it = iter(inputs)
+            states, visual, valid, positions = (next(it) for _ in range(4))
+            images = ImageState(patch_values={n: next(it) for n in names})
+            source = None if prompt.source is None else next(it)
+            fixed = {"visual": visual, "valid": valid, "positions": positions, "source": source, "images": images}
+            same = replace(prompt, **fixed, pad=next(it, None))
+            empty = _empty_cache(lm, hidden)
+
+            def begin() -> _Stop:
+                prefill = Prefill(lm, self.method, same, _forked_cache(empty), None, states, kernels)
+                prefill.begin()
+                return self._advance(prefill, -1)
+
+            self._record(self.first, key, begin, inputs)
+        piece = self.first.known[key]
+        for old, new in zip(piece.inputs, given, strict=True):
+            old.copy_(new)
+        piece.replay()
+        stop, pieces = piece.stop, piece.next
+        stats: dict[str, Any] = {}
+        while stop.asked is not None:
+            assert stop.view is not None
+            view = replace(stop.view, scratch=dict(stop.view.scratch))
+            decision = self.method.decide(stop.layer, stop.asked.tolist(), view)
+            stats = view.scratch.get("stats", stats)
+
+            def go_on(stop: _Stop = stop, decision: Hashable = decision) -> _Stop:
+                prefill, view = _forked(stop)
+                view.scratch["decision"] = decision
+                prefill.prune(stop.layer, view)
+                return self._advance(prefill, stop.layer)
+
+            if not pieces.again(decision):
+                stop, pieces = go_on(), _Pieces()  # what comes after is new as well
+                continue
+            piece = pieces.known.get(decision) or self._record(pieces, decision, go_on)
+            piece.replay()
+            stop, pieces = piece.stop, piece.next
+        return _delivered(stop, cache, stats, extra)
+
+    def _record(
+        self, pieces: _Pieces, key: Hashable, run: Callable[[], _Stop], inputs: list[Tensor] | None = None
+    ) -> _Piece:
+        self.count += 1
+        pieces.known[key] = piece = _Piece(*self.recorder.record(run), inputs or [])
+        return piece
+
+    def _advance(self, prefill: Prefill, layer: int) -> _Stop:
+        """Run on behind a layer, to the next question or to the end."""
+        for i in range(layer + 1, len(prefill.lm.layers)):
+            view = prefill.layer(i, {})
+            if view is None:
+                break
+            asked = self.method.host_values(i, view)
+            if asked is not None:
+                return _Stop(prefill, i, view, asked)
+            prefill.prune(i, view)
+        prefill.end()
+        ids = [ids for ids, _ in [*prefill.trace.entries, prefill.trace.last()]]
+        return _Stop(prefill, len(prefill.lm.layers), ids=torch.cat(ids, 1), widths=[x.shape[1] for x in ids])
+
+
+def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any], extra: int) -> tuple[Tensor, DecodeState, Trace]:
+    """Copies of what a replay left, without the `extra` rows before the prompt."""
+    assert stop.ids is not None
+    prefill = stop.prefill
+    for i, layer in enumerate(prefill.cache.layers):
+        cache.update(layer.keys[:, :, extra:], layer.values[:, :, extra:], i)  # which copies
+    request = copy.copy(prefill.decode)
+    request.starts, request.length = request.starts.clone(), request.length - extra
+    request.stages = [replace(s, length=s.length - extra) for s in request.stages]
+    ids = stop.ids.clone()
+    *entries, last = ((x[:, extra:], x[:, extra:] > PADDING) for x in ids.split(stop.widths, 1))
+    return prefill.sequence.hidden[:, extra:].clone(), request, Trace(entries, lambda: last, {"stats": stats} if stats else {})
+
+
+def _empty_cache(lm: Any, hidden: Tensor) -> Any:
+    """A cache whose layers are set up, which a recording could not do."""
+    cache = DynamicCache(config=lm.config)
+    nothing = hidden.new_empty(hidden.shape[0], 1, 0, 1)
+    for layer in cache.layers:
+        layer.lazy_initialization(nothing, nothing)  # type: ignore[union-attr]
+    return cache
+
+
+def _forked_cache(cache: Any) -> Any:
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _forked(stop: _Stop) -> tuple[Prefill, View]:
+    """A prefill that goes on where another one is, which stays there; the tensors are the same."""
+    assert stop.view is not None
+    prefill = stop.prefill.fork(_forked_cache(stop.prefill.cache))
+    return prefill, replace(stop.view, scratch=prefill.trace.scratch)

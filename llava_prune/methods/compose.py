@@ -1,0 +1,157 @@
+"""Two methods in a row: one before the language model, one inside it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..ops.merging import Merge
+from ..ops.selection import Cut, Positions
+from .base import Method, MethodInfo, prunes_before, prunes_inside
+from .views import Spans, View, VisionCut, VisionView
+
+SHARE = 2.5
+"""Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
+
+
+def split(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
+    """The parts of "visionzip+autoprune"; names may end in a plus themselves ("prumerge++fastv")."""
+    for i, letter in enumerate(name):
+        if letter == "+" and known(name[:i]) and known(name[i + 1 :]):
+            return name[:i], name[i + 1 :]
+    return None
+
+
+class Composed(Method):
+    """A vision-side method, then one in the language model on what the first has left.
+
+    `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
+    many (all, where that is more than there are); where the second is not given `tokens` either, the first has its own
+    default. Other hyper-parameters go to the one that has them, or to both. The second one's positions count from the
+    shortened prompt. Patch values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
+    """
+
+    parts: ClassVar[tuple[type[Method], type[Method]]]
+    vision_positions = "renumber"
+
+    def __init__(self, **hyper: Any) -> None:
+        first, second = self.parts
+        mine, its = (inspect.signature(p).parameters for p in (first, second))
+        given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
+        self.language = second(**{k: v for k, v in hyper.items() if k in its})
+        tokens, inside = hyper.get("vision_tokens"), getattr(self.language, "tokens", None)
+        fixed = "tokens" not in mine or any(given.get(k) is not None for k in first.fixes_budget)
+        if tokens is None and not fixed and isinstance(inside, int):
+            tokens = int(SHARE * inside)
+        self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
+        for name in ("positions", "decode"):  # an instance may have others than its class
+            setattr(self, name, getattr(self.language, name))
+        for name in inspect.signature(type(self)).parameters:
+            owner = self.language if name in its else self.vision
+            setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuilt, (self.name, self.hyper())  # the class was made for this composition: pickle finds its name
+
+    def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
+        queries = self.vision.vision_queries(feature_layer)
+        for block, wanted in self.language.vision_queries(feature_layer).items():
+            if queries.setdefault(block, wanted) != wanted:
+                raise ValueError(f"{self.name}: the two need different query positions of tower block {block}")
+        return queries
+
+    def merge_schedule(self, feature_layer: int, n_patches: int) -> tuple[int, ...]:
+        merges = self.vision.merge_schedule(feature_layer, n_patches)
+        if any(merges) and self.language.vision_queries(feature_layer):
+            raise ValueError(
+                f"{self.name}: {self.vision.name} changes the tower that {self.language.name} reads; "
+                "combine either with another method"
+            )
+        return merges
+
+    def merge(self, keys: Tensor, count: int) -> Merge:
+        return self.vision.merge(keys, count)
+
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
+        for part in (self.language, self.vision):
+            blocks = part.vision_queries(view.feature_layer)
+            tables = (view.attention, view.keys, view.queries)
+            attention, keys, queries = ({b: t for b, t in table.items() if b in blocks} for table in tables)
+            shown = replace(view, attention=attention, keys=keys, queries=queries)  # `patch_values` is one for both
+            answer = part.prune_vision(shown)
+        return answer
+
+    def queries(self, layer: int, spans: Spans) -> Positions | None:
+        return self.language.queries(layer, spans)
+
+    def needs_mlp_input(self, layer: int, spans: Spans) -> bool:
+        return self.language.needs_mlp_input(layer, spans)
+
+    def host_values(self, layer: int, view: View) -> Tensor | None:
+        return self.language.host_values(layer, view)
+
+    def decide(self, layer: int, values: list[Any], view: View) -> Hashable:
+        return self.language.decide(layer, values, view)
+
+    def prune(self, layer: int, view: View) -> Cut | None:
+        return self.language.prune(layer, view)
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        first = self.vision.plan(n_visual, n_layers)
+        return None if first is None else self.language.plan(first[0], n_layers)
+
+    def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str] | None:
+        first = self.vision.example(n_visual, n_layers)
+        second = None if first is None else self.language.example(first[0][0], n_layers)
+        if first is None or second is None:
+            return None
+        return second[0], second[1], "; ".join(filter(None, (first[2], second[2])))
+
+
+def rebuilt(name: str, hyper: dict[str, Any]) -> Method:
+    """What a pickled composition becomes."""
+    from .registry import build
+
+    return build(name, **hyper)
+
+
+def compose(name: str, first: type[Method], second: type[Method]) -> type[Composed]:
+    """The class of "first+second".
+
+    Raises:
+        ValueError: when the first does not act before the language model only, the second not inside it, or the second
+            needs the patch of each token and the first makes tokens without one.
+    """
+    if prunes_inside(first) or not prunes_before(first):
+        raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
+    if not prunes_inside(second):
+        raise ValueError(f"{name!r}: {second.name!r} does not work in the language model; put such a method second")
+    if first.makes_tokens and "patch positions" in second.requires:
+        raise ValueError(
+            f"{name!r}: {second.name!r} needs the position of every token, and {first.name!r} makes tokens that stand "
+            "for no patch; put a method first that only chooses patches, or another one second"
+        )
+    table: dict[str, inspect.Parameter] = {}
+    if "tokens" in inspect.signature(first).parameters:
+        table["vision_tokens"] = inspect.Parameter("vision_tokens", inspect.Parameter.KEYWORD_ONLY, default=None)
+    for part in (second, first):
+        for p in inspect.signature(part).parameters.values():
+            if p.name != "tokens" or part is second:
+                table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    both = {f.name: f"{getattr(first.info, f.name)}; {getattr(second.info, f.name)}" for f in fields(MethodInfo)}
+    facts = {
+        "name": name,
+        "parts": (first, second),
+        "positions": second.positions,
+        "decode": second.decode,
+        "info": MethodInfo(**{**both, "backends": second.info.backends}),
+        "requires": first.requires | second.requires,
+        "fixes_budget": second.fixes_budget,
+        "__doc__": f"{first.name}, then {second.name} on what it leaves.",
+        "__signature__": inspect.Signature(list(table.values())),
+    }
+    return type("Composed", (Composed,), facts)

@@ -1,0 +1,160 @@
+"""Names of methods. A method registers itself in its own file; nothing else lists it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from .base import Method
+from .compose import compose, split
+
+_METHODS: dict[str, type[Method]] = {}
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, *, presets: dict[str, dict[str, Any]] | None = None) -> Callable[[M], M]:
+    """Class decorator: make a Method known under `name`.
+
+    Args:
+        name: what users write in `pruned(model, name)`.
+        presets: names of published settings, `{"strict": {...}}` becomes "name:strict". A number needs none: "name:192"
+            is `tokens=192`.
+
+    Raises:
+        ValueError: when the name is taken by another class or the class is not a Method.
+    """
+
+    def add(cls: M) -> M:
+        if not (inspect.isclass(cls) and issubclass(cls, Method)):
+            raise ValueError(f"{cls!r} is not a subclass of llava_prune.Method")
+        known = _METHODS.get(name)
+        same = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+        if known is not None and not same:
+            raise ValueError(f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+        cls.name = name
+        _METHODS[name] = cls
+        _PRESETS[name] = dict(presets or {})
+        return cls
+
+    return add
+
+
+def _discover() -> None:
+    package = importlib.import_module("llava_prune.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def names(presets: bool = False) -> list[str]:
+    """Names of all known methods, sorted; with `presets=True` also the "name:preset" forms."""
+    _discover()
+    out = sorted(_METHODS)
+    if presets:
+        out += sorted(f"{n}:{p}" for n, table in _PRESETS.items() for p in table)
+    return out
+
+
+def _known(text: str) -> bool:
+    """Whether `text` is "name" or "name:preset" of a registered name (the preset may not exist)."""
+    name, _, preset = text.partition(":")
+    return name in _METHODS and "+" not in preset
+
+
+def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
+    """Class and preset hyper-parameters of "name", "name:preset" or "name:192", or two of these joined by a plus.
+
+    `tokens` in the preset of a composition's first part become its `vision_tokens` (see `Composed`).
+
+    Raises:
+        ValueError: for an unknown name or preset, or parts that do not fit.
+    """
+    _discover()
+    if _known(name):
+        base, _, preset = name.partition(":")
+        return _METHODS[base], _preset(base, preset) if preset else {}
+    parts = split(name, _known)
+    if parts is None:
+        hint = "; join one before the language model and one inside it, as 'visionzip+autoprune'" if "+" in name else ""
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(_METHODS))}{hint}")
+    (first, before), (second, inside) = map(resolve, parts)
+    before = {"vision_tokens" if k == "tokens" else k: v for k, v in before.items()}
+    return compose(f"{first.name}+{second.name}", first, second), {**before, **inside}
+
+
+def _preset(name: str, preset: str) -> dict[str, Any]:
+    """Hyper-parameters of a preset; a number is a budget."""
+    table = _PRESETS[name]
+    if preset in table:
+        return dict(table[preset])
+    budget = "tokens" in inspect.signature(_METHODS[name]).parameters
+    if budget and preset.isdecimal() and int(preset) >= 1:
+        return {"tokens": int(preset)}
+    known = [*sorted(table), *(["a number of tokens, as 64"] if budget else [])]
+    raise ValueError(f"{name!r} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
+
+
+def takes_budget(cls: type[Method], values: Mapping[str, Any]) -> bool:
+    """Whether `tokens` goes with these hyper-parameters of a method: none of them fixes the counts already."""
+    return "tokens" in inspect.signature(cls).parameters and not values.keys() & set(cls.fixes_budget)
+
+
+def presets(name: str) -> dict[str, dict[str, Any]]:
+    """The presets of the method `name`: preset -> hyper-parameters.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    cls, _ = resolve(name)
+    return {preset: dict(values) for preset, values in _PRESETS.get(cls.name, {}).items()}
+
+
+def build(name: str, **hyper: Any) -> Method:
+    """A new instance of the method `name` (see `resolve`).
+
+    Args:
+        hyper: hyper-parameters; they override the preset's.
+
+    Raises:
+        ValueError: for an unknown name, preset or hyper-parameter, or a value out of range.
+    """
+    cls, preset = resolve(name)
+    values = {**preset, **hyper}
+    known = inspect.signature(cls).parameters
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{cls.name!r} has no hyper-parameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}"
+        )
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
+    if missing:
+        raise ValueError(f"{cls.name!r} needs {', '.join(missing)}")
+    return cls(**values)
+
+
+def from_file(path: str | Path) -> list[str]:
+    """Run a Python file that registers methods; the names it registered.
+
+    Raises:
+        ValueError: when the file cannot be run or registers nothing.
+    """
+    _discover()
+    path = Path(path).expanduser().resolve()
+    module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that hides nobody's module
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
+    new = sorted(n for n, cls in _METHODS.items() if cls.__module__ == module.__name__)
+    if not new:
+        raise ValueError(f'{path} registers no method; put @register("name") over a subclass of llava_prune.Method')
+    return new

@@ -1,0 +1,129 @@
+"""What the runtime needs to know about a package's LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..runtime.merging import Tower
+
+LANGUAGE_MODELS = ("LlamaModel", "LlavaLlamaModel")
+"""Language models that can be pruned, by class name."""
+TOWERS = {"CLIPVisionModel": ("CLIP", True), "CLIPVisionTransformer": ("CLIP", True)}
+TOWERS |= {"SiglipVisionModel": ("SigLIP", False), "SiglipVisionTransformer": ("SigLIP", False)}
+"""Vision towers by class name: (kind, whether they have a class token at position 0)."""
+
+
+class Family(Protocol):
+    """One package. Methods take the whole model and return its parts; nothing is stored."""
+
+    name: str
+
+    def matches(self, model: Any) -> bool:
+        """Whether `model` is one of the package's classes."""
+
+    def language_model(self, model: Any) -> Any:
+        """The LlamaModel."""
+
+    def tower(self, model: Any) -> Any:
+        """The module whose call encodes images; the image cache wraps it."""
+
+    def encoder(self, model: Any) -> Any:
+        """The vision model inside `tower`."""
+
+    def projector(self, model: Any) -> nn.Module:
+        """The module between vision tower and language model."""
+
+    def tower_facts(self, model: Any) -> Tower:
+        """What a method's demands on the vision tower are checked against."""
+
+    def max_visual(self, model: Any) -> int:
+        """Largest number of visual tokens that one image can become."""
+
+    def install(self, model: Any, handle: Any) -> list[Any]:
+        """Open a request in every outermost call, and find the visual tokens; returns what removes that."""
+
+
+def block_index(select_layer: int, depth: int) -> int:
+    """The block whose output hidden_states[select_layer] is (hidden_states[0] being the embeddings).
+
+    Raises:
+        ValueError: when no block makes that state.
+    """
+    index = depth + select_layer if select_layer < 0 else select_layer - 1
+    if not 0 <= index < depth:
+        raise ValueError(
+            f"vision feature layer {select_layer} is not the output of any of the tower's {depth} blocks; give a layer "
+            f"from {-depth} to -1, or from 1 to {depth}"
+        )
+    return index
+
+
+def encoder_blocks(encoder: Any) -> Any:
+    """Blocks of a vision model, which older releases wrap once more; () where they are somewhere else."""
+    inner = getattr(encoder, "vision_model", encoder)
+    return getattr(getattr(inner, "encoder", None), "layers", ())
+
+
+def tower_kind(encoder: Any) -> tuple[str, bool]:
+    """Kind of a vision model, and whether it has a class token at position 0 (False for a tower that is not known)."""
+    name = type(encoder).__name__
+    return TOWERS.get(name, (name, False))
+
+
+def image_tokens(rows: int, columns: int, crops: int, tall: int) -> int:
+    """Largest number of visual tokens of an image: its crops, and one newline token for each row of patches."""
+    return rows * columns if crops == 1 else crops * rows * columns + tall * rows
+
+
+def refuse_wrappers(model: Any) -> None:
+    """Refuse wrappers whose calls would go around the method.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    kind = type(model).__name__
+    if kind in ("DataParallel", "DistributedDataParallel"):
+        raise ValueError(
+            f"{kind} is not supported: its copies of the model do not share the state of a request. Attach to the model "
+            "inside it (model.module), and run one process for each device"
+        )
+    if kind == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"{kind} is compiled (torch.compile), and compiled code does not see a method that is attached later; "
+            "attach to the model first (model._orig_mod of what torch.compile returned), and compile afterwards"
+        )
+
+
+def peel(model: Any) -> Any:
+    """The LLaVA inside a PeftModel or a compiled model; any other model as it is."""
+    if type(model).__name__ == "OptimizedModule":
+        return peel(model._orig_mod)
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        return peel(model.get_base_model())
+    return model
+
+
+def family_of(model: Any) -> Family:
+    """The package that `model` is of.
+
+    Raises:
+        ValueError: for any other model, naming what is not supported and what is.
+    """
+    from .hf import HF
+    from .llava import Llava
+
+    for family in (Llava(), HF()):
+        if family.matches(model):
+            language = type(family.language_model(model)).__name__
+            if language not in LANGUAGE_MODELS:
+                raise ValueError(
+                    f"{type(model).__name__} with the language model {language} is not supported; the language model "
+                    "must be a LlamaModel"
+                )
+            return family
+    raise ValueError(
+        f"{type(model).__name__} is not a supported LLaVA model; give LlavaLlamaForCausalLM (package llava), or "
+        "LlavaForConditionalGeneration or LlavaNextForConditionalGeneration (transformers) with a Llama language model"
+    )

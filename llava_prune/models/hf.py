@@ -1,0 +1,241 @@
+"""transformers' LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.language import refuse_embeddings, refuse_labels
+from ..runtime.merging import Tower
+from ..runtime.patching import replace_method
+from ..runtime.state import (
+    ImageState,
+    RequestState,
+    Splice,
+    active,
+    decode_state,
+    hinting,
+    refuse_later_image,
+    request,
+)
+from .base import block_index, encoder_blocks, image_tokens, tower_kind
+
+CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+
+
+class HF:
+    """transformers' Llava and LlavaNext with a Llama language model."""
+
+    name = "hf"
+
+    def matches(self, model: Any) -> bool:
+        return any(c.__name__ in CLASSES for c in type(model).__mro__)
+
+    def language_model(self, model: Any) -> Any:
+        return model.model.language_model
+
+    def tower(self, model: Any) -> Any:
+        return model.model.vision_tower
+
+    def encoder(self, model: Any) -> Any:
+        return self.tower(model)
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.model.multi_modal_projector
+
+    def tower_facts(self, model: Any) -> Tower:
+        config = model.config
+        kind, class_token = tower_kind(self.encoder(model))
+        depth, layer = len(encoder_blocks(self.encoder(model))), config.vision_feature_layer
+        rows, columns = _grid(model)
+        whole = config.vision_feature_select_strategy == "full" and class_token
+        return Tower(
+            kind=kind,
+            class_token=class_token,
+            depth=depth,
+            feature_layer=block_index(layer, depth) if isinstance(layer, int) and depth else -1,
+            grid=(rows, columns),
+            features=rows * columns + whole,
+            crops=_crops(model),
+            padded=not is_next(model),
+        )
+
+    def max_visual(self, model: Any) -> int:
+        rows, columns = _grid(model)
+        side = model.config.vision_config.image_size
+        points = getattr(model.config, "image_grid_pinpoints", None) or []
+        return image_tokens(rows, columns, _crops(model), max((h // side for h, _ in points), default=0))
+
+    def install(self, model: Any, handle: Any) -> list[Any]:
+        inner = model.model
+        undo: list[Any] = [
+            replace_method(model, "generate", _generate, handle),
+            replace_method(model, "forward", _outer_forward, handle),
+            replace_method(inner, "forward", _inner_forward, handle, inner),
+            self.projector(model).register_forward_hook(functools.partial(_number_patches, handle)),
+        ]
+        if is_next(model):
+            undo.append(replace_method(inner, "pack_image_features", _pack, handle, inner))
+        return undo
+
+
+def is_next(model: Any) -> bool:
+    """Whether images come in crops of several resolutions (LLaVA-NeXT)."""
+    return any(c.__name__ == CLASSES[1] for c in type(model).__mro__)
+
+
+def _grid(model: Any) -> tuple[int, int]:
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    return side, side
+
+
+def _crops(model: Any) -> int:
+    points = getattr(model.config, "image_grid_pinpoints", None)
+    size = model.config.vision_config.image_size
+    return max((h // size) * (w // size) + 1 for h, w in points) if points else 1
+
+
+def _count(pixels: Any) -> int | None:
+    """Images of a call, None where it brings none."""
+    return None if pixels is None else len(pixels)
+
+
+INNER = ("input_ids", "pixel_values")
+"""First parameters of the forward of both the outer and the inner model."""
+
+
+def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """generate() opens the request; newer releases of transformers encode the images in it, before the prefill."""
+    if kwargs.get("inputs_embeds") is not None and decode_state(kwargs.get("past_key_values")) is None:
+        refuse_embeddings()
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+        raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
+    with request(handle, _count(kwargs.get("pixel_values"))):
+        return stock(*args, **kwargs)
+
+
+def _outer_forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuses what counts on one logit for each input id, in a prefill with images."""
+    given = {**dict(zip(INNER, args, strict=False)), **kwargs}
+    keep = given.get("logits_to_keep", 0)
+    if not _has_images(given) or decode_state(given.get("past_key_values")) is not None:
+        return stock(*args, **kwargs)
+    if given.get("labels") is not None:
+        refuse_labels()
+    if isinstance(keep, Tensor):
+        raise ValueError(
+            "logits_to_keep as a tensor on a pruned model: positions of the input ids are not those of the remaining "
+            "tokens; give the number of last logits, or detach the method"
+        )
+    if keep <= 1:
+        return stock(*args, **kwargs)
+    with hinting(logits_to_keep=keep):
+        return stock(*args, **kwargs)
+
+
+def _has_images(given: dict[str, Any]) -> bool:
+    return given.get("pixel_values") is not None or _encoded(given) is not None
+
+
+def _encoded(given: dict[str, Any]) -> Any:
+    """Images that were encoded before the call."""
+    return (given.get("mm_encoder_outputs") or {}).get("image")
+
+
+def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """The multimodal model's forward opens a request of its own and says where the visual tokens of a prefill are."""
+    given = {**dict(zip(INNER, args, strict=False)), **kwargs}
+    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    with request(handle, _count(given.get("pixel_values"))) as state:
+        if decode_state(cache) is not None:
+            if _has_images(given) and (ids is None or ids.shape[1] > 1):
+                refuse_later_image(cache.get_seq_length())
+        elif ids is None:
+            refuse_embeddings()
+        else:
+            state.has_ids = True
+            if _has_images(given):
+                visual = ids == inner.config.image_token_id
+                state.splice = functools.partial(_splice, handle, state, visual, _encoded(given) is not None)
+        return stock(*args, **kwargs)
+
+
+def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Splice:
+    """Where the visual tokens are and which patch each is; called when the language model is entered.
+
+    Args:
+        state: of the forward.
+        visual: (B, L) bool.
+        ahead: whether the images were encoded before the forward, in the request around it.
+
+    Raises:
+        ValueError: when the images were not encoded in this request although the method prunes them.
+    """
+    owner = state.parent if ahead else state
+    images = None if owner is None else owner.images
+    if not handle.vision.acts:
+        return Splice(visual, None, ImageState())
+    if images is None or not images.encoded:
+        raise ValueError(
+            f"{handle.method.name or handle.method!r} prunes images while they are encoded, and these images were "
+            "encoded outside of generate() or forward(), or before the method was attached; give input_ids and "
+            "pixel_values to generate() or forward()"
+        )
+    source = None
+    if images.needs_source and images.source is not None:
+        source = _spread(visual, images.source.to(visual.device))
+    return Splice(visual, source, images)
+
+
+def _number_patches(handle: Any, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+    """Projector hook: patches are numbered over all images unless packing rearranges them."""
+    state = active(handle)
+    if state is not None and state.images is not None and state.images.source is None:
+        state.images.source = torch.arange(output.shape[0] * output.shape[1], device=output.device)
+
+
+def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
+    """The package's packing of crops, run once more on patch numbers."""
+    out = stock(features, *args, **kwargs)
+    state = active(handle)
+    images = None if state is None else state.images
+    if images is None:
+        return out
+    if images.tokens is not None:
+        sizes = args[0] if args else kwargs["image_sizes"]
+        images.tokens.layout = [_layout(inner, f.shape[0], size) for f, size in zip(features, sizes, strict=True)]
+    numbers, start = [], 1
+    for f in features:
+        n = f.shape[0] * f.shape[1]
+        numbers.append(torch.arange(start, start + n, device=f.device, dtype=torch.float32).view(*f.shape[:2], 1))
+        start += n
+    newline = kwargs.get("image_newline")
+    again = {**kwargs, "image_newline": None if newline is None else newline.new_zeros(1).float()}
+    packed = stock(numbers, *args, **again)[0]
+    images.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
+    return out
+
+
+def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:
+    """(crops, rows of crops, columns of crops) of an image; see `VisionTokens.layout`."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    if crops == 1:
+        return 1, 0, 0
+    config = inner.config
+    return crops, *get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+
+def _spread(visual: Tensor, source: Tensor) -> Tensor:
+    """(B, L) long: patch numbers (V,) laid on the visual tokens; beams repeat whole samples."""
+    count, patches = visual.sum(1), source.shape[0]  # (B,)
+    times = (count.sum() // patches).clamp(min=1)
+    sample = torch.arange(visual.shape[0], device=visual.device)
+    start = (count.cumsum(0) - count)[sample // times * times] // times  # (B,) the first patch of each sample
+    places = visual.cumsum(1) - 1 + start[:, None]
+    return source[places.clamp(0, patches - 1)].masked_fill(~visual, -1)

@@ -1,0 +1,266 @@
+"""haotian-liu/LLaVA's own classes (package `llava`)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.selection import to_device
+from ..runtime.language import refuse_embeddings, refuse_labels
+from ..runtime.merging import Tower
+from ..runtime.patching import replace_method
+from ..runtime.state import (
+    ImageState,
+    RequestState,
+    Splice,
+    active,
+    checked_sizes,
+    decode_state,
+    hinting,
+    refuse_later_image,
+    request,
+)
+from .base import block_index, encoder_blocks, image_tokens, tower_kind
+
+IMAGE = -200
+"""The placeholder id of an image in the package's prompts."""
+IGNORE = -100
+"""The package's label of a position that is not text."""
+
+
+class Llava:
+    """`llava.model.LlavaLlamaForCausalLM`."""
+
+    name = "llava"
+
+    def matches(self, model: Any) -> bool:
+        inner = getattr(model, "model", None)
+        return hasattr(model, "prepare_inputs_labels_for_multimodal") and hasattr(inner, "mm_projector")
+
+    def language_model(self, model: Any) -> Any:
+        return model.model
+
+    def tower(self, model: Any) -> Any:
+        tower = model.get_vision_tower()
+        if not tower.is_loaded:
+            raise ValueError("the vision tower is not loaded; call model.get_vision_tower().load_model() first")
+        return tower
+
+    def encoder(self, model: Any) -> Any:
+        return self.tower(model).vision_tower
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.model.mm_projector
+
+    def tower_facts(self, model: Any) -> Tower:
+        tower = self.tower(model)
+        kind, class_token = tower_kind(self.encoder(model))
+        depth, side = len(encoder_blocks(self.encoder(model))), tower.num_patches_per_side
+        whole = getattr(tower, "select_feature", "patch") == "cls_patch" and class_token
+        return Tower(
+            kind=kind,
+            class_token=class_token,
+            depth=depth,
+            feature_layer=block_index(tower.select_layer, depth) if depth else -1,
+            grid=(side, side),
+            features=side * side + whole,
+            crops=_crops(model),
+            padded=getattr(model.config, "image_aspect_ratio", None) == "pad",
+        )
+
+    def max_visual(self, model: Any) -> int:
+        side, size = self.tower(model).num_patches_per_side, self.tower(model).config.image_size
+        tall = max((h // size for _, h in _pinpoints(model)), default=0)
+        return image_tokens(side, side, _crops(model), tall)
+
+    def install(self, model: Any, handle: Any) -> list[Any]:
+        return [
+            replace_method(model, "generate", _generate, handle),
+            replace_method(model, "forward", _forward, handle),
+            replace_method(model, "prepare_inputs_labels_for_multimodal", _prepare, handle, model),
+            replace_method(model, "encode_images", _encode, handle),
+        ]
+
+
+def _pinpoints(model: Any) -> list[tuple[int, int]]:
+    """(width, height) of the resolutions that images are cut up at; empty where they are seen whole."""
+    points = getattr(model.config, "image_grid_pinpoints", None)
+    anyres = getattr(model.config, "image_aspect_ratio", None) == "anyres"
+    return list(points) if anyres and isinstance(points, (list, tuple)) else []
+
+
+def _crops(model: Any) -> int:
+    size = model.get_vision_tower().config.image_size
+    return max(((w // size) * (h // size) + 1 for w, h in _pinpoints(model)), default=1)
+
+
+@contextlib.contextmanager
+def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
+    """A request for a call with these images; their sizes come with them in this package."""
+    with contextlib.ExitStack() as stack:
+        if image_sizes is not None:
+            known: dict[str, Any] = {"image_sizes": checked_sizes(image_sizes), "explicit": True}
+            if active(handle) is not None:  # a call inside a request: what the caller said of that one does not hold
+                known |= {"image_keys": None, "prompts": None}
+            stack.enter_context(hinting(**known))
+        yield stack.enter_context(request(handle, None if images is None else len(images)))
+
+
+def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]
+    """generate() splices text and images itself, then hands embeddings to forward()."""
+    with _open(handle, images, image_sizes) as state:
+        state.has_ids = True  # the package refuses inputs_embeds
+        return stock(inputs, images, image_sizes, **kwargs)
+
+
+FORWARD = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
+    "output_attentions", "output_hidden_states", "images", "image_sizes", "return_dict",
+)  # fmt: skip
+
+
+def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """forward() opens a request of its own; embeddings are taken from generate() alone."""
+    given = {**dict(zip(FORWARD, args, strict=False)), **kwargs}
+    ids, images = given.get("input_ids"), given.get("images")
+    if decode_state(given.get("past_key_values")) is not None:
+        return stock(*args, **kwargs)
+    if given.get("inputs_embeds") is None:
+        if images is not None and given.get("labels") is not None and ids is not None and ids.shape[1] > 1:
+            refuse_labels()
+        with _open(handle, images, given.get("image_sizes")) as state:
+            state.has_ids = True
+            return stock(*args, **kwargs)
+    parent = active(handle)
+    if parent is None or not (parent.splice or parent.has_ids):
+        refuse_embeddings()
+    with request(handle) as state:
+        state.splice, state.has_ids = parent.splice, parent.splice is None
+        return stock(*args, **kwargs)
+
+
+def _prepare(
+    handle: Any,
+    model: Any,
+    stock: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    labels: Tensor | None,
+    images: Any,
+    image_sizes: Any = None,
+) -> tuple[Any, ...]:
+    """The package's splice, run with labels and mask of ours so that it tells where the images went."""
+    given = (input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
+    state = active(handle)
+    if decode_state(past_key_values) is not None:
+        if images is not None and input_ids.shape[1] > 1:
+            refuse_later_image(past_key_values.get_seq_length())
+        return stock(*given)
+    if state is None or state.splice is not None or images is None or input_ids.shape[1] == 1:
+        return stock(*given)
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    out = stock(input_ids, position_ids, mask, past_key_values, torch.zeros_like(input_ids), images, image_sizes)
+    _warn_of_truncation(model, input_ids, images, out[4].shape[1])
+    visual = (out[5] == IGNORE) & out[2].bool()  # (B, L)
+    found = state.images or ImageState()
+    if handle.vision.acts and not found.encoded:
+        raise ValueError(
+            f"{handle.method.name or handle.method!r} prunes images while they are encoded, and the vision tower did "
+            "not run in this call; detach the method where encode_images is replaced"
+        )
+    source = None
+    if found.needs_source:
+        source = _source(model, stock, state, input_ids, mask, images, image_sizes, visual)
+    if found.tokens is not None:
+        found.tokens.layout = _layouts(model, images, image_sizes)
+    state.splice = functools.partial(Splice, visual, source, found)
+    return (*out[:2], None if attention_mask is None else out[2], *out[3:5], None)
+
+
+def context_limit(model: Any) -> int | None:
+    """Tokens after which the package cuts a prompt off, images included; None for no limit."""
+    limit: int | None = getattr(model.config, "tokenizer_model_max_length", None)
+    return limit
+
+
+def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int) -> None:
+    """Warn where the package has probably cut off the end of a prompt, which holds the question."""
+    limit, listed = context_limit(model), isinstance(images, (list, tuple)) or images.ndim == 5
+    crops = sum(x.shape[0] if x.ndim == 4 else 1 for x in images) if listed else len(images)
+    if limit is not None and length == limit and input_ids.shape[1] + crops * model.get_vision_tower().num_patches > limit:
+        warnings.warn(
+            f"the prompt reaches the model's context of {limit} tokens (tokenizer_model_max_length), and package llava "
+            "cuts off what is beyond: the end of the prompt, which holds the question; use fewer images",
+            stacklevel=4,
+        )
+
+
+def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, int]]:
+    """(crops, rows of crops, columns of crops) of each image; see `VisionTokens.layout`."""
+    from llava.mm_utils import get_anyres_image_grid_shape
+
+    if not (isinstance(images, (list, tuple)) or images.ndim == 5):
+        return [(1, 0, 0)] * images.shape[0]
+    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+    if getattr(model.config, "image_aspect_ratio", None) != "anyres" or image_sizes is None:
+        return [(n, 0, 0) for n in crops]
+    out = []
+    for n, size in zip(crops, image_sizes, strict=True):
+        side = model.get_vision_tower().config.image_size
+        columns, rows = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, side)
+        out.append((n, rows, columns) if n > 1 and rows * columns == n - 1 else (n, 0, 0))
+    return out
+
+
+def _encode(handle: Any, stock: Any, images: Any) -> Any:
+    """The package's encoding of images, or patch numbers in their place while `_source` asks for them."""
+    state = active(handle)
+    return stock(images) if state is None or state.numbers is None else state.numbers
+
+
+def _source(
+    model: Any,
+    stock: Any,
+    state: RequestState,
+    input_ids: Tensor,
+    mask: Tensor,
+    images: Any,
+    image_sizes: Any,
+    visual: Tensor,
+) -> Tensor:
+    """(B, L) long: the patch of each visual token, counted over all images; -1 for newline tokens.
+
+    The package's own merging decides: with crops (anyres) its splice runs once more on patch numbers in place of
+    features. A newline vector is recognised by its channels, which are not all the same number.
+    """
+    listed = isinstance(images, (list, tuple)) or images.ndim == 5
+    patches = model.get_vision_tower().num_patches
+    if not listed or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
+        named = ((input_ids == IMAGE) & mask.bool()).sum(1)
+        used = named.clamp(min=1)  # a sample without an image takes an unused one, as the package does
+        first = used.cumsum(0) - used  # (B,) number of each sample's first image
+        if listed:
+            crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+            before = to_device([sum(crops[:i]) for i in range(len(crops) + 1)], first)
+            first = before[first.clamp(max=len(crops))]
+        offset = (first * patches).to(visual.device)[:, None]
+        return (visual.cumsum(1) - 1 + offset).masked_fill(~visual, -1)
+    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+    width = model.config.hidden_size
+    numbers = torch.arange(1, sum(crops) * patches + 1, device=visual.device, dtype=torch.float32)
+    state.numbers = numbers.view(-1, patches, 1).expand(-1, -1, width)
+    try:
+        embeds = stock(input_ids, None, mask, None, torch.zeros_like(input_ids), images, image_sizes)[4].float()
+    finally:
+        state.numbers = None
+    number = embeds[..., 0].round().long()
+    real = visual & (embeds == embeds[..., :1]).all(-1) & (number >= 1)
+    return (number - 1).masked_fill(~real, -1)

@@ -1,0 +1,350 @@
+"""Load a checkpoint of either format into either family."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..runtime.state import HostPrompts, checked_sizes, hinting
+from .base import Family, family_of, peel
+from .hf import is_next
+from .image_cache import BLANK, LIMIT, ImageCache, cached_images
+from .llava import IMAGE, context_limit
+
+log = logging.getLogger(__name__)
+FamilyName = Literal["auto", "llava", "hf"]
+SMALL = 1 << 30  # bytes of weight files below which half precision is computed in float32 on a CPU
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the language model: decoder layers, width, MLP width, attention heads, vocabulary."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocab: int
+
+
+@dataclass
+class Loaded:
+    """A model ready to be pruned and asked.
+
+    Attributes:
+        model: LlavaLlamaForCausalLM ("llava") or LlavaForConditionalGeneration / LlavaNext... ("hf").
+        tokenizer: the checkpoint's, or None when it has no tokenizer files.
+        image_processor: the vision tower's CLIP image processor.
+        family: "llava" or "hf".
+        path: where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    family: str
+    path: str
+
+    @property
+    def _family(self) -> Family:
+        return family_of(peel(self.model))
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens of one image or crop."""
+        return self._family.tower_facts(self.model).patches
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the language model."""
+        c = self._family.language_model(self.model).config
+        return Shape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size)
+
+    @contextmanager
+    def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:
+        """Encode each image once for the length of the block; images are identified by the `keys` of `generate`.
+
+        Args:
+            methods: the methods that will run in the block.
+            limit: bytes of features to hold at most, on the model's device.
+        """
+        with cached_images(self.model, self._family, list(methods), limit) as cache:
+            yield cache
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        pixels: Tensor | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        keys: Sequence[Hashable] | None = None,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> Any:
+        """Greedy answers (unless `kwargs` say otherwise) to a batch of prompts.
+
+        Prompts longer than the model's context are warned of and kept whole; package llava would cut off their end.
+
+        Args:
+            rows: B prompts of token ids with -200 where an image goes.
+            pixels: (N, 3, H, W), the images in prompt order, or None when no prompt has one.
+            sizes: N (width, height) before padding; lets methods tell padding from image.
+            keys: N image identities for `remember_images`.
+            max_new_tokens: limit of each answer.
+            kwargs: for the model's generate().
+
+        Returns:
+            (B, new) long, the new ids only, padded with the padding id; with return_dict_in_generate=True the
+            package's output object, `sequences` holding the same.
+
+        Raises:
+            ValueError: when placeholders, sizes or keys do not match the images.
+        """
+        wanted = sum(list(r).count(IMAGE) for r in rows)
+        given = 0 if pixels is None else pixels.shape[0]
+        if wanted != given:
+            raise ValueError(f"the prompts name {wanted} images, {given} were given")
+        for label, values in (("sizes", sizes), ("keys", keys)):
+            if values is not None and len(values) != given:
+                raise ValueError(f"{len(values)} {label} for {given} images; give one for each image")
+        options = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens, **kwargs}
+        if not options["do_sample"]:
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        pad = self.model.generation_config.pad_token_id
+        options.setdefault("pad_token_id", 0 if pad is None else pad)
+        device = self.model.device
+        if pixels is not None:
+            tower = self._family.tower(self.model)
+            pixels = pixels.to(device=device, dtype=next(tower.parameters()).dtype)
+        call = _ask_llava if self.family == "llava" else _ask_hf
+        out = call(self, [list(r) for r in rows], pixels, None if sizes is None else checked_sizes(sizes), keys, options)
+        return out.cpu() if isinstance(out, Tensor) else out
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and mask, (B, L) long each."""
+    width = max(len(r) for r in rows)
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
+_CONFIGS = threading.Lock()
+_IN_USE: dict[int, tuple[int, dict[str, Any]]] = {}
+"""Config -> (calls in progress, values before the first of them)."""
+
+
+@contextmanager
+def _config_values(config: Any, **values: Any) -> Iterator[None]:
+    """Set values of a config while any thread is in the block; the last one to leave restores them."""
+    with _CONFIGS:
+        calls, before = _IN_USE.get(id(config), (0, {name: getattr(config, name, None) for name in values}))
+        _IN_USE[id(config)] = calls + 1, before
+        for name, value in values.items():
+            setattr(config, name, value)
+    try:
+        yield
+    finally:
+        with _CONFIGS:
+            calls, before = _IN_USE.pop(id(config))
+            if calls > 1:
+                _IN_USE[id(config)] = calls - 1, before
+            else:
+                for name, value in before.items():
+                    setattr(config, name, value)
+
+
+def _ask_llava(
+    loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
+) -> Any:
+    model = loaded.model
+    ids, mask = _padded(rows, options["pad_token_id"], model.device)
+    prompts = HostPrompts(rows, IMAGE, loaded.n_visual)
+    if pixels is None:
+        with hinting(prompts=prompts, image_keys=None, image_sizes=None, explicit=True):
+            return model.generate(ids, attention_mask=mask, **options)
+    if any(IMAGE not in r for r in rows):  # the package takes one image from the list for a prompt without any
+        side, order, at = pixels.shape[-1], [], 0  # order: image numbers, None for a blank one
+        for r in rows:
+            n = r.count(IMAGE)
+            order += list(range(at, at + n)) or [None]
+            at += n
+        blank = pixels.new_zeros(pixels.shape[1:])
+        pixels = torch.stack([blank if i is None else pixels[i] for i in order])
+        sizes = None if sizes is None else [(side, side) if i is None else sizes[i] for i in order]
+        keys = None if keys is None else [BLANK if i is None else keys[i] for i in order]
+    longest = max(len(r) + r.count(IMAGE) * (loaded.n_visual - 1) for r in rows)
+    limit = context_limit(model)
+    values: dict[str, Any] = {"tokenizer_padding_side": "left"}
+    if limit is not None and longest > limit:
+        warnings.warn(
+            f"a prompt of {longest} tokens, images included, is longer than the model's context of {limit} "
+            "(tokenizer_model_max_length). Package llava would cut off its end, which holds the question; it is kept "
+            "whole here, and the model was not trained at this length",
+            stacklevel=4,
+        )
+    if limit is not None:
+        values["tokenizer_model_max_length"] = None
+    known = {"prompts": prompts, "image_keys": None if keys is None else list(keys), "image_sizes": None}
+    with _config_values(model.config, **values), hinting(**known, explicit=True):
+        return model.generate(ids, images=pixels, image_sizes=sizes, attention_mask=mask, **options)
+
+
+def _ask_hf(
+    loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
+) -> Any:
+    model = loaded.model
+    if is_next(model):
+        raise ValueError(
+            "images of LLaVA-NeXT become a number of tokens that depends on their size; prepare them with its "
+            "processor and call model.generate() inside pruned(...)"
+        )
+    image, n = model.config.image_token_id, loaded.n_visual
+    spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
+    ids, mask = _padded(spread, options["pad_token_id"], model.device)
+    extra = {} if pixels is None else {"pixel_values": pixels}
+    known = {"prompts": HostPrompts(rows, IMAGE, n), "image_keys": None if keys is None else list(keys)}
+    with hinting(**known, image_sizes=sizes, explicit=True):
+        out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
+    if isinstance(out, Tensor):
+        return out[:, ids.shape[1] :]
+    out.sequences = out.sequences[:, ids.shape[1] :]
+    return out
+
+
+# loading ------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str | Path) -> Path:
+    """A local checkpoint folder for `path`, downloading a hub id through huggingface_hub.
+
+    Raises:
+        ValueError: when neither a folder nor a hub repository can be had.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1:
+        raise ValueError(f"{path}: no such checkpoint folder; give a folder with a config.json or a hub id owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:
+        raise ValueError(f"{path}: neither a local folder nor a hub repository that can be reached ({error})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint.
+
+    Raises:
+        ValueError: when it is missing, broken or of a model that is not a LLaVA.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no config.json, so this is not a checkpoint folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: broken JSON ({error})") from error
+    if not (isinstance(config, dict) and (is_original(config) or config.get("model_type") in ("llava", "llava_next"))):
+        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{file}: model_type {kind!r} is not a supported LLaVA checkpoint (llava_llama, llava or llava_next)")
+    return config
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of haotian-liu/LLaVA's format."""
+    return "mm_vision_tower" in config and "text_config" not in config
+
+
+def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's, of which half precision is computed otherwise on a CPU.
+
+    There it becomes float32 where ``size``, the bytes of the weight files, is below `SMALL`, and bfloat16 from there
+    on: many CPUs have no bfloat16 arithmetic and take several times as long for it, but a large model in float32 may
+    not fit. The rule looks at no property of the machine, so that figures are the same on all of them.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    names |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in (None, "auto"):
+        if dtype not in names:
+            raise ValueError(f"dtype={dtype!r}: choose float32, float16 or bfloat16")
+        return names[dtype]
+    inner = config.get("text_config") or {}
+    stored = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
+    chosen = names.get(str(stored).removeprefix("torch."), torch.float16)
+    if device.type != "cpu" or chosen is torch.float32:
+        return chosen
+    return torch.float32 if size < SMALL else torch.bfloat16
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a checkpoint in bytes."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+
+
+def load(
+    path: str | Path,
+    family: FamilyName = "auto",
+    dtype: Any = None,
+    device: Any = None,
+    attn: str | None = None,
+) -> Loaded:
+    """Load a LLaVA.
+
+    Args:
+        path: folder or hub id; haotian-liu/LLaVA format (either family) or transformers format ("hf").
+        family: which package's classes to build; "auto" is "llava" for its own format where the package is
+            installed, else "hf".
+        dtype: torch dtype or name; default the checkpoint's own; on a CPU half precision is read as float32 where the
+            weight files are small, and as bfloat16 otherwise, see `pick_dtype`.
+        device: default cuda if there is one, else cpu.
+        attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
+
+    Returns:
+        Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
+        `.tokenizer` is None. In "hf", `.model.config.image_token_id` is the placeholder id, one past the
+        vocabulary where the checkpoint has none.
+
+    Raises:
+        ValueError: missing, truncated or foreign checkpoint, or a family that cannot read it.
+    """
+    from .checkpoint import load_converted, load_original, load_tokenizer, load_transformers
+
+    if family not in ("auto", "llava", "hf"):
+        raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
+    folder = resolve(path)
+    config = read_config(folder)
+    original = is_original(config)
+    if family == "llava" and not original:
+        raise ValueError(f"{path} is in transformers' format, which package llava cannot read; use family='hf'")
+    if family == "auto":
+        family = "llava" if original and _has_llava() else "hf"
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = pick_dtype(dtype, config, where, weight_bytes(folder))
+    build = (load_original if family == "llava" else load_converted) if original else load_transformers
+    model, processor = build(folder, config, kind, attn)
+    model = model.to(where).eval()
+    return Loaded(model, load_tokenizer(folder), processor, family, str(path))
+
+
+def _has_llava() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("llava") is not None

@@ -1,0 +1,141 @@
+"""Recycle pruned tokens as means of density-peak clusters, as AutoPrune and SparseVLM do.
+
+Shapes: B samples, Q points, C clusters, L token positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .selection import per_sample, take, to_device
+
+RECYCLED = 0.3
+"""Share of the pruned tokens that is clustered; one cluster for every ten of them."""
+EPS = 1e-6
+"""Added to the size of a cluster before dividing by it."""
+
+
+@functools.lru_cache(maxsize=8192)
+def recycled(pruned: int) -> tuple[int, int]:
+    """(tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) for none."""
+    if pruned <= 0:
+        return 0, 0
+    q = int(RECYCLED * pruned) + 1
+    return q, min(q // 10 + 1, q)
+
+
+def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
+    """Density-peak clustering with k nearest neighbours, k being the number of clusters.
+
+    Source: specs of AutoPrune and SparseVLM; density exp(-mean of the k smallest squared distances, itself
+    included), distance to the nearest denser point, centres by their product; the official code's random noise of
+    1e-6 on the density is left out. Exact ties of centres go as torch.topk orders them.
+
+    Args:
+        points: (B, Q, D); the first counts[b] rows of a sample are points, the rest padding.
+        counts: points of each sample.
+        clusters: clusters of each sample, at most its points.
+
+    Returns:
+        (B, Q) long, the cluster of each point, numbered by descending centre score; -1 on padding.
+    """
+    size, device = points.shape[1], points.device
+    n_max = max(max(clusters), 1)
+    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
+    distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
+    numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
+    if even:
+        density = _density(distance.topk(n_max, dim=2, largest=False).values, n_max)
+        delta = _to_denser(distance, density, distance.amax((1, 2), keepdim=True), None)
+        centre = _centres(density * delta, counts, clusters)  # (B, C)
+        label = distance.gather(2, centre[:, None].expand(-1, size, -1)).argmin(2)
+        return label.scatter_(1, centre, numbers)  # centres belong to themselves
+    slots = torch.arange(size, device=device)
+    real = (slots < per_sample(counts, points)).expand(points.shape[:2])  # (B, Q)
+    pair = real[:, None] & real[:, :, None]  # (B, Q, Q)
+    nearest = distance.masked_fill(~pair, torch.inf).topk(min(n_max, size), dim=2, largest=False).values
+    used = slots[: nearest.shape[2]] < per_sample(clusters, points)  # (B, K)
+    nearest = nearest.masked_fill_(~(used[..., None, :] & real[:, :, None]), 0)
+    density = _density(nearest, per_sample([max(c, 1) for c in clusters], points)).masked_fill_(~real, -1.0)
+    farthest = distance.masked_fill(~pair, 0).amax((1, 2), keepdim=True)
+    delta = _to_denser(distance, density, farthest, pair)
+    centre = _centres(density * delta, counts, clusters)  # (B, C), Q where there is none
+    to_centre = distance.gather(2, centre.clamp(max=size - 1)[:, None].expand(-1, size, -1))  # (B, Q, C)
+    label = to_centre.masked_fill_((centre >= size)[:, None], torch.inf).argmin(2)
+    label = torch.cat([label, label[:, :1]], 1)  # one column more, for the centres that are none
+    return label.scatter_(1, centre, numbers)[:, :size].masked_fill(~real, -1)
+
+
+def _density(nearest: Tensor, count: Tensor | int) -> Tensor:
+    """(B, Q) from the distances (B, Q, K) to the nearest points, of which `count` are averaged."""
+    return nearest.square().sum(2).div_(-count).exp_()
+
+
+def _to_denser(distance: Tensor, density: Tensor, farthest: Tensor, pair: Tensor | None) -> Tensor:
+    """(B, Q) distance to the nearest denser point, (B, 1, 1) `farthest` where there is none; only among `pair`s."""
+    denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
+    return torch.where(denser if pair is None else denser & pair, distance, farthest).amin(2)
+
+
+def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
+    """(B, C) long: the best clusters[b] of the first counts[b] points, best first, Q filling up.
+
+    Equal scores are common (the two densest points are often each other's neighbour), and their order is the order
+    of the merged tokens. torch.topk decides it, as in the official code, so samples with the same counts share a call.
+    """
+    size = score.shape[1]
+    if len(set(zip(counts, clusters, strict=True))) == 1 and clusters[0]:
+        return score[:, : counts[0]].topk(clusters[0], dim=1).indices
+    centre = torch.full((score.shape[0], max(max(clusters), 1)), size, dtype=torch.long, device=score.device)
+    for q, c in sorted({(q, c) for q, c in zip(counts, clusters, strict=True) if c}):
+        alike = to_device([b for b, pair in enumerate(zip(counts, clusters, strict=True)) if pair == (q, c)], score)
+        best = score.index_select(0, alike)[:, :q].topk(c, dim=1).indices
+        centre[:, :c].index_copy_(0, alike, best)
+    return centre
+
+
+def cluster_means(
+    hidden: Tensor, picked: Tensor, counts: Sequence[int], clusters: Sequence[int], kernels: Any = None
+) -> Tensor:
+    """Means of the clusters of some tokens.
+
+    Args:
+        hidden: (B, L, D).
+        picked: (B, Q) long, positions of the tokens to cluster; the first counts[b] of a sample are real.
+        counts: tokens of each sample.
+        clusters: clusters of each sample.
+        kernels: see `View.kernels`.
+
+    Returns:
+        (B, C, D) in the dtype of `hidden`.
+    """
+    if set(clusters) == {1} and all(n == picked.shape[1] for n in counts):  # one cluster takes them all
+        size = picked.shape[1] + EPS
+        if kernels is not None:
+            mean: Tensor = kernels.mean_of(hidden, picked, size)
+            return mean
+        return take(hidden, picked).float().sum(1, keepdim=True).div_(size).to(hidden.dtype)  # (B, 1, D)
+    points = take(hidden, picked)  # (B, Q, D)
+    return average(points, dpc_knn(points, counts, clusters), max(clusters))
+
+
+def average(points: Tensor, label: Tensor, n_clusters: int) -> Tensor:
+    """Sum of each cluster divided by (size + EPS), as the official codes do.
+
+    Args:
+        points: (B, Q, D).
+        label: (B, Q) long, -1 on padding.
+        n_clusters: C.
+
+    Returns:
+        (B, C, D) in the dtype of `points`.
+    """
+    numbers = torch.arange(n_clusters, device=label.device)
+    member = (label[:, None] == numbers[:, None]).float()  # (B, C, Q)
+    total = member @ points.float()  # (B, C, D)
+    return total.div_(member.sum(2, keepdim=True).add_(EPS)).to(points.dtype)

@@ -1,0 +1,39 @@
+"""Token counts and FLOPs that two methods or more are computed from: plain Python, no tensors."""
+
+from __future__ import annotations
+
+import math
+
+
+def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: int) -> int:
+    """Visual tokens in the remaining layers for a mean of `tokens` entering, when `full` layers see all `n_visual`.
+
+    May be below 1, which means that the budget cannot be met.
+    """
+    if full >= n_layers:
+        return 0
+    return round((tokens * n_layers - full * n_visual) / (n_layers - full))
+
+
+def layer_flops(n: float, hidden: int, intermediate: int) -> float:
+    """4 n d^2 + 2 n^2 d + 3 n d m: one decoder layer on n tokens. Source: equation (2) of the supplement.
+
+    Args:
+        n: tokens of the layer.
+        hidden: d, hidden size.
+        intermediate: m, MLP size.
+
+    Raises:
+        ValueError: for a negative n.
+    """
+    if n < 0:
+        raise ValueError(f"n={n}: a layer cannot process fewer than 0 tokens; give 0 or more")
+    return 4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate
+
+
+def tokens_for_flops(flops: float, hidden: int, intermediate: int) -> int:
+    """The whole number of tokens nearest to a layer's FLOPs, the inverse of `layer_flops`; 0 for none."""
+    if flops <= 0:
+        return 0
+    linear, square = 4 * hidden**2 + 3 * hidden * intermediate, 2 * hidden
+    return round((math.sqrt(linear**2 + 4 * square * flops) - linear) / (2 * square))

@@ -1,0 +1,167 @@
+"""Attention of a few query positions, computed beside the layer.
+
+The attention backend (eager, sdpa, flash) makes the layer's output; only the attention that a method asks for is
+computed again, so no L x L matrix exists anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.selection import Positions
+from .compat import repeat_kv, rotate_half
+
+
+def decoder_attention(
+    layer: nn.Module,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    positions: Positions,
+    valid: Tensor | None,
+    keys: Tensor | None = None,
+    queries: Tensor | None = None,
+    kernels: Any = None,
+) -> Tensor:
+    """Softmax attention of some query positions in a decoder layer.
+
+    Args:
+        layer: Llama decoder layer.
+        hidden: (B, L, D) input of the layer, on the layer's device.
+        rope: cosine and sine, (B or 1, L, dh) each.
+        positions: a slice with start and stop, or (Q,) long.
+        valid: (B, L) bool, or None when no position is padding.
+        keys: (B, KV, L, dh) keys with rotary positions, as the cache holds them; None computes them.
+        queries: (B, Q, H dh) query projections, as the layer made them; None computes them.
+        kernels: see `View.kernels`.
+
+    Returns:
+        (B, H, Q, L) float32.
+    """
+    attn: Any = layer.self_attn
+    norm: Any = layer.input_layernorm
+    batch, length = hidden.shape[:2]
+    cos, sin = rope
+    if keys is None:
+        states = norm(hidden)
+        keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
+        keys = _rotate(keys, cos, sin)
+        queries = attn.q_proj(states[:, positions]) if queries is None else queries
+    elif queries is None:
+        queries = attn.q_proj(norm(hidden[:, positions]))
+    transposed = repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)  # (B, H, dh, L)
+    if kernels is not None and isinstance(positions, slice) and not queries.requires_grad:
+        query = kernels.turned(queries, cos[:, positions], sin[:, positions], queries.shape[2] // attn.head_dim)
+        attention: Tensor = kernels.attention(query @ transposed, attn.scaling, positions.start, valid)
+        return attention
+    query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, Q, dh)
+    score = (_rotate(query, cos[:, positions], sin[:, positions]) @ transposed).mul_(attn.scaling)  # (B, H, Q, L)
+    lowest = torch.finfo(score.dtype).min
+    if isinstance(positions, slice):
+        if length - positions.start > 1:
+            count = positions.stop - positions.start, length - positions.start
+            score[..., positions.start :].masked_fill_(_future(*count, score.device), lowest)
+    else:
+        score.masked_fill_(torch.arange(length, device=positions.device) > positions[:, None], lowest)
+    if valid is not None:
+        score.masked_fill_(~valid[:, None, None], lowest)
+    return score.softmax(-1, dtype=torch.float32)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, Q, dh) with rotary positions, whose cosine and sine are (B or 1, Q, dh)."""
+    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _future(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool, the later keys that a query does not see, both starting at the first query.
+
+    A few kilobytes for each number of text tokens, kept for good: captured prefills read it in place.
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(1)
+
+
+@dataclass(frozen=True)
+class RecordedAttention:
+    """What one block of the vision tower showed.
+
+    Attributes:
+        attention: (N, H, Q, 1 + T) float32, softmax attention of the recorded query positions.
+        keys: (N, H, 1 + T, dh).
+        queries: (N, H, Q, dh).
+    """
+
+    attention: Tensor
+    keys: Tensor
+    queries: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention, self.keys, self.queries
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RecordedAttention:
+        """With `change` applied to every tensor."""
+        return RecordedAttention(*map(change, self.tensors()))
+
+    @staticmethod
+    def joined(several: Sequence[RecordedAttention], join: Callable[[list[Tensor]], Tensor]) -> RecordedAttention:
+        """Several records of a block as one; `join` is torch.cat or torch.stack."""
+        parts = zip(*(r.tensors() for r in several), strict=True)
+        return RecordedAttention(*(join(list(part)) for part in parts))
+
+
+def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> RecordedAttention:
+    """Softmax attention of some query positions in a CLIP encoder layer, with keys and queries.
+
+    Args:
+        layer: CLIP encoder layer.
+        hidden: (N, 1 + T, Dv) input of the layer.
+        positions: query positions, 0 being the class token.
+    """
+    attn: Any = layer.self_attn
+    norm: Any = layer.layer_norm1
+    n, length = hidden.shape[:2]
+    states = norm(hidden)
+    keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, 1 + T, dh)
+    query = attn.q_proj(states[:, positions]).view(n, len(positions), -1, attn.head_dim).transpose(1, 2)
+    attention = (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32)
+    return RecordedAttention(attention, keys, query)
+
+
+def catch_mlp_input(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
+    """Catch the input of a decoder layer's MLP while it runs in this thread: a list of one tensor (B, L, D)."""
+    norm: Any = layer.post_attention_layernorm
+    return _output(norm, lambda x: x) if wanted else nullcontext([])
+
+
+def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractContextManager[list[Tensor]]:
+    """Catch query projections while a decoder layer runs in this thread: a list of one tensor (B, Q, H dh)."""
+    attn: Any = layer.self_attn
+    if positions is None:
+        return nullcontext([])
+    return _output(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
+
+
+@contextmanager
+def _output(module: nn.Module, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """A list that holds `pick` of the module's output after it ran in this thread; empty before."""
+    box: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:
+            box[:] = [pick(output.detach())]
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield box
+    finally:
+        hook.remove()

@@ -1,0 +1,152 @@
+"""The forward of a pruned language model: prefills with images are pruned, everything else goes the stock way."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from .compat import BaseModelOutputWithPast, DynamicCache
+from .decode import Decode
+from .prefill import Prefill
+from .prompt import Prompt, read_prompt
+from .record import Record
+from .state import RequestState, active, decode_state, hints, refuse_later_image
+
+
+def language_forward(
+    handle: Any,
+    lm: Any,
+    stock: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """LlamaModel.forward of an attached model.
+
+    Args:
+        handle: of the attachment.
+        lm: the LlamaModel.
+        stock: the forward that was there before.
+
+    Raises:
+        ValueError: for embeddings whose images are not known, and for what a sequence of changing length cannot do.
+    """
+    state, request = decode_state(past_key_values), active(handle)
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    prompt = None
+    if state is not None:
+        _refuse_mask(attention_mask)
+    elif request is not None and request.splice is not None:
+        _refuse_mask(attention_mask)
+        prompt = _prompt(request, input_ids, inputs_embeds, attention_mask, position_ids)
+    elif inputs_embeds is not None and (request is None or not request.has_ids):
+        refuse_embeddings()
+    if state is None and prompt is None:
+        return stock(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    _refuse_options(kwargs, past_key_values)
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    hidden = lm.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    use_cache = lm.config.use_cache if use_cache is None else use_cache
+    kwargs.pop("return_dict", None)
+    kwargs.pop("cache_position", None)
+    if state is not None:
+        decode = Decode(lm, state, past_key_values, attention_mask, hidden)
+        out = None if handle.engine is None else handle.engine.step(decode, past_key_values, hidden, kwargs)
+        hidden = decode.run(hidden, kwargs) if out is None else out
+    else:
+        assert prompt is not None
+        if past:
+            refuse_later_image(past)
+        _refuse_logits(prompt)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=lm.config)
+        hidden = _prefill(handle, lm, prompt, past_key_values, attention_mask, hidden, kwargs)
+    return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), past_key_values=past_key_values)
+
+
+def _prompt(
+    request: RequestState, input_ids: Any, inputs_embeds: Any, mask: Tensor | None, position_ids: Tensor | None
+) -> Prompt | None:
+    """The prompt of a request with images; None when none of them is in it."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    assert request.splice is not None
+    if given is None:
+        return None
+    splice = request.splice()
+    prompt = read_prompt(splice, *given.shape[:2], given.device, mask, position_ids, request.hints.prompts)
+    return prompt if any(prompt.n_visual) else None
+
+
+def _prefill(
+    handle: Any, lm: Any, prompt: Prompt, cache: Any, mask: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """(B, L', D) states after the last layer; the record and the decode state are published."""
+    handle.last = None  # frees what the record before holds
+    engine = handle.engine
+    with nullcontext() if engine is None else engine.on(hidden.device):
+        made = None if engine is None else engine.prefill(lm, handle, prompt, cache, hidden, kwargs)
+        if made is None:
+            kernels = None if engine is None else engine.kernels
+            prefill = Prefill(lm, handle.method, prompt, cache, mask, hidden, kernels, handle.check)
+            made = prefill.run(kwargs), prefill.decode, prefill.trace
+    hidden, state, trace = made
+    handle.last = Record(trace)
+    if cache is not None:
+        cache._llava_prune = state
+    return hidden
+
+
+def refuse_embeddings() -> NoReturn:
+    """Embeddings in place of token ids in a prefill."""
+    raise ValueError(
+        "inputs_embeds on a pruned model: embeddings do not say where an image is, and images that were encoded outside "
+        "of generate() or forward() are not pruned. Give input_ids with pixel_values (package llava: images) to "
+        "generate() or forward(), or detach the method to use embeddings"
+    )
+
+
+def refuse_labels() -> NoReturn:
+    """Labels, which count on one logit for each input id."""
+    raise ValueError(
+        "labels on a pruned model: logits are returned for the remaining tokens only, so they do not line up with the "
+        "input ids. The last n logits belong to the last n ids, n being the number of tokens after the image: compute "
+        "the loss from logits[:, -n:], or detach the method"
+    )
+
+
+def _refuse_logits(prompt: Prompt) -> None:
+    keep = hints().logits_to_keep
+    if keep > max(1, prompt.least_text):
+        raise ValueError(
+            f"logits_to_keep={keep} on a pruned model: only the {prompt.least_text} tokens after the image line up with "
+            f"the last input ids; give at most {max(1, prompt.least_text)}, or detach the method"
+        )
+
+
+def _refuse_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise ValueError("a pruned model takes a 2-D attention mask (batch, length); drop custom 4-D masks")
+
+
+def _refuse_options(kwargs: dict[str, Any], cache: Any) -> None:
+    """Errors for what a sequence of changing length cannot do, before anything runs."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name}=True: pruned layers differ in length; detach the method, or read handle.last")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(f"{type(cache).__name__} has one length for all layers; use cache_implementation='dynamic'")

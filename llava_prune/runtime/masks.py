@@ -1,0 +1,83 @@
+"""Attention masks and rotary tables of a prefill, made once for all layers that share a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import CAUSAL, create_causal_mask
+from .sequence import TokenSequence
+
+
+class Rotary:
+    """Cosine and sine of position ids, from a table made once.
+
+    Args:
+        lm: the language model.
+        hidden: (B, L, D) input embeddings; for device and dtype.
+        top: number of position ids.
+    """
+
+    def __init__(self, lm: Any, hidden: Tensor, top: int) -> None:
+        self.table: tuple[Tensor, Tensor] = lm.rotary_emb(hidden, torch.arange(top, device=hidden.device)[None])
+        self.numbered: tuple[Tensor, Tensor] | None = None  # of `TokenSequence.numbers`
+
+    def of(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+        """(B, L, dh) each, on the device of the sequence."""
+        device = sequence.positions.device
+        if self.table[0].device != device:
+            self.table, self.numbered = (self.table[0].to(device), self.table[1].to(device)), None
+        if not sequence.consecutive:
+            return self._look_up(sequence.positions)
+        assert sequence.numbers is not None
+        length = sequence.positions.shape[1]
+        if self.numbered is None or self.numbered[0].shape[1] < length:
+            self.numbered = self._look_up(sequence.numbers)
+        return self.numbered[0][:, :length], self.numbered[1][:, :length]
+
+    def _look_up(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.table
+        return cos[0][positions], sin[0][positions]
+
+
+class Masks:
+    """What decoder layers take as attention mask.
+
+    Args:
+        config: of the language model.
+        before: (1, L) bool, False on masked positions before the prompt (see `prompt.padded`); None for none.
+    """
+
+    def __init__(self, config: Any, before: Tensor | None = None) -> None:
+        self.config, self.before = config, before
+        self.causal: Tensor | None = None
+
+    def attended(self, sequence: TokenSequence) -> Tensor | None:
+        """(B, L) bool positions that may be attended to, None for all."""
+        if self.before is not None:
+            return self.before[:, : sequence.visual.shape[1]]  # the masked positions are the first and stay
+        return None if sequence.padding is None else sequence.valid
+
+    def of(self, sequence: TokenSequence, layer: int, cache: Any) -> Any:
+        """What `create_causal_mask` makes; where a backend takes that as it is, without its look at the values."""
+        backend, live = self.config._attn_implementation, self.attended(sequence)
+        if backend in CAUSAL and live is None:
+            return None
+        if backend == "flash_attention_2":
+            return live
+        if backend == "sdpa":
+            assert live is not None
+            n = live.shape[1]
+            if self.causal is None or self.causal.shape[0] < n or self.causal.device != live.device:
+                self.causal = torch.ones(n, n, dtype=torch.bool, device=live.device).tril()
+            return self.causal[:n, :n] & live[:, None, None]
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=sequence.hidden,
+            attention_mask=live,
+            past_key_values=cache,
+            position_ids=None,
+            layer_idx=layer,
+        )

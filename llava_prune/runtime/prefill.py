@@ -1,0 +1,300 @@
+"""The prefill of a pruned language model: stock decoder layers, with cuts between them.
+
+Every layer keeps its own cache length. One mask serves all layers that share a sequence. Later tokens of a request are
+the business of `decode.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Method, prunes_inside
+from ..methods.views import Spans, View
+from ..ops.selection import Cut, Positions, assemble
+from .attention import catch_mlp_input, catch_queries, decoder_attention
+from .layout import check_cut, lay_out, moved_ids, patch_table
+from .masks import Masks, Rotary
+from .patching import execution_device
+from .prompt import Prompt, after_image
+from .record import Trace
+from .sequence import TokenSequence
+from .state import DecodeState, Stage, VisionTokens
+
+
+class Prefill:
+    """A prompt on its way through the layers: `run`, or `begin`, then `layer` and `prune` for each, then `end`.
+
+    Attributes:
+        sequence: the tokens now.
+        decode: what later tokens will need.
+        trace: what the record is made of.
+        n_visual, n_other: visual and other tokens of each sample as they enter the first layer.
+
+    Args:
+        lm: the language model.
+        method: what prunes.
+        prompt: what enters.
+        cache: the KV cache, or None.
+        mask: (B, L) attention mask, or None.
+        hidden: (B, L, D) input embeddings.
+        kernels: see `View.kernels`.
+        check: verify every cut on the host.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        method: Method,
+        prompt: Prompt,
+        cache: Any,
+        mask: Tensor | None,
+        hidden: Tensor,
+        kernels: Any = None,
+        check: bool = False,
+    ) -> None:
+        self.lm, self.method, self.cache, self.kernels, self.check = lm, method, cache, kernels, check
+        self.sequence = sequence = TokenSequence.of(prompt, hidden, mask, method.positions)
+        self.n_visual, self.n_other, self.n_text = prompt.n_visual, prompt.n_other, prompt.n_text
+        self.trace = Trace()
+        end = sequence.start + prompt.valid.sum(1, keepdim=True)  # (B, 1) position of the first new token
+        self.decode = DecodeState([Stage(0, sequence.padding, sequence.length)], sequence.length, end[None])
+        self.patch_table = patch_table(prompt.images, sequence.visual, prompt.source, max(self.n_visual))
+        if prompt.images.tokens is not None:
+            self._replace_patches(prompt.images.tokens, prompt)
+        elif prompt.gaps and prunes_inside(type(method)):
+            self._drop(sequence.visual, self.n_visual)
+        more = max(0, *(n - b for n, b in zip(self.n_visual, prompt.n_visual, strict=True)))  # PruMerge+ can add one
+        self.rotary = Rotary(lm, hidden, prompt.top + more)
+        before = None
+        if prompt.pad is not None:
+            before = torch.arange(hidden.shape[1], device=hidden.device) >= prompt.pad
+        self.masks = Masks(lm.config, before)
+        self.text = self._text()
+        self.rope: tuple[Tensor, Tensor]
+        self.mask: Any
+
+    def fork(self, cache: Any) -> Prefill:
+        """A prefill that goes on from here with another cache, while this one stays; tensors are shared."""
+        fork = copy.copy(self)
+        fork.sequence, fork.rotary, fork.masks = (copy.copy(x) for x in (self.sequence, self.rotary, self.masks))
+        fork.trace = Trace(list(self.trace.entries), None, dict(self.trace.scratch))
+        fork.decode, fork.cache = copy.copy(self.decode), cache
+        return fork
+
+    # before the first layer ----------------------------------------------------------------------------------
+    def _text(self) -> Tensor:
+        """(B, Q) bool, see Spans.text; samples are right-aligned by now."""
+        visual = self.sequence.visual
+        text = after_image(visual, self.sequence.valid)[:, -self.n_text :]
+        alone = visual.any(1) & ~text.any(1)
+        text[:, -1] |= alone
+        return text
+
+    def _drop(self, live: Tensor, left: tuple[int, ...]) -> None:
+        """Keep the visual tokens that are `live`, `left` of each sample, and right-align the samples."""
+        s = self.sequence
+        lengths = [c + n for c, n in zip(self.n_other, left, strict=True)]
+        self._apply(-1, assemble(s.visual & live, s.visual, s.valid, lengths))
+        self.n_visual = left
+
+    def _replace_patches(self, tokens: VisionTokens, prompt: Prompt) -> None:
+        """The tokens that the vision side chose or merged take the places of the images."""
+        if prompt.source is None:
+            raise ValueError("a method that prunes before the language model must know the patch of each visual token")
+        s = self.sequence
+        embeds = tokens.embeds.to(s.hidden.device, s.hidden.dtype).flatten(0, 1)  # (N K, D)
+        if prompt.token is not None and prompt.live is not None:
+            s.hidden = torch.where((prompt.token >= 0)[..., None], embeds[prompt.token.clamp(min=0)], s.hidden)
+            self._drop(prompt.live, prompt.left)
+        else:
+            placed = lay_out(tokens, s.visual, prompt.source, prompt.first, prompt.ids)
+            lengths = [c + n for c, n in zip(self.n_other, placed.counts, strict=True)]
+            none, places = torch.zeros_like(s.visual), s.patch_positions(placed.ids)
+            given = embeds[placed.index]  # (B, C, D)
+            cut = assemble(none, s.visual, s.valid, lengths, given, placed.counts, placed.after)
+            self._apply(-1, cut, placed.ids, places)
+            self.n_visual = tuple(placed.counts)
+        if self.method.vision_positions == "renumber":
+            s.renumber()
+            self.decode.starts = (s.valid.sum(1, keepdim=True) + s.start)[None]
+
+    # layers --------------------------------------------------------------------------------------------------
+    def run(self, kwargs: dict[str, Any]) -> Tensor:
+        """(B, L', D) states after the last layer."""
+        self.begin()
+        for i in range(len(self.lm.layers)):
+            view = self.layer(i, kwargs)
+            if view is not None:
+                decide(self.method, i, view)
+                self.prune(i, view)
+            del view  # its tensors need not live through the next layer
+        return self.end()
+
+    def begin(self) -> None:
+        """The cut before the first layer."""
+        cut = self.method.prune(-1, self._view(None))
+        if cut is not None:
+            self._apply(-1, cut)
+        self._prepare(0)
+
+    def _prepare(self, layer: int) -> None:
+        """Rotary table and mask from `layer` on."""
+        self.rope, self.mask = self.rotary.of(self.sequence), self.masks.of(self.sequence, layer, self.cache)
+
+    def layer(self, i: int, kwargs: dict[str, Any]) -> View | None:
+        """Run one layer; what its cut is shown, None after the last."""
+        layer, layers, s = self.lm.layers[i], self.lm.layers, self.sequence
+        self.trace.entries.append((s.ids, s.visual))
+        before, rope = s.hidden, self.rope
+        spans = self._spans()
+        wanted = self.method.queries(i, spans)
+        needs_input = self.method.needs_mlp_input(i, spans)
+        with catch_mlp_input(layer, needs_input) as mlp_input, catch_queries(layer, wanted) as queries:
+            s.hidden = layer(
+                before,
+                attention_mask=self.mask,
+                position_embeddings=rope,
+                position_ids=None,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                **kwargs,
+            )
+        if s.hidden.device != before.device:  # a model spread over several devices
+            s.to(s.hidden.device)
+            self.text, before = self.text.to(s.hidden.device), before.to(s.hidden.device)
+            for name, value in self.trace.scratch.items():
+                self.trace.scratch[name] = value.to(s.hidden.device) if isinstance(value, Tensor) else value
+            self._prepare(i + 1)
+            rope = (rope[0].to(s.hidden.device), rope[1].to(s.hidden.device))
+        attended = self.masks.attended(s)
+        score = _Attention(layer, before, rope, attended, self._keys(i), queries, self.kernels)
+        if i + 1 == len(layers):
+            if prunes_inside(type(self.method)):
+                self.trace.final = _LastCut(self.method, i, score, wanted, self._view(None))
+            return None
+        following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
+        attention = None if wanted is None else score(wanted)
+        return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None)
+
+    def prune(self, i: int, view: View) -> None:
+        """The cut after a layer, for which everything is decided."""
+        cut = self.method.prune(i, view)
+        if cut is not None:
+            self._apply(i, cut)
+            self._prepare(i + 1)
+
+    def end(self) -> Tensor:
+        """(B, L', D) states; fixes the positions of new tokens."""
+        if self.method.decode == "cache":
+            self.decode.starts = torch.stack([self._cached(s) for s in self.decode.stages])
+        return self.sequence.hidden
+
+    def _cached(self, stage: Stage) -> Tensor:
+        """(B, 1) position after the tokens that the layers of a stage have cached."""
+        start = self.sequence.start
+        if stage.valid is None:
+            return start + stage.length
+        return start + stage.valid.to(start.device).long().sum(1, keepdim=True)
+
+    # helpers -------------------------------------------------------------------------------------------------
+    def _spans(self) -> Spans:
+        return Spans(self.sequence.length, self.n_text, self.text, self.n_visual, len(self.lm.layers))
+
+    def _view(
+        self,
+        attention: Tensor | None,
+        next_attention: Any = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        layer_input: Tensor | None = None,
+        mlp_input: Tensor | None = None,
+    ) -> View:
+        s = self.sequence
+        return View(
+            hidden=s.hidden,
+            visual=s.visual,
+            valid=s.valid,
+            ids=s.ids,
+            attention=attention,
+            spans=self._spans(),
+            scratch=self.trace.scratch,
+            n_other=self.n_other,
+            patch_table=self.patch_table,
+            next_attention=next_attention,
+            rope=rope,
+            layer_input=layer_input,
+            mlp_input=mlp_input,
+            kernels=self.kernels,
+        )
+
+    def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
+        """A cut; a new stage begins at layer + 1."""
+        s = self.sequence
+        if self.check:
+            check_cut(cut, s.visual, s.valid)
+        s.apply(cut, ids, places)
+        stage = Stage(layer + 1, s.padding, s.length)
+        self.decode.stages = [t for t in self.decode.stages if t.first != layer + 1] + [stage]
+
+    def _keys(self, layer: int) -> Tensor | None:
+        """Keys the layer just cached, when the cache shows them as a tensor."""
+        kept = getattr(self.cache, "layers", None)
+        keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
+        fits = isinstance(keys, Tensor) and keys.shape[2:3] == self.sequence.visual.shape[1:]
+        return keys if fits and keys.device == self.sequence.hidden.device else None  # offloaded caches are elsewhere
+
+
+def decide(method: Method, layer: int, view: View) -> None:
+    """Read the host values that a method asks for, and keep what follows from them in the scratch."""
+    values = method.host_values(layer, view)
+    if values is not None:
+        view.scratch["decision"] = method.decide(layer, values.tolist(), view)
+
+
+class _Attention:
+    """Attention of a layer at some positions, computed when called; keys and queries are what the layer made."""
+
+    def __init__(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attended: Tensor | None,
+        keys: Tensor | None = None,
+        queries: list[Tensor] | None = None,
+        kernels: Any = None,
+    ) -> None:
+        self.layer, self.hidden, self.rope, self.attended = layer, hidden, rope, attended
+        self.keys, self.queries, self.kernels = keys, queries, kernels
+
+    def __call__(self, positions: Positions) -> Tensor:
+        home = self.hidden.device
+        there = execution_device(self.layer, home)  # the next layer may be on another device
+        hidden, rope, attended = self.hidden, self.rope, self.attended
+        if there != home:
+            hidden, rope = hidden.to(there), (rope[0].to(there), rope[1].to(there))
+            attended = None if attended is None else attended.to(there)
+        queries = self.queries[0] if self.queries else None
+        return decoder_attention(
+            self.layer, hidden, rope, positions, attended, self.keys, queries, self.kernels
+        ).to(home)
+
+
+class _LastCut:
+    """The cut after the last layer. It changes no output, so it is computed only when its record is read."""
+
+    def __init__(self, method: Method, layer: int, score: _Attention, wanted: Positions | None, view: View) -> None:
+        self.method, self.layer, self.score, self.wanted, self.view = method, layer, score, wanted, view
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        view = self.view
+        view.attention = None if self.wanted is None else self.score(self.wanted)
+        decide(self.method, self.layer, view)
+        cut = self.method.prune(self.layer, view)
+        if cut is None:
+            return view.ids, view.visual
+        return moved_ids(view.ids, cut)

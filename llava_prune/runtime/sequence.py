@@ -1,0 +1,113 @@
+"""The tokens of a prefill at one layer: states, masks and position ids, and what a cut does to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..methods.views import MERGED
+from ..ops.selection import Cut, take
+from .layout import moved, moved_ids
+from .prompt import Prompt
+from .record import original_ids
+
+
+@dataclass
+class TokenSequence:
+    """B samples of L tokens, right-aligned from the first cut on.
+
+    Attributes:
+        hidden: (B, L, D).
+        visual: (B, L) bool.
+        valid: (B, L) bool, False on padding.
+        ids: (B, L) long, see `View.ids`.
+        positions: (B, L) long, position ids.
+        padding: (B, L) mask where some position is padding; None when none is, so that backends may run causally.
+        rule: what a cut does to position ids, see `Method.positions`.
+        start: (B, 1) long, where renumbered positions begin: after padding on the left, as a rule.
+        numbers: (B, n) long, renumbered positions of the longest sequence without padding, made once.
+        consecutive: whether `positions` are the first of `numbers`.
+    """
+
+    hidden: Tensor
+    visual: Tensor
+    valid: Tensor
+    ids: Tensor
+    positions: Tensor
+    padding: Tensor | None
+    rule: Literal["keep", "renumber"]
+    start: Tensor
+    numbers: Tensor | None = None
+    consecutive: bool = False
+
+    @staticmethod
+    def of(prompt: Prompt, hidden: Tensor, mask: Tensor | None, rule: Literal["keep", "renumber"]) -> TokenSequence:
+        """The sequence that enters the language model."""
+        end = (prompt.positions.masked_fill(~prompt.valid, -1)).amax(1, keepdim=True) + 1  # (B, 1)
+        return TokenSequence(
+            hidden=hidden,
+            visual=prompt.visual,
+            valid=prompt.valid,
+            ids=original_ids(prompt.visual),
+            positions=prompt.positions,
+            padding=None if prompt.full else mask,
+            rule=rule,
+            start=end - prompt.valid.sum(1, keepdim=True),
+        )
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.hidden.shape[1]
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to the device of the next layer, where a model is spread over several."""
+        if self.visual.device == device:
+            return
+        for name in ("hidden", "visual", "valid", "ids", "positions", "padding", "start", "numbers"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+
+    def apply(self, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
+        """Gather everything by a cut.
+
+        Merged tokens get the indices `ids` (B, C) and positions `places` (B, C), by default MERGED and the last visual
+        position.
+        """
+        states = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
+        self.hidden = take(states, cut.index)
+        if self.rule == "keep":
+            last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
+            self.positions = moved(self.positions, cut, last if places is None else places)
+            self.consecutive = False
+        self.ids, self.visual = moved_ids(self.ids, cut, MERGED if ids is None else ids)
+        length = cut.index.shape[1]
+        if cut.valid is not None:
+            self.valid = cut.valid
+        elif self.padding is None and length <= self.valid.shape[1]:
+            self.valid = self.valid[:, :length]  # no padding before, none now
+        else:
+            self.valid = torch.ones_like(self.visual)
+        self.padding = cut.valid
+        if self.rule == "renumber":
+            self.renumber()
+
+    def renumber(self) -> None:
+        """Position ids without gaps. Without padding they are the first of a sequence that is made once."""
+        self.consecutive, length = self.padding is None, self.valid.shape[1]
+        if not self.consecutive:
+            self.positions = (self.valid.cumsum(1) - 1 + self.start).clamp(min=0)
+            return
+        if self.numbers is None or self.numbers.shape[1] < length:
+            self.numbers = (torch.arange(length, device=self.valid.device) + self.start).clamp(min=0)
+        self.positions = self.numbers[:, :length]
+
+    def patch_positions(self, ids: Tensor) -> Tensor:
+        """(B, C) position ids of the patches `ids`; a token without one has that of the image's last token."""
+        order = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices
+        last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
+        there = self.positions.gather(1, order.gather(1, ids.clamp(0, order.shape[1] - 1)))
+        return torch.where(ids >= 0, there, last)

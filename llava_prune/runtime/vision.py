@@ -1,0 +1,280 @@
+"""Hooks between vision tower and language model: recorded attention, `prune_vision`, and what replaces the patches.
+
+The package always gets the true image features from the projector. What a method chooses or merges is kept beside them
+and takes the place of the patches at the entry of the language model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Method, prunes_before
+from ..methods.views import VisionCut, VisionView
+from ..ops.selection import take
+from .attention import tower_attention
+from .merging import Merging, Tower, merges_of, merging_block, variant_of
+from .patching import replace_method
+from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, active, known_sizes, tower_pass
+
+
+def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Patches more than about one patch outside an image that was padded to a square.
+
+    Source: official evaluation code. S is the longer side, b = floor((S + 23) / 24) pixels of border stay
+    unmasked; cell i reads pixel floor(i S / 24) (24 being the grid's side).
+
+    Args:
+        size: (width, height) of the image.
+        grid: (rows, columns) of patches, equal numbers.
+
+    Returns:
+        (rows, columns) bool, True on padding.
+    """
+    width, height = size
+    side, cells = max(width, height), grid[0]
+    mask = torch.zeros(grid, dtype=torch.bool)
+    if width == height:
+        return mask
+    border = (side + cells - 1) // cells
+    gap = abs(width - height) // 2
+    low, high = max(gap - border, 0), min((width + height) // 2 + border, side)
+    pixel = torch.arange(cells) * side // cells
+    outside = (pixel < low) | (pixel >= high)
+    return outside[:, None].expand(grid).clone() if width > height else outside[None].expand(grid).clone()
+
+
+def batch_padding(sizes: Sizes | None, n: int, grid: tuple[int, int]) -> Tensor | None:
+    """(N, T) bool of `padding_mask`, None when the sizes are unknown.
+
+    N may be a multiple of the number of sizes: beams encode every image several times.
+
+    Raises:
+        ValueError: when the sizes do not fit the number of images.
+    """
+    if sizes is None or grid[0] != grid[1]:
+        return None
+    if not sizes or n % len(sizes):
+        raise ValueError(f"{len(sizes)} image sizes for {n} images; give one (width, height) for each image")
+    masks = torch.stack([padding_mask(s, grid).flatten() for s in sizes])  # (sizes, T)
+    return masks.repeat_interleave(n // len(sizes), 0)
+
+
+class VisionHooks:
+    """Hooks on the tower's blocks and on the projector. One instance an attachment; holds no state of a request.
+
+    Args:
+        handle: of the attachment.
+        method: what prunes.
+        tower: what the model has.
+
+    Raises:
+        ValueError: when the method needs what the tower does not have.
+    """
+
+    def __init__(self, handle: Any, method: Method, tower: Tower) -> None:
+        self.handle, self.method, self.tower = handle, method, tower
+        check_requirements(method, tower)
+        self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
+        self.merges = merges_of(method, tower)
+        self.variant = variant_of(method, tower)
+        self.acts = prunes_before(type(method))
+        late = [b for b in self.queries if not 0 <= b < tower.depth]
+        if late:
+            raise ValueError(
+                f"{method!r} reads block {late[0]} of the vision tower, which has {tower.depth} blocks and takes its "
+                f"features after block {tower.feature_layer}; use a checkpoint that takes them after an earlier block"
+            )
+
+    def install(self, tower: Any, blocks: Any, projector: Any) -> list[Any]:
+        """Put all hooks in place; returns what removes them. """
+        if not self.acts:
+            return []
+        undo: list[Any] = [tower.register_forward_pre_hook(self.start)]
+        layers = blocks
+        undo += record_attention(layers, self.queries, self.tower.feature_layer)
+        undo += [
+            replace_method(layers[block], "forward", _merging_forward, self, layers[block], block, count)
+            for block, count in enumerate(self.merges)
+        ]
+        undo.append(projector.register_forward_pre_hook(self.before_projector))
+        undo.append(projector.register_forward_hook(self.after_projector))
+        return undo
+
+    def start(self, module: Any = None, args: Any = None) -> None:
+        """Tower pre-hook: the first pass in a request is that of its images; later ones are left alone."""
+        request = active(self.handle)
+        if request is not None and request.images is None:
+            request.images = ImageState(TowerPass(self.queries))
+
+    def _encoding(self) -> ImageState | None:
+        """The images of the open request, while they are being encoded."""
+        request = active(self.handle)
+        images = None if request is None else request.images
+        return images if images is not None and not images.encoded else None
+
+    def before_projector(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """Projector pre-hook: ask the method; tokens that are not patches are projected after the patches."""
+        images, request = self._encoding(), active(self.handle)
+        if images is None or request is None or images.tower is None:
+            return None
+        features: Tensor = args[0]
+        merging = images.tower.merging
+        expected = self.tower.patches if merging is None else merging.size.shape[1] - 1
+        if features.shape[1] != expected:
+            raise ValueError(
+                f"the projector got {features.shape[1]} features of each image in place of {expected}; the feature "
+                "selection must be 'patch' (package llava) or 'default' (transformers)"
+            )
+        view = self._view(images.tower, features, request)
+        answer = self.method.prune_vision(view)
+        images.patch_values = view.patch_values
+        if answer is None:
+            if merging is not None:
+                raise ValueError(f"{self.method!r} merges in the vision tower, so prune_vision must return its tokens")
+            return None
+        index, ids, counts = compact(answer, self.tower.patches)
+        images.chosen = Chosen(index, ids, counts, answer.by_canvas, answer.ids is None)
+        if answer.features is features:
+            return None
+        images.chosen.index = features.shape[1] + torch.arange(index.shape[1], device=index.device).expand_as(index)
+        return (torch.cat([features, take(answer.features, index).to(features)], 1),)
+
+    def _view(self, found: TowerPass, features: Tensor, request: RequestState) -> VisionView:
+        there, n = features.device, features.shape[0]
+        recorded = {b: found.attention[b] for b in self.queries}  # an image cache brings those of other methods, too
+        grid = self.tower.grid
+
+        def padding() -> Tensor | None:
+            mask = batch_padding(known_sizes(request.hints), n, grid) if self.tower.padded else None
+            return None if mask is None else mask.to(there, non_blocking=True)
+
+        return VisionView(
+            features=features,
+            attention={b: r.attention.to(there) for b, r in recorded.items()},
+            keys={b: r.keys for b, r in recorded.items()},
+            grid=grid,
+            queries={b: r.queries for b, r in recorded.items()},
+            cls=None if found.cls is None else found.cls.to(there),
+            groups=None if found.merging is None else found.merging.groups[:, 1:].to(there) - 1,
+            crops=self.tower.crops,
+            feature_layer=self.tower.feature_layer,
+            find_padding=padding,
+        )
+
+    def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Projector hook: keep the tokens of the method, hand the package the features of all patches."""
+        images = self._encoding()
+        if images is None or images.tower is None:
+            return None
+        merging, chosen = images.tower.merging, images.chosen
+        images.tower, images.chosen, images.encoded = None, None, True
+        if chosen is None:
+            return None
+        layout = [(1, 0, 0)] * len(chosen.counts)
+        embeds = take(output, chosen.index.to(output.device))  # (N, K, D)
+        images.tokens = VisionTokens(
+            embeds, chosen.ids, chosen.counts, self.tower.grid, chosen.by_canvas, chosen.packed, layout
+        )
+        if merging is not None:  # each patch shows the token that it was merged into
+            return take(output, merging.groups[:, 1:].to(output.device) - 1)
+        return output[:, : self.tower.patches]
+
+
+def check_requirements(method: Method, tower: Tower) -> None:
+    """Refuse a method that needs what the vision tower does not have.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    name = method.name or repr(method)
+    if "class token" in method.requires and not tower.class_token:
+        raise ValueError(
+            f"{name} needs the class token of a CLIP tower; this tower is {tower.kind}, which has none. Use a method "
+            "that does not look at the tower, as fastv, pdrop, sparsevlm, vtw or uniform"
+        )
+    if "whole images" in method.requires and tower.crops > 1:
+        raise ValueError(
+            f"{name} cannot work on images in crops (LLaVA-NeXT's anyres); use a checkpoint that sees images whole, or "
+            "another method"
+        )
+    if not prunes_before(type(method)):
+        return
+    if tower.feature_layer < 0:
+        raise ValueError(
+            f"{name} works on patch features of a single layer, and this model joins those of several "
+            "(vision_feature_layer is a list); use a method that works inside the language model"
+        )
+    if tower.features != tower.patches:
+        raise ValueError(
+            f"{name} works on patch features, and this model's feature selection gives {tower.features} features for "
+            f"{tower.patches} patches; it must be 'patch' (package llava) or 'default' (transformers)"
+        )
+
+
+def record_attention(blocks: Any, queries: dict[int, list[int]], feature_layer: int) -> list[Any]:
+    """Hooks that record attention of the tower wherever a `TowerPass` asks for it; returns what removes them."""
+    hooks = [
+        blocks[block].register_forward_pre_hook(functools.partial(_record, block), with_kwargs=True)
+        for block in queries
+    ]
+    if queries:
+        hooks.append(blocks[feature_layer].register_forward_hook(_record_class_token))
+    return hooks
+
+
+def _record(block: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Block pre-hook."""
+    found = tower_pass()
+    if found is None or block not in found.queries or block in found.attention:
+        return
+    hidden = args[0] if args else kwargs["hidden_states"]
+    found.attention[block] = tower_attention(module, hidden.detach(), found.queries[block])
+
+
+def _record_class_token(module: Any, args: Any, output: Any) -> None:
+    """Hook of the feature block: the class token's feature, which the packages drop."""
+    found = tower_pass()
+    if found is not None and found.cls is None:
+        found.cls = (output[0] if isinstance(output, tuple) else output)[:, 0].detach()
+
+
+def _merging_forward(
+    hooks: VisionHooks, layer: Any, block: int, count: int, stock: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Forward of a block that merges for the request of its attachment, and is the stock block otherwise."""
+    found = tower_pass() if active(hooks.handle) is not None else None
+    if found is None or not found.merges:
+        out: Tensor = stock(hidden_states, *args, **kwargs)
+        return out
+    if block == 0:
+        found.merging = Merging.fresh(*hidden_states.shape[:2], hidden_states.device)
+    assert found.merging is not None
+    return merging_block(layer, hooks.method, count, found.merging, hidden_states)
+
+
+def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Positions (N, K') of the live tokens of a `VisionCut`, their patches (N, K'), and how many each image has.
+
+    Reads from the device once, unless the cut has its counts.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    n, k = cut.live.shape
+    if cut.features.shape[:2] != (n, k) or (cut.ids is None and k != patches):
+        raise ValueError(
+            f"VisionCut: live is {(n, k)}, features {tuple(cut.features.shape)}; without ids give {patches} tokens"
+        )
+    index = torch.arange(k, device=cut.live.device).expand(n, k)
+    ids = index if cut.ids is None else cut.ids
+    counts = cut.live.sum(1).tolist() if cut.counts is None else list(cut.counts)
+    if len(counts) != n:
+        raise ValueError(f"VisionCut: {len(counts)} counts for {n} images or crops")
+    if all(c == k for c in counts):
+        return index, ids, counts
+    order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
+    return order, ids.gather(1, order), counts

@@ -1,0 +1,304 @@
+"""Checkpoints of both formats, whole and broken. Nothing here may run code from a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llava_prune
+from llava_prune.models.base import block_index, family_of
+from llava_prune.models.checkpoint import rename
+from llava_prune.models.load import SMALL, pick_dtype, weight_bytes
+from tests import models
+
+FAMILIES = ["llava", "hf"]
+Copy = Callable[[], Path]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_checkpoint(tmp_path_factory.mktemp("stored") / "tiny")
+
+
+@pytest.fixture
+def copied(stored: Path, tmp_path: Path) -> Path:
+    """A checkpoint to break."""
+    return Path(shutil.copytree(stored, tmp_path / "tiny"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change entries of config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def load(folder: Path, family: str) -> Any:
+    return llava_prune.load(folder, family=family, dtype="float32", device="cpu")
+
+
+def as_published(folder: Path) -> None:
+    """As liuhaotian/llava-v1.5-7b comes: two pickled shards with an index, rotary buffers, the tower by hub id."""
+    state = load_file(folder / "model.safetensors")
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(models.LAYERS)}
+    names = sorted(state, key=lambda n: n.startswith(("model.mm_projector", "lm_head", "model.layers.5")))
+    cut = len(names) * 2 // 3
+    where = {}
+    for i, part in enumerate((names[:cut], names[cut:]), start=1):
+        file = f"pytorch_model-{i:05d}-of-00002.bin"
+        torch.save({n: state[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors").unlink()
+    tower = "openai/clip-vit-large-patch14-336"
+    (folder / "openai").mkdir()
+    (folder / "clip").rename(folder / tower)
+    old = {"model_type": "llava", "mm_vision_tower": tower, "transformers_version": "4.31.0", "mm_hidden_size": 64}
+    edit(
+        folder, **old, freeze_mm_mlp_adapter=False, pretraining_tp=1, rope_scaling=None, unfreeze_mm_vision_tower=False
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickled_shards_load_as_safetensors_do(family: str, copied: Path, tiny_models: Any, logits: Any) -> None:
+    as_published(copied)
+    got = load(copied, family)
+    assert got.family == family and got.tokenizer is None and got.n_visual == models.PATCHES
+    given = models.inputs(got.model, [models.prompt(4, 5)], models.pictures(1))
+    assert torch.equal(logits(got.model, given), logits(tiny_models[family], given))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_in_the_checkpoint_wins(family: str, copied: Path, tiny_models: Any, logits: Any) -> None:
+    """Models that were trained with their tower unfrozen carry it."""
+    state = load_file(copied / "model.safetensors")
+    for name, value in models.tower(77).state_dict().items():
+        state[f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = value
+    save_file(state, copied / "model.safetensors", {"format": "pt"})
+    edit(copied, unfreeze_mm_vision_tower=True)
+    got = load(copied, family).model
+    given = models.inputs(got, [models.prompt(4, 5)], models.pictures(1))
+    other = models.tiny_hf()
+    tower = models.tower(77).state_dict()
+    assert other.model.vision_tower.load_state_dict(tower, strict=False).unexpected_keys == []
+    assert torch.equal(
+        logits(got, given), logits(other, models.inputs(other, [models.prompt(4, 5)], models.pictures(1)))
+    )
+    assert not torch.equal(logits(got, given), logits(tiny_models[family], given))
+
+
+def test_names_of_tensors() -> None:
+    table = {
+        "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "model.layers.31.mlp.up_proj.weight": "model.language_model.layers.31.mlp.up_proj.weight",
+        "model.norm.weight": "model.language_model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.image_newline": "model.image_newline",
+        "model.mm_projector.0.weight": "model.multi_modal_projector.linear_1.weight",
+        "model.mm_projector.2.bias": "model.multi_modal_projector.linear_2.bias",
+    }
+    assert {old: rename(old) for old in table} == table
+
+
+def test_placeholder_is_one_past_the_vocabulary(stored: Path) -> None:
+    got = load(stored, "hf").model
+    assert got.config.image_token_id == models.VOCAB
+    assert got.lm_head.weight.shape[0] == models.VOCAB
+    assert got.get_input_embeddings().num_embeddings == models.VOCAB + 1
+
+
+def test_auto_is_llava_for_its_own_format(stored: Path) -> None:
+    assert load(stored, "auto").family == "llava"
+
+
+def test_transformers_format(stored: Path, tmp_path: Path, tiny_models: Any, logits: Any) -> None:
+    """As llava-hf publishes: own names, a larger vocabulary with the placeholder in it."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    text = LlamaConfig(**{k: models.config()[k] for k in keys}, vocab_size=192, max_position_embeddings=4096)
+    config = LlavaConfig(
+        vision_config=models.tower().config, text_config=text, image_token_id=150, vision_feature_layer=-2
+    )
+    model = LlavaForConditionalGeneration(config)
+    state = {rename(k): v for k, v in models.llm_state().items()}
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], torch.zeros(64, models.WIDTH)])
+    state |= {f"model.vision_tower.{k}": v for k, v in models.tower(1).state_dict().items()}
+    model.load_state_dict(state)
+    model.save_pretrained(tmp_path / "hf")
+    got = load(tmp_path / "hf", "auto")
+    assert got.family == "hf" and got.image_processor is None and got.model.config.image_token_id == 150
+    twin = tiny_models["hf"]
+    rows, pixels = [models.prompt(4, 5)], models.pictures(1)
+    a = logits(got.model, models.inputs(got.model, rows, pixels))[:, : models.VOCAB]
+    assert torch.allclose(a, logits(twin, models.inputs(twin, rows, pixels)), atol=1e-5)
+    with pytest.raises(ValueError, match="family='hf'"):
+        load(tmp_path / "hf", "llava")
+    weights = next((tmp_path / "hf").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="truncated|incomplete|corrupt"):
+        load(tmp_path / "hf", "hf")
+
+
+# broken checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestBroken:
+    def test_cut_off_safetensors(self, family: str, copied: Path) -> None:
+        file = copied / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-500])
+        with pytest.raises(ValueError, match="truncated"):
+            load(copied, family)
+
+    def test_cut_off_pickle(self, family: str, copied: Path) -> None:
+        as_published(copied)
+        file = copied / "pytorch_model-00002-of-00002.bin"
+        file.write_bytes(file.read_bytes()[:-500])
+        with pytest.raises(ValueError, match="tiny"):
+            load(copied, family)
+
+    def test_no_weight_file_at_all(self, family: str, copied: Path) -> None:
+        (copied / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match="no weights"):
+            load(copied, family)
+
+    def test_not_weights(self, family: str, copied: Path) -> None:
+        (copied / "model.safetensors").write_text("<html>404</html>" * 50)
+        with pytest.raises(ValueError, match="tiny"):
+            load(copied, family)
+
+    def test_code_in_a_pickle_does_not_run(self, family: str, copied: Path, tmp_path: Path) -> None:
+        (copied / "model.safetensors").unlink()
+        proof = tmp_path / "ran"
+        torch.save({"model.norm.weight": torch.ones(64), "x": Touch(str(proof))}, copied / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="tiny"):
+            load(copied, family)
+        assert not proof.exists()
+
+    def test_shard_that_is_not_there(self, family: str, copied: Path) -> None:
+        as_published(copied)
+        (copied / "pytorch_model-00002-of-00002.bin").unlink()
+        with pytest.raises(ValueError, match=r"1 of 2 weight files missing, first pytorch_model-00002"):
+            load(copied, family)
+
+    def test_tensor_that_is_not_there(self, family: str, copied: Path) -> None:
+        state = load_file(copied / "model.safetensors")
+        del state["model.layers.3.mlp.up_proj.weight"], state["model.mm_projector.2.bias"]
+        save_file(state, copied / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match="2 tensors are missing"):
+            load(copied, family)
+
+    def test_tensor_of_another_size(self, family: str, copied: Path) -> None:
+        edit(copied, intermediate_size=96)
+        with pytest.raises(ValueError, match="tiny"):
+            load(copied, family)
+
+    def test_tower_that_is_not_there(self, family: str, copied: Path) -> None:
+        edit(copied, mm_vision_tower="/nowhere/clip")
+        with pytest.raises(ValueError, match="/nowhere/clip"):
+            load(copied, family)
+
+    @pytest.mark.parametrize("content", ['{"model_type": "bert"}', "[1]", "{", "\xff\xfe"])
+    def test_foreign_or_broken_config(self, family: str, content: str, copied: Path) -> None:
+        (copied / "config.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load(copied, family)
+
+    def test_no_config(self, family: str, copied: Path) -> None:
+        (copied / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"no config\.json"):
+            load(copied, family)
+
+
+class Touch:
+    """Writes a file when it is unpickled by a loader that runs code."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "one", "a/b/c"])
+def test_folder_that_is_not_there(path: str) -> None:
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        llava_prune.load(path)
+
+
+def test_arguments_are_checked(stored: Path) -> None:
+    with pytest.raises(ValueError, match="family='both'"):
+        llava_prune.load(stored, family="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        llava_prune.load(stored, family="hf", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, torch.float32), (SMALL - 1, torch.float32), (SMALL, torch.bfloat16)]
+)
+def test_small_checkpoints_are_computed_in_float32_on_a_cpu(size: int, expected: torch.dtype) -> None:
+    """Whatever half precision they are stored in; a GPU takes them as they are."""
+    for stored in ("float16", "bfloat16"):
+        assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cpu"), size) is expected
+        assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cuda"), size) is getattr(torch, stored)
+    assert pick_dtype("bfloat16", {"torch_dtype": "float16"}, torch.device("cpu"), size) is torch.bfloat16
+
+
+def test_the_weight_files_are_weighed(tmp_path: Path) -> None:
+    """Both formats, and nothing else."""
+    for name, size in (("model-00001.safetensors", 5), ("pytorch_model.bin", 7), ("config.json", 100)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weight_bytes(tmp_path) == 12
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored_as", "device", "expected"),
+    [
+        (None, "float16", "cpu", torch.bfloat16),
+        (None, "float16", "cuda", torch.float16),
+        (None, "torch.float32", "cpu", torch.float32),
+        ("auto", "bfloat16", "cpu", torch.bfloat16),
+        ("fp16", "float32", "cpu", torch.float16),
+        (torch.float64, "float32", "cpu", torch.float64),
+        (None, None, "cuda", torch.float16),
+    ],
+)
+def test_dtype(asked: Any, stored_as: Any, device: str, expected: torch.dtype) -> None:
+    assert pick_dtype(asked, {"torch_dtype": stored_as}, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(("layer", "depth", "block"), [(-2, 24, 22), (-1, 24, 23), (1, 4, 0), (4, 4, 3)])
+def test_feature_layers(layer: int, depth: int, block: int) -> None:
+    assert block_index(layer, depth) == block
+
+
+@pytest.mark.parametrize("layer", [0, 5, -5])
+def test_feature_layers_that_no_block_makes(layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer} is no output"):
+        block_index(layer, 4)
+
+
+def test_foreign_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="Linear is no LLaVA"):
+        family_of(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Linear is no LLaVA"):
+        llava_prune.attach(torch.nn.Linear(2, 2), "full")
+
+
+@pytest.mark.parametrize("method", [3, None, llava_prune.Method])
+def test_what_is_no_method_is_refused(method: Any, tiny_models: Any) -> None:
+    with pytest.raises(ValueError, match="neither a method's name nor a Method"):
+        llava_prune.attach(tiny_models["hf"], method)
+
+
+def test_hyper_parameters_go_with_a_name(tiny_models: Any) -> None:
+    with pytest.raises(ValueError, match="built already"):
+        llava_prune.attach(tiny_models["hf"], llava_prune.build("full"), tokens=3)
