@@ -13,145 +13,174 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
+from . import __version__, arguments
+from .arguments import DATA, RESULTS, TINY
 
-from . import arguments
+if TYPE_CHECKING:  # commands import what they need: --help stays quick
+    from rich.console import Console
+    from rich.table import Table
+
+ENVIRONMENT = "The flags under 'settings' can also be set by environment variables of the same name in capitals."
+
+
+# parsers ----------------------------------------------------------------------------------------------------------
 
 
 def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
-    from .eval.plan import DATA, RESULTS, TINY
-
     p = commands.add_parser(
         "eval",
-        help="run a benchmark, pruned beside unpruned",
-        epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
+        help="evaluate benchmarks, pruned and unpruned",
+        epilog=ENVIRONMENT,
     )
-    p.add_argument("task", help="benchmark, a list a,b, or all: every one whose data are there")
+    p.add_argument("task", help="benchmark, a list a,b, or all for every benchmark whose data are present")
     e = p.add_argument_group("settings")
 
     flag = functools.partial(arguments.flag, e, env)
-    flag("model", TINY, "folder or hub id, in either format")
-    flag("method", "autoprune", "method, list a,b, or all; your own as file.py:name", type=arguments.names)
-    flag("tokens", "64", "visual token budget or list 192,128,64", type=arguments.counts)
-    flag("data", DATA, "folder with the benchmark's files; LLaVA's playground/data/eval works")
+    flag("model", TINY, "checkpoint folder or hub id, in either format")
+    flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
+    flag("tokens", "64", "visual token budget, or a list 192,128,64", type=arguments.counts)
+    flag("data", DATA, "folder with the benchmark's files, e.g. LLaVA's playground/data/eval")
     flag("family", "auto", "auto, llava or hf")
-    flag("batch", "auto", "samples at once, halved when memory runs out; auto: by free memory", type=arguments.batch)
-    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
-    flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
+    flag("batch", "auto", "batch size, halved when memory runs out; auto chooses by free memory", type=arguments.batch)
+    flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
+    flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
-    flag("out", None, f"folder of the results; default {RESULTS}/TASK/MODEL")
-    flag("limit", None, "only the first so many questions", type=arguments.positive)
-    flag("seed", "0", "of sampling and of methods that draw", type=int)
-    flag("num-chunks", "1", "cut the questions into so many contiguous parts", type=arguments.positive)
-    flag("chunk-idx", "0", "the part to run; the last to end joins the answers", type=int)
-    flag("method-args", "", "hyper-parameters, e.g. mi_scale=8,k0=0.3", type=arguments.hyper)
+    flag("out", None, f"folder for the results; default {RESULTS}/TASK/MODEL")
+    flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.positive)
+    flag("seed", "0", "random seed of sampling, and of methods that draw", type=int)
+    flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
+    flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=int)
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
-    p.add_argument("--json", action="store_true", help="print the results as JSON, nothing else")
+    _add_json(p)
     p.set_defaults(run=_eval)
 
 
 def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     p = commands.add_parser(
         "bench",
-        help="time and memory, pruned beside unpruned in turn",
-        epilog="Every flag of the first group can be set by the environment variable of the same name in capitals.",
+        help="measure time and memory of pruned and unpruned requests, in turn",
+        epilog=ENVIRONMENT,
     )
-    flag = functools.partial(arguments.flag, p.add_argument_group("settings"), env)
-    flag("model", None, "folder or hub id; without it a random model of the shape")
-    flag("shape", "300m", "random model: tiny, 300m, 7b, 13b, next-7b")
-    flag("method", "autoprune", "method or list a,b; your own as file.py:name", type=arguments.names)
-    flag("tokens", "192,128,64", "visual token budget or list", type=arguments.counts)
-    flag("batch", "1", "samples at once or list", type=arguments.counts)
-    flag("text", "84", "text tokens of a prompt or list; the picture's come on top", type=arguments.counts)
-    flag("new", "8", "new tokens of a request", type=arguments.positive)
-    flag("repeats", "5", "pairs of an unpruned and a pruned request", type=arguments.positive)
-    flag("warmup", "1", "pairs before the count", type=int)
-    flag("family", "auto", "auto, llava or hf (with a model)")
-    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    flag("model", None, "checkpoint folder or hub id; default a random model of SHAPE")
+    flag("shape", "300m", "size of the random model: tiny, 300m, 7b, 13b or next-7b")
+    flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
+    flag("tokens", "192,128,64", "visual token budget, or a list", type=arguments.counts)
+    flag("batch", "1", "batch size, or a list", type=arguments.counts)
+    flag("text", "84", "text tokens of a prompt, or a list; visual tokens are not counted", type=arguments.counts)
+    flag("new", "8", "new tokens of a request, at least 2", type=arguments.positive)
+    flag("repeats", "5", "timed pairs of an unpruned and a pruned request", type=arguments.positive)
+    flag("warmup", "1", "pairs that run before the timed ones", type=int)
+    flag("family", "auto", "auto, llava or hf; for a MODEL only")
+    flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
-    flag("threads", None, "of the CPU", type=arguments.positive)
-    flag("method-args", "", "hyper-parameters, e.g. slope_step=0.05", type=arguments.hyper)
-    flag("text-step", None, "with --graphs: round the text rows up to multiples", type=arguments.positive)
-    flag("seed", "0", "of weights, prompts and pictures", type=int)
-    flag("out", None, "folder of the results; default playground/results/bench/SHAPE or MODEL")
+    flag("threads", None, "CPU threads; default torch's choice", type=arguments.positive)
+    arguments.add_method_args(e, env, "slope_step=0.05")
+    flag("text-step", None, "experimental, with --graphs: round text lengths up to multiples", type=arguments.positive)
+    flag("seed", "0", "random seed of weights, prompts and images, and of methods that draw", type=int)
+    flag("out", None, f"folder for the results; default {RESULTS}/bench/SHAPE or {RESULTS}/bench/MODEL")
     p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    p.add_argument("--graphs", action="store_true", help="replay pruned requests as CUDA graphs, see attach")
-    p.add_argument("--fused", action="store_true", help="cuts by Triton kernels, see attach")
-    p.add_argument("--profile", action="store_true", help="write a trace of a pruned prefill each")
-    p.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    p.add_argument("--graphs", action="store_true", help="experimental, not tested: replay CUDA graphs")
+    p.add_argument("--fused", action="store_true", help="experimental, not tested: Triton kernels for the cuts")
+    p.add_argument("--profile", action="store_true", help="write a profiler trace of one pruned prefill of each run")
+    _add_json(p)
     p.set_defaults(run=_bench)
 
 
-def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
-    from .eval.plan import DATA
+def _add_data(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser("score", help="score an answer file")
+    p.add_argument("task", help="benchmark, e.g. gqa")
+    p.add_argument("--answers", required=True, type=Path, help="answer file: JSON lines with LLaVA's fields")
+    p.add_argument("--data", type=Path, help="the benchmark's folder in LLaVA's layout")
+    p.add_argument("--questions", type=Path, help="question file instead of DATA's; only its questions are scored")
+    p.add_argument("--annotations", type=Path, help="annotation file (a folder for POPE and MME) instead of DATA's")
+    p.add_argument("--export", type=Path, help="folder for the official formats; default beside the answers")
+    _add_json(p)
+    p.set_defaults(run=_score)
+    p = commands.add_parser("data", help="list the files of a benchmark, and where the missing ones are published")
+    p.add_argument("task", help="benchmark, or all")
+    p.add_argument("--data", type=Path, default=env.get("DATA") or DATA, help=f"folder, see eval (default {DATA})")
+    p.add_argument("--download", action="store_true", help="fetch missing files; an interrupted download resumes")
+    _add_json(p)
+    p.set_defaults(run=_data)
 
+
+def _add_methods(commands: Any) -> None:
+    p = commands.add_parser("methods", help="compare methods: hyper-parameters, tokens of every layer, cost, origin")
+    what = "method, preset, composition or file.py:name, a list of them, or all (default all)"
+    p.add_argument("--method", type=arguments.names, default=["all"], help=what)
+    text = "visual token budget, or a list 192,128,64 (default 64)"
+    p.add_argument("--tokens", type=arguments.counts, default=[64], help=text)
+    _add_size(p)
+    p.set_defaults(run=_methods)
+    p = commands.add_parser("flops", help="FLOPs by equation (2) under each way of counting tokens")
+    text = "visual token budget, or a list (default 192,128,64)"
+    p.add_argument("--tokens", type=arguments.counts, default=[192, 128, 64], help=text)
+    text = "slopes of AutoPrune's retention curve (default 0,0.1,0.2)"
+    p.add_argument("--slope", type=arguments.floats, default=[0.0, 0.1, 0.2], help=text)
+    text = "published percentages, one for each budget: find the text length that gives them"
+    p.add_argument("--published", type=arguments.floats, default=[], help=text)
+    _add_size(p)
+    p.set_defaults(run=_flops)
+
+
+def _add_run(commands: Any) -> None:
+    p = commands.add_parser("run", help="run a program of package llava, unchanged, with its model pruned")
+    text = "method, or file.py:name (default autoprune)"
+    p.add_argument("--method", default="autoprune", type=arguments.method, help=text)
+    text = "visual token budget (default the method's own)"
+    p.add_argument("--tokens", type=arguments.positive, default=None, help=text)
+    arguments.add_method_args(p, {}, "mi_scale=8,k0=0.3", "--hyper")
+    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
+    p.set_defaults(run=_run)
+
+
+def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-prune", description="Visual token pruning for LLaVA.")
+    parser.add_argument("--version", action="version", version=f"llava-prune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_eval(commands, env)
     _add_bench(commands, env)
-    p = commands.add_parser("score", help="score an answer file")
-    p.add_argument("task", help="benchmark, e.g. gqa")
-    p.add_argument("--answers", required=True, type=Path, help="answer file (JSON lines, LLaVA's fields)")
-    p.add_argument("--data", type=Path, help="the benchmark's folder in LLaVA's layout")
-    p.add_argument("--questions", type=Path, help="question file in place of DATA's: only its questions are scored")
-    p.add_argument("--annotations", type=Path, help="annotation file (POPE, MME: folder) in place of DATA's")
-    p.add_argument("--export", type=Path, help="folder for the official formats (default: beside the answers)")
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(run=_score)
-    p = commands.add_parser("data", help="which files of a benchmark are there, and where the rest is published")
-    p.add_argument("task", help="benchmark, or all")
-    p.add_argument("--data", type=Path, default=env.get("DATA") or DATA, help=f"see eval (default {DATA})")
-    p.add_argument("--download", action="store_true", help="fetch what is missing; goes on where it was")
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(run=_data)
-    p = commands.add_parser(
-        "methods", help="methods side by side: hyper-parameters, tokens of every layer, cost, origin"
-    )
-    p.add_argument(
-        "--method",
-        type=arguments.names,
-        default=["all"],
-        help="names, presets, compositions, file.py:name (default all)",
-    )
-    p.add_argument("--tokens", type=arguments.counts, default=[64], help="budget or list 192,128,64 (default 64)")
-    _add_size(p)
-    p.set_defaults(run=_methods)
-    p = commands.add_parser("run", help="run a program of package llava with its model pruned, unchanged")
-    p.add_argument("--method", default="autoprune", type=arguments.method, help="or file.py:name (default autoprune)")
-    p.add_argument(
-        "--tokens", type=arguments.positive, default=None, help="budget (the method's default where not given)"
-    )
-    p.add_argument("--hyper", type=arguments.hyper, action="append", default=[], metavar="NAME=VALUE")
-    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
-    p.set_defaults(run=_run)
-    p = commands.add_parser("flops", help="FLOPs by equation (2) under each way of counting")
-    p.add_argument("--tokens", type=arguments.counts, default=[192, 128, 64])
-    p.add_argument("--slope", type=arguments.floats, default=[0.0, 0.1, 0.2], help="slopes of AutoPrune's curve")
-    p.add_argument(
-        "--published", type=arguments.floats, default=[], help="percentages, one a budget: find the text length"
-    )
-    _add_size(p)
-    p.set_defaults(run=_flops)
+    _add_data(commands, env)
+    _add_methods(commands)
+    _add_run(commands)
     return parser
+
+
+def _add_json(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
 
 
 def _add_size(p: argparse.ArgumentParser) -> None:
     """Flags of a model's size; the defaults are LLaVA-1.5-7B's."""
-    for name, value in (("layers", 32), ("hidden", 4096), ("intermediate", 11008), ("visual", 576)):
-        p.add_argument(f"--{name}", type=arguments.positive, default=value, help=f"default {value}")
+    sizes = {"layers": (32, "decoder layers"), "hidden": (4096, "hidden size"), "intermediate": (11008, "MLP size")}
+    sizes["visual"] = 576, "visual tokens before pruning"
+    for name, (value, text) in sizes.items():
+        p.add_argument(f"--{name}", type=arguments.positive, default=value, help=f"{text} (default {value})")
     p.add_argument("--text", type=float, default=70.0, help="text tokens of a prompt (default 70)")
-    p.add_argument("--json", action="store_true")
+    _add_json(p)
+
+
+# commands ---------------------------------------------------------------------------------------------------------
 
 
 def _stdout() -> Console:
     """A console for tables, wide enough in files and pipes too."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def _emit(value: Any) -> None:
@@ -159,7 +188,7 @@ def _emit(value: Any) -> None:
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own bars: no bars and hints of transformers."""
+    """Turn off the progress bars and hints of transformers; the terminal shows our own."""
     from transformers.utils import logging as theirs
 
     theirs.set_verbosity_error()
@@ -173,7 +202,7 @@ def _eval(args: argparse.Namespace) -> int:
     from .eval.show import Bars, results_table, summary_table
     from .eval.task import load_task
 
-    err = Console(stderr=True)
+    err = _stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, reference=not args.no_reference)
@@ -181,7 +210,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise ValueError("MODEL and DATA must not be empty")
     defaults = model_defaults(settings.model)
     if defaults:
-        err.print(f"hyper-parameters stated by {settings.model}: {json.dumps(defaults)}", markup=False)
+        err.print(f"hyper-parameters from {settings.model}: {json.dumps(defaults)}", markup=False)
     _quiet()
     with Bars(err) as bars:
         results, failed = evaluate_all(settings, bars.of, shlex.join(["llava-prune", *args.argv]))
@@ -194,7 +223,7 @@ def _eval(args: argparse.Namespace) -> int:
             if runs:
                 console.print(results_table(runs, task.title, task.figure, task.columns))
             else:
-                console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, others are missing")
+                console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, other chunks are missing")
             for note in dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"]):
                 console.print(f"{name}: {note}", markup=False, soft_wrap=True)
             console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
@@ -210,7 +239,7 @@ def _bench(args: argparse.Namespace) -> int:
     from .bench.show import speed_tables
     from .bench.speed import Settings, out_folder, speed
 
-    err = Console(stderr=True)
+    err = _stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
@@ -237,7 +266,7 @@ def _score(args: argparse.Namespace) -> int:
     result, written, warnings = score_files(
         args.task, args.answers, args.data, args.questions, args.annotations, args.export
     )
-    err = Console(stderr=True)
+    err = _stderr()
     for text in warnings:
         err.print(f"note: {text}", markup=False, soft_wrap=True)
     if written:
@@ -259,7 +288,7 @@ def _data(args: argparse.Namespace) -> int:
     names = task_names() if args.task == "all" else [load_task(args.task).name]
     by_hand: list[str] = []
     if args.download:
-        with Bars(Console(stderr=True), "MB") as bars:
+        with Bars(_stderr(), "MB") as bars:
             for name in names:
                 left = download(load_task(name), args.data, lambda u, n, t: bars(u, n >> 20, (t or n) >> 20))[1]
                 by_hand += [f"{name}: {kind}" for kind in left]
@@ -273,7 +302,7 @@ def _data(args: argparse.Namespace) -> int:
             for problem in report["problems"]:
                 console.print(f"{report['bench']}: {problem}", markup=False, soft_wrap=True)
         if by_hand:
-            console.print(f"only on their owners' pages: {'; '.join(by_hand)}", markup=False, soft_wrap=True)
+            console.print(f"published on a web page only: {'; '.join(by_hand)}", markup=False, soft_wrap=True)
     return 0 if all(r["complete"] for r in reports) else 1
 
 
@@ -293,15 +322,29 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .families import llava_cli
+    from . import llava_programs
 
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
         raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
-    hyper = {k: v for part in args.hyper for k, v in part.items()}
+    hyper = dict(args.method_args)
     if args.tokens is not None:
         hyper["tokens"] = args.tokens
-    return int(llava_cli.run(program, args.method, hyper) or 0)
+    llava_programs.run(program, args.method, hyper)
+    return 0
+
+
+def _flops_table(rows: Sequence[Mapping[str, Any]], title: str, published: bool) -> Table:
+    from rich.table import Table
+
+    shown = Table(title=title)
+    names = [n for n in rows[0] if published or "published" not in n]
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="left" if name == "counting" else "right")
+    for row in rows:
+        values = [row[n] for n in names]
+        shown.add_row(*("-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
+    return shown
 
 
 def _flops(args: argparse.Namespace) -> int:
@@ -312,14 +355,8 @@ def _flops(args: argparse.Namespace) -> int:
     if args.json:
         _emit(rows)
         return 0
-    shown = Table(title=f"equation (2), {args.layers} layers, {args.visual} visual tokens, {args.text:g} text tokens")
-    for name in rows[0]:
-        if args.published or "published" not in name:
-            shown.add_column(name.replace("_", " "), justify="left" if name == "counting" else "right")
-    for row in rows:
-        values = [v for k, v in row.items() if args.published or "published" not in k]
-        shown.add_row(*("-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
-    _stdout().print(shown)
+    title = f"equation (2), {args.layers} layers, {args.visual} visual tokens, {args.text:g} text tokens"
+    _stdout().print(_flops_table(rows, title, bool(args.published)))
     return 0
 
 
@@ -328,25 +365,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(os.environ).parse_args(argv)
     args.argv = argv
-    err = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)]
-    )
+    from rich.logging import RichHandler
+
+    err = _stderr()
+    handler = RichHandler(console=err, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on where it was", 130
+        message, status = "interrupted; run the same command to resume", 130
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         message, status = f"{error.strerror or error}{where}", 1
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left on the disk{where}; what was answered is kept: make room and run the same command"
+            message = f"no space left on the disk{where}; free some and run the same command, which resumes"
     except (MemoryError, ValueError) as error:
-        message, status = str(error) or "out of memory; set BATCH=1 or choose a smaller model", 1
+        message, status = str(error) or "out of memory; use a smaller batch or model", 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        message, status = "out of memory with a single sample; choose a smaller DTYPE or another DEVICE", 1
+        message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
     err.print(f"llava-prune: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     return status
 

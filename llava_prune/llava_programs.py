@@ -15,18 +15,20 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .handle import attach
+from .methods.registry import build
+
 log = logging.getLogger(__name__)
 
-
 FULL_PRECISION_LIMIT = 3_000_000_000
-"""Parameters up to which a CPU run is in float32; larger models stay at two bytes, as bfloat16."""
+"""Number of parameters up to which a model runs in float32 on a CPU; larger models run in bfloat16."""
 
 
 class OnCPU(TorchFunctionMode):
-    """Sends what asks for CUDA and float16 to the CPU: LLaVA's programs name both in their code.
+    """Runs code that names CUDA and float16, as LLaVA's programs do, on the CPU.
 
     Attributes:
-        dtype: stands in for float16, which CPUs are slow at.
+        dtype: replaces float16, which is slow on a CPU.
     """
 
     dtype: torch.dtype = torch.float32
@@ -44,8 +46,8 @@ class OnCPU(TorchFunctionMode):
             args = (args[0], *map(self._swap, args[1:]))
         return func(*args, **kwargs)
 
-    def settle(self, model: Any) -> None:
-        """Cast a model that was loaded in float16, and remember to what."""
+    def cast(self, model: Any) -> None:
+        """Cast a model that was loaded in float16, and use the same dtype for everything else."""
         small = sum(p.numel() for p in model.parameters()) <= FULL_PRECISION_LIMIT
         self.dtype = torch.float32 if small else torch.bfloat16
         model.to(self.dtype)
@@ -54,32 +56,33 @@ class OnCPU(TorchFunctionMode):
 def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | None = None) -> None:
     """Run a module of the llava package in this process, as `python -m` would.
 
-    Models come from llava's own `load_pretrained_model` and are pruned as soon as they are loaded. A vision tower
-    named by a relative path is looked for inside the checkpoint. Without CUDA everything runs on the CPU.
+    Every model that llava's `load_pretrained_model` loads is pruned. A vision tower that the checkpoint names by a
+    relative path is loaded from inside the checkpoint. Without CUDA the program runs on the CPU.
 
     Args:
-        argv: ["python", "-m", "llava.eval.model_vqa_loader", ...] or without the first two.
+        argv: ["python", "-m", "llava.eval.model_vqa_loader", ...], with or without the first two.
         method: name of the method.
         hyper: its hyper-parameters.
 
     Raises:
-        ValueError: for an unknown method or value, or a module that is not llava's.
+        ValueError: for an unknown method or value, or a module outside package llava.
     """
-    from ..methods.registry import build
-
     words = list(argv)
     if len(words) >= 2 and Path(words[0]).name.startswith("python") and words[1] == "-m":
         words = words[2:]
     if not words or not words[0].startswith("llava."):
-        raise ValueError(f"{' '.join(argv)!r}: give a module of LLaVA, as: python -m llava.eval.model_vqa_loader ...")
-    build(method, **(hyper or {}))  # an error now, not after loading 13 GB
+        raise ValueError(
+            f"{' '.join(argv)!r} is not a module of package llava; give one, e.g. "
+            "python -m llava.eval.model_vqa_loader ..."
+        )
+    build(method, **(hyper or {}))  # raises before the model is loaded
     with _patched(method, hyper or {}), mock.patch.object(sys, "argv", [words[0], *words[1:]]):
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 @contextlib.contextmanager
 def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
-    """llava's loader attaches the method; its tower builder knows paths inside a checkpoint."""
+    """Let llava's loader attach the method, and its tower builder find towers inside a checkpoint."""
     try:
         import llava.model.builder as builder
         import llava.model.llava_arch as arch
@@ -95,7 +98,7 @@ def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builder, "load_pretrained_model", loader))
         stack.enter_context(mock.patch.object(arch, "build_vision_tower", tower))
         if cpu is not None:
-            log.warning("no CUDA: the program runs on the CPU")
+            log.warning("no CUDA device: the program runs on the CPU")
             stack.enter_context(cpu)
         try:
             yield
@@ -107,10 +110,10 @@ def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
 
 def _report(handle: Any) -> None:
     if handle.last is None:
-        log.warning("%r pruned nothing: the program asked about no picture", handle.method)
+        log.warning("%r pruned nothing: no prompt of the program had an image", handle.method)
         return
     counts = [t.float().mean().item() for t in (handle.last.tokens_in, handle.last.tokens_out)]
-    log.warning("%r: last prompt, %.1f visual tokens entering and %.1f leaving a layer", handle.method, *counts)
+    log.warning("%r: last prompt, mean of %.1f visual tokens entering and %.1f leaving a layer", handle.method, *counts)
 
 
 def _load(
@@ -124,14 +127,12 @@ def _load(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    from ..handle import attach
-
     current[:] = [Path(path).expanduser()]
     if cpu is not None:
         kwargs["device"] = "cpu"
     tokenizer, model, processor, length = stock(path, *args, **kwargs)
     if cpu is not None:
-        cpu.settle(model)
+        cpu.cast(model)
     handles.append(attach(model, method, **hyper))
     return tokenizer, model, processor, length
 

@@ -1,4 +1,4 @@
-"""The least time a prefill or a decoding step can take on a machine: its arithmetic, or the bytes it has to move."""
+"""Lower bounds of prefill and decoding time on a machine: arithmetic, or memory traffic."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from .flops import Size, layer_flops
+from ..ops.counts import layer_flops
+from .flops import Size
 from .latency import Clock
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does at its best, measured on it.
+    """Peak rates of a device, measured.
 
     Attributes:
-        flops: floating-point operations a second of a matrix product (a multiplication and an addition are two).
-        bandwidth: bytes a second, read and written together, of a large copy.
+        flops: floating-point operations per second of a matrix product; a multiplication and an addition are two.
+        bandwidth: bytes per second of a large copy, read and written bytes together.
     """
 
     flops: float
@@ -27,7 +28,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype, tokens: int, size: Size) -> Machine:
-    """The best of several products of `tokens` rows with an MLP weight of the model, and of several copies."""
+    """Measure a device: the fastest product of `tokens` rows with an MLP weight of the model, and the fastest copy."""
     clock = Clock(device)
     rows = torch.randn(tokens, size.hidden, device=device).to(dtype)
     weight = torch.randn(size.intermediate, size.hidden, device=device).to(dtype)
@@ -55,7 +56,7 @@ def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float
 
 
 def layer_bytes(size: Size, cached: float, width: int) -> float:
-    """Bytes a decoder layer has to move: its weights once, and keys and values of `cached` tokens.
+    """Bytes that a decoder layer moves at least: its weights once, and the keys and values of `cached` tokens.
 
     Args:
         size: the model.
@@ -67,7 +68,7 @@ def layer_bytes(size: Size, cached: float, width: int) -> float:
 
 
 def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
-    """Milliseconds that no prefill can beat, layer by layer the longer of arithmetic and traffic.
+    """Lower bound of a prefill in milliseconds: for each layer the longer of arithmetic and traffic.
 
     Args:
         counts: tokens of each sample (visual and text) in each layer, samples first.
@@ -83,12 +84,12 @@ def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, mac
 
 
 def _causal(n: float, size: Size) -> float:
-    """Equation (2) for one layer, with half its attention: the upper triangle need not be computed."""
+    """Equation (2) for one layer with half its attention: causal attention needs one triangle only."""
     return layer_flops(n, size.hidden, size.intermediate) - n**2 * size.hidden
 
 
 def decode_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
-    """Milliseconds that no step with one new token a sample can beat, given the tokens cached in each layer."""
+    """Lower bound in milliseconds of a decoding step, given the tokens cached in each layer."""
     total = 0.0
     for layer in zip(*counts, strict=True):
         arithmetic = sum(2 * layer_flops(1, size.hidden, size.intermediate) for _ in layer)

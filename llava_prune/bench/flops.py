@@ -1,6 +1,6 @@
-"""Floating-point operations of the decoder by the paper's equation (2), and the two token averages in use.
+"""FLOPs of the decoder by equation (2) of the paper, and averages of token counts.
 
-Every name says what is counted: visual tokens alone or text as well, and tokens entering or leaving each layer.
+Every name tells what is counted: visual tokens alone or text as well, and tokens that enter or leave each layer.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..core.budget import Schedule, schedule
+from ..methods.autoprune import AutoPrune, Schedule, schedule
+from ..ops.counts import layer_flops
 
 
 @dataclass(frozen=True)
 class Size:
-    """What equation (2) needs of a model; the defaults are LLaVA-1.5-7B's.
+    """Sizes of a model in equation (2); the defaults are LLaVA-1.5-7B's.
 
     Attributes:
-        layers: L.
-        hidden: d.
-        intermediate: m.
+        layers: L, decoder layers.
+        hidden: d, hidden size.
+        intermediate: m, MLP size.
         visual: visual tokens before pruning.
     """
 
@@ -26,17 +27,6 @@ class Size:
     hidden: int = 4096
     intermediate: int = 11008
     visual: int = 576
-
-
-def layer_flops(n: float, hidden: int, intermediate: int) -> float:
-    """4 n d^2 + 2 n^2 d + 3 n d m, one layer on n tokens.
-
-    Raises:
-        ValueError: for a negative n.
-    """
-    if n < 0:
-        raise ValueError(f"n={n}: a layer cannot process fewer than 0 tokens")
-    return 4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate
 
 
 def flops_visual_only(counts: Sequence[float], size: Size) -> float:
@@ -60,27 +50,27 @@ def percent_with_text(counts: Sequence[float], text: float, size: Size) -> float
 
 
 def average_tokens(counts: Sequence[float]) -> float:
-    """Mean over layers. Of leaving counts this is the budget in the papers' tables; of entering counts, the work."""
+    """Mean over layers. Of leaving counts it is the budget in the papers' tables; of entering counts, the work."""
     return sum(counts) / len(counts)
 
 
-def filler(batches: Iterable[Sequence[Sequence[int]]]) -> float:
-    """Masked rows over live rows: what samples of different lengths cost that are computed together.
+def ragged_padding(batches: Iterable[Sequence[Sequence[int]]]) -> float:
+    """Padding tokens over real tokens: the cost of samples of unequal length in one batch.
 
     Args:
-        batches: live rows of each sample (outer) in each layer (inner).
+        batches: real tokens of each sample (outer) in each layer (inner).
     """
-    live = wide = 0
+    real = total = 0
     for samples in batches:
-        live += sum(map(sum, samples))
-        wide += len(samples) * sum(map(max, zip(*samples, strict=True)))
-    return wide / live - 1
+        real += sum(map(sum, samples))
+        total += len(samples) * sum(map(max, zip(*samples, strict=True)))
+    return total / real - 1
 
 
 def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> float | None:
-    """Text tokens at which `percent_with_text` is `percent`, by bisection; None when no length 0..10,000 does.
+    """Text tokens at which `percent_with_text` is `percent`, by bisection; None where no number in 0..10,000 gives it.
 
-    The share grows with the text as long as counts stay below the unpruned ones.
+    The share grows with the text while the counts are below the unpruned ones.
     """
     low, high = 0.0, 10_000.0
     if not percent_with_text(counts, low, size) <= percent <= percent_with_text(counts, high, size):
@@ -92,9 +82,7 @@ def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> flo
 
 
 def autoprune_schedule(tokens: int, slope: float, size: Size) -> Schedule:
-    """AutoPrune's counts for a budget, with the midpoint it uses at this depth."""
-    from ..methods.autoprune import AutoPrune
-
+    """AutoPrune's counts for a budget, with its midpoint for this number of layers."""
     return schedule(slope, tokens, size.visual, size.layers, AutoPrune(tokens=tokens).midpoint(size.layers))
 
 
@@ -109,8 +97,8 @@ class Row:
         average: mean of the counts over layers.
         percent_visual_only: share of the unpruned model's FLOPs, visual tokens alone.
         percent_with_text: the same with `text` text tokens.
-        published: the percentage asked about, or None.
-        text_for_published: text tokens at which it follows, or None.
+        published: a published percentage, or None.
+        text_for_published: text tokens that give it, or None.
     """
 
     tokens: int
@@ -126,24 +114,24 @@ class Row:
 def table(
     budgets: Sequence[int], slopes: Sequence[float], size: Size, text: float, published: Sequence[float] = ()
 ) -> list[Row]:
-    """FLOPs of each budget under each way of counting.
+    """FLOPs of each budget under each way of counting tokens.
 
     Args:
         budgets: token budgets.
         slopes: slopes of AutoPrune's curve (0 to 0.4).
         size: the model.
         text: text tokens in `percent_with_text`.
-        published: percentages of the budgets, in their order, or nothing.
+        published: published percentages, one for each budget; or none.
 
     Raises:
-        ValueError: when `published` has another length, or a budget is outside 1..visual.
+        ValueError: for a number of published percentages other than that of budgets, or a budget outside 1..visual.
     """
     if published and len(published) != len(budgets):
         raise ValueError(f"{len(published)} published percentages for {len(budgets)} budgets; give one for each")
     rows = []
     for i, tokens in enumerate(budgets):
         if not 1 <= tokens <= size.visual:
-            raise ValueError(f"tokens={tokens} is outside 1..{size.visual}, the model's visual tokens")
+            raise ValueError(f"tokens={tokens} is outside 1..{size.visual}; give at most the visual tokens of an image")
         goal = published[i] if published else None
         ways: list[tuple[str, float | None, Sequence[float]]] = [("nominal", None, [tokens] * size.layers)]
         for slope in slopes:

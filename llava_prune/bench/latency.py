@@ -1,6 +1,6 @@
-"""Times of a request's stages: vision, prefill, decode and the whole, pruned and unpruned in turn.
+"""Times of the stages of a request (vision, prefill, decode, total), pruned and unpruned in turn.
 
-Times are taken where the language model is entered and left, by CUDA events on a GPU and the host's clock elsewhere.
+Times are taken at entry and exit of the language model, by CUDA events on a GPU and by the host's clock elsewhere.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from typing import Any
 
 import torch
 
-from ..models.base import family_of
 from ..handle import pruned
-from ..runtime.graphs import Graphs
+from ..models.base import family_of
 
 STAGES = ("vision", "prefill", "decode", "total")
 Ask = Callable[[], Any]
-"""Answers one batch of prompts with a fixed number of new tokens, at least 2."""
+"""Generates a fixed number of new tokens, at least 2, for one batch of prompts."""
 
 
 class Clock:
-    """Marks in time on a device."""
+    """Takes times on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Now, in the order of the device's work."""
+        """The current time, in the order of the device's work."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -40,18 +39,18 @@ class Clock:
         return event
 
     def wait(self) -> None:
-        """Until the device has done all work."""
+        """Wait until the device is idle."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two marks; call `wait` before."""
+        """Milliseconds between two marks; call `wait` first."""
         return float(start.elapsed_time(end)) if self.cuda else 1000 * (end - start)
 
 
 @dataclass
 class Probe:
-    """Marks of one request: entry and exit of every call of the language model, and of its layers if asked."""
+    """Marks of one request: entry and exit of every call of the language model, and of its layers where requested."""
 
     clock: Clock
     calls: list[list[Any]] = field(default_factory=list)
@@ -66,14 +65,14 @@ class Probe:
         self.calls[-1].append(self.clock.mark())
 
     def layer(self, *_: Any) -> None:
-        """Hook and pre-hook of a decoder layer; the first call, which is the prefill, counts."""
+        """Hook and pre-hook of a decoder layer; only the first call, the prefill, is marked."""
         if len(self.calls) == 1:
             self.layers.append(self.clock.mark())
 
 
 @contextmanager
 def probing(model: Any, layers: bool = False) -> Iterator[Probe]:
-    """Hooks of a `Probe` for the length of the block. Enter it before `pruned`, so that its hooks run first."""
+    """Install the hooks of a `Probe`. Enter it before `pruned`, so that its hooks run first."""
     lm = family_of(model).language_model(model)
     probe = Probe(Clock(next(model.parameters()).device))
     hooks = [lm.register_forward_pre_hook(probe.enter), lm.register_forward_hook(probe.leave)]
@@ -90,9 +89,9 @@ def once(ask: Ask, probe: Probe) -> dict[str, float]:
     """Milliseconds of each stage of one request.
 
     Returns:
-        "vision": from the call to the language model's first entry (tower, projector, splice and whatever a method
+        "vision": from the call to the first entry of the language model (tower, projector, splicing, and what a method
         does there); "prefill": the language model on the prompt; "decode": the language model on a new token, median
-        over the tokens; "total": the whole call, with head and bookkeeping of `generate`.
+        over the tokens; "total": the whole call, including the head and the bookkeeping of `generate`.
 
     Raises:
         ValueError: when the request had fewer than 2 new tokens.
@@ -106,7 +105,7 @@ def once(ask: Ask, probe: Probe) -> dict[str, float]:
     end = clock.mark()
     clock.wait()
     if len(probe.calls) < 2:
-        raise ValueError("a request needs at least 2 new tokens to time decoding")
+        raise ValueError("a request has a single new token; decoding is timed from at least 2 new tokens")
     spans = [clock.ms(a, b) for a, b in probe.calls]
     return {
         "vision": clock.ms(start, probe.calls[0][0]),
@@ -127,20 +126,22 @@ def _no_collection() -> Iterator[None]:
 
 
 def alternate(
-    model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: bool | Graphs = False, fused: bool = False
+    model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: Any = False, fused: bool = False
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], Any]:
-    """Unpruned and pruned requests in turn, A B A B, in this process.
+    """Time unpruned and pruned requests in turn, A B A B, in one process.
+
+    Both use the same libraries, threads and settings.
 
     Args:
         model: see `pruned`.
         ask: one request.
         method: a Method.
-        repeats: pairs that count.
-        warmup: pairs before them.
-        graphs, fused: see `attach`.
+        repeats: pairs that are timed.
+        warmup: pairs that run before them.
+        graphs, fused: experimental, see `attach`.
 
     Returns:
-        (stages of each unpruned request, of each pruned one, the last pruned prefill's Record).
+        (stages of each unpruned request, stages of each pruned request, Record of the last pruned prefill).
     """
     plain, cut, last = [], [], None
     with probing(model) as probe, _no_collection():
@@ -155,11 +156,11 @@ def alternate(
     return plain, cut, last
 
 
-def deciding(model: Any, ask: Ask, method: Any, repeats: int, fused: bool = False) -> list[tuple[float, float]]:
-    """Milliseconds of a pruned prefill spent outside the decoder layers, and of all of it, in runs of their own.
+def pruning_overhead(model: Any, ask: Ask, method: Any, repeats: int, fused: bool = False) -> list[tuple[float, float]]:
+    """Milliseconds of a pruned prefill outside the decoder layers, and of the whole prefill, in separate runs.
 
-    That is scores, selection, merging and gathering, and also what an unpruned model needs there: rotary table, mask
-    and final norm.
+    The former include scores, selection, merging and gathering, and also the rotary table, the mask and the final norm,
+    which an unpruned model computes, too.
     """
     out = []
     with probing(model, layers=True) as probe, pruned(model, method, fused=fused), _no_collection():
@@ -173,14 +174,14 @@ def deciding(model: Any, ask: Ask, method: Any, repeats: int, fused: bool = Fals
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """First quartile, median and third quartile under "q1", "median", "q3"."""
+    """{"q1": first quartile, "median": median, "q3": third quartile}."""
     if len(values) == 1:
         return dict.fromkeys(("q1", "median", "q3"), values[0])
     return dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4, method="inclusive"), strict=True))
 
 
 def stages(plain: Sequence[dict[str, float]], cut: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Quartiles of both models for each stage, and of the ratio within each pair (above 1: pruned is faster)."""
+    """Quartiles of both models for each stage, and of the ratio within a pair; above 1 the pruned model is faster."""
     out = {}
     for name in STAGES:
         a, b = [x[name] for x in plain], [x[name] for x in cut]

@@ -1,4 +1,4 @@
-"""Peak memory of a request, and of the language model in it."""
+"""Peak memory of a request and of its prefill."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import nn
 
 
 class Peak:
-    """Bytes of tensors alive at the worst moment between `start` and `stop`, less those alive at the start.
+    """Largest number of bytes allocated between `start` and `stop`, less those allocated at the start.
 
-    On a GPU the allocator's own count. On a CPU the running sum of all allocations and frees that torch's profiler
-    saw: exact for tensors and for what kernels allocate through torch, blind to what a library takes from the system.
+    On a GPU it is the allocator's count. On a CPU it is the running sum of the allocations and frees that torch's
+    profiler records. That is exact for tensors and for buffers that kernels allocate through torch, and leaves out
+    what a library allocates itself.
 
     Attributes:
-        bytes: the result.
+        bytes: the peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +28,7 @@ class Peak:
         self._profile: Any = None
 
     def start(self, *_: Any) -> None:
-        """Begin; usable as a module's pre-hook."""
+        """Start; also a forward pre-hook."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
@@ -37,7 +38,7 @@ class Peak:
         self._profile.start()
 
     def stop(self, *_: Any) -> None:
-        """End; usable as a module's hook."""
+        """Stop; also a forward hook."""
         if self.device.type == "cuda":
             self.bytes = int(torch.cuda.max_memory_allocated(self.device) - self._before)
             return
@@ -46,15 +47,16 @@ class Peak:
 
 
 def peaks(call: Callable[[], Any], lm: nn.Module, device: torch.device) -> dict[str, int]:
-    """Peak bytes of `call` and of the language model in it, by two calls.
+    """Peak bytes of `call` and of the language model in it, measured in two calls.
 
     Args:
         call: a prefill that calls `lm` once.
         lm: the language model.
-        device: where it runs.
+        device: device of the model.
 
     Returns:
-        {"request": bytes above what was alive before the call, "prefill": above what was alive at the entry of `lm`}.
+        {"request": bytes above those allocated before the call, "prefill": bytes above those allocated at entry of
+        `lm`}.
     """
     gc.collect()
     whole, inner = Peak(device), Peak(device)

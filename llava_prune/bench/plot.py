@@ -1,4 +1,4 @@
-"""Prefill speed-up against what the FLOPs allow."""
+"""Plot of prefill speed-ups over FLOPs ratios."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """`draw` into a file.
+    """Write the figure of `draw` to a file.
 
     Args:
-        result: what `speed` returned or bench.json holds.
-        path: .png, .svg or .pdf.
+        result: return value of `speed`, or the content of bench.json.
+        path: a .png, .svg or .pdf file.
 
     Raises:
         ValueError: when matplotlib is not installed.
@@ -21,9 +21,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def draw(result: Mapping[str, Any]) -> Any:
-    """A result of `speed` as a figure: a panel for each batch size and prompt length, a point for each budget.
+    """A figure with a panel for each batch size and prompt length, and a point for each budget.
 
-    Points on the dashed line follow their FLOPs; bars are the quartiles of the paired ratios.
+    On the dashed line the speed-up equals the FLOPs ratio; bars are the quartiles of the paired ratios.
 
     Raises:
         ValueError: when matplotlib is not installed.
@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib; install it, e.g. pip install 'llava-prune[plot]'") from error
+        raise ValueError("the plot needs matplotlib; pip install 'llava-prune[plot]'") from error
     rows = [r for r in result["rows"] if "error" not in r]
     panels = list(dict.fromkeys((r["batch"], r["visual"], r["text"]) for r in rows))
     figure = Figure(figsize=(4.5 * max(1, len(panels)), 4.2), layout="constrained")
@@ -39,7 +39,7 @@ def draw(result: Mapping[str, Any]) -> Any:
     for axes, panel in zip(grid, panels, strict=False):
         shown = [r for r in rows if (r["batch"], r["visual"], r["text"]) == panel]
         top = max([1.0, *(r["flops"]["ratio"] for r in shown)])
-        axes.plot([1, top], [1, top], "--", color="0.6", linewidth=1, label="as the FLOPs")
+        axes.plot([1, top], [1, top], "--", color="0.6", linewidth=1, label="FLOPs ratio")
         for method in dict.fromkeys(r["method"] for r in shown):
             points = sorted((r for r in shown if r["method"] == method), key=lambda r: r["flops"]["ratio"])
             x = [r["flops"]["ratio"] for r in points]

@@ -1,4 +1,4 @@
-"""Requests of a known size for any LLaVA: random text around one random picture a sample."""
+"""Requests of a given size for any LLaVA model: random text around one random image in each sample."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from ..models.hf import is_next
-from ..models.load import IMAGE
+from ..models.llava import IMAGE
 
 BEFORE = 35
-"""Text tokens before the picture in LLaVA-1.5's prompts (its system sentence), where the prompt is long enough."""
+"""Text tokens before the image in LLaVA-1.5's prompts; shorter prompts have half of their text there."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A batch that can be asked again and again.
+    """A batch of prompts that can be run repeatedly.
 
     Attributes:
-        batch: samples.
-        text: text tokens of each.
-        visual: visual tokens of each.
+        batch: batch size.
+        text: text tokens of each sample.
+        visual: visual tokens of each sample.
         ask: generates a fixed number of new tokens.
-        prefill: the same with a single one.
+        prefill: generates a single new token.
     """
 
     batch: int
@@ -36,18 +36,18 @@ class Request:
 
 
 def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Request:
-    """Prompts with `text` tokens around a picture, greedy answers of `new` tokens.
+    """A request of `batch` prompts with `text` text tokens around an image, and greedy answers of `new` tokens.
 
-    LLaVA-NeXT gets a square picture of 672 pixels, five crops of 576 patches.
+    The image of LLaVA-NeXT is a square of 672 pixels: five crops of 576 patches.
 
     Raises:
-        ValueError: for fewer than 2 text tokens, or for package llava's anyres models.
+        ValueError: for fewer than 2 text tokens, or an anyres model of package llava.
     """
     if text < 2:
-        raise ValueError(f"text={text}: a prompt has at least 2 text tokens, one of them behind the picture")
+        raise ValueError(f"text={text}: a prompt needs a text token before and after the image; give 2 or more")
     config = loaded.model.config
     if loaded.family == "llava" and getattr(config, "image_aspect_ratio", None) == "anyres":
-        raise ValueError("bench asks anyres models of transformers' classes only; use family='hf'")
+        raise ValueError("bench supports anyres models of family 'hf' only; use --family hf")
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, min(loaded.shape.vocab, 30_000) - 64, (batch, text), generator=draw)
     before = min(BEFORE, text // 2)
@@ -63,7 +63,7 @@ def _side(loaded: Any) -> int:
     return int(loaded.model.config.vision_config.image_size)
 
 
-def _picture(loaded: Any, size: tuple[int, ...], draw: torch.Generator) -> Tensor:
+def _random_pixels(loaded: Any, size: tuple[int, ...], draw: torch.Generator) -> Tensor:
     parameter = next(loaded.model.parameters())
     return torch.randn(size, generator=draw).to(device=parameter.device, dtype=parameter.dtype)
 
@@ -71,12 +71,12 @@ def _picture(loaded: Any, size: tuple[int, ...], draw: torch.Generator) -> Tenso
 def _plain(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:
     rows = [[*row[:before], IMAGE, *row[before:]] for row in ids.tolist()]
     side = _side(loaded)
-    pixels = _picture(loaded, (len(rows), 3, side, side), draw)
+    pixels = _random_pixels(loaded, (len(rows), 3, side, side), draw)
     return lambda new: loaded.generate(rows, pixels, max_new_tokens=new, min_new_tokens=new)
 
 
 def _crops(loaded: Any) -> tuple[int, int]:
-    """(visual tokens of a square picture of twice the tower's side, crops of it)."""
+    """(visual tokens, crops) of a square image of twice the tower's image size."""
     side = _side(loaded)
     grid = loaded.model.config.vision_config.image_size // loaded.model.config.vision_config.patch_size
     sizes = torch.tensor([[2 * side, 2 * side]])
@@ -89,12 +89,12 @@ def _crops(loaded: Any) -> tuple[int, int]:
 def _next(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:
     side, batch = _side(loaded), ids.shape[0]
     visual, crops = _crops(loaded)
-    pictures = ids.new_full((batch, visual), loaded.model.config.image_token_id)
-    whole = torch.cat([ids[:, :before], pictures, ids[:, before:]], 1).to(loaded.model.device)
+    images = ids.new_full((batch, visual), loaded.model.config.image_token_id)
+    whole = torch.cat([ids[:, :before], images, ids[:, before:]], 1).to(loaded.model.device)
     given = {
         "input_ids": whole,
         "attention_mask": torch.ones_like(whole),
-        "pixel_values": _picture(loaded, (batch, crops, 3, side, side), draw),
+        "pixel_values": _random_pixels(loaded, (batch, crops, 3, side, side), draw),
         "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch),
     }
 

@@ -1,4 +1,4 @@
-"""Checkpoints of true shapes with random weights, in either format, for tests of loading and speed.
+"""Checkpoints of real model shapes with random weights, in either format, for tests of loading and speed.
 
 python -m llava_prune.bench.shapes 7b --format llava --out DIR --tokenizer playground/models/llava-tiny
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 Format = Literal["llava", "hf"]
 SHARD = 2_000_000_000
-"""Bytes after which a weight file is closed."""
+"""Bytes after which a new weight file starts."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA: language model, then tower; `anyres` for LLaVA-NeXT's crops."""
+    """Sizes of a LLaVA model: language model, then vision tower; `anyres` gives LLaVA-NeXT's crops."""
 
     layers: int
     hidden: int
@@ -45,11 +45,11 @@ SHAPES = {
     "next-7b": ModelShape(32, 4096, 11008, 32, 32000, anyres=True),
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""(width, height) of LLaVA-NeXT's canvases; transformers reads the same list as (height, width)."""
+"""(width, height) of LLaVA-NeXT's resolutions; transformers reads the same list as (height, width)."""
 
 
 def llm_tensors(s: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, size) of the language model and the projector, in haotian-liu/LLaVA's names."""
+    """(name, size) of the weights of language model and projector, under the names of haotian-liu/LLaVA."""
     d, m = s.hidden, s.intermediate
     yield "model.embed_tokens.weight", (s.vocab, d)
     for i in range(s.layers):
@@ -106,7 +106,7 @@ def _text_config(s: ModelShape) -> dict[str, Any]:
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Shards of safetensors with an index, as large checkpoints come."""
+    """Write sharded safetensors with an index."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -146,13 +146,13 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
 
     Args:
         shape: a key of SHAPES.
-        out: folder, made; must be empty.
+        out: folder, new or empty.
         form: "llava" (haotian-liu/LLaVA) or "hf" (transformers).
         tokenizer: folder whose tokenizer files are copied.
-        seed: of the weights, which are the same in both formats.
+        seed: random seed of the weights, which are the same in both formats.
 
     Raises:
-        ValueError: for an unknown shape or a folder that is not empty.
+        ValueError: for an unknown shape, or a folder that is not empty.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape {shape!r}: choose one of {', '.join(SHAPES)}")
@@ -201,7 +201,7 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
 
 
 def hf_config(s: ModelShape) -> Any:
-    """transformers' config; vocabulary 64 larger, as the published conversions have it."""
+    """Config in transformers' format; the vocabulary is larger by 64, as in the published conversions."""
     from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
     extra = {"image_grid_pinpoints": PINPOINTS} if s.anyres else {}
@@ -219,14 +219,14 @@ def hf_config(s: ModelShape) -> Any:
 
 
 def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str | None = None, seed: int = 0) -> Any:
-    """A model of transformers' classes with random weights, made on the device without touching the disk.
+    """A model of transformers' classes with random weights, made on the device.
 
     Args:
         shape: a key of SHAPES.
-        device: where it goes.
+        device: device of the model.
         dtype: torch dtype; default float32.
-        attn: attention implementation, transformers' choice where not given.
-        seed: of the weights.
+        attn: attention implementation; default transformers' choice.
+        seed: random seed of the weights.
 
     Returns:
         `llava_prune.models.load.Loaded` without tokenizer and image processor.
@@ -248,7 +248,7 @@ def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str |
 
 
 def _write_hf(out: Path, s: ModelShape, tower: Any, llm: Iterator[tuple[str, Tensor]]) -> None:
-    """The same weights under transformers' names."""
+    """Write the same weights under the names of transformers."""
     from ..models.checkpoint import rename
 
     config = hf_config(s)

@@ -16,9 +16,9 @@ def _number(value: float | None) -> str:
 
 
 def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
-    """What every method costs, what it does to positions and where it comes from, and its arguments."""
+    """Costs of the methods, their positions and origin, and their hyper-parameters."""
     about = f"{size.layers} layers, {size.visual} visual tokens; FLOPs of a prefill by equation (2) on entering tokens"
-    cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers with C tokens")
+    cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers of C tokens")
     for name in ("method", "budget", "prunes", "tokens entering each layer", "avg in", "avg out"):
         cost.add_column(name, overflow="fold")
     cost.add_column("FLOPs % visual only", justify="right")
@@ -36,7 +36,7 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
             _number(r.percent_with_text),
         )
     facts = Table(title="positions and origin")
-    for name in ("method", "positions", "new tokens count from", "backends", "batch", "official code", "its licence"):
+    for name in ("method", "positions", "position of new tokens", "backends", "batch", "official code", "its licence"):
         facts.add_column(name, overflow="fold")
     arguments = Table(title="hyper-parameters")
     for name in ("method", "about", "arguments and defaults", "presets"):
@@ -46,7 +46,7 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
         if r.name in seen:
             continue
         seen.add(r.name)
-        counted = "unpruned length" if r.decode == "original" else "each layer's cache"
+        counted = "unpruned sequence" if r.decode == "original" else "cache of each layer"
         facts.add_row(r.name, r.positions, counted, r.backends, r.batch, r.source, r.licence)
         hyper = ", ".join(f"{k}={v!r}" for k, v in r.hyper.items()) or "-"
         arguments.add_row(r.name, r.about, hyper, ", ".join(r.presets) or "-")
@@ -54,23 +54,24 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
 
 
 def speed_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Times, and what they should have been, of a result of `llava-prune bench`."""
+    """Times, and their ratios beside those of the FLOPs, of a result of `llava-prune bench`."""
     machine = result["machine"]
     how = [f"pruned: {name}" for name in ("fused", "graphs") if result["settings"].get(name)]
     where = ", ".join([machine["device"], machine["dtype"], f"{machine['threads']} threads", *how])
-    times = Table(title=f"milliseconds, unpruned > pruned ({where})", caption="medians; decode per token")
+    times = Table(title=f"milliseconds, unpruned > pruned ({where})", caption="medians; decode: for each new token")
     times.add_column("request", overflow="fold")
     for name in ("vision", "prefill", "prefill q1-q3", "decode", "total", "prefill MiB"):
         times.add_column(name, justify="right")
     ratios = Table(
-        title="pruned against unpruned",
-        caption="times x: unpruned / pruned; efficiency: prefill x / FLOPs x, with quartiles; if free: were deciding "
-        "free; deciding: share of the unpruned prefill; floor: what arithmetic and traffic leave possible",
+        title="ratios, unpruned / pruned",
+        caption="efficiency: prefill x / FLOPs x, with quartiles; overhead: pruning overhead (scores, selection, "
+        "merging) in percent of the unpruned prefill; bound x: upper bound by arithmetic and memory traffic; padding: "
+        "ragged padding",
     )
     ratios.add_column("request", overflow="fold")
-    for name in (
-        "FLOPs x", "prefill x", "efficiency", "if free", "decode x", "total x", "deciding %", "floor x", "filler %"
-    ):  # fmt: skip
+    for name in ("FLOPs x", "prefill x", "efficiency", "efficiency without overhead", "decode x", "total x"):
+        ratios.add_column(name, justify="right")
+    for name in ("overhead %", "bound x", "padding %"):
         ratios.add_column(name, justify="right")
     for r in result["rows"]:
         budget = "" if r["tokens"] is None else f" {r['tokens']}"
@@ -78,27 +79,36 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
         if "error" in r:
             times.add_row(label, r["error"])
             continue
-        stages, memory, floor = r["stages"], r.get("memory"), r["floor"]
-
-        def pair(name: str, stages: Any = stages) -> str:
-            return f"{stages[name]['full']['median']:.1f} > {stages[name]['pruned']['median']:.1f}"
-
-        prefill = stages["prefill"]
-        spread = [f"{prefill[k]['q1']:.1f}-{prefill[k]['q3']:.1f}" for k in ("full", "pruned")]
-        mib = "-" if memory is None else " > ".join(f"{memory[k]['prefill'] / 2**20:.1f}" for k in ("full", "pruned"))
-        times.add_row(label, pair("vision"), pair("prefill"), " > ".join(spread), pair("decode"), pair("total"), mib)
-        ratio = r["flops"]["ratio"]
-        speedups = [stages[k]["speedup"]["median"] for k in ("prefill", "decode", "total")]
-        ratios.add_row(
-            label,
-            f"{ratio:.2f}",
-            f"{speedups[0]:.2f}",
-            f"{r['efficiency']:.2f} ({prefill['speedup']['q1'] / ratio:.2f}-{prefill['speedup']['q3'] / ratio:.2f})",
-            f"{r['efficiency'] / (1 - r['deciding']['share_of_pruned']):.2f}",
-            f"{speedups[1]:.2f}",
-            f"{speedups[2]:.2f}",
-            f"{100 * r['deciding']['share_of_full']:.1f}",
-            f"{floor['prefill_full'] / floor['prefill_pruned']:.2f}",
-            f"{100 * r['padding']:.1f}",
-        )
+        times.add_row(label, *_times(r))
+        ratios.add_row(label, *_ratios(r))
     return [times, ratios]
+
+
+def _times(r: Mapping[str, Any]) -> list[str]:
+    """Cells of the table of times."""
+    stages, memory = r["stages"], r.get("memory")
+
+    def pair(name: str) -> str:
+        return f"{stages[name]['full']['median']:.1f} > {stages[name]['pruned']['median']:.1f}"
+
+    prefill = stages["prefill"]
+    spread = [f"{prefill[k]['q1']:.1f}-{prefill[k]['q3']:.1f}" for k in ("full", "pruned")]
+    mib = "-" if memory is None else " > ".join(f"{memory[k]['prefill'] / 2**20:.1f}" for k in ("full", "pruned"))
+    return [pair("vision"), pair("prefill"), " > ".join(spread), pair("decode"), pair("total"), mib]
+
+
+def _ratios(r: Mapping[str, Any]) -> list[str]:
+    """Cells of the table of ratios."""
+    ratio, floor, speedup = r["flops"]["ratio"], r["floor"], r["stages"]["prefill"]["speedup"]
+    prefill, decode, total = (r["stages"][k]["speedup"]["median"] for k in ("prefill", "decode", "total"))
+    return [
+        f"{ratio:.2f}",
+        f"{prefill:.2f}",
+        f"{r['efficiency']:.2f} ({speedup['q1'] / ratio:.2f}-{speedup['q3'] / ratio:.2f})",
+        f"{r['efficiency'] / (1 - r['overhead']['share_of_pruned']):.2f}",
+        f"{decode:.2f}",
+        f"{total:.2f}",
+        f"{100 * r['overhead']['share_of_full']:.1f}",
+        f"{floor['prefill_full'] / floor['prefill_pruned']:.2f}",
+        f"{100 * r['padding']:.1f}",
+    ]

@@ -1,9 +1,8 @@
-"""`llava-prune bench`: methods x budgets x batch sizes x prompt lengths against the unpruned model."""
+"""`llava-prune bench`: every method, budget, batch size and prompt length against the unpruned model."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import logging
 import platform
@@ -18,21 +17,24 @@ import transformers
 
 import llava_prune
 
-from ..methods.base import Method
-from ..methods.registry import resolve
-from ..models.base import family_of
+from ..arguments import RESULTS
 from ..handle import pruned
-from ..runtime.graphs import RECORDED, Graphs, check_step
+from ..methods.base import Method
+from ..methods.planner import Run, plan
+from ..models.base import family_of
+from ..models.load import pick_dtype
+from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
-from .flops import Size, average_tokens, filler, layer_flops
-from .latency import alternate, deciding, quartiles, stages
+from .flops import Size, average_tokens, ragged_padding
+from .latency import alternate, pruning_overhead, quartiles, stages
 from .memory import peaks
 from .request import Request, request
+from .shapes import random_model
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
-"""Called with what is measured next."""
-FOLDER = "playground/results/bench"
+"""Called with a description of the next measurement."""
+FOLDER = f"{RESULTS}/bench"
 
 
 @dataclass(frozen=True)
@@ -41,24 +43,25 @@ class Settings:
 
     Attributes:
         model: checkpoint folder or hub id; None for a random model.
-        shape: of the random model.
-        methods, tokens: what is measured, every method at every budget.
-        batches: samples at once.
-        texts: text tokens of a prompt, the visual ones not counted.
+        shape: shape of the random model.
+        methods, tokens: every method is measured at every budget.
+        batches: batch sizes.
+        texts: text tokens of a prompt, visual tokens not counted.
         new: new tokens of a request, at least 2.
-        repeats, warmup: pairs of an unpruned and a pruned request, those before the count.
-        family, device, dtype, attn: see `llava_prune.load`; None for its default (float32 for a shape on a CPU,
-            bfloat16 on a GPU).
-        threads: of the CPU; None leaves torch's choice.
+        repeats: pairs of an unpruned and a pruned request that are timed.
+        warmup: pairs that run before them.
+        family, device, dtype, attn: see `llava_prune.load`; None for its default (for a random model float32 on a CPU
+            and bfloat16 on a GPU).
+        threads: CPU threads; None for torch's default. They hold for pruned and unpruned requests.
         method_args: hyper-parameters for every method that has them.
-        seed: of weights, prompts and pictures.
-        memory: measure peak memory too.
-        graphs: replay pruned requests (`attach(..., graphs=True)`) when times are taken; needs CUDA. Unpruned ones,
-            memory and the time spent deciding are measured without.
-        text_step: see `attach`.
-        fused: Triton kernels for the cuts, see `attach`; needs CUDA.
-        profile: write a trace of one pruned request each.
-        out: folder; None for playground/results/bench/<shape or model>.
+        seed: random seed of weights, prompts and images, and of methods that draw.
+        memory: measure peak memory, too.
+        graphs: experimental: replay pruned requests (`attach(..., graphs=True)`) while they are timed. Unpruned
+            requests, memory and pruning overhead are measured without.
+        text_step: experimental, see `attach`.
+        fused: experimental: Triton kernels for the cuts, see `attach`.
+        profile: write a profiler trace of one pruned prefill of each run.
+        out: folder for the results; None for playground/results/bench/<shape or model>.
     """
 
     model: str | None = None
@@ -86,53 +89,26 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """What is measured, as a folder's name."""
+        """Shape or model, the name of the folder of results."""
         return self.shape if self.model is None else Path(self.model).name
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One method at one budget; the label is its folder-safe name."""
-
-    name: str
-    tokens: int | None
-    method: Method
-
-    @property
-    def label(self) -> str:
-        return self.name.replace(":", "-") + ("" if self.tokens is None else f"-{self.tokens}")
-
-
-def cases(settings: Settings) -> list[_Case]:
-    """Every method at every budget, methods without one once.
+def plan_runs(settings: Settings) -> list[Run]:
+    """Build every method at every budget once; see `planner.plan`.
 
     Raises:
-        ValueError: for unknown methods or hyper-parameters that none of them has.
+        ValueError: for unknown methods, hyper-parameters that no method has, or values out of range.
     """
-    out, used = [], set()
-    for name in dict.fromkeys(settings.methods):
-        known = set(inspect.signature(resolve(name)[0]).parameters)
-        used |= known
-        hyper = {k: v for k, v in settings.method_args.items() if k in known}
-        for tokens in dict.fromkeys(settings.tokens) if "tokens" in known else [None]:
-            extra = {} if tokens is None else {"tokens": tokens}
-            out.append(_Case(name, tokens, llava_prune.build(name, **{**hyper, **extra})))
-    stray = sorted(set(settings.method_args) - used)
-    if stray:
-        raise ValueError(f"none of {', '.join(settings.methods)} has a hyper-parameter {', '.join(stray)}")
-    return out
+    return plan(settings.methods, settings.tokens, settings.method_args, seed=settings.seed)
 
 
 def load(settings: Settings) -> Any:
-    """The model to measure."""
+    """Load or make the model to measure."""
     if settings.model is not None:
         family: Any = settings.family
         return llava_prune.load(
             settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn
         )
-    from ..models.load import pick_dtype
-    from .shapes import random_model
-
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = pick_dtype(settings.dtype or default, {}, device)
@@ -140,31 +116,34 @@ def load(settings: Settings) -> Any:
 
 
 def speed(settings: Settings, progress: Progress = lambda _: None, command: str = "") -> dict[str, Any]:
-    """Measure, and write bench.json, the plot and traces.
+    """Measure, and write bench.json and the traces.
 
     Args:
         settings: what to measure.
-        progress: told what comes next.
+        progress: called before each measurement.
         command: recorded in the result.
 
     Returns:
-        {"command", "settings", "machine", "rows"}, as in bench.json; see `measure` for a row.
+        {"command", "settings", "machine", "rows"}, the content of bench.json; see `measure` for a row.
 
     Raises:
         ValueError: for bad settings.
     """
     if settings.new < 2:
         raise ValueError(f"new={settings.new}: decoding is timed from the second new token on; give 2 or more")
-    check_step(settings.text_step, settings.graphs)
     if settings.repeats < 1:
         raise ValueError(f"repeats={settings.repeats}: give 1 or more")
-    wanted = cases(settings)
+    if settings.graphs or settings.text_step is not None:
+        from ..experimental.graphs import check_step
+
+        check_step(settings.text_step, settings.graphs)
+    runs = plan_runs(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     progress(f"loading {settings.name}")
     loaded = load(settings)
     parameter = next(loaded.model.parameters())
-    rows = list(_rows(settings, loaded, wanted, progress))
+    rows = list(_rows(settings, loaded, runs, progress))
     result = {
         "command": command,
         "settings": {**dataclasses.asdict(settings), "family": loaded.family},
@@ -185,7 +164,7 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
 
 
 def out_folder(settings: Settings) -> Path:
-    """Where the result goes."""
+    """Folder for the results."""
     return Path(settings.out).expanduser() if settings.out else Path(FOLDER) / settings.name
 
 
@@ -195,26 +174,26 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _rows(settings: Settings, loaded: Any, wanted: Sequence[_Case], progress: Progress) -> Iterator[dict[str, Any]]:
-    """One row for each case, batch size and prompt length; memory that runs out is a row too."""
+def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progress) -> Iterator[dict[str, Any]]:
+    """One row for each run, batch size and prompt length; a lack of memory gives a row, too."""
     for batch in settings.batches:
         for text in settings.texts:
             asked = request(loaded, batch, text, settings.new, settings.seed)
             size = _size(loaded, asked)
             parameter = next(loaded.model.parameters())
             machine = measure_machine(parameter.device, parameter.dtype, batch * (asked.visual + text), size)
-            for case in wanted:
-                head = {"method": case.name, "tokens": case.tokens, "hyper": _plain(case.method.hyper())}
-                head |= {"batch": batch, "text": text, "visual": asked.visual}
-                progress(f"{case.label}, batch {batch}, {asked.visual} + {text} tokens")
+            for run in runs:
+                head = {"label": run.label, "method": run.name, "tokens": run.tokens}
+                head |= {"hyper": _plain(run.method.hyper()), "batch": batch, "text": text, "visual": asked.visual}
+                progress(f"{run.label}, batch {batch}, {asked.visual} + {text} tokens")
                 try:
-                    row = {**head, **measure(settings, loaded, case.method, asked, size, machine)}
+                    row = {**head, **measure(settings, loaded, run.method, asked, size, machine)}
                 except torch.OutOfMemoryError:
-                    log.warning("%s, batch %d: out of memory", case.label, batch)
+                    log.warning("%s, batch %d: out of memory", run.label, batch)
                     row = {**head, "error": "out of memory"}
                 if settings.profile and "error" not in row:
-                    stem = out_folder(settings) / f"trace-{case.label}-b{batch}-t{text}"
-                    _trace(stem, loaded, case.method, asked, settings.fused)
+                    stem = out_folder(settings) / f"trace-{run.label}-b{batch}-t{text}"
+                    _trace(stem, loaded, run.method, asked, settings.fused)
                 yield row
 
 
@@ -230,19 +209,22 @@ def _size(loaded: Any, asked: Request) -> Size:
 def measure(
     settings: Settings, loaded: Any, method: Method, asked: Request, size: Size, machine: Machine
 ) -> dict[str, Any]:
-    """Everything about one method on one kind of request.
+    """Time, FLOPs and memory of one method on one kind of request.
 
     Returns:
-        "graphs": whether pruned requests were replayed; "stages": see `latency.stages`, milliseconds; "flops": equation
-        (2) on visual and text tokens entering the layers, both models, and their ratio; "efficiency": prefill speed-up
-        over FLOPs ratio; "deciding": quartiles in milliseconds, the median's share of the unpruned prefill, and the
-        median of its share of the pruned one; "average_entering": visual tokens; "padding": filler rows over live ones
-        in the pruned layers; "floor": milliseconds of prefill and decode for both models on `machine`; "memory": see
-        `memory.peaks`, both models.
+        "graphs": whether pruned requests were replayed.
+        "stages": milliseconds of the stages, see `latency.stages`.
+        "flops": equation (2) on visual and text tokens entering the layers, both models, and their ratio.
+        "efficiency": prefill speed-up over FLOPs ratio.
+        "overhead": pruning overhead: quartiles in milliseconds, share of the median in the unpruned prefill, and median
+            of the share in the pruned prefill.
+        "average_entering": visual tokens, mean over layers and samples.
+        "padding": ragged padding of the pruned layers, padding tokens over real ones.
+        "floor": lower bounds in milliseconds of prefill and decoding on `machine`, both models.
+        "memory": see `memory.peaks`, both models.
     """
     model, text = loaded.model, asked.text
-    graphs = Graphs(method, model.device, settings.text_step) if settings.graphs else False
-    warmup = max(settings.warmup, RECORDED) if graphs else settings.warmup
+    graphs, warmup = _graphs(settings, method, model.device)
     plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs, settings.fused)
     times = stages(plain, cut)
     visual = [[asked.visual] * size.layers] * asked.batch if last is None else last.tokens_in.tolist()
@@ -250,21 +232,21 @@ def measure(
     live = [[n + text for n in row] for row in visual]
     cost = {"full": _flops(full, size), "pruned": _flops(live, size)}
     ratio = cost["full"] / cost["pruned"]
-    decided = deciding(model, asked.ask, method, settings.repeats, settings.fused)
-    outside = quartiles([a for a, _ in decided])
+    outside = pruning_overhead(model, asked.ask, method, settings.repeats, settings.fused)
+    overhead = quartiles([a for a, _ in outside])
     width = next(model.parameters()).element_size()
     row: dict[str, Any] = {
         "graphs": bool(graphs),
         "stages": times,
         "flops": {**cost, "ratio": ratio},
         "efficiency": times["prefill"]["speedup"]["median"] / ratio,
-        "deciding": {
-            **outside,
-            "share_of_full": outside["median"] / times["prefill"]["full"]["median"],
-            "share_of_pruned": statistics.median(a / b for a, b in decided),
+        "overhead": {
+            **overhead,
+            "share_of_full": overhead["median"] / times["prefill"]["full"]["median"],
+            "share_of_pruned": statistics.median(a / b for a, b in outside),
         },
         "average_entering": average_tokens([n for row in visual for n in row]),
-        "padding": filler([live]),
+        "padding": ragged_padding([live]),
         "floor": {
             **dataclasses.asdict(machine),
             "prefill_full": prefill_floor(full, size, width, machine),
@@ -274,11 +256,25 @@ def measure(
         },
     }
     if settings.memory:
-        lm = family_of(model).language_model(model)
-        row["memory"] = {"full": peaks(asked.prefill, lm, model.device)}
-        with pruned(model, method, fused=settings.fused):
-            row["memory"]["pruned"] = peaks(asked.prefill, lm, model.device)
+        row["memory"] = _memory(model, method, asked, settings.fused)
     return row
+
+
+def _graphs(settings: Settings, method: Method, device: torch.device) -> tuple[Any, int]:
+    """What `attach` takes as `graphs`, and the pairs that run before the timed ones."""
+    if not settings.graphs:
+        return False, settings.warmup
+    from ..experimental.graphs import RECORDED, Graphs
+
+    return Graphs(method, device, settings.text_step), max(settings.warmup, RECORDED)
+
+
+def _memory(model: Any, method: Method, asked: Request, fused: bool) -> dict[str, dict[str, int]]:
+    """Peak bytes of unpruned and pruned prefills."""
+    lm = family_of(model).language_model(model)
+    full = peaks(asked.prefill, lm, model.device)
+    with pruned(model, method, fused=fused):
+        return {"full": full, "pruned": peaks(asked.prefill, lm, model.device)}
 
 
 def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
@@ -286,7 +282,7 @@ def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
 
 
 def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool) -> None:
-    """A Chrome trace of one pruned prefill, and its operators by time as text."""
+    """Write a Chrome trace of one pruned prefill, and a table of its operators by time."""
     activity = torch.profiler.ProfilerActivity
     cuda = loaded.model.device.type == "cuda"
     stem.parent.mkdir(parents=True, exist_ok=True)

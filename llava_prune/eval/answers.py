@@ -1,7 +1,7 @@
-"""Answer files that survive a kill at any moment.
+"""Answer files of runs that may be interrupted at any moment and resumed.
 
-While a run goes on, every answer is appended to a journal and forced to disk. At the end the journal becomes the
-answer file, in question order. The settings of the run lie beside it; other settings are refused.
+During a run every answer is appended to a journal and flushed to disk. At the end the answer file is written in
+question order. The settings of the run are stored in the same folder; a run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ except ImportError:  # no file locks on this system
 ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
 RESULT = "result.json"
 JOURNAL_ONLY = ("row", "seconds", "tower_seconds")
-"""Fields of a journal row that the answer file does not have; `row` is the question's number."""
+"""Fields of a journal row that the answer file does not have; `row` is the number of the question."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader or a kill sees the old content or the new, never a part."""
+    """Write a file atomically: it has its old or its new content at any moment."""
     draft = path.with_name(path.name + ".draft")
     with open(draft, "w", encoding="utf-8") as handle:
         handle.write(text)
@@ -35,7 +35,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def model_id(path: str) -> str:
-    """The name LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
+    """The model_id that LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
 
     Source: llava/mm_utils.py, `get_model_name_from_path`.
     """
@@ -44,7 +44,7 @@ def model_id(path: str) -> str:
 
 
 def named(file: str, stem: str) -> str:
-    """Name of a chunk's file: "4_0.jsonl", "4_0.partial.jsonl", "4_0.settings.json"; the file's own without a stem."""
+    """Name of a chunk's file: "4_0.jsonl", "4_0.partial.jsonl" or "4_0.settings.json"; `file` itself without a stem."""
     if not stem:
         return file
     return f"{stem}{file.removeprefix('answers')}" if file.startswith("answers") else f"{stem}.{file}"
@@ -53,20 +53,20 @@ def named(file: str, stem: str) -> str:
 def merge(
     folder: Path, count: int, stem: str, seconds: dict[str, float]
 ) -> tuple[list[dict[str, Any]] | None, dict[str, float]]:
-    """Join the chunks of a run in order, once all are complete.
+    """Join the chunks of a run in order, when all are complete.
 
     Args:
-        folder: of the method.
+        folder: folder of the run.
         count: number of chunks.
-        stem: of the chunk at hand, whose settings the others must have.
-        seconds: of the chunk at hand.
+        stem: stem of the current chunk, whose settings the others must have.
+        seconds: seconds of the current chunk.
 
     Returns:
-        All rows, which are written to the answer file too, and the seconds of all chunks; None and the given seconds
+        All rows, which are also written to the answer file, and the seconds of all chunks; None and the given seconds
         while a chunk is missing.
 
     Raises:
-        ValueError: for chunks made with other settings.
+        ValueError: for chunks made with different settings.
     """
     stems = [f"{count}_{i}" for i in range(count)]
     if not all((folder / named(ANSWERS, s)).is_file() for s in stems):
@@ -75,7 +75,9 @@ def merge(
     for other, name in zip(parts[1:], stems, strict=True):
         differ = [k for k in parts[0] if k != "batch" and other.get(k) != parts[0][k]]
         if differ:
-            raise ValueError(f"chunk {name} in {folder} was made with other {', '.join(differ)}; use --restart for it")
+            raise ValueError(
+                f"chunk {name} in {folder} was made with another {', '.join(differ)}; run it again with --restart"
+            )
     text = "".join((folder / named(ANSWERS, s)).read_text(encoding="utf-8") for s in stems)
     times = [json.loads((folder / named(RESULT, s)).read_text(encoding="utf-8"))["seconds"] for s in stems]
     write_whole(folder / ANSWERS, text)
@@ -84,9 +86,12 @@ def merge(
 
 
 class Answers:
-    """The answers of one method on one benchmark, in a folder of their own.
+    """The answers of one method on one benchmark, in a folder of their own. Use as a context manager.
 
-    Use as a context manager; `rows` holds what earlier runs left, by number of the question.
+    Attributes:
+        rows: answers by number of the question, those of interrupted runs included.
+        settings: settings of the answers.
+        complete: whether every question has an answer.
     """
 
     def __init__(
@@ -100,14 +105,14 @@ class Answers:
         """Open or resume.
 
         Args:
-            folder: made when missing.
-            settings: everything that may change an answer.
-            restart: discard what is there.
-            fill: values for settings that are None. A resumed run takes the folder's instead.
-            stem: of a chunk's files, "4_0" for the first of four; none for the whole.
+            folder: folder of the run; made when missing.
+            settings: every setting that may change an answer.
+            restart: discard earlier answers.
+            fill: values for settings that are None. A resumed run takes them from the folder instead.
+            stem: stem of a chunk's files, "4_0" for the first of four; "" for the whole benchmark.
 
         Raises:
-            ValueError: for other settings than the folder's, a broken line that is not the last, or a second writer.
+            ValueError: for settings other than the folder's, a broken line before the last, or a second writer.
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +148,7 @@ class Answers:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"another run is writing to {self.folder}; wait for it or set OUT to another folder"
+                f"another run is writing to {self.folder}; wait for it, or set OUT to another folder"
             ) from error
 
     def _agree(self, settings: dict[str, Any], fill: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +161,9 @@ class Answers:
         try:
             old = json.loads(self._settings.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self._settings} is broken; use --restart to discard the answers beside it") from error
+            raise ValueError(
+                f"{self._settings} is broken; discard the answers in this folder with --restart"
+            ) from error
         for key in sorted(set(old) | set(plain)):
             mine, theirs = plain.get(key), old.get(key)
             if mine == theirs or key in free:
@@ -168,7 +175,7 @@ class Answers:
         return old
 
     def _read(self, path: Path) -> dict[int, dict[str, Any]]:
-        """Rows by number; a last line of the journal that a kill cut short is taken off the file."""
+        """Rows by number of the question; an incomplete last line of the journal is removed."""
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         rows: dict[int, dict[str, Any]] = {}
@@ -184,7 +191,7 @@ class Answers:
         return rows
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the tower and of the rest of generation behind all rows, earlier runs included."""
+        """Seconds of all rows, spent in the vision tower and in the rest of generation."""
         if self.complete:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 old = json.loads(self._result.read_text(encoding="utf-8"))["seconds"]
@@ -197,17 +204,17 @@ class Answers:
         }
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append answers and force them to disk."""
+        """Append answers and flush them to disk."""
         fresh = [r for r in rows if r["row"] not in self.rows]
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
         rest = text.encode("utf-8")
-        while rest:  # a disk that fills up takes a part first, then raises
+        while rest:  # a full disk writes a part before it raises
             rest = rest[self._handle.write(rest) or 0 :]
         os.fsync(self._handle.fileno())
         self.rows.update((r["row"], r) for r in fresh)
 
     def finish(self, order: Sequence[int]) -> list[dict[str, Any]]:
-        """Write the answer file in question order and drop the journal.
+        """Write the answer file in question order and empty the journal.
 
         Args:
             order: numbers of all questions.
@@ -218,13 +225,15 @@ class Answers:
         if self.complete:
             rows = list(self.rows.values())
             if len(rows) != len(order):
-                raise ValueError(f"{self._final} has {len(rows)} rows, not {len(order)}; discard it with --restart")
+                raise ValueError(
+                    f"{self._final} has {len(rows)} rows for {len(order)} questions; discard it with --restart"
+                )
             return rows
         missing = [q for q in order if q not in self.rows]
         if missing:
-            raise ValueError(f"{len(missing)} of {len(order)} questions have no answer yet; run again to go on")
+            raise ValueError(f"{len(missing)} of {len(order)} questions have no answer; run the same command to resume")
         rows = [{k: v for k, v in self.rows[q].items() if k not in JOURNAL_ONLY} for q in order]
-        if self._result.name != RESULT:  # a chunk: the whole run's result wants its seconds
+        if self._result.name != RESULT:  # a chunk: the joined result needs its seconds
             write_whole(self._result, json.dumps({"seconds": self.seconds()}) + "\n")
         write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         self._handle.truncate(0)

@@ -1,4 +1,4 @@
-"""Put questions to a loaded model: batches of similar length, one tower pass a picture, halved when memory runs out."""
+"""Ask a loaded model the questions of a benchmark, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import torch
 
 import llava_prune
 
-from ..models.load import resolve
+from ..methods.planner import Run, check_budgets
+from ..models.load import is_original, read_config, resolve
 from .images import pixels
-from .plan import Run, Settings, check_budgets
+from .plan import Settings
 from .prompt import check_tokenizer, token_ids, vicuna_v1
 from .task import Question, Sources, Task
 
@@ -35,16 +36,17 @@ class Files:
 
 @dataclass
 class Bench:
-    """A loaded model before its questions.
+    """A loaded model and the questions for it.
 
     Attributes:
         loaded: see `llava_prune.load`.
+        pad: whether images are padded to a square.
         rows: token ids of each question.
-        batch: samples at once, halved for good when memory runs out.
+        batch: batch size, halved when memory runs out.
         load: seconds that loading took.
-        tower: seconds in the vision tower so far.
-        memo: what the tower made of each picture.
-        sizes: (width, height) of the pictures so far.
+        tower: seconds spent in the vision tower so far.
+        images: cache of the tower's outputs, see `Loaded.remember_images`.
+        sizes: (width, height) of the images opened so far.
         shape: (3, H, W) of the tower's input.
     """
 
@@ -56,13 +58,13 @@ class Bench:
     batch: int
     load: float
     tower: float = 0.0
-    memo: Any = None
+    images: Any = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
 
 
 def load_model(settings: Settings) -> Any:
-    """`llava_prune.load` with every failure as a ValueError."""
+    """`llava_prune.load`, with every failure except a lack of memory as a ValueError."""
     try:
         return llava_prune.load(
             settings.model, family=settings.family, dtype=settings.dtype, device=settings.device, attn=settings.attn
@@ -74,23 +76,25 @@ def load_model(settings: Settings) -> Any:
         raise ValueError(f"{settings.model} cannot be loaded: {type(error).__name__}: {detail}") from error
 
 
-def pads(loaded: Any, model: str) -> bool:
-    """Whether LLaVA's code pads pictures for this checkpoint; transformers' format says nothing and is padded.
+def pads(model: str) -> bool:
+    """Whether LLaVA's code pads images to a square for this checkpoint.
+
+    Checkpoints in transformers' format do not state it; their images are padded.
 
     Raises:
-        ValueError: for anyres checkpoints, whose protocol is another one.
+        ValueError: for anyres checkpoints, which have another protocol.
     """
-    from ..models.load import is_original, read_config
-
     config = read_config(resolve(model))
     aspect = config.get("image_aspect_ratio")
     if aspect == "anyres" or config.get("model_type") == "llava_next":
-        raise ValueError(f"{model}: the LLaVA-1.5 protocol has no anyres pictures; evaluate a LLaVA-1.5 checkpoint")
+        raise ValueError(
+            f"{model} is an anyres model, which the LLaVA-1.5 protocol does not cover; give a LLaVA-1.5 checkpoint"
+        )
     return aspect == "pad" if is_original(config) else True
 
 
 def auto_batch(loaded: Any, longest: int) -> int:
-    """A batch that should fit: half the free memory over a rough cost of one sample, at most 64 (16 on a CPU)."""
+    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU)."""
     shape, width = loaded.shape, next(loaded.model.parameters()).element_size()
     n = longest + loaded.n_visual
     cost = n * (2 * shape.layers * shape.hidden * width + 12 * shape.hidden * 4 + 3 * shape.intermediate * 4)
@@ -105,7 +109,7 @@ def auto_batch(loaded: Any, longest: int) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes a process may still take on the host; 2 GiB where the system does not say."""
+    """Free bytes of the host's memory; 2 GiB where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
@@ -113,10 +117,10 @@ def _free_memory() -> int:
 
 
 def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], loaded: Any = None) -> Bench:
-    """Load the model, unless it is given, and tokenise all questions.
+    """Load the model, unless it is given, and tokenise the questions.
 
     Raises:
-        ValueError: for a broken checkpoint, a foreign tokenizer, or a budget above the model's visual tokens.
+        ValueError: for a broken checkpoint, another model's tokenizer, or a budget above the model's visual tokens.
     """
     start = time.perf_counter()
     loaded = loaded or load_model(settings)
@@ -126,17 +130,17 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
     check_tokenizer(loaded.tokenizer, vocab, text_config, settings.model)
     if loaded.image_processor is None:
-        raise ValueError(f"{settings.model} has no preprocessor_config.json; add the one of its vision tower")
+        raise ValueError(f"{settings.model} has no preprocessor_config.json; add that of its vision tower")
     rows = [token_ids(vicuna_v1(q.text, q.image is not None), loaded.tokenizer) for q in files.questions]
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
-    return Bench(loaded, task, files, pads(loaded, settings.model), rows, batch, seconds)
+    return Bench(loaded, task, files, pads(settings.model), rows, batch, seconds)
 
 
 def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
-    """Question numbers in batches of similar length, longest first; the same for a resumed run.
+    """Question numbers in batches of similar length, longest first; a resumed run has the same batches.
 
-    Questions without a picture have batches of their own.
+    Questions without an image are in batches of their own.
     """
     out = []
     for plain in (False, True):
@@ -148,7 +152,7 @@ def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
-    """Add the tower's time to `bench.tower`."""
+    """Add the time spent in the vision tower to `bench.tower`."""
     model = bench.loaded.model
     tower = model.get_vision_tower() if bench.loaded.family == "llava" else model.model.vision_tower
     began = [0.0]
@@ -173,15 +177,15 @@ def tower_clock(bench: Bench) -> Any:
 
 
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
-    """New ids of a batch of questions, (B, new)."""
+    """(B, new) long: new token ids for a batch of questions."""
     values, sizes, keys = [], [], []
     for name in (bench.files.questions[i].image for i in numbers):
         if name is None:
             continue
-        if bench.memo is not None and bench.memo.holds(name, method):  # the pixels do not matter
+        if bench.images is not None and bench.images.holds(name, method):  # needs no pixels
             values.append(torch.zeros(bench.shape))
         else:
-            image = bench.files.sources.picture(name)
+            image = bench.files.sources.image(name)
             values.append(pixels(image, bench.loaded.image_processor, bench.pad))  # (3, H, W)
             bench.shape = tuple(values[-1].shape)
             bench.sizes[name] = image.size
@@ -197,14 +201,14 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
 
 
 def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: str) -> list[dict[str, Any]]:
-    """Rows of the answer file for a batch; halves the batch when memory runs out.
+    """Rows of the answer file for a batch of questions; the batch size is halved when memory runs out.
 
     Args:
         bench: model and questions.
         handle: of the attached method.
-        numbers: question numbers, all with a picture or all without.
+        numbers: question numbers, all with an image or all without one.
         run: method and budget.
-        name: what LLaVA writes as model_id.
+        name: the row's model_id.
 
     Raises:
         torch.OutOfMemoryError: when a single question does not fit.
@@ -219,20 +223,20 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
         if len(numbers) == 1:
             raise
         bench.batch = max(1, len(numbers) // 2)
-        log.warning("out of memory with %d samples at once; going on with %d", len(numbers), bench.batch)
+        log.warning("out of memory at batch size %d; continuing with %d", len(numbers), bench.batch)
         new = None
-    if new is None:  # outside the handler, which would keep the failed tensors alive
+    if new is None:  # after the handler, which keeps the failed tensors alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return answer(bench, handle, numbers, run, name)
     tower = bench.tower - tower
     seconds = time.perf_counter() - start - tower
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
-    pictured = bench.files.questions[numbers[0]].image is not None  # a batch has pictures throughout or none
+    with_image = bench.files.questions[numbers[0]].image is not None  # all or none of a batch
     none = [[0] * bench.loaded.shape.layers] * len(numbers)
-    entering = handle.last.tokens_in.tolist() if pictured else none
-    leaving = handle.last.tokens_out.tolist() if pictured else none
-    stats = handle.last.stats if pictured else {}
+    entering = handle.last.tokens_in.tolist() if with_image else none
+    leaving = handle.last.tokens_out.tolist() if with_image else none
+    stats = handle.last.stats if with_image else {}
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
@@ -240,7 +244,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "question_id": question.id,
             "prompt": question.stored,
             "text": text.strip(),
-            "answer_id": shortuuid.uuid(name=f"{name} {run.label} {i} {question.id}"),  # the same in a resumed run
+            "answer_id": shortuuid.uuid(name=f"{name} {run.label} {i} {question.id}"),  # a resumed run gives the same
             "model_id": name,
             "metadata": {},
             **question.extra,

@@ -1,4 +1,4 @@
-"""Which files of a benchmark are there, whether they are the known releases, and how to get the rest."""
+"""The files of a benchmark: which are present, whether they are known releases, and how to get the others."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .task import Kind, Question, Sources, Task, load_task, questions_of
 
 CHUNK = 1 << 20
 PART = ".part"
-"""Ending of a download under way; the next call goes on behind it."""
+"""Suffix of an incomplete download, which the next call resumes."""
 TIMEOUT = 60
-"""Seconds without a byte after which a download gives up."""
+"""Seconds without data after which a download fails."""
 
 
 def size_of(path: Path, pattern: str = "") -> tuple[int, int]:
-    """(files, bytes) of a file, or of all files below a folder; with a pattern only those right in it that match."""
+    """(files, bytes) of a file or of all files below a folder; with a pattern, of the matching files in the folder."""
     files = path.glob(pattern) if pattern else path.rglob("*") if path.is_dir() else [path]
     sizes = [p.stat().st_size for p in files if p.is_file()]
     return len(sizes), sum(sizes)
 
 
 def inspect(name: str, data: Path) -> dict[str, Any]:
-    """Look at a benchmark's files.
+    """Report on the files of a benchmark.
 
     Args:
         name: benchmark.
-        data: folder with the benchmarks' folders, or the benchmark's own.
+        data: folder with the folders of the benchmarks, or the benchmark's own.
 
     Returns:
-        bench, complete (whether it can be run), problems (messages) and files: kind, path, optional, files, bytes,
-        rows, expected, version, source and url of each.
+        bench, complete (whether it can be evaluated), problems (messages), and files with the kind, path, optional,
+        files, bytes, rows, expected, version, source and url of each.
     """
     task = load_task(name)
     sources = Sources(task, data)
@@ -86,20 +86,20 @@ def _file(kind: str, spec: Kind, sources: Sources, questions: list[Question], pr
         missing = sorted(n for n in named if not (path / n).is_file())
         out["rows"] = len(named) - len(missing)
         if missing:
-            problems.append(f"{len(missing)} of {len(named)} pictures are missing in {path}, e.g. {missing[0]}")
+            problems.append(f"{len(missing)} of {len(named)} images are missing in {path}, e.g. {missing[0]}")
     return out
 
 
 def fetch(url: str, to: Path, progress: Callable[[int, int | None], None] = lambda *_: None) -> Path:
-    """Download a file; what an earlier call left in `<to>.part` is gone on with.
+    """Download a file. An interrupted download, `<to>.part`, resumes.
 
     Args:
         url: http or https.
-        to: file to be made.
-        progress: told (bytes so far, bytes in all or None).
+        to: file to write.
+        progress: called with (bytes so far, bytes in all or None).
 
     Raises:
-        ValueError: when the server refuses or the connection breaks; the part stays.
+        ValueError: when the server refuses or the connection fails; what was received is kept.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(to.name + PART)
@@ -108,7 +108,7 @@ def fetch(url: str, to: Path, progress: Callable[[int, int | None], None] = lamb
     total: int | None = None
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            if have and answer.status != 206:  # the server starts over
+            if have and answer.status != 206:  # the server sends the whole file
                 have = 0
             length = answer.headers.get("Content-Length")
             total = None if length is None else have + int(length)
@@ -118,29 +118,29 @@ def fetch(url: str, to: Path, progress: Callable[[int, int | None], None] = lamb
                     have += len(block)
                     progress(have, total)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to fetch
-            raise ValueError(f"{url}: the server says {error.code} {error.reason}") from error
+        if error.code != 416:  # 416: the file is complete
+            raise ValueError(f"{url}: the server answered {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise ValueError(f"{url}: {error}; {have} bytes are kept, the same command goes on") from error
+        raise ValueError(f"{url}: {error}; {have} bytes are kept, run the same command to resume") from error
     if total is not None and have < total:
-        raise ValueError(f"{url}: ended after {have} of {total} bytes; the same command goes on")
+        raise ValueError(f"{url}: ended after {have} of {total} bytes; run the same command to resume")
     part.replace(to)
     return to
 
 
 def download(task: Task, data: Path, progress: Callable[[str, int, int | None], None]) -> tuple[list[str], list[str]]:
-    """Fetch the missing files that have a direct address.
+    """Download the missing files that have a direct address.
 
     Args:
         task: benchmark.
-        data: folder with the benchmarks' folders.
-        progress: told (url, bytes so far, bytes in all or None).
+        data: folder with the folders of the benchmarks.
+        progress: called with (url, bytes so far, bytes in all or None).
 
     Returns:
-        (kinds that were fetched, kinds their owners hand out on a page only).
+        (kinds that were downloaded, kinds that are published on a web page only).
 
     Raises:
-        ValueError: when a download fails; what came stays and is gone on with.
+        ValueError: when a download fails; the next call resumes it.
     """
     sources = Sources(task, data)
     base = next((b for b in sources.bases[:-1] if b.is_dir()), sources.bases[0])
@@ -167,4 +167,4 @@ def _unzip(path: Path, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: broken archive ({error}); delete it and run the command again") from error
+        raise ValueError(f"{path} is a broken archive ({error}); delete it and run the command again") from error

@@ -1,36 +1,37 @@
-"""Pictures as haotian-liu/LLaVA prepares them: RGB, padded to a square, CLIP's processor."""
+"""Image preprocessing of haotian-liu/LLaVA: RGB, padding to a square, then CLIP's image processor."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:  # scoring reads no pixels and loads no torch
+    from torch import Tensor
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """A picture file as an RGB image.
+    """Open an image file as RGB.
 
     Raises:
-        ValueError: when the file is no readable picture.
+        ValueError: when the file is not a readable image.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable picture ({error}); fetch it again") from error
+        raise ValueError(f"{path} is not a readable image ({error}); fetch it again") from error
 
 
 def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square of its longer side.
+    """Pad an image to a square, with the image in the middle.
 
-    Source: llava/mm_utils.py, `expand2square`: the offset is rounded down.
+    Source: llava/mm_utils.py, `expand2square`; the offset is rounded down.
 
     Args:
-        image: RGB picture.
-        colour: fill, one value a channel.
+        image: RGB image.
+        colour: of the padding, one value for each channel.
     """
     width, height = image.size
     if width == height:
@@ -42,16 +43,18 @@ def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
-    """The tower's input.
+    """The input of the vision tower.
 
     Args:
-        image: RGB picture of any size.
-        processor: CLIP image processor (its Pillow backend gives the pixels LLaVA was trained on).
-        pad: pad to a square with int(mean * 255) before the processor's resize and centre crop.
+        image: RGB image of any size.
+        processor: CLIP image processor; its Pillow backend gives the pixels that LLaVA was trained on.
+        pad: pad to a square with int(255 * mean) before the processor resizes and crops.
 
     Returns:
         (3, H, W) float32.
     """
+    import torch
+
     if pad:
         image = square(image, tuple(int(m * 255) for m in processor.image_mean))
     values = processor(images=image, return_tensors="pt")["pixel_values"]

@@ -1,4 +1,4 @@
-"""Questions per second of whole evaluations, beside LLaVA's own program on the same model, questions and process.
+"""Questions per second of whole evaluations and of LLaVA's own program, with the same model, questions and process.
 
 python -m llava_prune.eval.rate --batch 1,8,auto --tokens 64
 """
@@ -25,11 +25,13 @@ import torch
 from rich.table import Table
 
 from .. import arguments
-from ..bench.flops import filler
+from ..arguments import DATA, TINY
+from ..bench.flops import ragged_padding
 from ..bench.latency import quartiles
+from ..methods.planner import Run, expand
 from .answers import ANSWERS, SETTINGS
 from .asking import Bench, batches, load_model, prepare
-from .plan import DATA, TINY, Settings, plan_runs
+from .plan import Settings, plan_runs
 from .run import evaluate, read_files
 from .show import finish
 from .task import Task, load_task
@@ -37,12 +39,12 @@ from .task import Task, load_task
 MODULE = "llava_prune.eval.rate"
 LOADER = "llava.eval.model_vqa_loader"
 WARMUP = 8
-"""Questions of the round that does not count."""
+"""Questions of the first round, which is not timed."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is timed: a method at a batch size (None: auto), or LLaVA's own program (`method` "")."""
+    """A method at a batch size (None: auto), or LLaVA's own program (`method` "")."""
 
     method: str
     batch: int | None = None
@@ -54,9 +56,9 @@ class Arm:
 
 @contextlib.contextmanager
 def _for_cpu(model: Any) -> Iterator[Any]:
-    """A model for LLaVA's program, which names CUDA and float16: its tensors go where the model is.
+    """A model for LLaVA's program, which names CUDA and float16: tensors go to the device and dtype of the model.
 
-    Outside `generate` Tensor.to is replaced, inside it is the stock one, so that nothing is slowed down.
+    Tensor.to is replaced outside `generate` only, so that generation is not slowed down.
     """
     stock, parameter = torch.Tensor.to, next(model.parameters())
 
@@ -76,20 +78,22 @@ def _for_cpu(model: Any) -> Iterator[Any]:
 
 
 def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: int) -> float:
-    """Seconds that LLaVA's own program takes for a question file, its loading of the model left out.
+    """Seconds that LLaVA's own program takes for a question file, without loading the model.
 
     Args:
-        loaded: of family "llava", unpruned.
+        loaded: an unpruned model of family "llava".
         questions: JSON lines with question_id, image and text.
-        images: folder of the pictures.
+        images: folder of the images.
         answers: file to write.
-        new: limit of new tokens.
+        new: largest number of new tokens of an answer.
 
     Raises:
-        ValueError: when package llava is not installed or the model is of the other family.
+        ValueError: when package llava is not installed, or the model is of another family.
     """
     if loaded.family != "llava":
-        raise ValueError("LLaVA's own program needs its own classes: give a checkpoint in its format, family='llava'")
+        raise ValueError(
+            "LLaVA's own program needs a model of family 'llava'; give a checkpoint in its format, or use --no-llava"
+        )
     try:
         import llava.eval.model_vqa_loader as program
     except ImportError as error:
@@ -114,7 +118,7 @@ def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: in
             model = stack.enter_context(_for_cpu(model))
         found = loaded.tokenizer, model, loaded.image_processor, 2048
         stack.enter_context(mock.patch.object(program, "load_pretrained_model", lambda *_: found))
-        stack.enter_context(mock.patch.object(program, "args", args, create=True))  # its data set reads the global
+        stack.enter_context(mock.patch.object(program, "args", args, create=True))  # a global of the program
         stack.enter_context(mock.patch.object(program, "disable_torch_init", lambda: None))
         start = time.perf_counter()
         program.eval_model(args)
@@ -126,8 +130,8 @@ class Rate:
 
     Attributes:
         texts: arm label -> answers of its last round, in question order.
-        batch: arm label -> batch size at the end, also where it was chosen.
-        filler: arm label -> masked rows over live rows, in all layers of all batches.
+        batch: arm label -> batch size at the end of the round.
+        padding: arm label -> ragged padding: padding tokens over real ones in all layers of all batches.
     """
 
     def __init__(self, settings: Settings, loaded: Any, folder: Path) -> None:
@@ -136,25 +140,24 @@ class Rate:
         self.files = read_files(self.task, settings)
         self.texts: dict[str, list[str]] = {}
         self.batch: dict[str, int] = {}
-        self.filler: dict[str, float] = {}
+        self.padding: dict[str, float] = {}
 
     def seconds(self, arm: Arm, limit: int | None) -> float:
-        """Seconds of one evaluation: from question file to answer file, scores included, loading left out."""
+        """Seconds of one evaluation, from question file to answer file and score, without loading the model."""
         return self._ours(arm, limit) if arm.method else self._theirs(limit)
 
     def _ours(self, arm: Arm, limit: int | None) -> float:
         out = self.folder / arm.label.replace(", ", "-").replace(" ", "-")
-        mine = {"methods": (arm.method,), "batch": arm.batch, "out": str(out), "limit": limit}
-        settings = replace(self.settings, **mine, reference=False, restart=True)
+        settings = replace(_settings(self.settings, arm), out=str(out), limit=limit, restart=True)
         start = time.perf_counter()
         evaluate(settings, loaded=self.loaded)
         took = time.perf_counter() - start
-        (run,) = plan_runs(settings)
+        run = _run(settings, arm)
         self.batch[arm.label] = json.loads((out / run.label / SETTINGS).read_text(encoding="utf-8"))["batch"]
         self.texts[arm.label] = _texts(out / run.label / ANSWERS)
         settings = replace(settings, batch=self.batch[arm.label])
         bench = prepare(settings, self.task, self.files, [run], self.loaded)
-        self.filler[arm.label] = _filler(bench, _rows(out / run.label / ANSWERS))
+        self.padding[arm.label] = _padding(bench, _rows(out / run.label / ANSWERS))
         return took
 
     def _theirs(self, limit: int | None) -> float:
@@ -165,11 +168,27 @@ class Rate:
         asked.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
         images = self.files.sources.find("images")
         if images is None:
-            raise ValueError(f"{self.task.name} has no folder of pictures, which {LOADER} needs")
+            raise ValueError(f"{self.task.name} has no folder of images, which {LOADER} needs; use --no-llava")
         new = self.settings.max_new_tokens or self.task.max_new_tokens
         took = ask_llava(self.loaded, asked, images, answers, new)
         self.texts[LOADER], self.batch[LOADER] = _texts(answers), 1
         return took
+
+
+def _settings(settings: Settings, arm: Arm) -> Settings:
+    return replace(settings, methods=(arm.method,), batch=arm.batch, reference=False)
+
+
+def _run(settings: Settings, arm: Arm) -> Run:
+    """The run of an arm.
+
+    Raises:
+        ValueError: see `plan_runs`, or for several budgets.
+    """
+    runs = plan_runs(_settings(settings, arm))
+    if len(runs) != 1:
+        raise ValueError(f"TOKENS={','.join(str(n) for n in settings.tokens)}: give a single budget")
+    return runs[0]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -180,33 +199,34 @@ def _texts(path: Path) -> list[str]:
     return [row["text"].strip() for row in _rows(path)]
 
 
-def _filler(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
-    entering = {i: row["kept"]["entering"] for i, row in enumerate(answers)}  # in the order of the questions
-    return filler(
+def _padding(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
+    entering = {i: row["kept"]["entering"] for i, row in enumerate(answers)}  # answers are in question order
+    return ragged_padding(
         [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]
         for numbers in batches(bench, sorted(entering))
     )
 
 
 def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:
-    """Every arm once a round, in turn, after a short round that does not count.
+    """Time every arm once in each round, after a short round that is not timed.
 
     Args:
         settings: model, data, one budget, limit of questions.
         arms: what is timed.
-        repeats: rounds.
-        loaded: a model that is loaded already.
+        repeats: number of rounds.
+        loaded: a loaded model.
 
     Returns:
-        {"machine", "model", "questions", "repeats", "rows"}; a row has the arm, its batch size, quartiles of questions
-        per second and of the ratio to LLaVA's program within a round, filler rows over live ones, and the share of
-        answers equal to that program's and to the first arm's.
+        {"machine", "model", "questions", "repeats", "rows"}. A row has the arm, its budget and batch size, quartiles of
+        questions per second and of the ratio to LLaVA's program within a round, the ragged padding (padding tokens over
+        real ones), and the share of answers equal to that program's and to the first arm's.
 
     Raises:
         ValueError: for bad settings, see `evaluate` and `ask_llava`.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: give 1 or more")
+    budgets = {arm.label: _run(settings, arm).tokens for arm in arms if arm.method}
     loaded = loaded or load_model(settings)
     parameter = next(loaded.model.parameters())
     took: dict[str, list[float]] = {arm.label: [] for arm in arms}
@@ -224,10 +244,10 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
         row: dict[str, Any] = {
             "arm": arm.label,
             "method": arm.method or None,
-            "tokens": settings.tokens[0] if arm.method not in ("", "full") else None,
+            "tokens": budgets.get(arm.label),
             "batch": rate.batch[arm.label],
             "per_second": quartiles([count / s for s in mine]),
-            "filler": rate.filler.get(arm.label, 0.0),  # LLaVA's program asks one question at a time
+            "ragged_padding": rate.padding.get(arm.label, 0.0),  # LLaVA's program has batch size 1
             "same_answers": {"first": _same(rate.texts, arm.label, arms[0].label)},
         }
         if LOADER in took:
@@ -249,14 +269,14 @@ def _same(texts: dict[str, list[str]], a: str, b: str) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """The result as a table."""
     machine = result["machine"]
     out = Table(
         title=f"questions per second, {result['questions']} questions, {machine['device']}, {machine['dtype']}, "
         f"{machine['threads']} threads",
-        caption="question file to answer file, loading left out; medians, quartiles in brackets",
+        caption="question file to answer file, without loading; medians, quartiles in brackets",
     )
-    for name in ("run", "batch", "per second", "x LLaVA's program", "filler, %", "same answers, %"):
+    for name in ("run", "batch", "per second", "x LLaVA's program", "padding, %", "same answers, %"):
         out.add_column(name, justify="left" if name == "run" else "right")
     for r in result["rows"]:
         rate, times = r["per_second"], r.get("times_llava")
@@ -267,7 +287,7 @@ def table(result: dict[str, Any]) -> Table:
             str(r["batch"]),
             f"{rate['median']:.2f} [{rate['q1']:.2f}, {rate['q3']:.2f}]",
             "-" if times is None else f"{times['median']:.2f} [{times['q1']:.2f}, {times['q3']:.2f}]",
-            f"{100 * r['filler']:.1f}",
+            f"{100 * r['ragged_padding']:.1f}",
             f"{100 * same:.1f}",
         )
     return out
@@ -279,7 +299,7 @@ def _batches(text: str) -> list[int | None]:
     except argparse.ArgumentTypeError:
         out = []
     if not out:
-        raise argparse.ArgumentTypeError(f"{text!r} is no batch size or list such as 1,8,auto")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a batch size or a list of them, e.g. 1,8,auto")
     return out
 
 
@@ -289,25 +309,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     flag = functools.partial(arguments.flag, parser, os.environ)
     flag("task", "gqa", "benchmark")
-    flag("model", TINY, "folder or hub id, in LLaVA's format")
+    flag("model", TINY, "checkpoint folder or hub id, in LLaVA's format")
     flag("data", DATA, "folder with the benchmark's files")
-    flag("method", "full,autoprune", "method or list a,b", type=arguments.names)
+    flag("method", "full,autoprune", "method, list a,b, or all", type=arguments.names)
     flag("tokens", "64", "visual token budget", type=arguments.positive)
-    flag("batch", "1,8,auto", "batch sizes", type=_batches)
-    flag("limit", None, "only the first so many questions", type=arguments.positive)
-    flag("repeats", "3", "rounds", type=int)
-    flag("device", None, "cuda, cuda:1, cpu; default cuda where there is one")
+    flag("batch", "1,8,auto", "batch size, or a list", type=_batches)
+    flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.positive)
+    flag("repeats", "3", "number of rounds", type=int)
+    flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
-    flag("threads", None, "of the CPU", type=arguments.positive)
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="limit of an answer (default the task's)")
+    flag("threads", None, "CPU threads; default torch's choice", type=arguments.positive)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=None,
+        help="largest number of new tokens of an answer; default the benchmark's own",
+    )
     parser.add_argument("--no-llava", action="store_true", help=f"leave out {LOADER}")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    arms = [Arm(m, b) for b in args.batch for m in args.method]
+    arms = [Arm(m, b) for b in args.batch for m in expand(args.method)]
     settings = Settings(
         task=args.task,
         model=args.model,

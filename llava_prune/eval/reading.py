@@ -1,4 +1,4 @@
-"""Files of benchmarks: text, JSON, JSON lines, tables. Whatever is wrong with one is a ValueError that names it."""
+"""Readers for benchmark files: text, JSON, JSON lines and tables. Errors are ValueErrors that name the file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NULL = frozenset(
         "NULL", "NaN", "None", "n/a", "nan", "null",
     )
 )  # fmt: skip
-"""Cells that pandas, with which LLaVA reads MMBench, takes for missing."""
+"""Cells that pandas reads as missing; LLaVA reads MMBench with pandas."""
 _BROKEN = (ValueError, RecursionError)
 Row = dict[str, Any]
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8; a byte-order mark is dropped.
+    """Read a text file in UTF-8; a byte-order mark is dropped.
 
     Raises:
         ValueError: when it cannot be read or is not UTF-8.
@@ -36,14 +36,14 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file.
+    """Read a JSON file.
 
     Args:
         path: the file.
-        kind: dict or list, what the whole has to be.
+        kind: dict or list, the type that the file must hold.
 
     Raises:
-        ValueError: for broken JSON or another kind.
+        ValueError: for broken JSON or another type.
     """
     try:
         value = json.loads(read_text(path))
@@ -58,10 +58,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
-    """All rows of a JSON-lines file.
+    """Read the rows of a JSON-lines file.
 
     Raises:
-        ValueError: naming file and line, for broken JSON, rows that are no objects, or missing fields.
+        ValueError: naming file and line, for broken JSON, rows that are not objects, or missing fields.
     """
     rows = []
     try:
@@ -82,15 +82,15 @@ def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
             raise ValueError(f"{path}, line {number}: no field {', '.join(map(repr, absent))}")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} has no rows")
     return rows
 
 
 def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
-    """The objects of a JSON array or of a JSON-lines file, whichever it is.
+    """Read the objects of a JSON array or of a JSON-lines file.
 
     Raises:
-        ValueError: as `read_jsonl`.
+        ValueError: see `read_jsonl`.
     """
     try:
         with open(path, "rb") as handle:
@@ -107,12 +107,12 @@ def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
         if absent:
             raise ValueError(f"{path}, row {number}: no field {', '.join(map(repr, absent))}")
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} has no rows")
     return rows
 
 
 def check_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse answers without a usable id and text.
+    """Refuse answers without a valid id and text.
 
     Raises:
         ValueError: naming the row.
@@ -128,7 +128,7 @@ def check_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_answers(path: Path) -> list[Row]:
-    """An answer file in LLaVA's format: JSON lines with question_id, text and usually prompt.
+    """Read an answer file in LLaVA's format: JSON lines with question_id, text and usually prompt.
 
     Raises:
         ValueError: for anything else.
@@ -145,7 +145,7 @@ def shown(keys: Iterable[Any]) -> str:
 
 
 def last_by_id(answers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Text by question id as a string; of a repeated id the last counts, as in the official tools that use a dict."""
+    """Text by question id, ids as strings; the last row of a repeated id counts, as in the official tools' dicts."""
     return {str(a["question_id"]): a["text"] for a in answers}
 
 
@@ -155,11 +155,11 @@ def _cell(value: Any) -> str | None:
 
 
 def _delimited(path: Path, delimiter: str) -> list[list[str]]:
-    limit = csv.field_size_limit(1 << 30)  # pictures are cells
+    limit = csv.field_size_limit(1 << 30)  # images are cells
     try:
         text = read_text(path)
         if "\0" in text:
-            raise ValueError(f"{path} holds null bytes; fetch the file again")
+            raise ValueError(f"{path} contains null bytes; fetch the file again")
         return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}: broken table ({error}); fetch the file again") from error
@@ -176,15 +176,15 @@ def _sheet(path: Path) -> list[list[Any]]:
             return [list(r) for r in book.worksheets[0].iter_rows(values_only=True)]
         finally:
             book.close()
-    except Exception as error:  # openpyxl raises whatever its parsers do
-        raise ValueError(f"{path}: no readable sheet ({type(error).__name__}: {error})") from error
+    except Exception as error:  # openpyxl raises errors of its parsers
+        raise ValueError(f"{path} is not a readable spreadsheet ({type(error).__name__}: {error})") from error
 
 
 def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
-    """Rows of a .tsv, .csv or .xlsx by column name; what pandas takes for missing is None.
+    """Rows of a .tsv, .csv or .xlsx file by column name; cells that pandas reads as missing are None.
 
     Raises:
-        ValueError: for missing columns, rows of other lengths or a broken file.
+        ValueError: for missing columns, rows with more cells than columns, or a broken file.
     """
     readers: dict[str, Callable[[], list[list[Any]]]] = {
         ".xlsx": lambda: _sheet(path),
@@ -192,7 +192,7 @@ def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str | None
     }
     lines = [r for r in readers.get(path.suffix.lower(), lambda: _delimited(path, "\t"))() if any(r)]
     if len(lines) < 2:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} has no rows")
     names = [str(n) for n in lines[0]]
     absent = [c for c in required if c not in names]
     if absent:

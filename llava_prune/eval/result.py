@@ -19,14 +19,14 @@ PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch",
 
 @dataclass(frozen=True)
 class Facts:
-    """What a result says about its run.
+    """The facts of a run that its result states.
 
     Attributes:
         task: benchmark.
         figure: name of the headline number.
         shape: layers, hidden and intermediate of the language model.
-        n_visual: visual tokens of a picture before pruning.
-        settings: everything that may have changed an answer.
+        n_visual: visual tokens of an image before pruning.
+        settings: every setting that may have changed an answer.
     """
 
     task: str
@@ -37,7 +37,7 @@ class Facts:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages at work."""
+    """Versions of Python and of the packages that a result depends on."""
     out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean visual tokens over samples with a picture, by layer and over layers, entering and leaving."""
+    """Mean visual tokens of samples with an image, entering and leaving, by layer and over layers."""
     out: dict[str, Any] = {}
     rows = [r for r in rows if r["kept"]["entering"][0]] or rows
     for way in ("entering", "leaving"):
@@ -59,7 +59,7 @@ def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
-    """Mean TFLOPs of a prefill by equation (2) and their share of the unpruned model's, each way of counting."""
+    """Mean TFLOPs of a prefill by equation (2), and their share of the unpruned model's, for each way of counting."""
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):
         only = both = full_only = full_both = 0.0
@@ -86,14 +86,14 @@ def make_result(
     text: Sequence[int],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Everything known about a finished run; `scores` stays out of the file (see `dump`).
+    """The result of a finished run. Its `scores` are not written to the file (see `dump`).
 
     Args:
         facts: see Facts.
-        label: method and budget.
-        score: what the scorer gave.
-        rows: the answer file.
-        text: text tokens of each question's prompt.
+        label: label of the run.
+        score: the scorer's return value.
+        rows: rows of the answer file.
+        text: text tokens of each prompt.
         seconds: stage -> seconds.
     """
     size = Size(facts.shape.layers, facts.shape.hidden, facts.shape.intermediate, facts.n_visual)
@@ -123,7 +123,7 @@ def make_result(
 
 
 def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None:
-    """Add the difference to the unpruned model, where the figure is a mean of scores with its paired 95 % interval."""
+    """Add the difference to the unpruned model, with its paired 95 % interval where the figure is a mean of scores."""
     if reference is None or result["figure"] is None or reference["figure"] is None:
         return
     gap = {"points": result["figure"] - reference["figure"], "low": None, "high": None}
@@ -135,10 +135,10 @@ def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None
 
 
 def public(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the score of each question, which follows from the answer file."""
+    """A result without the scores of the questions, which follow from the answer file."""
     return {k: v for k, v in result.items() if k not in ("scores", "scale")}
 
 
 def dump(result: Mapping[str, Any]) -> str:
-    """The result file's text."""
+    """Text of the result file."""
     return json.dumps(public(result), indent=2, ensure_ascii=False) + "\n"

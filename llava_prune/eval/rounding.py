@@ -1,4 +1,4 @@
-"""What rounding AutoPrune's slope does: schedules that occur, tokens kept, answers and score, on a benchmark.
+"""Effect of rounding AutoPrune's slope on a benchmark: number of schedules, kept tokens, answers and score.
 
 python -m llava_prune.eval.rounding --step 0.05 --tokens 192,128,64
 """
@@ -21,8 +21,10 @@ from rich.table import Table
 import llava_prune
 
 from .. import arguments
+from ..arguments import DATA, TINY
+from ..methods.planner import Run
 from .asking import Bench, answer, batches, prepare
-from .plan import DATA, TINY, Run, Settings, plan_runs
+from .plan import Settings, plan_runs
 from .run import read_files
 from .show import finish
 from .task import load_task
@@ -32,12 +34,12 @@ MODULE = "llava_prune.eval.rounding"
 
 @dataclass
 class Seen:
-    """One run over the questions, by question number.
+    """What one run answers and keeps, by question number.
 
     Attributes:
         rows: answer rows.
         plans: visual tokens leaving each layer.
-        kept: for each layer the kept visual tokens.
+        kept: original indices of the visual tokens that leave each layer.
     """
 
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class Seen:
 
 
 def watch(bench: Bench, run: Run, **options: Any) -> Seen:
-    """Put every question with a picture to the pruned model and note what it kept; `options` are those of `pruned`."""
+    """Ask every question with an image, and record the answers and the kept tokens; `options` go to `pruned`."""
     seen = Seen()
     numbers = [i for i, q in enumerate(bench.files.questions) if q.image is not None]
     with llava_prune.pruned(bench.loaded.model, run.method, **options) as handle:
@@ -54,7 +56,7 @@ def watch(bench: Bench, run: Run, **options: Any) -> Seen:
             rows = answer(bench, handle, some, run, bench.task.name)
             record = handle.last
             if record is None or record.tokens_out.shape[0] != len(some):
-                raise ValueError(f"a batch of {len(some)} ran out of memory; give a smaller BATCH")
+                raise ValueError(f"out of memory at batch size {len(some)}; give a smaller BATCH")
             kept = record.kept
             for k, (i, row) in enumerate(zip(some, rows, strict=True)):
                 seen.rows[i], seen.plans[i] = row, tuple(record.tokens_out[k].tolist())
@@ -63,7 +65,7 @@ def watch(bench: Bench, run: Run, **options: Any) -> Seen:
 
 
 def overlap(a: Seen, b: Seen) -> list[float]:
-    """Mean over questions of |A & B| / |A | B| of the kept tokens, for each layer; 1 where both are empty."""
+    """|A & B| / |A | B| of the kept tokens for each layer, mean over questions; 1 where both are empty."""
     layers = range(len(next(iter(a.kept.values()))))
     return [fmean(_share(a.kept[i][layer], b.kept[i][layer]) for i in a.kept) for layer in layers]
 
@@ -73,16 +75,16 @@ def _share(a: frozenset[int], b: frozenset[int]) -> float:
 
 
 def measure(settings: Settings, step: float, loaded: Any = None) -> dict[str, Any]:
-    """Exact and rounded slopes on the same questions, at every budget.
+    """Compare exact and rounded slopes on the same questions, at every budget.
 
     Args:
-        settings: model, data, budgets, limit; one method with a `slope_step`.
-        step: the rounding.
-        loaded: a model that is loaded already.
+        settings: model, data, budgets, limit, and one method with a `slope_step`.
+        step: what slopes are rounded to.
+        loaded: a loaded model.
 
     Returns:
-        {"step", "questions", "rows"}; a row has the budget, distinct schedules and the figure for "exact" and
-        "rounded", the mean overlap of kept tokens over layers and its least layer, and the share of equal answers.
+        {"step", "questions", "rows"}. A row has the budget, the number of schedules and the figure for "exact" and
+        "rounded", the overlap of kept tokens (mean and minimum over layers), and the share of equal answers.
 
     Raises:
         ValueError: for bad settings, or a method without `slope_step`.
@@ -94,7 +96,7 @@ def measure(settings: Settings, step: float, loaded: Any = None) -> dict[str, An
     torch.manual_seed(settings.seed)
     bench = prepare(settings, task, read_files(task, settings), exact, loaded)
     rows = []
-    with bench.loaded.remember_images([r.method for r in (*exact, *rounded)]) as bench.memo:
+    with bench.loaded.remember_images([r.method for r in (*exact, *rounded)]) as bench.images:
         for a, b in zip(exact, rounded, strict=True):
             one, two = watch(bench, a), watch(bench, b)
             shares = overlap(one, two)
@@ -120,12 +122,12 @@ def _figure(bench: Bench, seen: Seen) -> float | None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """The result as a table."""
     out = Table(
         title=f"slope rounded to steps of {result['step']:g}, {result['questions']} questions",
-        caption="kept alike: kept tokens in common over kept tokens of either, mean of the layers (least layer)",
+        caption="overlap: kept tokens of both over kept tokens of either, mean over layers (minimum)",
     )
-    for name in ("run", "schedules", "rounded", "kept alike, %", "same answers, %", "figure", "rounded"):
+    for name in ("run", "schedules", "rounded", "overlap, %", "same answers, %", "figure", "rounded"):
         out.add_column(name, justify="left" if name == "run" else "right")
     for r in result["rows"]:
         figures = ["-" if v is None else f"{v:.2f}" for v in r["figure"].values()]
@@ -144,16 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     flag = functools.partial(arguments.flag, parser, os.environ)
-    flag("step", "0.05", "what slopes are rounded to", type=float)
+    flag("step", "0.05", "slopes are rounded to multiples of STEP", type=float)
     flag("task", "gqa", "benchmark")
-    flag("model", TINY, "folder or hub id, in either format")
+    flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("data", DATA, "folder with the benchmark's files")
     flag("method", "autoprune", "autoprune or autoprune-flash", type=arguments.method)
-    flag("tokens", "192,128,64", "visual token budget or list", type=arguments.counts)
-    flag("batch", "8", "samples at once", type=arguments.positive)
-    flag("limit", None, "only the first so many questions", type=arguments.positive)
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write as well")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, nothing else")
+    flag("tokens", "192,128,64", "visual token budget, or a list", type=arguments.counts)
+    flag("batch", "8", "batch size", type=arguments.positive)
+    flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.positive)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
     args = parser.parse_args(argv)
     settings = Settings(
         task=args.task,

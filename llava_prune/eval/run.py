@@ -1,4 +1,4 @@
-"""Run benchmarks: every method and budget over the same questions, one tower pass a picture."""
+"""Run benchmarks: every method at every budget on the same questions, each image encoded once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import torch
 
 import llava_prune
 
+from ..arguments import RESULTS
+from ..methods.planner import ALL, Run
 from ..models.load import resolve
 from .answers import RESULT, Answers, merge, model_id, write_whole
 from .asking import Bench, Files, answer, batches, load_model, prepare, tower_clock
-from .plan import RESULTS, Run, Settings, fingerprint, plan_runs
+from .plan import Settings, fingerprint, plan_runs
 from .prompt import IMAGE_ID
 from .result import Facts, compare, dump, make_result
 from .task import Sources, Task, check_images, load_task, questions_of, task_names
 
 Progress = Callable[[str, int, int], None]
-"""Called with (run label, answers done, answers wanted)."""
-ALL = "all"
+"""Called with (label of the run, answers done, answers in all)."""
 
 
 def read_files(task: Task, settings: Settings) -> Files:
-    """Find and check everything a run needs from disk.
+    """Find, read and check the files of a benchmark.
 
     Raises:
-        ValueError: for missing or broken files, missing pictures, or questions without annotation.
+        ValueError: for missing or broken files, missing images, or questions without an annotation.
     """
     sources = Sources(task, Path(settings.data).expanduser())
     questions = questions_of(sources)[: settings.limit]
@@ -43,16 +44,16 @@ def read_files(task: Task, settings: Settings) -> Files:
 
 
 def present(name: str, data: Path) -> bool:
-    """Whether a benchmark's questions and pictures are in a folder of data."""
+    """Whether the required files of a benchmark are in a folder of data."""
     sources = Sources(load_task(name), data)
     return all(sources.find(k) is not None for k, spec in sources.task.files.items() if not spec.optional)
 
 
 def tasks_of(settings: Settings) -> list[str]:
-    """Benchmarks of a call: a name, a list a,b or "all" for those whose data are there.
+    """Names of the benchmarks to run: a name, a list a,b, or "all" for those whose data are present.
 
     Raises:
-        ValueError: for unknown names, or when nothing is there.
+        ValueError: for unknown names, or when no data are present.
     """
     if settings.task != ALL:
         names = [n.strip() for n in settings.task.split(",") if n.strip()]
@@ -60,15 +61,15 @@ def tasks_of(settings: Settings) -> list[str]:
     data = Path(settings.data).expanduser()
     names = [n for n in task_names() if present(n, data)]
     if not names:
-        raise ValueError(f"DATA={data}: no benchmark's files are there; see llava-prune data {ALL}")
+        raise ValueError(f"DATA={data} holds no benchmark's files; see llava-prune data {ALL}")
     return names
 
 
 def chunk_of(total: int, count: int, index: int) -> range:
-    """Question numbers of a chunk: contiguous blocks of ceil(total / count), as LLaVA cuts them.
+    """Question numbers of a chunk: a contiguous block of ceil(total / count), as in LLaVA.
 
     Raises:
-        ValueError: for an index out of range, or a chunk that would be empty.
+        ValueError: for an index out of range, or an empty chunk.
     """
     if not 0 <= index < count:
         raise ValueError(f"CHUNK_IDX={index} is outside 0..{count - 1}")
@@ -81,8 +82,13 @@ def chunk_of(total: int, count: int, index: int) -> range:
     return range(index * size, min(total, (index + 1) * size))
 
 
+def plain(hyper: dict[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as JSON stores them."""
+    return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in hyper.items()}
+
+
 def settings_of(settings: Settings, run: Run, bench: Bench, checkpoint: str) -> dict[str, Any]:
-    """Everything that may change an answer."""
+    """Every setting that may change an answer."""
     loaded, parameter = bench.loaded, next(bench.loaded.model.parameters())
     return {
         "task": bench.task.name,
@@ -90,9 +96,7 @@ def settings_of(settings: Settings, run: Run, bench: Bench, checkpoint: str) -> 
         "checkpoint": checkpoint,
         "method": run.name,
         "tokens": run.tokens,
-        "hyper": {
-            k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in run.method.hyper().items()
-        },
+        "hyper": plain(run.method.hyper()),
         "family": loaded.family,
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -106,7 +110,7 @@ def settings_of(settings: Settings, run: Run, bench: Bench, checkpoint: str) -> 
 
 
 def run_method(bench: Bench, run: Run, answers: Answers, part: range, progress: Progress, name: str) -> None:
-    """Answer whatever of a part of the questions is not answered yet."""
+    """Answer those questions of a chunk that have no answer yet."""
     progress(run.label, len(answers.rows), len(part))
     if answers.complete or len(answers.rows) >= len(part):
         return
@@ -114,12 +118,12 @@ def run_method(bench: Bench, run: Run, answers: Answers, part: range, progress: 
         for numbers in batches(bench, part):
             if all(i in answers.rows for i in numbers):
                 continue
-            answers.add(answer(bench, handle, numbers, run, name))  # whole batches: a resumed run computes the same
+            answers.add(answer(bench, handle, numbers, run, name))  # whole batches, as in a run without interruption
             progress(run.label, len(answers.rows), len(part))
 
 
 def out_folder(settings: Settings, task: str) -> Path:
-    """Where a benchmark's results go: OUT (OUT/<task> for several), or playground/results/<task>/<model>."""
+    """Folder for a benchmark's results: OUT (OUT/<task> for several), or playground/results/<task>/<model>."""
     if settings.out:
         out = Path(settings.out).expanduser()
         return out / task if settings.task == ALL or "," in settings.task else out
@@ -130,20 +134,20 @@ def out_folder(settings: Settings, task: str) -> Path:
 def evaluate(
     settings: Settings, progress: Progress = lambda *_: None, command: str = "", loaded: Any = None, task: str = ""
 ) -> list[dict[str, Any]]:
-    """Run every method at every budget and write answers, official formats and one result JSON for each.
+    """Run every method at every budget, and write the answers, the official formats and the result of each run.
 
     Args:
         settings: what to run.
-        progress: told after every batch.
+        progress: called after every batch.
         command: recorded in the results.
-        loaded: a model that is loaded already.
-        task: benchmark, where it is not `settings.task`.
+        loaded: a loaded model.
+        task: benchmark, where it differs from `settings.task`.
 
     Returns:
-        The results, the reference first; see `result.make_result`. A chunk that leaves others to do gives none.
+        The results, the reference first; see `result.make_result`. Empty while other chunks are missing.
 
     Raises:
-        ValueError: for bad input of any kind; what was answered stays on disk.
+        ValueError: for bad input; answers so far stay on disk.
         OSError: when the disk is full or not writable.
     """
     bench_task = load_task(task or settings.task)
@@ -158,7 +162,7 @@ def evaluate(
     bench = prepare(settings, bench_task, files, runs, loaded)
     checkpoint = fingerprint(resolve(settings.model))
     results: list[dict[str, Any]] = []
-    with bench.loaded.remember_images([r.method for r in runs]) as bench.memo, tower_clock(bench):
+    with bench.loaded.remember_images([r.method for r in runs]) as bench.images, tower_clock(bench):
         for run in runs:
             wanted = {**settings_of(settings, run, bench, checkpoint), "batch": settings.batch}
             with Answers(out / run.label, wanted, settings.restart, {"batch": bench.batch}, stem) as answers:
@@ -181,7 +185,7 @@ def evaluate(
 def finish(
     bench: Bench, run: Run, folder: Path, rows: Sequence[dict[str, Any]], settings: Any, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Score a complete run and write the formats of the official tools."""
+    """Score a complete run, and write the formats of the official tools."""
     start, scorer = time.perf_counter(), bench.task.scorer
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
     if hasattr(scorer, "export"):
@@ -196,15 +200,15 @@ def finish(
 def evaluate_all(
     settings: Settings, progress: Callable[[str], Progress], command: str = ""
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Run several benchmarks on one loaded model; one that fails does not stop the others.
+    """Run several benchmarks with one loaded model; a failure of one does not stop the others.
 
     Args:
         settings: what to run; see `tasks_of`.
-        progress: gives what is told after every batch of a benchmark.
+        progress: gives the progress callback of a benchmark.
         command: recorded in the results.
 
     Returns:
-        Results by benchmark, and messages of those that failed.
+        Results by benchmark, and the messages of those that failed.
 
     Raises:
         ValueError: when the only benchmark fails or the model cannot be loaded.
@@ -212,7 +216,7 @@ def evaluate_all(
     names = tasks_of(settings)
     if len(names) == 1:
         return {names[0]: evaluate(settings, progress(names[0]), command, task=names[0])}, {}
-    plan_runs(settings)
+    plan_runs(settings)  # raises before the model is loaded
     loaded = load_model(settings)
     results, failed = {}, {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Score an answer file: files in, figure and the official tools' formats out."""
+"""Score an answer file, and write it in the formats of the official tools."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def score_files(
     annotations: Path | None = None,
     export: Path | None = None,
 ) -> tuple[dict[str, Any], list[Path], list[str]]:
-    """Score answers and write the formats of the official tools.
+    """Score an answer file, and write it in the formats of the official tools.
 
     Args:
         bench: benchmark.
-        answers: answer file in LLaVA's format, or another the scorer knows.
+        answers: answer file in LLaVA's format, or in another format of the benchmark.
         data: the benchmark's folder.
-        questions: question file in place of the folder's; only its questions are scored.
-        annotations: labels in place of the folder's.
-        export: folder of the written formats; None for one beside the answers, if it can be made.
+        questions: question file instead of the folder's; only its questions are scored.
+        annotations: labels instead of the folder's.
+        export: folder for the official formats; None for one beside the answers, where it can be made.
 
     Returns:
-        result (bench, figure, figure_name, details, rows, versions, why), files written, and warnings. The figure is
-        None where the files have no labels or the score is undefined; `why` says so.
+        The result (bench, figure, figure_name, details, rows, versions, why), the files written, and warnings. The
+        figure is None where the files have no labels or the score is undefined; `why` then gives the reason.
 
     Raises:
-        ValueError: for broken files or files that do not belong together.
+        ValueError: for broken files, or files that do not belong together.
     """
     task = load_task(bench)
     if data is None and annotations is None and questions is None:
         raise ValueError("give --data, the folder with the benchmark's files, or --annotations")
     if data is not None and not data.is_dir():
-        raise ValueError(f"DATA={data}: no such folder; name the folder that holds the files of {bench}")
+        raise ValueError(f"DATA={data}: no such folder; give the folder with the files of {bench}")
     given, asked = {"questions": questions, "annotations": annotations}, None
     if "annotations" not in task.files:  # the question file has the labels
         given = {"questions": annotations or questions}
@@ -64,7 +64,7 @@ def score_files(
     }
     written, warnings = _export(task, rows, labels, answers, export)
     warnings += [
-        f"{name} is no release known here ({facts.get('rows', '?')} rows)"
+        f"{name} is not a known release ({facts.get('rows', '?')} rows)"
         for name, facts in sources.versions.items()
         if facts["version"] is None
     ]
@@ -84,4 +84,4 @@ def _export(
     except OSError as error:
         if folder is not None:
             raise
-        return [], [f"{place} cannot be written ({error.strerror}); name another folder with --export"]
+        return [], [f"{place} cannot be written ({error.strerror}); give another folder with --export"]

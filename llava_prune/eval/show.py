@@ -1,4 +1,4 @@
-"""Results on the terminal."""
+"""Tables and progress bars for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Answers (or what else is counted) a second."""
+    """Answers, or other units, per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """One progress bar a run; call with (label, done, total)."""
+    """One progress bar for each run; call with (label, done, total)."""
 
     def __init__(self, console: Console, unit: str = "answers") -> None:
         ends = (MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
@@ -47,14 +47,14 @@ class Bars:
         self._progress.stop()
 
     def of(self, task: str) -> Callable[[str, int, int], None]:
-        """Bars of a benchmark's runs."""
+        """Progress callback of a benchmark."""
         return lambda label, done, total: self(f"{task} {label}", done, total)
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if label not in self._ids:
             self._ids[label] = self._progress.add_task(label, total=total)
             self._progress.update(self._ids[label], completed=done)
-            self._progress.reset(self._ids[label], completed=done, total=total)  # the rate counts this run's alone
+            self._progress.reset(self._ids[label], completed=done, total=total)  # the rate leaves out earlier answers
         self._progress.update(self._ids[label], completed=done)
 
 
@@ -67,14 +67,14 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def figure_text(result: Mapping[str, Any]) -> str:
-    """``78.75 [74.5, 82.5]``: a result's figure with its interval."""
+    """The figure of a result with its interval, as ``78.75 [74.5, 82.5]``."""
     interval = result["interval"]
     tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     return _number(result["figure"], 2) + tail
 
 
 def gap_text(result: Mapping[str, Any]) -> str:
-    """``-2.50 [-5.6, +0.6]``: its difference to the unpruned model; "-" where there is none."""
+    """The difference to the unpruned model, as ``-2.50 [-5.6, +0.6]``; "-" where there is none."""
     gap = result.get("difference_to_full")
     if gap is None:
         return "-"
@@ -90,12 +90,12 @@ def _look_up(details: Mapping[str, Any], path: str) -> str:
 
 
 def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str, columns: Mapping[str, str]) -> Table:
-    """All runs of a benchmark side by side, the reference first.
+    """The runs of a benchmark, the reference first.
 
     Args:
         results: see `result.make_result`.
-        title: of the benchmark.
-        figure: name of its headline number.
+        title: title of the benchmark.
+        figure: name of its headline figure.
         columns: heading -> dotted path into the details.
     """
     table = Table(title=title, caption="figures with 95 % interval; TFLOPs of a prefill by equation (2)")
@@ -117,7 +117,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
 
 
 def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """One row a benchmark, one column a run, the reference first."""
+    """One row for each benchmark and one column for each run, the reference first."""
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
     for name in ("benchmark", "figure", "rows", *labels):
@@ -130,7 +130,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def data_table(report: Mapping[str, Any]) -> Table:
-    """The files of a benchmark: there or not, size, rows beside those of the known releases, and who has them."""
+    """The files of a benchmark: place, size, rows beside those of known releases, and who publishes them."""
     state = "complete" if report["complete"] else "not complete"
     table = Table(title=f"{report['bench']}: {state}")
     for name in ("kind", "place", "size", "rows", "release", "published by"):
@@ -150,7 +150,7 @@ def _text(value: Any) -> str:
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
-    """A scorer's details, and the releases the label files are."""
+    """The details of a score, and the releases of the label files."""
     files = "; ".join(f"{n}: {v['version'] or 'unknown release'}" for n, v in result["versions"].items())
     title = f"{result['bench']}: {result['figure_name']} {_number(result['figure'], 2)} over {result['rows']} questions"
     table = Table(title=title, caption=files)
@@ -183,15 +183,15 @@ def finish(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Measure and show: the end of a module's command line. Returns its exit status.
+    """Measure and show the result: the last step of a module's command line. Returns its exit status.
 
     Args:
         module: dotted name of the module, for the command in the result.
         argv: its arguments.
-        measure: what is measured; a ValueError becomes a message on stderr and status 1.
-        table: the result for a terminal.
-        out: JSON file to write as well.
-        as_json: print the result as JSON, nothing else.
+        measure: the measurement; a ValueError becomes a message on stderr and status 1.
+        table: makes the table of a result.
+        out: JSON file for the result.
+        as_json: print JSON on stdout, nothing else.
     """
     try:
         found = measure()

@@ -1,4 +1,4 @@
-"""Intervals for figures that are shares of right answers."""
+"""Confidence intervals of accuracies and mean scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Z95 = 1.959963984540054
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
+    """Wilson's 95 % interval of a proportion.
 
     Args:
         right: number of successes, 0..total.
@@ -36,10 +36,10 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean of scores in 0..1: Wilson's where all are 0 or 1, else the normal one.
+    """95 % interval of a mean of scores in 0..1: Wilson's where all are 0 or 1, otherwise the normal approximation.
 
     Args:
-        values: one score a question; none gives (0, 1).
+        values: one score for each question; none gives (0, 1).
 
     Returns:
         (low, high) within 0..1.
@@ -53,28 +53,28 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share(right: Sequence[bool]) -> dict[str, Any]:
-    """Percentage of right answers with its interval, as results hold it; accuracy is None without any."""
+    """Percentage of right answers with its interval; accuracy is None without answers."""
     low, high = wilson(sum(right), len(right))
     value = 100 * sum(right) / len(right) if right else None
     return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
 
 
 def average(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of scores in 0..1 in percent with its interval, as results hold it; accuracy is None without any."""
+    """Mean in percent of scores in 0..1, with its interval; accuracy is None without scores."""
     low, high = mean_interval(values)
     value = 100 * sum(values) / len(values) if values else None
     return {"accuracy": value, "low": 100 * low, "high": 100 * high, "rows": len(values)}
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of two runs over the same questions with its 95 % interval (normal, paired).
+    """Mean difference of two runs on the same questions, with its paired 95 % interval (normal approximation).
 
     Args:
         ours: score of each question, 0..1.
         theirs: the same questions in the same order.
 
     Returns:
-        (difference, low, high) as shares, ours minus theirs.
+        (difference, low, high), ours minus theirs, in -1..1.
 
     Raises:
         ValueError: when the lengths differ or are 0.

@@ -1,4 +1,4 @@
-"""What a benchmark is: one YAML file in tasks/ with its scorer module, and where its files lie."""
+"""Benchmarks: one YAML file in tasks/ with a scorer module each, and the places of their files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ FOLDER = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file of a benchmark.
+    """A kind of file that a benchmark has.
 
     Attributes:
-        places: under the benchmark's folder, in order of preference.
+        places: paths below the benchmark's folder, in order of preference.
         folder: whether a place is a folder.
-        holds: pattern of files without which a folder does not count.
-        optional: whether a run or score goes without.
-        rows: expected rows, or files in a folder.
-        source: who publishes it, in words.
-        url: the page where its owner does.
+        holds: pattern of files that a folder must contain to be found.
+        optional: whether evaluation and scoring work without it.
+        rows: expected number of rows, or of files in a folder.
+        source: who publishes it.
+        url: web page where it is published.
         get: direct downloads: url, and "to" (a file) or "unzip" (a folder).
-        known: releases told apart by md5, rows and other figures.
+        known: known releases, identified by md5, rows and other figures.
     """
 
     places: list[str]
@@ -50,16 +50,16 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: file name of its YAML.
-        title: for tables.
-        figure: name of the headline number.
+        name: stem of its YAML file.
+        title: heading in tables.
+        figure: name of the headline figure.
         suffix: instruction line of every question.
-        add_suffix: whether the runner appends it (False where the question file has it already).
-        max_new_tokens: limit of an answer.
-        folders: spellings of its folder under DATA.
-        files: kind -> places and origin.
+        add_suffix: whether the runner appends the suffix (False where the question file contains it).
+        max_new_tokens: largest number of new tokens of an answer.
+        folders: names of its folder under DATA.
+        files: kinds of files.
         columns: heading -> dotted path into the details, for the table of results.
-        scorer: module with load_labels, score and export, and where they differ read_answers and read_questions.
+        scorer: module with load_labels, unknown and score; export, read_answers and read_questions are optional.
     """
 
     name: str
@@ -74,19 +74,19 @@ class Task:
     scorer: ModuleType
 
     def complete(self, text: str) -> str:
-        """A question's text with the instruction line."""
+        """The text of a question with the instruction line."""
         return f"{text}\n{self.suffix}" if self.add_suffix else text
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to be put to the model.
+    """A question for the model.
 
     Attributes:
-        id: as the file has it; not unique in every benchmark.
-        image: name of its picture (see `Sources.picture`), or None.
-        text: complete user text after the image line, instruction included.
-        stored: what the answer file has as prompt.
+        id: id in the question file; not unique in every benchmark.
+        image: name of its image (see `Sources.image`), or None.
+        text: user text after the image line, instruction included.
+        stored: prompt in the answer file.
         extra: further fields of its answer row.
     """
 
@@ -98,37 +98,44 @@ class Question:
 
 
 class Sources:
-    """The files of a benchmark as one call sees them, and what was learnt about them."""
+    """The files of a benchmark, found below DATA or given one by one.
+
+    Attributes:
+        versions: name of a file -> checksum, size, rows and release; see `note`.
+        kinds: name of a file -> its kind.
+        open_image: opens images that are not files of their own; None where they are.
+        cache: what a scorer keeps between calls.
+    """
 
     def __init__(
         self, task: Task, data: Path | None, given: Mapping[str, Path | None] | None = None, inside: bool = False
     ) -> None:
-        """Nothing is read yet.
+        """Read nothing yet.
 
         Args:
             task: the benchmark.
-            data: folder with the benchmarks' folders, or the benchmark's own.
-            given: kind -> file in place of the one in `data`.
-            inside: whether `data` is looked at as the benchmark's own folder first.
+            data: folder with the folders of the benchmarks, or the benchmark's own.
+            given: kind -> file instead of the one in `data`.
+            inside: whether `data` is first taken as the benchmark's own folder.
         """
         self.task, self.data = task, data
         self.given = {k: v for k, v in (given or {}).items() if v is not None}
         self.versions: dict[str, dict[str, Any]] = {}
         self.kinds: dict[str, str] = {}
-        self.pictures: Callable[[str], Any] | None = None
+        self.open_image: Callable[[str], Any] | None = None
         self.cache: dict[str, Any] = {}
         names = ["", *task.folders] if inside else [*task.folders, ""]
         self.bases = [] if data is None else [data / n for n in names]
 
     def places(self, kind: str) -> list[Path]:
-        """Everywhere a kind of file is looked for."""
+        """All places where a kind of file may be."""
         return [base / place for base in self.bases for place in self.task.files[kind].places]
 
     def find(self, kind: str) -> Path | None:
         """The first place of a kind of file that exists, or None.
 
         Raises:
-            ValueError: for a given file that is not there.
+            ValueError: for a given file that does not exist.
         """
         spec = self.task.files[kind]
         if kind in self.given:
@@ -144,10 +151,10 @@ class Sources:
         return None
 
     def path(self, kind: str) -> Path:
-        """The place of a kind of file that cannot be missing.
+        """The place of a kind of file that is required.
 
         Raises:
-            ValueError: when DATA is no folder or holds none of the places.
+            ValueError: when DATA is not a folder or has none of the places.
         """
         found = self.find(kind)
         if found is not None:
@@ -156,12 +163,12 @@ class Sources:
         if self.data is None:
             raise ValueError(f"no {kind} of {name}: give --data, the folder with the benchmark's files, or --{kind}")
         if not self.data.is_dir():
-            raise ValueError(f"DATA={self.data}: no such folder; name the folder that holds {name}/ (DATA or --data)")
+            raise ValueError(f"DATA={self.data}: no such folder; give the folder with {name}/ (DATA or --data)")
         looked = ", ".join(map(str, self.places(kind)))
-        raise ValueError(f"no {kind} of {name}: looked for {looked}; set DATA to the right folder")
+        raise ValueError(f"no {kind} of {name}, looked for {looked}; set DATA to the folder that has them")
 
     def note(self, name: str, path: Path, kind: str, **figures: int) -> None:
-        """Record a file that decides the figure: checksum, size, rows, and the release it is."""
+        """Record a file that the figure depends on: checksum, size, rows and release."""
         self.kinds[name] = kind
         facts = file_version(path)
         md5 = facts.pop("md5")
@@ -170,17 +177,17 @@ class Sources:
         alike = [k for k in known if "md5" not in k and all(k.get(f, n) == n for f, n in figures.items())]
         self.versions[name] = {**facts, **figures, "version": (same or alike or [{"version": None}])[0]["version"]}
 
-    def picture(self, name: str) -> Any:
-        """A question's picture as RGB.
+    def image(self, name: str) -> Any:
+        """The image of a question, as RGB.
 
         Raises:
-            ValueError: when it cannot be read.
+            ValueError: when it is not readable.
         """
-        return self.pictures(name) if self.pictures else open_rgb(self.path("images") / name)
+        return self.open_image(name) if self.open_image else open_rgb(self.path("images") / name)
 
 
 def task_names() -> list[str]:
-    """Names of all benchmarks."""
+    """Names of all benchmarks, sorted."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
@@ -188,7 +195,7 @@ def load_task(name: str) -> Task:
     """A benchmark by name.
 
     Raises:
-        ValueError: for an unknown name; lists the known ones.
+        ValueError: for an unknown name.
     """
     if name not in task_names():
         raise ValueError(f"unknown benchmark {name!r}; known are {', '.join(task_names())}")
@@ -209,7 +216,7 @@ def load_task(name: str) -> Task:
 
 
 def answers_of(task: Task, path: Path) -> list[dict[str, Any]]:
-    """An answer file in LLaVA's format, or another the scorer knows.
+    """Read an answer file in LLaVA's format, or in another format of the benchmark.
 
     Raises:
         ValueError: naming file and row.
@@ -220,7 +227,7 @@ def answers_of(task: Task, path: Path) -> list[dict[str, Any]]:
 
 
 def questions_of(sources: Sources) -> list[Question]:
-    """All questions of a benchmark in order.
+    """Read the questions of a benchmark, in order.
 
     Raises:
         ValueError: naming file and row.
@@ -229,14 +236,14 @@ def questions_of(sources: Sources) -> list[Question]:
 
 
 def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
-    """Questions of a JSON-lines file in order.
+    """Read the questions of a JSON-lines file, in order.
 
     Args:
-        sources: rows with question_id, text and usually image.
-        unique: whether an id that comes twice is an error.
+        sources: files of the benchmark; rows have question_id, text and usually image.
+        unique: whether a repeated id is an error.
 
     Raises:
-        ValueError: for broken rows, ids of other types than str and int, or an id that comes twice.
+        ValueError: for broken rows, ids that are not str or int, or a repeated id.
     """
     path = sources.path("questions")
     out: list[Question] = []
@@ -248,7 +255,7 @@ def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
         if image is not None and not isinstance(image, str):
             raise ValueError(f"{path}, row {number}: image must be a path, found {image!r}")
         if unique and str(key) in seen:
-            raise ValueError(f"{path}, row {number}: question_id {key!r} comes twice")
+            raise ValueError(f"{path}, row {number}: question_id {key!r} is repeated")
         seen.add(str(key))
         out.append(Question(key, image, sources.task.complete(text), sources.task.complete(text)))
     sources.note("questions", path, "questions", rows=len(out))
@@ -256,20 +263,18 @@ def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
 
 
 def check_images(questions: Sequence[Question], sources: Sources) -> None:
-    """Refuse to start where pictures are missing.
+    """Refuse questions whose images are missing.
 
     Raises:
-        ValueError: naming at most ten of the missing files and their number.
+        ValueError: with the number of missing files and the names of the first ten.
     """
     named = sorted({q.image for q in questions if q.image is not None})
-    if sources.pictures is not None or not named:
+    if sources.open_image is not None or not named:
         return
     folder = sources.path("images")
     missing = [n for n in named if not (folder / n).is_file()]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(named)} pictures are missing in {folder}: {shown(missing)}; add them there"
-        )
+        raise ValueError(f"{len(missing)} of {len(named)} images are missing in {folder}: {shown(missing)}; add them")
 
 
 def file_version(path: Path) -> dict[str, Any]:

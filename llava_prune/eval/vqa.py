@@ -1,4 +1,4 @@
-"""How the VQA evaluation and LLaVA's M4C evaluator make answers comparable.
+"""Normalisation of answers in the VQA evaluation and in LLaVA's M4C evaluator.
 
 The rules are those of GT-Vision-Lab/VQA (vqaEval.py) and llava/eval/m4c_evaluator.py, quirks included.
 """
@@ -17,7 +17,7 @@ _NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(_WORDS)}}
 _ARTICLES = ("a", "an", "the")
 _DOT = re.compile(r"\.(?!\d)")
 _DOTS = 32
-"""Dots deleted at most: the original hands a flag where a count belongs."""
+"""Number of dots deleted at most: the original passes a flag in place of a count."""
 _COMMA = re.compile(r"\d,\d")
 _COMMAS = re.compile(r"\d,+\d")
 
@@ -35,11 +35,13 @@ def one_line(text: str) -> str:
 
 
 def punctuation(text: str, commas: bool = False) -> str:
-    """Delete or blank each mark: deleted everywhere when it touches a space or the text has 1,000; then dots.
+    """Delete each punctuation mark or replace it by a space, then delete dots.
+
+    A mark is deleted everywhere when it is next to a space or the text has a number such as 1,000.
 
     Args:
         text: the answer.
-        commas: M4C's test, which lets several commas stand between the digits.
+        commas: use M4C's test for such a number, which allows several commas between digits.
     """
     out = text
     number = (_COMMAS if commas else _COMMA).search(text) is not None
@@ -50,12 +52,12 @@ def punctuation(text: str, commas: bool = False) -> str:
 
 
 def digits_articles(text: str) -> str:
-    """Lower case, number words as digits, articles dropped, contractions spelt the table's way."""
+    """Lower case, number words as digits, articles dropped, contractions replaced by those of the table."""
     words = (_NUMBERS.get(w, w) for w in text.lower().split())
     return " ".join(contractions().get(w, w) for w in words if w not in _ARTICLES)
 
 
 def m4c(text: str) -> str:
-    """LLaVA's normalised answer, for TextVQA's score and VQAv2's upload."""
+    """LLaVA's normalised answer, used for TextVQA's score and VQAv2's upload."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return digits_articles(punctuation(one_line(text), commas=True))

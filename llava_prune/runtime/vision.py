@@ -193,8 +193,9 @@ def check_requirements(method: Method, tower: Tower) -> None:
     name = method.name or repr(method)
     if "class token" in method.requires and not tower.class_token:
         raise ValueError(
-            f"{name} needs the class token of a CLIP tower; this tower is {tower.kind}, which has none. Use a method "
-            "that does not look at the tower, as fastv, pdrop, sparsevlm, vtw or uniform"
+            f"{name} needs the class token of a CLIP tower; this tower is {tower.kind}"
+            + (", which has none" if tower.kind == "SigLIP" else ", whose layout is not known")
+            + ". Use a method that does not look at the tower, as fastv, pdrop, sparsevlm, vtw or uniform"
         )
     if "whole images" in method.requires and tower.crops > 1:
         raise ValueError(

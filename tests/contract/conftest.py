@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from llava_prune.experimental import graphs
 from tests.contract.settings import NAMES, Setting, setting
-from tests.experimental.tape import Recorder
 
 
 @pytest.fixture(params=NAMES)
@@ -27,11 +25,3 @@ def chosen(name: str) -> Setting:
 def hyper(chosen: Setting) -> dict[str, Any]:
     """Those that prune."""
     return chosen.hyper
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Takes the place of CUDA graphs."""
-    made = Recorder()
-    monkeypatch.setattr(graphs, "recorder", lambda device: made)
-    return made

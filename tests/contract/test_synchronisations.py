@@ -22,8 +22,8 @@ SEARCHES = ("aten.nonzero", "masked_select", "unique")
 PROMPT = "prompt.py:_read"
 """Lengths of the request, before the first layer; `Loaded.generate` knows them already."""
 BEYOND = {
-    "autoprune": ["loop.py:settle"],  # the mutual informations, after layer 1
-    "autoprune-flash": ["loop.py:settle"],
+    "autoprune": ["prefill.py:decide"],  # the mutual informations, after layer 1
+    "autoprune-flash": ["prefill.py:decide"],
     "prumerge+": ["prumerge.py:choose"],  # how many outliers are grid points as well
 }
 """What methods read besides; nothing where there is no line."""
@@ -38,7 +38,7 @@ def beyond(name: str) -> list[str]:
 CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
-    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["loop.py:settle"] * 3),
+    ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["prefill.py:decide"] * 3),
 ]
 
 
@@ -77,7 +77,7 @@ def reads() -> Iterator[list[str]]:
 def short(found: list[str]) -> list[str]:
     """File and function, without those that only meet tensors of the host: the budget search and the answer itself."""
     names = [x.rsplit("/", 1)[-1] for x in found]
-    return sorted(x for x in names if not x.startswith(("budget.py:", "layout.py:_orders", "load.py:generate")))
+    return sorted(x for x in names if not x.startswith(("autoprune.py:schedule", "autoprune.py:_search", "layout.py:_orders", "load.py:generate")))
 
 
 def ours(found: list[str]) -> list[str]:
@@ -176,26 +176,21 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
 def test_beams_and_blank_pictures(known: bool, tiny: Any) -> None:
     """What `Loaded.generate` says of the prompts is what the device would have said."""
-    from llava_prune.runtime import loop, prompt
-    from llava_prune.runtime.request import PROMPTS
+    from llava_prune.runtime import language, prompt
 
     rows = [models.prompt(4, 3), [1, 9, 8, 7], models.prompt(2, 6, images=2, seed=2)]
     seen = []
     stock = prompt.read_prompt
 
     def spy(*args: Any) -> Any:
-        out = stock(*args)
-        token = PROMPTS.set(None)
-        try:
-            again = stock(*args)
-        finally:
-            PROMPTS.reset(token)
-        fields = ("n_visual", "counts", "n_text", "gaps")
-        seen.append([[getattr(x, f) for f in fields] + [[list(c) for c in x.columns]] for x in (out, again)])
+        out, again = stock(*args), stock(*args[:-1], None)
+        assert (args[-1] is not None) == known
+        fields = ("n_visual", "n_other", "n_text", "least_text", "gaps")
+        seen.append([[getattr(x, f) for f in fields] + [[list(c) for c in x.first]] for x in (out, again)])
         return out
 
     with pytest.MonkeyPatch.context() as patch, llava_prune.pruned(tiny, "visionzip", tokens=12):
-        patch.setattr(loop, "read_prompt", spy)
+        patch.setattr(language, "read_prompt", spy)
         if known:
             models.loaded(tiny).generate(rows, models.pictures(3), max_new_tokens=2, num_beams=2)
         else:

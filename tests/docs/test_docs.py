@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import llava_prune
-from llava_prune.core import registry
+from llava_prune.methods import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / n for n in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
@@ -173,8 +173,7 @@ def test_relative_links(path: Path) -> None:
             assert anchor in {slug(h) for h in headings}, f"{relative(path)} links to {target}"
 
 
-OURS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/internals.md",
-        "docs/adding-a-method.md", "docs/benchmarks.md", "docs/methods/autoprune.md")  # fmt: skip
+OURS = tuple(relative(path) for path in DOCS)
 MADE = ("playground/data/eval", "playground/results")
 """What users bring or runs write."""
 
@@ -199,10 +198,32 @@ def test_named_files_exist(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_named_modules_and_symbols_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    for module in re.findall(r"`((?:core|runtime|families|eval|bench|methods)/\w+\.py)`", text):
+    for module in re.findall(r"`((?:ops|methods|runtime|models|eval|bench|experimental)/\w+\.py)`", text):
         assert (ROOT / "llava_prune" / module).is_file(), module
     for symbol in re.findall(r"`llava_prune\.(?!json)(\w+)", text):
-        assert hasattr(llava_prune, symbol), symbol
+        assert hasattr(llava_prune, symbol) or (ROOT / "llava_prune" / symbol).is_dir(), symbol
+
+
+def test_named_presets_exist() -> None:
+    known = llava_prune.names()
+    spans = {span for path in DOCS for span in re.findall(r"`([^`\s]+)`", path.read_text(encoding="utf-8"))}
+    presets = sorted(span for span in spans if re.fullmatch(r"[\w+-]+:[\w+:-]+", span) and span.split(":")[0] in known)
+    assert len(presets) >= 10
+    for span in presets:
+        registry.resolve(span)
+
+
+REPLACED = re.compile(
+    r"\b(?:pictures?|filler|survivors|memo|tower pass|the door|one[dD]nn|keep_best|next_rows|vision_rows|text_rows|"
+    r"deciding|if free|cannot be told from|waits? for the device|killed run|llava_prune[./](?:core|families))\b"
+)
+"""Words and names that others replace."""
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_standard_terms(name: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert REPLACED.findall(text) == []
 
 
 def commands() -> dict[str, set[str]]:
@@ -249,7 +270,7 @@ def messages() -> list[str]:
 
 
 def test_quoted_error_messages_are_real() -> None:
-    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split("## Troubleshooting")[1]
+    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split("## Limits and errors")[1]
     quoted = re.findall(r"^\| `([^`]+)` \|", text, re.M)
     assert len(quoted) >= 15
     known = messages()

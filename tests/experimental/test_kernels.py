@@ -5,6 +5,7 @@ That they compile for a GPU is a test of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_prune.experimental import engine
-from llava_prune.ops.attention import mean_weights, text_attention
-from llava_prune.ops.selection import cluster_means, keep_best, take
 from llava_prune.methods.views import Spans, View
-from llava_prune.runtime.rows import _turned, text_rows
+from llava_prune.ops.attention import mean_weights, text_attention
+from llava_prune.ops.clustering import cluster_means
+from llava_prune.ops.selection import take
+from llava_prune.runtime.attention import _rotate, decoder_attention
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return fused.load(HERE)
+    return engine.load_kernels(HERE)
 
 
 def view_of(hidden: torch.Tensor, visual: torch.Tensor, counts: int) -> View:
@@ -62,10 +64,9 @@ def test_cuts_are_the_same(
     hidden = torch.randn(batch, length, 7, generator=draw).to(HERE)
     view = view_of(hidden, visual, length - n)
     groups = min(clusters, pool)
-    given = ([keep] * batch, [groups] * batch, [pool] * batch)
+    given = ([keep] * batch, [pool] * batch, [groups] * batch)
     plain = view.keep_top(score, *given)
-    with fused.use(fused.load(HERE), HERE):
-        cut = view.keep_top(score, *given)
+    cut = dataclasses.replace(view, kernels=engine.load_kernels(HERE)).keep_top(score, *given)
     assert torch.equal(cut.index, plain.index) and cut.valid is None and plain.valid is None
     assert (cut.merged is None) == (plain.merged is None)
     if cut.merged is not None and plain.merged is not None:
@@ -76,8 +77,7 @@ def test_samples_of_different_counts_are_left_to_torch() -> None:
     visual = torch.tensor([[False, True, True, True, False]] * 2, device=HERE)
     view = view_of(torch.randn(2, 5, 4, device=HERE), visual, 2)
     score = torch.rand(2, 5, device=HERE)
-    with fused.use(fused.load(HERE), HERE):
-        cut = view.keep_top(score, [1, 2])
+    cut = dataclasses.replace(view, kernels=engine.load_kernels(HERE)).keep_top(score, [1, 2])
     plain = view.keep_top(score, [1, 2])
     assert torch.equal(cut.index, plain.index)
     assert cut.valid is not None and plain.valid is not None and torch.equal(cut.valid, plain.valid)
@@ -89,8 +89,7 @@ def test_text_attention(heads: int, rows: int, length: int) -> None:
     attention[0, 0, 0, 1], attention[1, -1, -1, 2] = torch.nan, torch.inf
     text = torch.rand(2, rows, device=HERE) > 0.3
     plain = text_attention(attention, text)
-    with fused.use(fused.load(HERE), HERE):
-        got = text_attention(attention, shares(text))
+    got = text_attention(attention, mean_weights(text), engine.load_kernels(HERE))
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-7)
 
 
@@ -101,8 +100,8 @@ def test_means(dtype: torch.dtype) -> None:
         torch.tensor([[3, 1, 7, 9], [0, 19, 4, 9]], device=HERE)[:, :3],
     )
     plain = cluster_means(hidden, picked, [3, 3], [1, 1])
-    with fused.use(fused.load(HERE), HERE):
-        torch.testing.assert_close(cluster_means(hidden, picked, [3, 3], [1, 1]), plain)
+    got = cluster_means(hidden, picked, [3, 3], [1, 1], engine.load_kernels(HERE))
+    torch.testing.assert_close(got, plain)
     assert torch.allclose(plain[:, 0].float(), take(hidden, picked).float().mean(1), atol=1e-3)
 
 
@@ -111,7 +110,7 @@ def test_rotary_positions(shared: bool, kernels: Any) -> None:
     """Heads of 12 are no power of two."""
     queries = torch.randn(2, 5, 3 * 12, device=HERE)
     cos, sin = torch.randn(2, 1 if shared else 2, 5, 12, device=HERE)
-    plain = _turned(queries.view(2, 5, 3, 12).transpose(1, 2), cos, sin)
+    plain = _rotate(queries.view(2, 5, 3, 12).transpose(1, 2), cos, sin)
     torch.testing.assert_close(kernels.turned(queries, cos, sin, 3), plain)
 
 
@@ -129,22 +128,21 @@ def test_rows_of_a_layer(masked: bool) -> None:
     for rows in (slice(7, 11), slice(4, 6), slice(10, 11)):
         with torch.no_grad():
             plain = decoder_attention(layer, hidden, (cos, sin), rows, valid)
-            with fused.use(fused.load(HERE), HERE):
-                got = decoder_attention(layer, hidden, (cos, sin), rows, valid)
+            got = decoder_attention(layer, hidden, (cos, sin), rows, valid, kernels=engine.load_kernels(HERE))
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)
         assert got.dtype == torch.float32
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "OLDEST", "99")
+    monkeypatch.setattr(engine, "OLDEST", "99")
     with pytest.raises(ValueError, match="fused=True needs triton >= 99 .this is 3"):
-        fused.load(HERE)
+        engine.load_kernels(HERE)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="fused=True needs triton"):
-        fused.load(HERE)
+        engine.load_kernels(HERE)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on cpu"):
-        fused.load(CPU)
+        engine.load_kernels(CPU)
 
 
 COMPILE = """

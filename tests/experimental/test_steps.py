@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llava_prune
-from llava_prune.runtime import steps
+from llava_prune.experimental import steps
 from tests import models
 from tests.contract.settings import setting
 from tests.experimental.tape import Recorder, asked, same

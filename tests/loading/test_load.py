@@ -282,14 +282,14 @@ def test_feature_layers(layer: int, depth: int, block: int) -> None:
 
 @pytest.mark.parametrize("layer", [0, 5, -5])
 def test_feature_layers_that_no_block_makes(layer: int) -> None:
-    with pytest.raises(ValueError, match=f"layer {layer} is no output"):
+    with pytest.raises(ValueError, match=f"layer {layer} is not the output"):
         block_index(layer, 4)
 
 
 def test_foreign_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="Linear is no LLaVA"):
+    with pytest.raises(ValueError, match="Linear is not a supported LLaVA model"):
         family_of(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Linear is no LLaVA"):
+    with pytest.raises(ValueError, match="Linear is not a supported LLaVA model"):
         llava_prune.attach(torch.nn.Linear(2, 2), "full")
 
 

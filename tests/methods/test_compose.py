@@ -72,8 +72,8 @@ def test_plan_and_example() -> None:
         ("tome+topv", "'tome' makes tokens that stand for no patch"),
         ("nobody+autoprune", "unknown method 'nobody.autoprune'.*join one before the language model"),
         ("fastervlm+fastv+vtw", "unknown method 'fastervlm.fastv.vtw'.*join one before the language model"),
-        ("visionzip:77+autoprune", "'visionzip' has no preset '77'"),
-        ("visionzip+fastv:77", "'fastv' has no preset '77'"),
+        ("visionzip:odd+autoprune", "'visionzip' has no preset 'odd'"),
+        ("visionzip+fastv:0", "'fastv' has no preset '0'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name: str, message: str) -> None:

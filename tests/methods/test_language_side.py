@@ -194,15 +194,15 @@ def test_transport_without_row_step_sees_costs_of_sources() -> None:
 
 def test_topv_places() -> None:
     topv = llava_prune.build("topv")
-    seen = VisionView(torch.zeros(2, 576, 1), {}, {}, None, (24, 24))
+    seen = VisionView(torch.zeros(2, 576, 1), {}, {}, (24, 24))
     assert topv.prune_vision(seen) is None
-    off = seen.carry["off"]
+    off = seen.patch_values["off"]
     assert off[0, 0].item() == pytest.approx(16.2635, abs=1e-4)
     scaled = unit_range(off, torch.ones_like(off, dtype=torch.bool))[1]
     assert scaled.max() == scaled[0] == 1
     assert (scaled == 0).nonzero()[:, 0].tolist() == [275, 276, 299, 300]
     assert off[0, 275].item() == pytest.approx(0.7071, abs=1e-4)
-    assert seen.carry["x"][1, 25] == 1 and seen.carry["y"][1, 25] == 1
+    assert seen.patch_values["x"][1, 25] == 1 and seen.patch_values["y"][1, 25] == 1
 
 
 def test_topv_grid_term() -> None:

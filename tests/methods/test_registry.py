@@ -69,7 +69,7 @@ def test_a_name_is_given_once() -> None:
 
 @pytest.mark.parametrize("thing", [int, 3, lambda: None])
 def test_only_methods_register(thing: object) -> None:
-    with pytest.raises(ValueError, match="no subclass"):
+    with pytest.raises(ValueError, match="is not a subclass"):
         llava_prune.register("odd")(thing)  # type: ignore[arg-type]
     assert "odd" not in llava_prune.names()
 

@@ -11,12 +11,11 @@ from torch import Tensor
 import llava_prune
 from llava_prune import VisionView
 from llava_prune.bench.flops import Size, flops_visual_only, percent_visual_only
-from llava_prune.ops.selection import absorb, fold_tokens, match
-from llava_prune.methods.prumerge import outliers
-from llava_prune.methods.tome import even_schedule
+from llava_prune.methods.prumerge import absorb, outliers
+from llava_prune.methods.tome import even_schedule, match
 from llava_prune.methods.visionzip import contextual_tokens
-from llava_prune.runtime.request import VISION, Merging, Vision
-from llava_prune.runtime.tower import merging_block
+from llava_prune.ops.merging import merge_tokens
+from llava_prune.runtime.merging import Merging, merging_block
 from tests import models
 
 
@@ -24,7 +23,7 @@ def view(score: list[float], features: Tensor, keys: Tensor, cls: Tensor | None 
     """One picture, one head; `score` is the class token's row, `keys` (1 + T, d) include the class token's."""
     probs = torch.tensor([0.0, *score])[None, None, None]
     t = len(score)
-    return VisionView(features[None], {0: probs}, {0: keys[None, None]}, None, (1, t), cls=cls, crops=crops)
+    return VisionView(features[None], {0: probs}, {0: keys[None, None]}, (1, t), cls=cls, crops=crops)
 
 
 def test_fastervlm_keeps_raster_order() -> None:
@@ -40,7 +39,7 @@ def test_fastervlm_keeps_raster_order() -> None:
 def test_fastervlm_on_crops(crops: int, total: int) -> None:
     """29 a crop where a picture has up to 5."""
     probs = torch.rand(crops, 2, 1, 577, generator=torch.Generator().manual_seed(0))
-    shown = VisionView(torch.zeros(crops, 576, 2), {0: probs}, {}, None, (24, 24), crops=5)
+    shown = VisionView(torch.zeros(crops, 576, 2), {0: probs}, {}, (24, 24), crops=5)
     cut = llava_prune.build("fastervlm", tokens=145).prune_vision(shown)
     assert cut is not None and int(cut.live.sum()) == total
 
@@ -181,13 +180,13 @@ def angles(*degrees: float) -> Tensor:
 
 def test_tome_two_blocks_by_hand() -> None:
     x, size, groups = torch.arange(7.0)[None, :, None], torch.ones(1, 7), torch.arange(7)[None]
-    x, size, groups = fold_tokens(match(angles(0, 10, 90, 95, 180, 60), 2), x, size, groups)
+    x, size, groups = merge_tokens(match(angles(0, 10, 90, 95, 180, 60), 2), x, size, groups)
     assert x.flatten().tolist() == [0, 6, 1.5, 3.5, 5] and size.tolist() == [[1, 1, 2, 2, 1]]
-    x, size, groups = fold_tokens(match(angles(60, 5, 92, 180), 1), x, size, groups)
+    x, size, groups = merge_tokens(match(angles(60, 5, 92, 180), 1), x, size, groups)
     assert x.flatten().tolist() == [0, 5, 3.0, 3.5] and size.tolist() == [[1, 1, 3, 2]]
     assert groups.tolist() == [[0, 2, 2, 3, 3, 1, 2]]
-    assert match(angles(0, 10, 90, 95, 180, 60), 99).stay.shape == (1, 4)
-    assert match(torch.ones(1, 577, 2), 577).gone.shape == (1, 288)
+    assert match(angles(0, 10, 90, 95, 180, 60), 99).kept.shape == (1, 4)
+    assert match(torch.ones(1, 577, 2), 577).merged.shape == (1, 288)
 
 
 def test_tome_schedules() -> None:
@@ -197,9 +196,9 @@ def test_tome_schedules() -> None:
     assert even_schedule(512, 4, 577) == [160, 160, 128, 64]  # a shallow tower: halving binds at the end
     with pytest.raises(ValueError, match="leave 144 of 576"):
         even_schedule(512, 2, 577)
-    constant = llava_prune.build("tome:constant-16").tower(22, 576)
+    constant = llava_prune.build("tome:constant-16").merge_schedule(22, 576)
     assert len(constant) == 24 and 576 - sum(constant[:23]) == 208
-    assert sum(llava_prune.build("tome", schedule=[17] * 16 + [16] * 7 + [0]).tower(22, 576)) == 384
+    assert sum(llava_prune.build("tome", schedule=[17] * 16 + [16] * 7 + [0]).merge_schedule(22, 576)) == 384
 
 
 def test_tome_attends_to_a_token_by_its_size() -> None:
@@ -216,40 +215,10 @@ def test_tome_attends_to_a_token_by_its_size() -> None:
             p.zero_()
     states = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
     for prop, weights in ((True, [0.25, 0.75]), (False, [0.5, 0.5])):
-        vision = Vision()
         state = Merging.fresh(1, 2, torch.device("cpu"))
-        vision.merging.append(state)
         state.size, state.merged = torch.tensor([[1.0, 3.0]]), True
-        token = VISION.set(vision)
-        try:
-            with torch.no_grad():
-                method = llava_prune.build("tome", tokens=9, prop_attn=prop)
-                out = merging_block(layer, None, method, 0, False, states)
-                mixed = (torch.tensor(weights) @ layer.layer_norm1(states)[0]).expand(2, -1)
-        finally:
-            VISION.reset(token)
+        with torch.no_grad():
+            method = llava_prune.build("tome", tokens=9, prop_attn=prop)
+            out = merging_block(layer, method, 0, state, states)
+            mixed = (torch.tensor(weights) @ layer.layer_norm1(states)[0]).expand(2, -1)
         torch.testing.assert_close(out[0] - states[0], mixed)
-
-
-# one tower pass a picture ---------------------------------------------------------------------------------------
-
-
-def test_remembered_pictures_answer_alike(tiny: Any) -> None:
-    """Methods that leave the tower alone share a pass; a tower that merges has its own."""
-    loaded = models.loaded(tiny)
-    rows, pixels = [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2)
-    names = ["full", "visionzip", "prumerge", "tome", "fastervlm"]
-    methods = [llava_prune.build(n, **({} if n == "full" else {"tokens": 12})) for n in names]
-    alone = []
-    for method in methods:
-        with llava_prune.pruned(tiny, method):
-            alone.append(loaded.generate(rows, pixels, max_new_tokens=4))
-    with loaded.remember_images(methods) as memo:
-        for _ in range(2):
-            for method, want in zip(methods, alone, strict=True):
-                with llava_prune.pruned(tiny, method):
-                    got = loaded.generate(rows, pixels, keys=["a", "b"], max_new_tokens=4)
-                assert torch.equal(got, want), method.name
-        assert memo.passes == 4
-        assert memo.holds("a") and memo.holds("a", methods[3])
-        assert not memo.holds("a", llava_prune.build("tome", tokens=15))

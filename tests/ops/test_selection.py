@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_prune.ops.selection import assemble, column, descending_rank, dpc_knn, merge
+from llava_prune.ops.clustering import average, dpc_knn
+from llava_prune.ops.selection import assemble, column, descending_rank
 
 
 def test_rank_breaks_ties_by_index_and_puts_outsiders_last() -> None:
@@ -86,7 +87,7 @@ def test_clusters_of_the_specification() -> None:
     assert centres == [1, 3, 5]
     assert dpc_knn(points[None], [6], [3])[0].tolist() == label == [0, 0, 0, 1, 1, 2]
     torch.testing.assert_close(
-        merge(points[None], torch.tensor([label]), 3)[0, :, 0], torch.tensor([0.4 / 3, 1.1, 2.0]), atol=1e-5, rtol=0
+        average(points[None], torch.tensor([label]), 3)[0, :, 0], torch.tensor([0.4 / 3, 1.1, 2.0]), atol=1e-5, rtol=0
     )
 
 
@@ -117,12 +118,12 @@ def test_clusters_of_a_batch_are_those_of_its_samples() -> None:
 
 def test_merge_divides_by_size_plus_epsilon() -> None:
     points = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [10.0, 20.0], [99.0, 99.0]]])
-    out = merge(points, torch.tensor([[0, 0, 1, -1]]), 3)
+    out = average(points, torch.tensor([[0, 0, 1, -1]]), 3)
     expected = (
         torch.tensor([[[4.0, 6.0], [10.0, 20.0], [0.0, 0.0]]]) / torch.tensor([2 + 1e-6, 1 + 1e-6, 1e-6])[:, None]
     )
     assert torch.allclose(out, expected, rtol=1e-6)
-    assert merge(points.bfloat16(), torch.tensor([[0, 0, 1, -1]]), 2).dtype == torch.bfloat16
+    assert average(points.bfloat16(), torch.tensor([[0, 0, 1, -1]]), 2).dtype == torch.bfloat16
 
 
 def test_column_is_host_numbers_as_a_column() -> None:

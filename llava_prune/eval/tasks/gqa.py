@@ -1,4 +1,4 @@
-"""GQA's scorer: exact match over the balanced questions, as the official eval.py computes it."""
+"""GQA: exact match over the balanced questions, as in the official eval.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_STEP = ("exist", "query: name", "choose name")
 
 
 def prediction(text: str) -> str:
-    """An answer as GQA's tool wants it: all trailing dots off, lower case, nothing else.
+    """The prediction that GQA's tool compares: the answer without trailing dots, in lower case.
 
     Source: LLaVA scripts/convert_gqa_for_eval.py.
     """
@@ -25,7 +25,7 @@ def prediction(text: str) -> str:
 
 
 def load_labels(sources: Sources) -> dict[str, Any]:
-    """The annotation file: question id -> question.
+    """Read the annotation file: question id -> question.
 
     Raises:
         ValueError: for broken JSON or questions without the fields the score needs.
@@ -51,7 +51,7 @@ def _steps(row: Mapping[str, Any]) -> int:
 
 
 def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[str]]) -> float:
-    """Chi-square between answer histograms per global group, weighted by group size, over 100."""
+    """Chi-square between the answer histograms of each global group, weighted by group size, over 100."""
     total = weight = 0.0
     for group, answers in gold.items():
         size = sum(answers.values())
@@ -66,9 +66,9 @@ def score(
     """GQA's figures in percent.
 
     Args:
-        answers: rows with `question_id` and `text`; of a repeated id the last counts, as in the official tool.
+        answers: rows with `question_id` and `text`; the last row of a repeated id counts, as in the official tool.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was; None scores every balanced question.
+        asked: the questions of the model, where they are a part of the benchmark; None scores every balanced question.
 
     Returns:
         figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution)
@@ -83,10 +83,12 @@ def score(
     missing = [k for k in wanted if k not in said]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} questions have no answer ({shown(missing)}); finish the run first"
+            f"{len(missing)} of {len(wanted)} questions have no answer ({shown(missing)}); complete the run first"
         )
     if not wanted:
-        raise ValueError("no balanced question to score: the answers and the annotation file share no question id")
+        raise ValueError(
+            "the answers and the annotation file have no balanced question in common; give files of one split"
+        )
     correct = {k: said[k] == q["answer"] for k, q in wanted.items()}
     groups: dict[str, dict[Any, list[bool]]] = {
         n: defaultdict(list) for n in ("structural", "semantic", "steps", "words")
@@ -124,7 +126,7 @@ def _order(value: Any) -> tuple[bool, int, str]:
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Any, folder: Path, name: str) -> list[Path]:
-    """Write the prediction file that the official tool reads; returns its path in a list."""
+    """Write the prediction file of the official tool; returns its path in a list."""
     rows = [{"questionId": str(a["question_id"]), "prediction": prediction(a["text"])} for a in answers]
     path = folder / PREDICTIONS
     path.write_text(json.dumps(rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""MMBench's scorer, English and Chinese: circular accuracy where the table has answers, and the upload sheet."""
+"""MMBench, English and Chinese: circular accuracy where the table has answers, and the upload sheet."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from ..task import Question, Sources
 
 LETTERS = "ABCD"
 CIRCLE = 1_000_000
-"""Rows of one question differ in index by multiples of this."""
+"""The indices of one question's rows differ by multiples of this."""
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 PLACE = 6
-"""Column of the prediction in the upload."""
+"""Column of the upload that holds the prediction."""
 _START = re.compile(r"\(?([A-D])(?![A-Za-z'])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 Row = dict[str, str | None]
 
 
 def load_labels(sources: Sources) -> dict[str, Row]:
-    """Rows of the table by index; a table without answers can be run and uploaded, not scored.
+    """Read the rows of the table by index. A table without answers can be evaluated and uploaded, but not scored.
 
     Raises:
-        ValueError: when there is no index, or one that is no number or comes twice.
+        ValueError: for a missing index, or one that is not an integer or is repeated.
     """
     path = sources.path("questions")
     if path in sources.cache:
@@ -43,9 +43,9 @@ def load_labels(sources: Sources) -> dict[str, Row]:
     for number, row in enumerate(read_table(path, ("index",)), 1):
         index = (row["index"] or "").removesuffix(".0")
         if not index.isascii() or not index.isdecimal() or len(index) > 18:
-            raise ValueError(f"{path}, row {number}: index must be a whole number, found {row['index']!r}")
+            raise ValueError(f"{path}, row {number}: index must be an integer, found {row['index']!r}")
         if str(int(index)) in table:
-            raise ValueError(f"{path}, row {number}: index {index} comes twice; fetch the file again")
+            raise ValueError(f"{path}, row {number}: index {index} is repeated; fetch the file again")
         if row.get("answer") is not None and row["answer"] not in LETTERS:
             raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {row['answer']!r}")
         table[str(int(index))] = row
@@ -56,7 +56,7 @@ def load_labels(sources: Sources) -> dict[str, Row]:
 
 
 def options(row: Row) -> list[str]:
-    """Option texts up to the first that is missing, which "none" and "nan" in any case are too (LLaVA's rule)."""
+    """Option texts before the first missing one; "none" and "nan" count as missing in any case (LLaVA's rule)."""
     out: list[str] = []
     for key in LETTERS:
         value = row.get(key)
@@ -67,7 +67,7 @@ def options(row: Row) -> list[str]:
 
 
 def text_of(row: Row) -> str:
-    """Hint, question and options, a line each.
+    """Hint, question and options, one line each.
 
     Source: llava/eval/model_vqa_mmbench.py.
     """
@@ -78,17 +78,17 @@ def text_of(row: Row) -> str:
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """One question a row, rotations included; pictures are opened from the table.
+    """Read one question for each row, rotations included. Images are opened from the table.
 
     Raises:
-        ValueError: for rows without a question or picture.
+        ValueError: for rows without a question or an image.
     """
     table = load_labels(sources)
     payloads: dict[str, str] = {}
     out = []
     for key, row in table.items():
         payload = row.get("image") or ""
-        if payload in table:  # an index of the row that has the picture
+        if payload in table:  # the index of the row with the image
             payload = table[payload].get("image") or ""
         if not payload or row.get("question") is None:
             raise ValueError(f"index {key}: columns question and image must not be empty; fetch the table again")
@@ -98,20 +98,20 @@ def read_questions(sources: Sources) -> list[Question]:
         extra = {"round_id": 0, "options": given, "option_char": list(LETTERS[: len(given)])}
         out.append(Question(int(key), name, sources.task.complete(stored), stored, extra))
 
-    def picture(name: str) -> Image.Image:
+    def open_image(name: str) -> Image.Image:
         try:
             with Image.open(io.BytesIO(base64.b64decode(payloads[name]))) as image:
                 return image.convert("RGB")
         except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             key = next(str(q.id) for q in out if q.image == name)
-            raise ValueError(f"index {key}: no readable picture in column image ({error})") from error
+            raise ValueError(f"index {key}: column image is not a readable image ({error})") from error
 
-    sources.pictures = picture
+    sources.open_image = open_image
     return out
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Answers in LLaVA's format, or an upload sheet (.xlsx with index and prediction).
+    """Read answers in LLaVA's format, or an upload sheet (.xlsx with index and prediction).
 
     Raises:
         ValueError: for anything else.
@@ -128,7 +128,7 @@ def unknown(labels: Mapping[str, Row], asked: Sequence[Question]) -> list[str]:
 
 
 def lenient(text: str, row: Row) -> str | None:
-    """A letter at the start, or the one option whose text is in the answer: our rule, not the server's."""
+    """The letter at the start, or the only option whose text is in the answer. The server has another rule."""
     found = _START.match(text.strip())
     if found:
         return found[1]
@@ -139,15 +139,15 @@ def lenient(text: str, row: Row) -> str | None:
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Circular accuracy in percent: a question counts when every one of its rows is answered with the right letter.
+    """Circular accuracy in percent: a question is right when each of its rows has the right letter.
 
     An answer is right when it is the bare letter. The server may read a letter out of other answers, so the figure is a
     lower bound; `details` has the same with letters read leniently.
 
     Args:
-        answers: rows with `question_id` and `text`; of a repeated id the last counts.
+        answers: rows with `question_id` and `text`; the last row of a repeated id counts.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Returns:
         figure (None for a table without answers), rows, details, scores by question.
@@ -159,7 +159,7 @@ def score(
     ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
     missing = [k for k in ids if k not in said]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(ids)} rows have no answer ({shown(missing)}); finish the run first")
+        raise ValueError(f"{len(missing)} of {len(ids)} rows have no answer ({shown(missing)}); complete the run first")
     details: dict[str, Any] = {"answers_without_question": sum(k not in labels for k in said)}
     if any(labels[k].get("answer") is None for k in ids):
         why = "the table has no answers, so there is no local figure; send the upload sheet to the server"
@@ -190,7 +190,7 @@ def score(
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], folder: Path, name: str) -> list[Path]:
-    """Write the upload sheet: the table without pictures and hints, `prediction` with the text as it is.
+    """Write the upload sheet: the table without images and hints, with the unchanged answers as `prediction`.
 
     Source: scripts/convert_mmbench_for_submission.py.
     """

@@ -1,4 +1,4 @@
-"""MME's scorer: accuracy and accuracy+ of each task, as the official calculation.py adds them up."""
+"""MME: accuracy and accuracy+ of each task, summed as in the official calculation.py."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 ASKED = "Answer the question using a single word or phrase."
 TAIL = " Please answer yes or no."
 _FLAT = str.maketrans("\t\n\r", "   ")
-"""Characters that break the official tool's lines."""
+"""Characters that the official tool reads as line breaks."""
 Key = tuple[str, str, str]
-"""Task, text file of the picture, question as the release has it."""
+"""Task, text file of the image, question of the release."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer joined with its label."""
+    """An answer with its label."""
 
     key: Key
     gold: str
@@ -35,19 +35,19 @@ class Said:
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """The question file; ids are those of pictures and come twice."""
+    """Read the question file. Ids are those of images, and each is in two rows."""
     return read_lines(sources, unique=False)
 
 
 def label_of(text: str) -> str:
-    """ "yes", "no" or "other": looked for in the first four characters, yes first."""
+    """ "yes", "no" or "other": the first of yes and no that is in the first four characters."""
     text = text.lower()
     start = text if text in ("yes", "no") else text[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
-    """(file, cells, task, text file of the picture) of every line below a folder of labels."""
+    """(file, cells, task, text file of the image) of every line below a folder of labels."""
     for entry in sorted(folder.iterdir()):
         inner = entry / "questions_answers_YN"
         files = sorted((inner if inner.is_dir() else entry).glob("*.txt")) if entry.is_dir() else [entry]
@@ -58,14 +58,14 @@ def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
                 cells = line.strip().split("\t")
                 if entry.is_dir() and len(cells) >= 2:
                     yield path, cells[:2], entry.name, path.name
-                elif len(cells) >= 3:  # the tool's own <task>.txt: picture, question, label
+                elif len(cells) >= 3:  # the tool's own <task>.txt: image, question, label
                     yield path, cells[1:3], path.stem, _text_file(cells[0])
                 elif line.strip():
                     raise ValueError(f"{path}: no question and label separated by a tab in {line[:80]!r}")
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Answers in LLaVA's format, or a folder of the official tool's <task>.txt files of four cells.
+    """Read answers in LLaVA's format, or a folder of the official tool's <task>.txt files of four cells.
 
     Raises:
         ValueError: for anything else.
@@ -79,9 +79,11 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
             if len(cells) == 4:
                 rows.append({"question_id": f"{file.stem}/{cells[0]}", "prompt": cells[1], "text": cells[3]})
             elif line.strip():
-                raise ValueError(f"{file}, line {number}: {len(cells)} cells, not picture, question, label and answer")
+                raise ValueError(
+                    f"{file}, line {number}: {len(cells)} cells instead of image, question, label and answer"
+                )
     if not rows:
-        raise ValueError(f"{path} holds no <task>.txt with answers")
+        raise ValueError(f"{path} has no <task>.txt with answers")
     return rows
 
 
@@ -90,7 +92,7 @@ def _text_file(image: str) -> str:
 
 
 def load_labels(sources: Sources) -> dict[Key, str]:
-    """Labels of the release folder, of the tool's <task>.txt files, or of a JSON-lines file with `label` or `answer`.
+    """Read labels: the release folder, the tool's <task>.txt files, or a JSON-lines file with `label` or `answer`.
 
     Raises:
         ValueError: for broken files, labels other than Yes and No, or no labels at all.
@@ -107,13 +109,13 @@ def load_labels(sources: Sources) -> dict[Key, str]:
             raise ValueError(f"{file}: label must be Yes or No, found {label!r}")
         labels[key] = label.strip()
     if not labels:
-        raise ValueError(f"{path} holds no labels (text files with question, tab, Yes or No)")
+        raise ValueError(f"{path} has no labels (text files with question, tab, Yes or No)")
     sources.note("annotations", path, "annotations", rows=len(labels))
     return labels
 
 
 def _key(row: Mapping[str, Any], prompt: str) -> Key:
-    """Key of a row; the instruction in its prompt gives way to the release's own tail.
+    """Key of a row; the tail of the release replaces the instruction in its prompt.
 
     Source: convert_answer_to_mme.py in LLaVA's eval.zip.
     """
@@ -123,7 +125,7 @@ def _key(row: Mapping[str, Any], prompt: str) -> Key:
 
 
 def _known(key: Key, labels: Mapping[Key, str]) -> Key | None:
-    """The key as the labels have it; a few questions have two spaces before the tail."""
+    """The key in the labels; a few questions have two spaces before the tail."""
     double = (*key[:2], key[2].replace(TAIL, f" {TAIL}"))
     return key if key in labels else double if double in labels else None
 
@@ -134,7 +136,7 @@ def unknown(labels: Mapping[Key, str], asked: Sequence[Question]) -> list[str]:
 
 
 def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dict[str, list[Said]]:
-    """Answers by task in their order, each with its label.
+    """Answers with their labels by task, in order.
 
     Raises:
         ValueError: for an answer whose question has no label.
@@ -156,7 +158,7 @@ def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dic
 
 
 def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
-    """Refuse answers that are not two a picture, side by side, one for each label."""
+    """Refuse answers unless the two of each image are consecutive and each label has one."""
     given = [r.key for r in rows]
     missing = sorted(wanted - set(given))
     if missing:
@@ -168,8 +170,8 @@ def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
         pair = given[at : at + 2]
         if len(pair) < 2 or pair[0][1] != pair[1][1]:
             raise ValueError(
-                f"{task}: answers {at + 1} and {at + 2} are not to one picture ({', '.join(k[1] for k in pair)}); the "
-                "score pairs lines, so the two questions of a picture must stand side by side"
+                f"{task}: answers {at + 1} and {at + 2} are not of one image ({', '.join(k[1] for k in pair)}); the "
+                "score takes two lines at a time, so the two questions of an image must be consecutive"
             )
 
 
@@ -179,9 +181,9 @@ def score(
     """Perception (the figure, of 2,000), cognition (of 800) and their sum.
 
     Args:
-        answers: rows with `question_id`, `prompt` and `text`, the two of a picture side by side.
+        answers: rows with `question_id`, `prompt` and `text`, the two of an image consecutive.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Raises:
         ValueError: when answers do not belong to the labels one by one, or stand in another order.
@@ -206,7 +208,7 @@ def score(
         other = sum(label_of(r.text) == "other" for r in rows)
         tasks[task] = {"score": 100 * (acc + plus), "acc": acc, "acc_plus": plus, "rows": len(rows), "other": other}
     if not tasks:
-        raise ValueError("no question to score: the answers and the labels share no question")
+        raise ValueError("the answers and the labels have no question in common; give the files of the same release")
     perception, cognition = (sum(tasks[t]["score"] for t in g if t in tasks) for g in (PERCEPTION, COGNITION))
     details = {"perception": perception, "cognition": cognition, "total": perception + cognition, "tasks": tasks}
     absent = [t for t in (*PERCEPTION, *COGNITION) if t not in tasks]
@@ -216,7 +218,7 @@ def score(
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], folder: Path, name: str) -> list[Path]:
-    """Write the text files of the official tool, one a task: picture, question, label, answer."""
+    """Write the text files of the official tool, one for each task: image, question, label, answer."""
     out = []
     for task, rows in join(answers, labels).items():
         lines = ("\t".join((r.key[1], r.key[2], r.gold, r.text.translate(_FLAT))) + "\n" for r in rows)

@@ -1,4 +1,4 @@
-"""OCRBench's scorer: a reference that stands in the answer counts one, out of 1,000."""
+"""OCRBench: number of answers that contain a reference, out of 1,000."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..reading import check_answers, read_json, read_rows
 from ..task import Question, Sources
 
 FORMULAS = "HME100k"
-"""The dataset whose answers are compared without spaces and with case."""
+"""The dataset whose answers are compared without spaces and case-sensitively."""
 GROUPS = {
     "text recognition": (
         "Regular Text Recognition", "Irregular Text Recognition", "Artistic Text Recognition",
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def load_labels(sources: Sources) -> list[Row]:
-    """Rows of OCRBench.json in order.
+    """Read the rows of OCRBench.json, in order.
 
     Raises:
         ValueError: for broken rows.
@@ -41,13 +41,13 @@ def load_labels(sources: Sources) -> list[Row]:
         if not (isinstance(given, str) or isinstance(given, list) and all(isinstance(g, str) for g in given)):
             raise ValueError(f"{path}, row {number}: answers must be a string or a list of strings")
     if not rows:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} has no rows")
     sources.note("questions", path, "questions", rows=len(rows))
     return rows
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """One question a row, with the short-answer instruction of OCRBench's LLaVA-1.5 script."""
+    """Read one question for each row, with the short-answer instruction of OCRBench's LLaVA-1.5 script."""
     out = []
     for number, row in enumerate(load_labels(sources)):
         text = sources.task.complete(row["question"])
@@ -56,12 +56,12 @@ def read_questions(sources: Sources) -> list[Question]:
 
 
 def unknown(labels: Sequence[Row], asked: Sequence[Question]) -> list[str]:
-    """None: questions and labels are the same rows."""
+    """Always empty: questions and labels are the same rows."""
     return []
 
 
 def read_answers(path: Path) -> list[Row]:
-    """Answers in LLaVA's format, or the official result file (rows of OCRBench.json with `predict`).
+    """Read answers in LLaVA's format, or the official result file (rows of OCRBench.json with `predict`).
 
     Raises:
         ValueError: for anything else.
@@ -82,7 +82,7 @@ def read_answers(path: Path) -> list[Row]:
 
 
 def right(text: str, row: Mapping[str, Any]) -> bool:
-    """Whether a reference is a part of the answer; an empty answer never is."""
+    """Whether the answer contains a reference; an empty answer does not."""
     given = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
 
     def plain(value: str) -> str:
@@ -94,17 +94,17 @@ def right(text: str, row: Mapping[str, Any]) -> bool:
 
 
 def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[str]:
-    """Text of each label's answer.
+    """Answer text for each label.
 
     question_id may be the row's id (in the file's order, for ids are not unique), its number from 0 or 1, or its
-    picture. The first reading that gives each row one answer, with the question in its prompt, is taken.
+    image. The first reading that gives each row one answer, with the question in its prompt, is taken.
 
     Raises:
         ValueError: when none does.
     """
     ids = [str(a["question_id"]) for a in answers]
     if len(ids) != len(labels):
-        raise ValueError(f"{len(ids)} answers to {len(labels)} questions; finish the run first")
+        raise ValueError(f"{len(ids)} answers for {len(labels)} questions; complete the run first")
     readings: list[Callable[[int, Row], str]] = [
         lambda i, r: str(r.get("id", i)),
         lambda i, r: str(i),
@@ -125,7 +125,7 @@ def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[s
     doubled = [k for k, n in Counter(ids).items() if n > 1][:3]
     raise ValueError(
         "the answers do not match OCRBench.json row by row: question_id must be the row's id in the file's order (ids "
-        f"are not unique), its number or its picture; repeated here: {', '.join(doubled) or 'none'}"
+        f"are not unique), its number or its image; repeated here: {', '.join(doubled) or 'none'}"
     )
 
 
@@ -137,7 +137,7 @@ def score(
     Args:
         answers: rows with `question_id` and `text`.
         labels: see `load_labels`.
-        asked: questions put to the model, where only the first were.
+        asked: the questions of the model, where they are the first of the benchmark.
 
     Raises:
         ValueError: when answers and rows do not belong together.

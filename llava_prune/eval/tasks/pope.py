@@ -1,6 +1,6 @@
-"""POPE's scorer: F1 of each split by LLaVA's eval_pope.py, and their mean.
+"""POPE: F1 of each split, as in LLaVA's eval_pope.py, and their mean.
 
-The official script joins answers and labels by their order alone. Here the pictures and texts of both are compared, so
+The official script joins answers and labels by their order alone. Here the images and texts of both are compared, so
 a shifted, mixed or foreign file is an error.
 """
 
@@ -22,7 +22,7 @@ _HINT = "LLaVA's question file belongs to the labels of commit e3e3926 (random: 
 
 @dataclass(frozen=True)
 class Labels:
-    """The three splits.
+    """Labels of the three splits.
 
     Attributes:
         rows: split -> label rows in order.
@@ -36,7 +36,7 @@ class Labels:
 
 
 def says_yes(text: str) -> bool:
-    """The official reading: up to the first dot, commas deleted, "no" where a word is No, no or not, else "yes"."""
+    """The official rule: of the text before the first dot, "no" where a word is No, no or not, otherwise "yes"."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not any(w in ("No", "no", "not") for w in words)
 
@@ -50,7 +50,7 @@ def _label_file(path: Path) -> list[dict[str, Any]]:
 
 
 def load_labels(sources: Sources) -> Labels:
-    """Labels of every split in the folder and the question file's order of them.
+    """Read the labels of every split, and the order of the question file.
 
     Raises:
         ValueError: for broken files, other files in the folder, or question ids that come twice.
@@ -69,12 +69,12 @@ def load_labels(sources: Sources) -> Labels:
     split: dict[str, str] = {}
     for number, row in enumerate(read_jsonl(path, ("question_id", "image", "text", "category")), 1):
         if str(row["question_id"]) in split or not isinstance(row["text"], str):
-            raise ValueError(f"{path}, row {number}: question_id {row['question_id']!r} comes twice or has no text")
+            raise ValueError(f"{path}, row {number}: question_id {row['question_id']!r} is repeated or has no text")
         questions[str(row["category"])].append(row)
         split[str(row["question_id"])] = str(row["category"])
     absent = sorted(set(questions) - set(rows))
     if absent:
-        raise ValueError(f"{folder} has no labels of the split {', '.join(absent)} that {path} asks")
+        raise ValueError(f"{folder} has no labels of the split {', '.join(absent)} that {path} asks for")
     sources.note("questions", path, "questions", rows=len(split))
     return Labels(rows, dict(questions), split)
 
@@ -85,18 +85,18 @@ def unknown(labels: Labels, asked: Sequence[Question]) -> list[str]:
 
 
 def _same(question: Mapping[str, Any], label: Mapping[str, Any]) -> bool:
-    """Whether a question and a label row are about the same; a misspelling that later labels mend is no difference."""
+    """Whether a question and a label row match; a misspelling that later labels correct does not count."""
     text = question["text"].split("\n")[0].replace("imange", "image")
     return question["image"] == label["image"] and text == label["text"].replace("imange", "image")
 
 
 def _gold(name: str, labels: Labels, whole: bool) -> dict[str, bool]:
-    """Question id -> whether the label is yes, for a split in the question file's order.
+    """Question id -> whether the label is yes, for a split, in the order of the question file.
 
     Args:
         name: split.
         labels: see Labels.
-        whole: whether every label must have its question, which an excerpt of the question file cannot give.
+        whole: whether every label must have a question; False for a part of the question file.
     """
     questions, rows = labels.questions[name], labels.rows[name]
     if whole and len(questions) != len(rows):
@@ -107,7 +107,7 @@ def _gold(name: str, labels: Labels, whole: bool) -> dict[str, bool]:
             at += 1
         if at >= len(rows) or not _same(question, rows[at]):
             key = question["question_id"]
-            raise ValueError(f"{name}: question {key} and label {at + 1} are not the same. {_HINT}")
+            raise ValueError(f"{name}: question {key} and label {at + 1} do not match. {_HINT}")
         gold[str(question["question_id"])] = rows[at]["label"] == "yes"
         at += 1
     return gold
@@ -127,16 +127,16 @@ def _figures(said: Sequence[bool], gold: Sequence[bool]) -> dict[str, Any]:
 
 
 def _check(name: str, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], labels: Labels) -> None:
-    """Refuse answers that are not those of the questions, one each, in their order."""
+    """Refuse answers that are not one for each question, in order."""
     given = [str(r["question_id"]) for r in rows]
     if len(given) != len(ids):
         there = set(given)
         missing = [i for i in ids if i not in there]
         tail = f"; missing are {shown(missing)}" if missing else ""
-        raise ValueError(f"{name}: {len(given)} answers to {len(ids)} questions{tail}")
+        raise ValueError(f"{name}: {len(given)} answers for {len(ids)} questions{tail}")
     for place, (key, wanted) in enumerate(zip(given, ids, strict=True), 1):
         if key != wanted:
-            raise ValueError(f"{name}: answer {place} is to question {key}, in the question file it is {wanted}")
+            raise ValueError(f"{name}: answer {place} is for question {key}, the question file has {wanted} there")
     texts = {str(q["question_id"]): q["text"].split("\n")[0] for q in labels.questions[name]}
     for row in rows:
         prompt = row.get("prompt", "")
@@ -155,7 +155,7 @@ def score(
     Args:
         answers: rows with `question_id` and `text` in the order of the question file.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Returns:
         figure (None where a split has no right "yes", for which the official script divides by zero), rows, details
@@ -183,7 +183,7 @@ def score(
         _check(name, by_split[name], list(gold), labels)
         details[name] = _figures([says_yes(r["text"]) for r in by_split[name]], list(gold.values()))
     if not details:
-        raise ValueError("no question to score: the answers and the question file share no question id")
+        raise ValueError("the answers and the question file have no question id in common; give files of one run")
     undefined = [n for n, d in details.items() if d["f1_score"] is None]
     why = f"{', '.join(undefined)}: no right yes, so F1 is undefined (the official script divides by zero)"
     values = list(details.values())

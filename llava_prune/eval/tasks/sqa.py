@@ -1,4 +1,4 @@
-"""ScienceQA's scorer: letters as LLaVA's eval_science_qa.py reads them, over all questions and those with a picture."""
+"""ScienceQA: accuracy over all questions and over those with an image, as in LLaVA's eval_science_qa.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 @dataclass(frozen=True)
 class Label:
-    """A question's right answer: index among `options` choices."""
+    """The right answer of a question: its index among `options` choices."""
 
     answer: int
     options: int
@@ -39,29 +39,29 @@ def letter(text: str) -> str:
 
 
 def _conversations(path: Path) -> list[tuple[str, str | None, str, str]]:
-    """(id, image, what the human says, letter) of each row of the question file."""
+    """(id, image, text of the human turn, letter) of each row of the question file."""
     out = []
     for number, row in enumerate(read_json(path, list), 1):
         try:
             (_, human), (_, gpt) = ((t["from"], t["value"]) for t in row["conversations"][:2])
             item = (row["id"], row.get("image"), human, gpt)
             if not all(isinstance(v, str) for v in (item[0], human, gpt)) or not isinstance(item[1], str | None):
-                raise TypeError("a field is no string")
+                raise TypeError("a field is not a string")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}, row {number}: no question with id and conversations ({error!r})") from error
+            raise ValueError(f"{path}, row {number}: needs an id and conversations ({error!r})") from error
         out.append(item)
     if not out:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path} has no rows")
     return out
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """The question file (llava_test_CQM-A.json); text-only rows have no image.
+    """Read the question file (llava_test_CQM-A.json); text-only rows have no image.
 
     Source: llava/eval/model_vqa_science.py with --single-pred-prompt.
 
     Raises:
-        ValueError: for broken rows or an id that comes twice.
+        ValueError: for broken rows or a repeated id.
     """
     path = sources.path("questions")
     out = []
@@ -69,7 +69,7 @@ def read_questions(sources: Sources) -> list[Question]:
         text = sources.task.complete(human.replace(IMAGE_MARK, "").strip())
         out.append(Question(key, image, text, f"{IMAGE_MARK}\n{text}" if image else text))
     if len({q.id for q in out}) < len(out):
-        raise ValueError(f"{path}: an id comes twice; fetch the file again")
+        raise ValueError(f"{path}: an id is repeated; fetch the file again")
     sources.note("questions", path, "questions", rows=len(out))
     return out
 
@@ -85,7 +85,7 @@ def _options(human: str) -> int:
 
 
 def load_labels(sources: Sources) -> dict[str, Label]:
-    """Question id -> label of the test split, in order.
+    """Read the labels of the test split: question id -> label, in order.
 
     From problems.json, the split from pid_splits.json where it is there; else from the question file.
 
@@ -120,7 +120,7 @@ def unknown(labels: Mapping[str, Label], asked: Sequence[Question]) -> list[str]
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Answers in LLaVA's format, or the output file of LLaVA's own scorer (one object, correct and incorrect).
+    """Read answers in LLaVA's format, or the output of LLaVA's own scorer (an object with correct and incorrect).
 
     Raises:
         ValueError: for anything else.
@@ -145,13 +145,13 @@ def score(
 ) -> dict[str, Any]:
     """Accuracy over all questions and IMG-Accuracy in percent.
 
-    A question without an answer is wrong in the former and absent from the latter; whether a question has a picture is
+    A question without an answer is wrong in the former and absent from the latter; whether a question has an image is
     read from the stored prompt. Both are LLaVA's rules.
 
     Args:
-        answers: rows with `question_id`, `prompt` and `text`; of a repeated id the last counts.
+        answers: rows with `question_id`, `prompt` and `text`; the last row of a repeated id counts.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Raises:
         ValueError: when nothing is left to score.
@@ -159,7 +159,7 @@ def score(
     given = {str(a["question_id"]): a for a in answers}
     ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
     if not any(k in given for k in ids):
-        raise ValueError("no question to score: the answers and the test split share no question id")
+        raise ValueError("the answers and the test split have no question id in common; give files of one split")
     correct, seen = {}, {}
     for key in ids:
         row = given.get(key)

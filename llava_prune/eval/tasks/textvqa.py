@@ -1,4 +1,4 @@
-"""TextVQA's scorer: soft accuracy over ten annotators, as LLaVA's eval_textvqa.py and m4c_evaluator.py compute it."""
+"""TextVQA: soft accuracy over ten annotators, as in LLaVA's eval_textvqa.py and m4c_evaluator.py."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Key = tuple[str, str]
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """The question file; ids are those of pictures and come more than once."""
+    """Read the question file. Ids are those of images and may be repeated."""
     return read_lines(sources, unique=False)
 
 
 def question_of(prompt: str) -> str | None:
-    """The question in a stored prompt, lower case; None for a prompt of another shape."""
+    """The question in a stored prompt, in lower case; None for a prompt of another format."""
     if prompt.startswith("OCR tokens: "):
         _, mark, rest = prompt.partition("Question: ")
         question, end, _ = rest.partition(" Short answer:")
@@ -34,14 +34,14 @@ def question_of(prompt: str) -> str | None:
 
 
 def answer_scores(references: Sequence[str]) -> dict[str, float]:
-    """Score of each distinct reference: the mean over annotators of min(1, others who gave it / 3)."""
+    """Score of each distinct reference: mean over annotators of min(1, other annotators with it / 3)."""
     said = [m4c(r) for r in references]
     counts = Counter(said)
     return {u: sum(min(1.0, (m - (other == u)) / 3) for other in said) / len(said) for u, m in counts.items()}
 
 
 def load_labels(sources: Sources) -> dict[Key, list[str]]:
-    """(image id, question in lower case) -> ten references.
+    """Read the annotations: (image id, question in lower case) -> ten references.
 
     Raises:
         ValueError: for broken files or another number of annotators.
@@ -88,7 +88,7 @@ def score(
     Args:
         answers: rows with `question_id`, `prompt` and `text`, each question once.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Raises:
         ValueError: for prompts without a question, and questions that are unknown, missing or answered twice.
@@ -97,12 +97,16 @@ def score(
     wanted = list(labels) if asked is None else [_key({"question_id": q.id, "prompt": q.stored}) for q in asked]
     strange = [k for k, _ in rows if k not in labels]
     if strange:
-        raise ValueError(f"{len(strange)} answers have no annotation ({shown(strange)}); these are other questions")
+        raise ValueError(
+            f"{len(strange)} answers have no annotation ({shown(strange)}); give the annotations of the same questions"
+        )
     given, due = Counter(k for k, _ in rows), Counter(wanted)
     missing = [k for k in due if k not in given]
     twice = [k for k, n in given.items() if n > max(1, due[k])]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(due)} questions have no answer ({shown(missing)}); finish the run")
+        raise ValueError(
+            f"{len(missing)} of {len(due)} questions have no answer ({shown(missing)}); complete the run first"
+        )
     if twice:
         raise ValueError(f"{len(twice)} questions are answered more than once ({shown(twice)}); keep one answer each")
     rows = [r for r in rows if r[0] in due]

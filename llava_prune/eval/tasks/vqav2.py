@@ -15,16 +15,16 @@ from ..task import Question, Sources
 from ..vqa import digits_articles, m4c, one_line, punctuation
 
 READY = "converted"
-"""Field of answers that went through LLaVA's conversion already."""
+"""Field of answers that are normalised already."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known beside the questions.
+    """Annotations and the ids of the upload.
 
     Attributes:
         annotations: question id -> annotation; None where there are none.
-        upload: ids the server wants, in order; None where the file is missing.
+        upload: ids that the server expects, in order; None where the file is missing.
     """
 
     annotations: dict[str, dict[str, Any]] | None
@@ -40,7 +40,7 @@ def _annotation(row: Any) -> dict[str, Any]:
 
 
 def load_labels(sources: Sources) -> Labels:
-    """Annotations and ids of the upload, as far as the files are there.
+    """Read the annotations and the ids of the upload, where the files exist.
 
     Raises:
         ValueError: for broken files or a question that is annotated twice.
@@ -58,7 +58,7 @@ def load_labels(sources: Sources) -> Labels:
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, annotation {number}: no question_id with answers ({error!r})") from error
             if entry["id"] in annotations:
-                raise ValueError(f"{path}, annotation {number}: question_id {entry['id']} comes twice")
+                raise ValueError(f"{path}, annotation {number}: question_id {entry['id']} is repeated")
             annotations[entry["id"]] = entry
         sources.note("annotations", path, "annotations", rows=len(annotations))
     path = sources.find("upload")
@@ -69,14 +69,14 @@ def load_labels(sources: Sources) -> Labels:
 
 
 def unknown(labels: Labels, asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label; none where no question has (test-dev beside val's annotations)."""
+    """Ids of questions without a label; empty where no question has one (test-dev with annotations of val)."""
     known = labels.annotations or {}
     absent = [str(q.id) for q in asked if str(q.id) not in known]
     return absent if len(absent) < len(asked) else []
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Answers in LLaVA's format, or an upload (JSON array of question_id and answer).
+    """Read answers in LLaVA's format, or an upload (JSON array of question_id and answer).
 
     Raises:
         ValueError: for anything else.
@@ -84,7 +84,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path, ("question_id",))
     absent = [i for i, r in enumerate(rows, 1) if "text" not in r and "answer" not in r]
     if absent:
-        raise ValueError(f"{path}, row {absent[0]}: no field 'text' (nor 'answer', as uploads have it)")
+        raise ValueError(f"{path}, row {absent[0]}: no field 'text' (nor 'answer', the field of uploads)")
     rows = [r if "text" in r else {"question_id": r["question_id"], "text": r["answer"], READY: True} for r in rows]
     check_answers(path, rows)
     return rows
@@ -107,12 +107,12 @@ def accuracy(text: str, references: Sequence[str]) -> float:
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Labels, asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Accuracy in percent of the answers as LLaVA uploads them; `details.unconverted` scores the raw texts.
+    """Accuracy in percent of the normalised answers; `details.unconverted` is that of the raw texts.
 
     Args:
-        answers: rows with `question_id` and `text`; of a repeated id the last counts.
+        answers: rows with `question_id` and `text`; the last row of a repeated id counts.
         labels: see `load_labels`.
-        asked: questions put to the model, where only a part was.
+        asked: the questions of the model, where they are a part of the benchmark.
 
     Returns:
         figure (None without annotations), rows, details, scores by question.
@@ -147,7 +147,7 @@ def score(
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Labels, folder: Path, name: str) -> list[Path]:
-    """Write the EvalAI upload: every id of the test split, normalised text or nothing.
+    """Write the EvalAI upload: every id of the test split, with a normalised answer or an empty one.
 
     Source: scripts/convert_vqav2_for_submission.py.
     """

@@ -1,0 +1,138 @@
+"""What a pruned model cannot do is refused with a reason, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import llava_prune
+from tests import models
+from tests.contract.settings import NAMES, Setting, setting
+
+ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
+NEEDS_CLASS_TOKEN = {
+    "autoprune", "autoprune-flash", "fastervlm", "visionzip", "prumerge", "prumerge+", "tome",
+    "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm",
+}  # fmt: skip
+
+
+def test_labels_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
+    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    text = models.inputs(tiny, [[1, 5, 6, 7]])
+    with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
+        with pytest.raises(ValueError, match="labels on a pruned model.*after the image"):
+            tiny(**given, labels=given["input_ids"])
+        assert handle.last is None, "nothing has run"
+        assert tiny(**text, labels=text["input_ids"]).loss.isfinite()
+
+
+def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
+    """As the documents say: the tokens after the image, at most."""
+    model = tiny_models["hf"]
+    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    after = 5
+    with torch.inference_mode(), llava_prune.pruned(model, name, **chosen.hyper):
+        every = model(**given).logits
+        for keep in (1, 3, after):
+            assert torch.allclose(model(**given, logits_to_keep=keep).logits, every[:, -keep:], atol=1e-6)
+        for keep in (after + 1, 40):
+            with pytest.raises(ValueError, match=f"logits_to_keep={keep}.*give at most {after}"):
+                model(**given, logits_to_keep=keep)
+        with pytest.raises(ValueError, match="logits_to_keep as a tensor"):
+            model(**given, logits_to_keep=torch.tensor([1, 2]))
+        text = models.inputs(model, [[1, 5, 6, 7]])
+        assert model(**text, logits_to_keep=3).logits.shape[1] == 3
+
+
+def siglip() -> Any:
+    """A LLaVA of transformers with a SigLIP tower of the size of the small models."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    vision = SiglipVisionConfig(**sizes, num_hidden_layers=4, image_size=models.SIDE, patch_size=14)
+    text = LlamaConfig(**sizes, num_hidden_layers=models.LAYERS, vocab_size=models.VOCAB + 1, eos_token_id=None)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=models.VOCAB,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def siglip_model() -> Any:
+    return siglip()
+
+
+def test_towers_without_a_class_token(name: str, chosen: Setting, siglip_model: Any, logits: Any) -> None:
+    """Methods that need it are refused with the reason; the others prune as ever."""
+    given = models.inputs(siglip_model, ROWS[:1], models.pictures(1))
+    base = logits(siglip_model, given)
+    if name in NEEDS_CLASS_TOKEN:
+        with pytest.raises(ValueError, match="needs the class token of a CLIP tower; this tower is SigLIP"):
+            llava_prune.attach(siglip_model, name, **chosen.hyper)
+    else:
+        with llava_prune.pruned(siglip_model, name, check=True, **chosen.hyper) as handle:
+            models.generate(siglip_model, given, 2)
+            assert (int(handle.last.tokens_out.sum()) < models.PATCHES * models.LAYERS) == chosen.prunes
+    assert torch.equal(logits(siglip_model, given), base)
+
+
+def test_every_method_declares_what_it_needs() -> None:
+    """A method that looks at position 0 of the tower declares the class token."""
+    for name in NAMES:
+        method = llava_prune.build(name, **setting(name).hyper)
+        looks = bool(method.vision_queries(2)) or any(method.merge_schedule(2, models.PATCHES))
+        assert not looks or "class token" in method.requires, name
+        assert ("class token" in method.requires) == (name in NEEDS_CLASS_TOKEN)
+
+
+def test_unknown_towers(siglip_model: Any) -> None:
+    class Dinosaur(type(siglip_model.model.vision_tower)):  # type: ignore[misc]
+        """A tower that nobody has heard of."""
+
+    tower, stock = siglip_model.model.vision_tower, type(siglip_model.model.vision_tower)
+    tower.__class__ = Dinosaur
+    try:
+        with pytest.raises(ValueError, match="this tower is Dinosaur, whose layout is not known"):
+            llava_prune.attach(siglip_model, "visionzip", tokens=12)
+        with llava_prune.pruned(siglip_model, "uniform", tokens=12) as handle:
+            assert handle.attached
+    finally:
+        tower.__class__ = stock
+
+
+def test_features_with_the_class_token(tiny_models: dict[str, Any], logits: Any) -> None:
+    """vision_feature_select_strategy="full" keeps it among the features: refused by methods that work on patches."""
+    model = tiny_models["hf"]
+    model.config.vision_feature_select_strategy = "full"
+    try:
+        with pytest.raises(ValueError, match="37 features for 36 patches"):
+            llava_prune.attach(model, "visionzip", tokens=12)
+    finally:
+        model.config.vision_feature_select_strategy = "default"
+    with llava_prune.pruned(model, "visionzip", tokens=12):
+        logits(model, models.inputs(model, ROWS[:1], models.pictures(1)))
+
+
+@pytest.mark.parametrize("language", ["MistralConfig", "Qwen2Config"])
+def test_other_language_models_are_named(language: str) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(**sizes, num_hidden_layers=4, image_size=84, patch_size=14)
+    text = getattr(transformers, language)(**sizes, num_hidden_layers=2, num_key_value_heads=4, vocab_size=140)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    model = transformers.LlavaForConditionalGeneration(config)
+    found = type(model.model.language_model).__name__
+    with pytest.raises(ValueError, match=f"{found} is not supported; the language model must be a LlamaModel"):
+        llava_prune.attach(model, "uniform", tokens=8)
+
+
+def test_other_models_are_named() -> None:
+    with pytest.raises(ValueError, match="Linear is not a supported LLaVA model"):
+        llava_prune.attach(torch.nn.Linear(2, 2), "uniform", tokens=8)

@@ -1,0 +1,135 @@
+"""PEFT, torch.compile, DataParallel, copies: unwrapped, or refused with the way out."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import llava_prune
+from tests import models
+from tests.contract.settings import Setting
+
+ROWS = [models.prompt(4, 5)]
+
+
+@pytest.fixture
+def given(tiny: Any) -> dict[str, Any]:
+    return models.inputs(tiny, ROWS, models.pictures(1))
+
+
+def test_peft_models_are_unwrapped(name: str, chosen: Setting, tiny: Any, given: Any, logits: Any) -> None:
+    """An adapter that does nothing yet, then one that does; the same tokens and answers as on the model inside."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=r".*layers\.\d+\.self_attn\.[qk]_proj")
+    wrapped = peft.get_peft_model(copy.deepcopy(tiny), config)
+    with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
+        expected = models.generate(tiny, given, 2)
+        kept = [k.tolist() for k in handle.last.kept]
+    with llava_prune.pruned(wrapped, name, **chosen.hyper) as handle:
+        got = models.generate(wrapped.get_base_model(), given, 2)
+        assert torch.allclose(got.logits[0], expected.logits[0], atol=1e-5)
+        assert [k.tolist() for k in handle.last.kept] == kept
+        with torch.inference_mode():
+            assert torch.allclose(wrapped(**given).logits[:, -1], expected.logits[0], atol=1e-5)
+        with torch.no_grad():
+            for path, parameter in wrapped.named_parameters():
+                if "lora_B" in path:
+                    parameter.fill_(0.05)
+        assert not torch.allclose(logits(wrapped, given), expected.logits[0], atol=1e-2)
+        with pytest.raises(ValueError, match="already"):
+            llava_prune.attach(wrapped, "uniform", tokens=3)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "in place", "language model"])
+def test_compiled_models_are_refused(tiny: Any, how: str) -> None:
+    model = copy.deepcopy(tiny)
+    compiled = model
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        models.language_model(model).compile(backend="eager")
+    with pytest.raises(ValueError, match="compile afterwards"):
+        llava_prune.attach(compiled, "uniform", tokens=12)
+
+
+def test_compiled_after_attach_can_be_detached(tiny: Any) -> None:
+    model = copy.deepcopy(tiny)
+    llava_prune.attach(model, "uniform", tokens=12)
+    llava_prune.detach(torch.compile(model, backend="eager"))
+    with pytest.raises(ValueError, match="no method is attached"):
+        llava_prune.detach(model)
+
+
+def test_data_parallel_is_refused(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="DataParallel.*model.module"):
+        llava_prune.attach(torch.nn.DataParallel(tiny), "uniform", tokens=12)
+
+
+def test_a_copy_can_be_detached(name: str, chosen: Setting, tiny: Any, given: Any, logits: Any) -> None:
+    """It stays pruned, with a record of its own; detaching it leaves the original as it is."""
+    base = logits(tiny, given)
+    with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
+        pruned, record = logits(tiny, given), handle.last
+        twin = copy.deepcopy(tiny)
+        assert torch.equal(logits(twin, given), pruned) and handle.last is record
+        with pytest.raises(ValueError, match=r"llava_prune.detach\(model\)"):
+            llava_prune.attach(twin, "uniform", tokens=12)
+        llava_prune.detach(twin)
+        assert torch.equal(logits(twin, given), base)
+        assert torch.equal(logits(tiny, given), pruned)
+        with llava_prune.pruned(twin, "uniform", tokens=12) as second:
+            logits(twin, given)
+            assert second.last.tokens_in.tolist() == [[12] * models.LAYERS]
+    assert torch.equal(logits(tiny, given), base)
+
+
+def test_a_copy_of_a_detached_model_is_unpruned(tiny: Any, given: Any, logits: Any) -> None:
+    base = logits(tiny, given)
+    with llava_prune.pruned(tiny, "autoprune", tokens=12):
+        logits(tiny, given)
+    twin = copy.deepcopy(tiny)
+    assert torch.equal(logits(twin, given), base)
+    with pytest.raises(ValueError, match="no method"):
+        llava_prune.detach(twin)
+
+
+def test_representations(tiny: Any, given: Any, logits: Any) -> None:
+    handle = llava_prune.attach(tiny, "uniform", tokens=12)
+    try:
+        assert "Uniform(tokens=12)" in repr(handle) and "last=None" in repr(handle)
+        logits(tiny, given)
+        assert "1 samples, 6 layers, visual tokens: 12 in" in repr(handle.last)
+    finally:
+        handle.detach()
+    assert "detached from" in repr(handle)
+
+
+def test_a_detached_model_is_freed() -> None:
+    model = models.tiny_hf()
+    gone = weakref.ref(model)
+    with llava_prune.pruned(model, "autoprune", tokens=12):
+        pass
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_later_replacements_are_told(tiny: Any) -> None:
+    """Somebody's forward over ours: detaching says so and leaves everything in place."""
+    lm = models.language_model(tiny)
+    handle = llava_prune.attach(tiny, "uniform", tokens=12)
+    ours = lm.forward
+    lm.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="undo the later change"):
+        handle.detach()
+    assert handle.attached
+    lm.forward = ours
+    handle.detach()
+    assert not handle.attached

@@ -1,0 +1,95 @@
+"""One tower pass an image, whatever methods and threads ask for it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import llava_prune
+from tests import models
+
+
+def test_cached_images_answer_alike(tiny: Any) -> None:
+    """Methods that leave the tower alone share a pass; a tower that merges has its own."""
+    loaded = models.loaded(tiny)
+    rows, pixels = [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2)
+    names = ["full", "visionzip", "prumerge", "tome", "fastervlm"]
+    methods = [llava_prune.build(n, **({} if n == "full" else {"tokens": 12})) for n in names]
+    alone = []
+    for method in methods:
+        with llava_prune.pruned(tiny, method):
+            alone.append(loaded.generate(rows, pixels, max_new_tokens=4))
+    with loaded.remember_images(methods) as cache:
+        for _ in range(2):
+            for method, want in zip(methods, alone, strict=True):
+                with llava_prune.pruned(tiny, method):
+                    got = loaded.generate(rows, pixels, keys=["a", "b"], max_new_tokens=4)
+                assert torch.equal(got, want), method.name
+        assert cache.passes == 4
+        assert cache.holds("a") and cache.holds("a", methods[3])
+        assert not cache.holds("a", llava_prune.build("tome", tokens=15))
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge", "autoprune", "tome"])
+def test_threads_share_a_cache(name: str, tiny: Any) -> None:
+    """Many threads encode different images at the same time; each image keeps its own attention."""
+    loaded = models.loaded(tiny)
+    count, rows = 12, [models.prompt(5, 7)]
+    pixels = models.pictures(count)
+    method = llava_prune.build(name, tokens=12)
+    with llava_prune.pruned(tiny, method):
+        alone = [loaded.generate(rows, pixels[i : i + 1], max_new_tokens=3).tolist() for i in range(count)]
+        kept: dict[tuple[int, int], Any] = {}
+        with loaded.remember_images([method]) as cache:
+            gate = threading.Barrier(4)
+
+            def work(k: int) -> None:
+                gate.wait()
+                for i in range(k, count, 4):
+                    kept[0, i] = loaded.generate(rows, pixels[i : i + 1], keys=[i], max_new_tokens=3).tolist()
+
+            threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for i in range(count):  # answered from memory now
+                kept[1, i] = loaded.generate(rows, pixels[i : i + 1], keys=[i], max_new_tokens=3).tolist()
+            assert cache.passes == count and cache.hits == count
+    assert [kept[0, i] for i in range(count)] == alone
+    assert [kept[1, i] for i in range(count)] == alone
+
+
+@pytest.mark.parametrize("name", ["visionzip", "tome", "autoprune"])
+def test_the_user_encodes_inside_the_block(name: str, tiny: Any) -> None:
+    """True features, and the cached images of later requests are their own."""
+    loaded = models.loaded(tiny)
+    rows, pixels = [models.prompt(5, 7)], models.pictures(2)
+
+    def encoded() -> torch.Tensor:
+        with torch.no_grad():
+            if models.is_llava(tiny):
+                return tiny.encode_images(pixels)
+            return torch.stack(list(tiny.get_image_features(pixel_values=pixels).pooler_output))
+
+    base = encoded()
+    with llava_prune.pruned(tiny, name, tokens=12) as handle:
+        want = loaded.generate(rows, pixels[:1], max_new_tokens=3)
+        with loaded.remember_images([handle.method]):
+            for _ in range(2):
+                assert torch.equal(encoded(), base)
+                assert torch.equal(loaded.generate(rows, pixels[:1], keys=["a"], max_new_tokens=3), want)
+
+
+def test_a_full_cache_goes_on(tiny: Any) -> None:
+    loaded = models.loaded(tiny)
+    rows, pixels = [models.prompt(5, 7)], models.pictures(1)
+    with llava_prune.pruned(tiny, "visionzip", tokens=12) as handle:
+        want = loaded.generate(rows, pixels, max_new_tokens=3)
+        with loaded.remember_images([handle.method], limit=0) as cache:
+            for _ in range(2):
+                assert torch.equal(loaded.generate(rows, pixels, keys=["a"], max_new_tokens=3), want)
+            assert cache.size == 0 and cache.passes == 2 and not cache.holds("a")
