@@ -137,8 +137,8 @@ def table(
         for slope in slopes:
             plan = autoprune_schedule(tokens, slope, size)
             ways += [("entering", slope, plan.entering(size.visual)), ("leaving", slope, plan.leaving)]
-        for counting, slope, counts in ways:
+        for counting, at, counts in ways:
             shares = percent_visual_only(counts, size), percent_with_text(counts, text, size)
             found = None if goal is None else text_for_percent(counts, goal, size)
-            rows.append(Row(tokens, counting, slope, average_tokens(counts), *shares, goal, found))
+            rows.append(Row(tokens, counting, at, average_tokens(counts), *shares, goal, found))
     return rows

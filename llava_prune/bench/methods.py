@@ -68,10 +68,11 @@ def method_row(name: str, tokens: int | None, size: Size, text: float) -> Row:
     found = inspect.signature(cls).parameters.values()
     entering: list[int] | None = None
     leaving: list[int] | None = None
-    note, method = "", cls
+    note = ""
+    method: Any = cls
     try:
-        method = build(name, **({} if tokens is None else {"tokens": tokens}))  # type: ignore[assignment]
-        shown = method.example(size.visual, size.layers)  # type: ignore[call-arg, arg-type]
+        method = build(name, **({} if tokens is None else {"tokens": tokens}))
+        shown = method.example(size.visual, size.layers)
         if shown is None:
             note = "depends on the data"
         else:

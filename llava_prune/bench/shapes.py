@@ -164,7 +164,8 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    tower = CLIPVisionModel(_vision_config(s)).to(torch.bfloat16)
+    tower: Any = CLIPVisionModel(_vision_config(s))
+    tower.to(torch.bfloat16)
     llm = ((n, _random(size, generator)) for n, size in llm_tensors(s))
     if form == "llava":
         (out / "clip").mkdir()
@@ -205,7 +206,8 @@ def hf_config(s: ModelShape) -> Any:
     from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
     extra = {"image_grid_pinpoints": PINPOINTS} if s.anyres else {}
-    config = (LlavaNextConfig if s.anyres else LlavaConfig)(
+    kind: Any = LlavaNextConfig if s.anyres else LlavaConfig
+    config = kind(
         vision_config=_vision_config(s),
         text_config=LlamaConfig(**{**_text_config(s), "vocab_size": s.vocab + 64}),
         image_token_id=s.vocab,

@@ -183,7 +183,7 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
             parameter = next(loaded.model.parameters())
             machine = measure_machine(parameter.device, parameter.dtype, batch * (asked.visual + text), size)
             for run in runs:
-                head = {"label": run.label, "method": run.name, "tokens": run.tokens}
+                head: dict[str, Any] = {"label": run.label, "method": run.name, "tokens": run.tokens}
                 head |= {"hyper": _plain(run.method.hyper()), "batch": batch, "text": text, "visual": asked.visual}
                 progress(f"{run.label}, batch {batch}, {asked.visual} + {text} tokens")
                 try:

@@ -65,9 +65,10 @@ class Bench:
 
 def load_model(settings: Settings) -> Any:
     """`llava_prune.load`, with every failure except a lack of memory as a ValueError."""
+    family: Any = settings.family
     try:
         return llava_prune.load(
-            settings.model, family=settings.family, dtype=settings.dtype, device=settings.device, attn=settings.attn
+            settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn
         )
     except (ValueError, MemoryError, torch.OutOfMemoryError):
         raise

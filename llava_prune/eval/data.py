@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import urllib.error
 import urllib.request
@@ -155,7 +156,7 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
             url = item["url"]
             to = base / item.get("to", f"downloads/{url.rsplit('/', 1)[-1]}")
             if not to.exists():
-                fetch(url, to, lambda have, total, url=url: progress(url, have, total))
+                fetch(url, to, functools.partial(progress, url))
             if "unzip" in item:
                 _unzip(to, base / item["unzip"])
         done.append(kind)

@@ -52,7 +52,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except RecursionError as error:
         raise ValueError(f"{path}: broken JSON (nested too deeply); fetch the file again") from error
     if not isinstance(value, kind):
-        want = {dict: "object", list: "array"}[kind]
+        want = "object" if kind is dict else "array"
         raise ValueError(f"{path}: expected one JSON {want}, found a {type(value).__name__}")
     return value
 

@@ -171,9 +171,10 @@ def evaluate(
                 seconds = answers.seconds()
                 rows = answers.finish(part)
             if stem:
-                rows, seconds = merge(out / run.label, settings.num_chunks, stem, seconds)
-                if rows is None:
+                joined, seconds = merge(out / run.label, settings.num_chunks, stem, seconds)
+                if joined is None:
                     continue
+                rows = joined
             result = finish(bench, run, out / run.label, rows, answers.settings, {"load": bench.load, **seconds})
             result["command"] = command
             compare(result, results[0] if settings.reference and results else None)

@@ -171,8 +171,8 @@ class Graphs:
             states, visual, valid, positions = (next(it) for _ in range(4))
             images = ImageState(patch_values={n: next(it) for n in names})
             source = None if prompt.source is None else next(it)
-            fixed = {"visual": visual, "valid": valid, "positions": positions, "source": source, "images": images}
-            same = replace(prompt, **fixed, pad=next(it, None))
+            fixed: dict[str, Any] = {"visual": visual, "valid": valid, "positions": positions, "source": source}
+            same = replace(prompt, **fixed, images=images, pad=next(it, None))
             empty = _empty_cache(lm, hidden)
 
             def begin() -> _Stop:
@@ -240,7 +240,8 @@ def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any], extra: int) -> tu
     request.stages = [replace(s, length=s.length - extra) for s in request.stages]
     ids = stop.ids.clone()
     *entries, last = ((x[:, extra:], x[:, extra:] > PADDING) for x in ids.split(stop.widths, 1))
-    return prefill.sequence.hidden[:, extra:].clone(), request, Trace(entries, lambda: last, {"stats": stats} if stats else {})
+    trace = Trace(entries, lambda: last, {"stats": stats} if stats else {})
+    return prefill.sequence.hidden[:, extra:].clone(), request, trace
 
 
 def _empty_cache(lm: Any, hidden: Tensor) -> Any:

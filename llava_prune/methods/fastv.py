@@ -35,8 +35,9 @@ class FastV(ScoreMethod):
 
     Without arguments this is the paper's setting, layer 2 and half of the tokens. What the widely copied rows at 192,
     128 and 64 ran is not documented, so `tokens` takes the reading that is true to its name, an average of tokens
-    entering with the cut after layer 2, and the others are presets: "k3-192", the same after layer 3; "keep192", that many after layer 2 (average 216); "one192", that many after layer 1, which gives the FLOPs printed
-    beside the copied rows. "keep288", "keep144" and "keep58" are how the 13B rows of FasterVLM were run.
+    entering with the cut after layer 2, and the others are presets: "k3-192", the same after layer 3; "keep192", that
+    many after layer 2 (average 216); "one192", that many after layer 1, which gives the FLOPs printed beside the copied
+    rows. "keep288", "keep144" and "keep58" are how the 13B rows of FasterVLM were run.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering. After layer 2 where the budget allows it,

@@ -37,9 +37,9 @@ class PyramidDrop(ScoreMethod):
     softmax over the whole sequence, mean over heads. Positions become 0..n-1 after every drop. Source:
     Cooperx521/PyramidDrop; the paper uses the finished layer and a product without softmax, see `score`.
 
-    Without arguments this is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40 layers
-    the official scripts pass [8, 16, 24] all the same ("official"). Schedules of the published rows at 192, 128 and 64
-    are unknown; `tokens` follows the author's recipe (`pyramid_recipe`), and other candidates are presets:
+    Without arguments this is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40
+    layers the official scripts pass [8, 16, 24] all the same ("official"). Schedules of the published rows at 192, 128
+    and 64 are unknown; `tokens` follows the author's recipe (`pyramid_recipe`), and other candidates are presets:
     "192-stages" keeps the paper's stages, "128-script", "64-script" and "128-fork" are third parties'.
 
     Args:

@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {"adaptive": {"adaptive": True}, "ratio": {
 
 
 def outliers(score: Tensor) -> Tensor:
-    """(N,) long: how many scores of each image are above q3 + 1.5 (q3 - q1), strictly; quartiles by linear interpolation.
+    """(N,) long: scores of each image that are strictly above q3 + 1.5 (q3 - q1); quartiles by linear interpolation.
 
     Args:
         score: (N, T).
@@ -79,14 +79,14 @@ class PruMerge(Method):
     Attention and keys come from the block that reads the feature map (the one after it), at full width: the class
     token's query times each key over sqrt(C), softmax, its own column taken away. Output: kept patches by descending
     attention, then the sum of those not kept, weighted by attention. Weights are not normalised. Source: official
-    code 097c041. Deviations: the threshold is found for each image by itself (the official one pools a batch), quartiles
-    in float64, ties by index. Images in crops: crop by crop, our reading.
+    code 097c041. Deviations: the threshold is found for each image by itself (the official one pools a batch),
+    quartiles in float64, ties by index. Images in crops: crop by crop, our reading.
 
     Presets: "adaptive" is the official default. Budgets are not published: our reading keeps `tokens` patches, so
     tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.
 
     Args:
-        tokens: patches kept, a fixed number; with crops each of them gets tokens // (largest number of crops of the model).
+        tokens: patches kept, a fixed number; each crop gets tokens // (largest number of crops of the model).
         ratio: share of the patches kept, a fixed number, in (0, 1]; 1/8 when adaptive=False.
         adaptive: keep the outliers, as many as there are (the default when neither tokens nor ratio is given).
         exact: with `tokens`, count the sum among them.

@@ -78,8 +78,8 @@ class SparseVLM(Method):
         licence="Apache-2.0",
         batch="any (official code: 1)",
     )
-    positions = "renumber"
-    decode = "cache"
+    positions: ClassVar[Literal["keep", "renumber"]] = "renumber"
+    decode: ClassVar[Literal["original", "cache"]] = "cache"
     fixes_budget = ("retain", "scale")
 
     release: ClassVar[Literal["1.0", "1.5", "2.0"]] = "1.5"
@@ -301,7 +301,8 @@ def strongest_heads(attention: Tensor, text: Tensor, visual: Tensor, count: int)
 def rotary_ones(cos: Tensor, sin: Tensor, queries: Positions) -> Tensor:
     """(B or 1, Q, L): 2 / sqrt(d) sum_k cos((p_i - p_j) theta_k), the scaled product of rotated vectors of ones."""
     half = cos.shape[-1] // 2
-    rotated = torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()  # (B, L, dh)
+    parts = cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]
+    rotated = torch.cat(parts, -1).float()  # (B or 1, L, dh)
     return rotated[:, queries] @ rotated.transpose(1, 2) / cos.shape[-1] ** 0.5
 
 

@@ -106,9 +106,9 @@ class ToMe(Method):
     The order of tokens is that of the last merge, not the raster. No LLaVA integration is official; written from the
     description of ToMe (its code is CC BY-NC and was not used), in reading (A) of what the tables did: in the tower.
 
-    A budget spreads the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are
-    published. Presets: "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the final
-    features without the class token, at most half a step; "constant-16" is the ports' r = 16 (208 tokens).
+    A budget spreads the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are published.
+    Presets: "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the final features
+    without the class token, at most half a step; "constant-16" is the ports' r = 16 (208 tokens).
     Images in crops are refused: their assembly needs whole grids.
 
     Args:

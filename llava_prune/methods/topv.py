@@ -39,10 +39,10 @@ class TopV(Method):
     with uniform marginals, row steps damped by `tau`, the exact column step last. What the paper does not state is our
     choice or a third party's; docs/methods/topv.md lists every decision.
 
-    Without arguments this is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32 layers). The
-    paper's "49 %" is read as a reduction ("49-less"). "recover4" and "recover6" put discarded tokens back within the
-    same cost, "full3" prunes a layer later (the index of the paper's layer 2 is unknown), "balanced" is plain Sinkhorn,
-    "unit" normalises both ends.
+    Without arguments this is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32
+    layers). The paper's "49 %" is read as a reduction ("49-less"). "recover4" and "recover6" put discarded tokens back
+    within the same cost, "full3" prunes a layer later (the index of the paper's layer 2 is unknown), "balanced" is
+    plain Sinkhorn, "unit" normalises both ends.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering, recovered ones included. After `full_layers`

@@ -29,9 +29,9 @@ class VTW(Method):
 
     Source: lzhxmu/VTW. Text keeps its positions, layers before the withdrawal keep the visual tokens in their caches.
 
-    Without arguments this is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of the FLOPs
-    counted on visual tokens alone ("half"). "k15" is the README's setting. The paper has no rows at 192, 128 and 64:
-    there the layer is the one whose average is nearest.
+    Without arguments this is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of
+    the FLOPs counted on visual tokens alone ("half"). "k15" is the README's setting. The paper has no rows at 192, 128
+    and 64: there the layer is the one whose average is nearest.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering; the nearest layer, at least 1.

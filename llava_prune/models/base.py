@@ -86,13 +86,13 @@ def refuse_wrappers(model: Any) -> None:
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
         raise ValueError(
-            f"{kind} is not supported: its copies of the model do not share the state of a request. Attach to the model "
-            "inside it (model.module), and run one process for each device"
+            f"{kind} is not supported: its copies of the model do not share the state of a request. Attach to the "
+            "model inside it (model.module), and run one process for each device"
         )
     if kind == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"{kind} is compiled (torch.compile), and compiled code does not see a method that is attached later; "
-            "attach to the model first (model._orig_mod of what torch.compile returned), and compile afterwards"
+            "attach to the model itself (model._orig_mod of what torch.compile returned), and compile afterwards"
         )
 
 

@@ -152,7 +152,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
     given = {**dict(zip(INNER, args, strict=False)), **kwargs}
     ids, cache = given.get("input_ids"), given.get("past_key_values")
     with request(handle, _count(given.get("pixel_values"))) as state:
-        if decode_state(cache) is not None:
+        if cache is not None and decode_state(cache) is not None:
             if _has_images(given) and (ids is None or ids.shape[1] > 1):
                 refuse_later_image(cache.get_seq_length())
         elif ids is None:

@@ -173,4 +173,5 @@ def _answer(cache: ImageCache, images: list[CachedImage], asked: TowerPass | Non
         asked.merging = Merging(torch.stack(sizes), torch.stack(groups), True) if sizes else None
     if cache.layer is None:
         return features
-    return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states={cache.layer: features})
+    states: Any = {cache.layer: features}  # looked up by the feature layer, which may be negative
+    return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=states)

@@ -195,7 +195,8 @@ def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int)
     """Warn where the package has probably cut off the end of a prompt, which holds the question."""
     limit, listed = context_limit(model), isinstance(images, (list, tuple)) or images.ndim == 5
     crops = sum(x.shape[0] if x.ndim == 4 else 1 for x in images) if listed else len(images)
-    if limit is not None and length == limit and input_ids.shape[1] + crops * model.get_vision_tower().num_patches > limit:
+    most = input_ids.shape[1] + crops * model.get_vision_tower().num_patches
+    if limit is not None and length == limit and most > limit:
         warnings.warn(
             f"the prompt reaches the model's context of {limit} tokens (tokenizer_model_max_length), and package llava "
             "cuts off what is beyond: the end of the prompt, which holds the question; use fewer images",

@@ -127,7 +127,8 @@ class Loaded:
             tower = self._family.tower(self.model)
             pixels = pixels.to(device=device, dtype=next(tower.parameters()).dtype)
         call = _ask_llava if self.family == "llava" else _ask_hf
-        out = call(self, [list(r) for r in rows], pixels, None if sizes is None else checked_sizes(sizes), keys, options)
+        sizes = None if sizes is None else checked_sizes(sizes)
+        out = call(self, [list(r) for r in rows], pixels, sizes, keys, options)
         return out.cpu() if isinstance(out, Tensor) else out
 
 
@@ -174,10 +175,11 @@ def _ask_llava(
         with hinting(prompts=prompts, image_keys=None, image_sizes=None, explicit=True):
             return model.generate(ids, attention_mask=mask, **options)
     if any(IMAGE not in r for r in rows):  # the package takes one image from the list for a prompt without any
-        side, order, at = pixels.shape[-1], [], 0  # order: image numbers, None for a blank one
+        side, at = pixels.shape[-1], 0
+        order: list[int | None] = []  # image numbers, None for a blank one
         for r in rows:
             n = r.count(IMAGE)
-            order += list(range(at, at + n)) or [None]
+            order.extend(range(at, at + n) if n else [None])
             at += n
         blank = pixels.new_zeros(pixels.shape[1:])
         pixels = torch.stack([blank if i is None else pixels[i] for i in order])
@@ -241,7 +243,7 @@ def resolve(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise ValueError(f"{path}: neither a local folder nor a hub repository that can be reached ({error})") from error
+        raise ValueError(f"{path}: not a local folder, and no hub repository can be reached ({error})") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -259,7 +261,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: broken JSON ({error})") from error
     if not (isinstance(config, dict) and (is_original(config) or config.get("model_type") in ("llava", "llava_next"))):
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file}: model_type {kind!r} is not a supported LLaVA checkpoint (llava_llama, llava or llava_next)")
+        raise ValueError(
+            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint (llava_llama, llava or llava_next)"
+        )
     return config
 
 

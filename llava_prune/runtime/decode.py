@@ -1,7 +1,7 @@
 """Later tokens of a pruned request.
 
-Masks and positions are computed per stage, from each layer's cache or from the unpruned length, as the method says; those
-that generate() passes know nothing of cuts.
+Masks and positions are computed per stage, from each layer's cache or from the unpruned length, as the method says;
+those that generate() passes know nothing of cuts.
 """
 
 from __future__ import annotations

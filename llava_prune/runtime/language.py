@@ -88,7 +88,9 @@ def _prompt(
     if given is None:
         return None
     splice = request.splice()
-    prompt = read_prompt(splice, *given.shape[:2], given.device, mask, position_ids, request.hints.prompts)
+    batch, length = given.shape[:2]
+    known = request.hints.prompts
+    prompt = read_prompt(splice, batch, length, given.device, mask, position_ids, known)
     return prompt if any(prompt.n_visual) else None
 
 
@@ -114,9 +116,9 @@ def _prefill(
 def refuse_embeddings() -> NoReturn:
     """Embeddings in place of token ids in a prefill."""
     raise ValueError(
-        "inputs_embeds on a pruned model: embeddings do not say where an image is, and images that were encoded outside "
-        "of generate() or forward() are not pruned. Give input_ids with pixel_values (package llava: images) to "
-        "generate() or forward(), or detach the method to use embeddings"
+        "inputs_embeds on a pruned model: embeddings do not say where an image is, and images that were encoded "
+        "outside of generate() or forward() are not pruned. Give input_ids with pixel_values (package llava: images), "
+        "or detach the method to use embeddings"
     )
 
 
@@ -133,8 +135,8 @@ def _refuse_logits(prompt: Prompt) -> None:
     keep = hints().logits_to_keep
     if keep > max(1, prompt.least_text):
         raise ValueError(
-            f"logits_to_keep={keep} on a pruned model: only the {prompt.least_text} tokens after the image line up with "
-            f"the last input ids; give at most {max(1, prompt.least_text)}, or detach the method"
+            f"logits_to_keep={keep} on a pruned model: only the {prompt.least_text} tokens after the image line up "
+            f"with the last input ids; give at most {max(1, prompt.least_text)}, or detach the method"
         )
 
 

@@ -80,7 +80,7 @@ class Prefill:
     def fork(self, cache: Any) -> Prefill:
         """A prefill that goes on from here with another cache, while this one stays; tensors are shared."""
         fork = copy.copy(self)
-        fork.sequence, fork.rotary, fork.masks = (copy.copy(x) for x in (self.sequence, self.rotary, self.masks))
+        fork.sequence, fork.rotary, fork.masks = copy.copy(self.sequence), copy.copy(self.rotary), copy.copy(self.masks)
         fork.trace = Trace(list(self.trace.entries), None, dict(self.trace.scratch))
         fork.decode, fork.cache = copy.copy(self.decode), cache
         return fork
@@ -243,8 +243,9 @@ class Prefill:
         """Keys the layer just cached, when the cache shows them as a tensor."""
         kept = getattr(self.cache, "layers", None)
         keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
-        fits = isinstance(keys, Tensor) and keys.shape[2:3] == self.sequence.visual.shape[1:]
-        return keys if fits and keys.device == self.sequence.hidden.device else None  # offloaded caches are elsewhere
+        if not isinstance(keys, Tensor) or keys.device != self.sequence.hidden.device:  # offloaded caches are elsewhere
+            return None
+        return keys if keys.shape[2] == self.sequence.length else None
 
 
 def decide(method: Method, layer: int, view: View) -> None:

@@ -66,7 +66,7 @@ class Record:
         entering, leaving = self.tokens_in.float(), self.tokens_out.float()
         samples, layers = entering.shape
         return (
-            f"Record({samples} samples, {layers} layers, visual tokens: "
+            f"Record({samples} sample{'s' * (samples > 1)}, {layers} layers, visual tokens: "
             f"{', '.join(f'{n:.0f}' for n in entering[:, 0])} in, averages {entering.mean():.1f} entering and "
             f"{leaving.mean():.1f} leaving a layer)"
         )

@@ -252,7 +252,8 @@ def _merging_forward(
         out: Tensor = stock(hidden_states, *args, **kwargs)
         return out
     if block == 0:
-        found.merging = Merging.fresh(*hidden_states.shape[:2], hidden_states.device)
+        n, t = hidden_states.shape[:2]
+        found.merging = Merging.fresh(n, t, hidden_states.device)
     assert found.merging is not None
     return merging_block(layer, hooks.method, count, found.merging, hidden_states)
 

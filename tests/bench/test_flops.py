@@ -1,4 +1,4 @@
-"""Equation (2) by hand, and the text lengths behind the published percentages."""
+"""Equation (2) by hand, and the text lengths that give the published percentages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from llava_prune.bench.flops import (
     average_tokens,
     flops_visual_only,
     flops_with_text,
-    layer_flops,
     percent_with_text,
     table,
     text_for_percent,
 )
+from llava_prune.ops.counts import layer_flops
 
 PUBLISHED = {192: 42.9, 128: 33.7, 64: 23.2}
 

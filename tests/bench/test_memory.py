@@ -13,7 +13,7 @@ from llava_prune.bench.request import request
 from llava_prune.models.base import family_of
 
 SHAPE = shapes.ModelShape(12, 256, 688, 4, 512, 6, 64, 128, 4)
-"""Every method has a schedule for 192, 128 and 64 of 576 visual tokens there."""
+"""A shape with which every method has a schedule for 192, 128 and 64 of 576 visual tokens."""
 NAMES = [n for n in llava_prune.names() if n != "full"] + ["visionzip+autoprune"]
 
 
@@ -31,7 +31,7 @@ def small() -> Any:
 @pytest.mark.parametrize("tokens", [192, 128, 64])
 @pytest.mark.parametrize("name", NAMES)
 def test_pruned_below_unpruned(name: str, tokens: int, small: Any) -> None:
-    """What torch allocates on the CPU, see `memory.Peak`."""
+    """Bytes that torch allocates on the CPU, see `memory.Peak`."""
     loaded, asked, lm, full = small
     assert full["prefill"] > 12 * 2 * 660 * 256 * 4, "the cache alone"
     with llava_prune.pruned(loaded.model, name, tokens=tokens):

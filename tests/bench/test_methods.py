@@ -48,6 +48,6 @@ def test_the_tables_name_every_method(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(out.count(f" {n} ") >= 3 for n in llava_prune.names())
 
 
-def test_budgets_above_the_picture_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_budgets_above_the_visual_tokens_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--tokens", "577"]) == 1
     assert "1..576" in capsys.readouterr().err

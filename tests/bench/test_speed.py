@@ -1,4 +1,4 @@
-"""`llava-prune bench` on the tiny shape, and its parts against counts made by hand."""
+"""`llava-prune bench` on the tiny shape, and its parts against values by hand."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llava_prune.bench.plot import draw, plot
 from llava_prune.bench.request import request
 from llava_prune.bench.speed import Settings, speed
 from llava_prune.cli import main
-from llava_prune.runtime import graphs
-from tests.tape import Recorder
+from llava_prune.experimental import graphs
+from tests.experimental.tape import Recorder
 
 SMALL = ["bench", "--shape", "tiny", "--tokens", "64", "--batch", "1", "--text", "20", "--new", "2", "--repeats", "2"]
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: Any, request: Any) -> tuple[dict[str, Any], Path]:
-    """The JSON that the command printed, and its folder."""
+    """The JSON that the command prints, and its folder."""
     out = tmp_path_factory.mktemp("bench")
     manager = request.config.pluginmanager.getplugin("capturemanager")
     with manager.global_and_fixture_disabled(), pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,7 @@ def test_efficiency_is_time_over_flops(result: Any) -> None:
     for row in result[0]["rows"]:
         times = row["stages"]["prefill"]
         assert row["efficiency"] == pytest.approx(times["speedup"]["median"] / row["flops"]["ratio"])
-        assert row["deciding"]["share_of_full"] == pytest.approx(row["deciding"]["median"] / times["full"]["median"])
+        assert row["overhead"]["share_of_full"] == pytest.approx(row["overhead"]["median"] / times["full"]["median"])
         for name in ("vision", "prefill", "decode", "total"):
             for who in ("full", "pruned", "speedup"):
                 part = row["stages"][name][who]
@@ -77,7 +77,7 @@ def test_efficiency_is_time_over_flops(result: Any) -> None:
 
 
 def test_memory_of_a_prefill(result: Any) -> None:
-    """The unpruned cache alone is 4 layers x 2 x 596 tokens x 64 floats a sample."""
+    """The unpruned cache alone has 4 layers x 2 x 596 tokens x 64 floats."""
     for row in result[0]["rows"]:
         full, cut = row["memory"]["full"], row["memory"]["pruned"]
         assert full["prefill"] > 4 * 2 * 596 * 64 * 4 * 0.99
@@ -93,7 +93,7 @@ def test_profile_writes_traces(result: Any) -> None:
 
 
 def test_plot(result: Any, tmp_path: Path) -> None:
-    """The command drew one too; other endings of the file make other formats."""
+    """The command writes a plot, and the suffix of the file gives its format."""
     for path in (result[1] / "bench.png", tmp_path / "again.png"):
         if path.parent == tmp_path:
             plot(result[0], path)
@@ -103,7 +103,7 @@ def test_plot(result: Any, tmp_path: Path) -> None:
 
 
 def test_the_plot_shows_the_rows(result: Any) -> None:
-    """One panel a batch size; a point for each method and budget; rows that failed are left out."""
+    """One panel for each batch size, one point for each method and budget; failed rows are left out."""
     rows = result[0]["rows"]
     more = [*rows, {**rows[0], "batch": 8}, {**rows[0], "batch": 8, "tokens": 32, "error": "out of memory"}]
     figure = draw({**result[0], "rows": more})
@@ -117,8 +117,9 @@ def test_the_plot_shows_the_rows(result: Any) -> None:
     assert first.get_title() == "batch 1, 576 + 20 tokens" and second.get_title().startswith("batch 8")
 
 
+@pytest.mark.experimental
 def test_recorded_and_fused_requests(monkeypatch: Any, tmp_path: Path) -> None:
-    """What stands in for CUDA graphs is replayed in every pair that counts; kernels are interpreted."""
+    """The stand-in for CUDA graphs is replayed in every timed pair; kernels are interpreted."""
     tape = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: tape)
     settings = Settings(
@@ -139,7 +140,7 @@ def test_recorded_and_fused_requests(monkeypatch: Any, tmp_path: Path) -> None:
 
 
 def test_no_plot_without_matplotlib(result: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
-    """The command says what to install and goes on."""
+    """The command names what to install and continues."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="pip install"):
         plot(result[0], tmp_path / "bench.png")
@@ -161,6 +162,20 @@ def test_tables(result: Any) -> None:
     text = console.export_text()
     assert "random 64, batch 1, 576+20" in text and "other 64" in text and "out of memory" in text
     assert f"{result[0]['rows'][0]['efficiency']:.2f}" in text
+
+
+def test_presets_are_planned_as_in_eval(tmp_path: Path) -> None:
+    """A preset with a budget keeps it, and one that fixes the counts has none."""
+    settings = Settings(
+        shape="tiny", methods=("fastv:paper", "fastv:192"), tokens=(64,), texts=(20,), new=2, repeats=1, warmup=0,
+        memory=False, out=str(tmp_path),
+    )  # fmt: skip
+    rows = speed(settings)["rows"]
+    assert [(r["label"], r["method"], r["tokens"]) for r in rows] == [
+        ("fastv-paper", "fastv:paper", None),
+        ("fastv-192-192", "fastv:192", 192),
+    ]
+    assert [r["average_entering"] for r in rows] == [(2 * 576 + 2 * 288) / 4, pytest.approx(192, abs=1)]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +207,7 @@ def test_a_single_new_token_is_no_decoding(tiny_shape: Any) -> None:
 
 
 def test_anyres_requests() -> None:
-    """Five crops: 576 tokens of the overview, 48 rows of 48 with a newline each."""
+    """Five crops: 576 tokens of the whole image, and 48 rows of 48 tokens with a newline each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(shapes.SHAPES, "tiny-next", dataclasses.replace(shapes.SHAPES["tiny"], anyres=True))
         loaded = shapes.random_model("tiny-next")

@@ -32,7 +32,7 @@ def dispatched(model: Any, how: str, folder: Path) -> Any:
     family = "llava" if models.is_llava(model) else "hf"
     tower, projector, embed, norm, layers = PARTS[family]
     rotary = embed.replace("embed_tokens", "rotary_emb")
-    cpu = {name: "cpu" for name in (tower, projector, embed, norm, rotary, "lm_head")}
+    cpu = dict.fromkeys((tower, projector, embed, norm, rotary, "lm_head"), "cpu")
     split = {f"{layers}.{i}": "cpu" if i < 3 else "disk" for i in range(models.LAYERS)}
     if how == "hooks on every module":
         device_map, options = {**cpu, layers: "cpu"}, {"force_hooks": True}

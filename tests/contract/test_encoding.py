@@ -1,4 +1,4 @@
-"""Images that the user encodes, calls inside calls, embeddings: true features, the request's own images, or an error."""
+"""Images that the user encodes, calls inside calls, embeddings: true features, the request's own images, an error."""
 
 from __future__ import annotations
 

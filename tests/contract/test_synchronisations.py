@@ -74,10 +74,14 @@ def reads() -> Iterator[list[str]]:
         yield found
 
 
+HOST = ("autoprune.py:schedule", "autoprune.py:_search", "layout.py:_orders", "load.py:generate")
+"""Functions that only meet tensors of the host: the budget search, the order of crops and the answer itself."""
+
+
 def short(found: list[str]) -> list[str]:
-    """File and function, without those that only meet tensors of the host: the budget search and the answer itself."""
+    """File and function, without HOST."""
     names = [x.rsplit("/", 1)[-1] for x in found]
-    return sorted(x for x in names if not x.startswith(("autoprune.py:schedule", "autoprune.py:_search", "layout.py:_orders", "load.py:generate")))
+    return sorted(x for x in names if not x.startswith(HOST))
 
 
 def ours(found: list[str]) -> list[str]:

@@ -105,7 +105,7 @@ def test_representations(tiny: Any, given: Any, logits: Any) -> None:
     try:
         assert "Uniform(tokens=12)" in repr(handle) and "last=None" in repr(handle)
         logits(tiny, given)
-        assert "1 samples, 6 layers, visual tokens: 12 in" in repr(handle.last)
+        assert "1 sample, 6 layers, visual tokens: 12 in" in repr(handle.last)
     finally:
         handle.detach()
     assert "detached from" in repr(handle)

@@ -84,7 +84,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
     monkeypatch.setattr(llava_prune, "pruned", pruned)
-    monkeypatch.setattr(asking, "pads", lambda *_: True)
+    monkeypatch.setattr(asking, "pads", lambda _: True)
     monkeypatch.setattr(asking, "pixels", lambda *_: torch.ones(3, 2, 2))
     monkeypatch.setattr(run, "resolve", lambda model: Path(__file__).parent)
 
@@ -97,13 +97,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-def picture(number: int) -> Image.Image:
+def image(number: int) -> Image.Image:
     return Image.fromarray(np.full((4, 6, 3), 40 * number, np.uint8))
 
 
 def save(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(number).save(path)
+    image(number).save(path)
 
 
 def jsonl(path: Path, rows: list[dict]) -> None:
@@ -116,17 +116,17 @@ def _mmbench(path: Path, question: str) -> None:
     lines = ["\t".join(columns)]
     for index in (3, 4):
         buffer = io.BytesIO()
-        picture(index).save(buffer, "PNG")
-        image = base64.b64encode(buffer.getvalue()).decode()
+        image(index).save(buffer, "PNG")
+        payload = base64.b64encode(buffer.getvalue()).decode()
         for turn, (a, b, answer) in enumerate((("cat", "dog", "A"), ("dog", "cat", "B"))):
-            cells = (str(index + turn * 1_000_000), question, "", a, b, "", "", answer, "kind", image, "dev")
+            cells = (str(index + turn * 1_000_000), question, "", a, b, "", "", answer, "kind", payload, "dev")
             lines.append("\t".join(cells))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def make_nine(root: Path) -> Path:
-    """The nine benchmarks with four to eight questions each, in the layouts of their originals."""
+    """The nine benchmarks with four to twelve questions each, in their original layouts."""
     plain = [("Is it red?", "yes"), ("Is it so very blue?", "no"), ("Is it?", "yes"), ("Is it long and wide?", "no")]
     texts = [f"{q}\n{SHORT}" for q, _ in plain]
     # GQA
@@ -137,7 +137,7 @@ def make_nine(root: Path) -> Path:
           [{"question_id": str(i), "image": f"n{i % 2}.png", "text": t} for i, t in enumerate(texts)])  # fmt: skip
     labels = {str(i): {"answer": a, "types": {"structural": "verify"}} for i, (_, a) in enumerate(plain)}
     (base / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
-    # ScienceQA, in the other spelling of its folder; every second question has no picture
+    # ScienceQA, under the other name of its folder; every second question has no image
     rows = []
     for i, (question, _) in enumerate(plain):
         value = f"{question}\nA. one\nB. two"
@@ -151,7 +151,7 @@ def make_nine(root: Path) -> Path:
             row["conversations"][0]["value"] = f"<image>\n{value}"
         rows.append(row)
     (root / "sqa" / "llava_test_CQM-A.json").write_text(json.dumps(rows))
-    # TextVQA: two questions a picture, one id
+    # TextVQA: two questions for each image, one id
     base, rows, labels = root / "textvqa", [], []
     for i, (question, answer) in enumerate(plain):
         save(base / "train_images" / f"t{i // 2}.jpg", i)

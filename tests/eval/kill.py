@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments and resume it: python -m tests.eval.kill [KILLS [SEED [QUESTIONS]]].
 
-Every time the run gets through, its files are compared with those of an undisturbed run, byte by byte. The model is a
-small random one, answers are four tokens. The process loads it and forks every run, so a start costs no import.
+Each completed run is compared with an uninterrupted one, byte by byte. The model is a small random one, and answers have
+four tokens. The process loads the model and forks every run, so that a start costs no import.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATA = "playground/data/mini"
 
 
 class Letters:
-    """A tokenizer of one id a character."""
+    """A tokenizer with one id for each character."""
 
     bos_token_id, eos_token_id = 1, None
 
@@ -48,7 +48,7 @@ class Letters:
 
 
 def checkpoint(folder: Path) -> Loaded:
-    """The random model, with a folder for the runner to look at."""
+    """The random model, and a folder for the evaluation to read."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(models.config()))
     side = {"height": models.SIDE, "width": models.SIDE}
@@ -57,7 +57,7 @@ def checkpoint(folder: Path) -> Loaded:
 
 
 def start(loaded: Loaded, out: Path, limit: int) -> int:
-    """Fork a run on a model that is loaded already; returns its process id."""
+    """Fork a run with a loaded model; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -82,17 +82,17 @@ def done(out: Path) -> int:
 
 
 def main(kills: int, seed: int, limit: int) -> tuple[int, int, set[int]]:
-    """Returns runs that got through, kills, and the numbers of answers that kills found on disk."""
+    """Returns completed runs, kills, and the numbers of answers on disk at the kills."""
     draw = random.Random(seed)
-    torch.set_num_threads(1)  # a fork must not find threads of the parent
+    torch.set_num_threads(1)  # a fork does not copy threads
     with tempfile.TemporaryDirectory() as folder:
         loaded = checkpoint(Path(folder) / "model")
         whole = Path(folder) / "whole"
         began = time.monotonic()
         if os.waitpid(start(loaded, whole, limit), 0)[1]:
-            raise SystemExit("the undisturbed run failed")
+            raise SystemExit("the uninterrupted run failed")
         length = time.monotonic() - began
-        print(f"an undisturbed run takes {length:.1f} s", flush=True)
+        print(f"an uninterrupted run takes {length:.1f} s", flush=True)
         expected, through, killed, found = files(whole), 0, 0, set()
         while killed < kills or through == 0:
             out = Path(folder) / f"cut{through}"
@@ -119,4 +119,4 @@ def main(kills: int, seed: int, limit: int) -> tuple[int, int, set[int]]:
 if __name__ == "__main__":
     kills, seed, questions = [*map(int, sys.argv[1:]), *(30, 0, 24)[len(sys.argv) - 1 :]]
     runs, times, where = main(kills, seed, questions)
-    print(f"{times} kills, {runs} runs got through and equal the undisturbed one; answers on disk at {sorted(where)}")
+    print(f"{times} kills, {runs} runs completed and equal the uninterrupted one; answers on disk at {sorted(where)}")

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: whole, resumed, refused."""
+"""Downloads from a local server: whole, resumed, refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT = bytes(range(256)) * 40
 def archive() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as handle:
-        handle.writestr("v/a.jpg", b"picture")
+        handle.writestr("v/a.jpg", b"image")
     return out.getvalue()
 
 
@@ -60,7 +60,7 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("have", "name"), [(0, "file"), (1000, "file"), (len(CONTENT), "file"), (1000, "plain")])
-def test_fetch_goes_on(server: str, tmp_path: Path, have: int, name: str) -> None:
+def test_fetch_resumes(server: str, tmp_path: Path, have: int, name: str) -> None:
     to = tmp_path / "in" / "f.json"
     to.parent.mkdir()
     if have:
@@ -72,10 +72,10 @@ def test_fetch_goes_on(server: str, tmp_path: Path, have: int, name: str) -> Non
     assert have == len(CONTENT) or seen[-1] == (len(CONTENT), len(CONTENT))
 
 
-def test_fetch_fails_in_words(server: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the server says 404"):
+def test_fetch_failures_have_a_message(server: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the server answered 404"):
         fetch(f"{server}/none", tmp_path / "f")
-    with pytest.raises(ValueError, match="0 bytes are kept, the same command goes on"):
+    with pytest.raises(ValueError, match="0 bytes are kept, run the same command to resume"):
         fetch("http://127.0.0.1:9/file.json", tmp_path / "f")
 
 
@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_fetched(server: str, tmp_path: Path) -> None:
     task = dataclasses.replace(load_task("gqa"), files=kinds)
     (tmp_path / "gqa").mkdir()
     assert download(task, tmp_path, lambda *_: None) == (["annotations", "images"], ["questions"])
-    assert (tmp_path / "gqa" / "v" / "a.jpg").read_bytes() == b"picture"
+    assert (tmp_path / "gqa" / "v" / "a.jpg").read_bytes() == b"image"
     assert download(task, tmp_path, lambda *_: None) == ([], ["questions"]) and len(Handler.asked) == 2
     kinds["more"] = Kind(["m"], get=[{"url": f"{server}/broken.zip", "unzip": "."}])
     with pytest.raises(ValueError, match="broken archive"):

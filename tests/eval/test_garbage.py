@@ -1,4 +1,4 @@
-"""Scorers on garbage: a clear error or the official figure, never a traceback, never a silent wrong figure."""
+"""Scorers on broken input: a clear error or the official figure, never a traceback or a wrong figure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def encode(rows: list[Any], end: bytes = b"\n") -> bytes:
 
 
 def score(bench: str, content: bytes, nine: Path, folder: Path, data: Path | None = None) -> Any:
-    """The figure (and details), or None for an error, which must be one line that says something."""
+    """The figure and details, or None for an error, whose message must be one line."""
     path = folder / "a.jsonl"
     path.write_bytes(content)
     try:
@@ -73,7 +73,7 @@ def test_the_nine_are_here() -> None:
 
 
 def test_harmless_differences(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
-    """Byte-order mark, CRLF, blank lines, further fields: the figure is the same."""
+    """Byte-order mark, CRLF, blank lines and further fields do not change the figure."""
     plain = score(bench, encode(good), nine, tmp_path)
     assert plain is not None
     assert score(bench, b"\xef\xbb\xbf" + encode(good), nine, tmp_path) == plain
@@ -83,7 +83,7 @@ def test_harmless_differences(bench: str, good: list[dict], nine: Path, tmp_path
 
 
 def test_refused(bench: str, good: list[dict], nine: Path, tmp_path: Path, capsys: Any) -> None:
-    """Files that no scorer can read are named, through the command line too."""
+    """Files that no scorer can read are refused, on the command line, too."""
     some = encode(good)
     bad = {
         "empty": b"",
@@ -124,7 +124,7 @@ def test_missing_and_repeated_ids(bench: str, good: list[dict], nine: Path, tmp_
 
 
 def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
-    """Scores by id do not mind the order; scores by order refuse another one."""
+    """Scores by id do not depend on the order; scores by order refuse another one."""
     turned = score(bench, encode(good[::-1]), nine, tmp_path)
     if bench == "pope":
         assert turned is None
@@ -139,7 +139,7 @@ def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None
 @given(st.lists(st.text(alphabet=st.characters(codec=None)), min_size=12, max_size=12))
 @example(["\ud800", "\x00", "\t", "\u2028", "=1+1", "\r\n", "", "'", "\ufeff", "\x85", "\u0130", "ß"])
 def test_any_text_scores(bench: str, good: list[dict], nine: Path, tmp_path: Path, texts: list[str]) -> None:
-    """Whatever a model says gives a figure in range (or POPE's undefined F1), and can be written."""
+    """Any answer gives a figure in range (or POPE's undefined F1), and can be exported."""
     rows = [{**r, "text": t} for r, t in zip(good, texts, strict=False)]
     content = b"".join(json.dumps(r).encode() + b"\n" for r in rows)  # escapes, so surrogates get through
     got = score(bench, content, nine, tmp_path)
@@ -170,14 +170,14 @@ def test_any_label_file(bench: str, good: list[dict], nine: Path, tmp_path: Path
 
 
 def test_ten_megabytes(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
-    """A 10 MB answer is read like any other."""
+    """A 10 MB answer is scored."""
     long = "no, " + "x" * 10_000_000
     rows = [{**good[0], "text": long}, *good[1:]]
     assert score(bench, encode(rows), nine, tmp_path) is not None or bench == "pope"
 
 
 def test_missing_options(nine: Path, tmp_path: Path) -> None:
-    """Cells pandas takes for missing end the options, as in LLaVA's runner."""
+    """Cells that pandas reads as missing end the options, as in LLaVA's program."""
     text = (nine / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8")
     for cell in ("None", "nan", "NA", "null", ""):
         (tmp_path / "mmbench_dev_20230712.tsv").write_text(text.replace("cat\tdog", f"cat\t{cell}"), encoding="utf-8")

@@ -122,7 +122,7 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="line 1: no field 'text'"):
         read_jsonl(path, ("question_id", "text"))
     path.write_text('{"question_id": "1", "text": "a"}\n{"question_id": "1", "text": "b"}\n')
-    with pytest.raises(ValueError, match="comes twice"):
+    with pytest.raises(ValueError, match="is repeated"):
         read_questions(files(questions=path))
 
 

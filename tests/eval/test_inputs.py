@@ -1,4 +1,4 @@
-"""Prompts, token ids and pixels against vectors made with LLaVA's own code."""
+"""Prompts, token ids and pixels against vectors of LLaVA's own code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_gqa_suffix_is_the_question_files() -> None:
     assert PROMPTS["short_answer (gqa, vqav2, pope, mme)"]["line_text"].endswith("\n" + task.suffix)
 
 
-def picture(width: int, height: int) -> Image.Image:
+def pattern(width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width].astype(np.int64)
     return Image.fromarray(
         np.stack([(7 * x + 3 * y) % 256, (2 * x + 11 * y) % 256, (x * x + y) % 256], -1).astype(np.uint8)
@@ -41,7 +41,7 @@ def picture(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("case", PIXELS["cases"], ids=lambda c: f"{c['width']}x{c['height']}")
 def test_pixels(case: dict) -> None:
     processor = transformers.CLIPImageProcessorPil(**PIXELS["processor"])
-    image = picture(case["width"], case["height"])
+    image = pattern(case["width"], case["height"])
     assert square(image, tuple(PIXELS["background"])).size == tuple(case["square"])
     for key, pad in (("padded", True), ("no_pad_center_crop", False)):
         if not case.get(key):
@@ -54,14 +54,14 @@ def test_pixels(case: dict) -> None:
             assert float(got[c, row, column]) == pytest.approx(value, abs=1e-6)
 
 
-def test_unreadable_picture(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="x.jpg is no readable picture"):
+def test_an_unreadable_image(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="x.jpg is not a readable image"):
         open_rgb(tmp_path / "x.jpg")
 
 
 class Letters:
-    """A tokenizer of one id a character, BOS 1."""
+    """A tokenizer with one id for each character, BOS 1."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -75,7 +75,7 @@ class Letters:
         return 300
 
 
-def test_pieces_are_tokenised_apart() -> None:
+def test_pieces_are_tokenised_one_by_one() -> None:
     assert token_ids("a<image>\nb", Letters()) == [1, 97, -200, 10, 98]
     assert token_ids("a<image>b<image>c", Letters()) == [1, 97, -200, 98, -200, 99]
     assert token_ids("a<image>b", Letters(bos=False)) == [97, -200, 98]
@@ -87,7 +87,7 @@ def test_token_ids_equal_llavas() -> None:
     assert token_ids(prompt, Letters()) == mm_utils.tokenizer_image_token(prompt, Letters(), -200)
 
 
-def test_foreign_tokenizers() -> None:
+def test_tokenizers_of_other_models() -> None:
     config = SimpleNamespace(bos_token_id=1, eos_token_id=2)
     check_tokenizer(Letters(), 300, config, "here")
     with pytest.raises(ValueError, match="here has no tokenizer"):

@@ -1,4 +1,4 @@
-"""A run that is killed at random moments and resumed gives the files of an undisturbed one (`tests/eval/kill.py`)."""
+"""A run that is killed at random moments and resumed writes the files of an uninterrupted run (tests/eval/kill.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 4
-"""Few, to stay cheap; `python -m tests.eval.kill 30` does more."""
+"""Number of kills; `python -m tests.eval.kill 30` runs more."""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_runs_equal_an_undisturbed_one() -> None:
+def test_killed_runs_equal_an_uninterrupted_one() -> None:
     command = [sys.executable, "-m", "tests.eval.kill", str(KILLS), "0", "12"]
     got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr[-2000:]
-    found = re.search(rf"{KILLS} kills, (\d+) runs got through and equal .* at \[(.*)\]", got.stdout)
+    found = re.search(rf"{KILLS} kills, (\d+) runs completed and equal .* at \[(.*)\]", got.stdout)
     assert found and int(found[1]) >= 1, got.stdout

@@ -1,4 +1,4 @@
-"""The runner on all nine benchmarks with a stand-in for the model: prompts, files, chunks, data."""
+"""Evaluations of all nine benchmarks with a stand-in for the model: prompts, files, chunks, data."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_that_fails_does_not_stop_the_others(nine: Path, tmp_path: Path, sta
     assert main(argv) == 1
     got = capsys.readouterr()
     assert {r["bench"] for r in json.loads(got.out)} == {"vqav2"}
-    assert "gqa: 1 of 2 pictures are missing" in got.err
+    assert "gqa: 1 of 2 images are missing" in got.err
     assert main(["eval", "all", f"--data={tmp_path / 'o'}"]) == 1
     assert "no benchmark's files" in capsys.readouterr().err
 
@@ -100,7 +100,7 @@ def test_text_only_rows_have_batches_of_their_own(nine: Path, tmp_path: Path, st
     model = stand_in()
     (full,) = run.evaluate(settings(nine, tmp_path, "sqa", methods=("full",), batch=4))
     assert [len(c) for c in model.calls] == [2, 2] and full["details"]["image"]["rows"] == 2
-    assert full["visual_tokens"]["average_leaving"] == 16, "questions without a picture are no samples of it"
+    assert full["visual_tokens"]["average_leaving"] == 16, "the mean is over questions with an image"
     rows = answers(tmp_path / "full")
     assert [r["prompt"].startswith("<image>\n") for r in rows] == [True, False, True, False]
     assert [sum(r["kept"]["entering"]) > 0 for r in rows] == [True, False, True, False]
@@ -173,7 +173,7 @@ def test_data_report(nine: Path, tmp_path: Path, capsys: Any) -> None:
     (data / "val2014" / "c0.jpg").unlink()
     assert main(["data", "pope", "--data", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "not complete" in out and "1 of 2 pictures are missing" in out
+    assert "not complete" in out and "1 of 2 images are missing" in out
     shutil.rmtree(data / "coco")
     assert main(["data", "pope", "--data", str(tmp_path), "--json"]) == 1
     (report,) = json.loads(capsys.readouterr().out)

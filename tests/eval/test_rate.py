@@ -1,4 +1,4 @@
-"""Questions per second: ours and LLaVA's own program on the same model and questions."""
+"""Questions per second of this package and of LLaVA's own program, with the same model and questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava_prune.eval.plan import Settings
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: Any) -> tuple[dict[str, Any], Path]:
-    """Three questions, one round; what was written, and its file."""
+    """The result for three questions and one round, and its file."""
     pytest.importorskip("llava")
     out = tmp_path_factory.mktemp("rate") / "sub" / "rate.json"
     args = ["--limit", "3", "--batch", "2,auto", "--method", "full,autoprune", "--repeats", "1", "--dtype", "float32"]
@@ -32,7 +32,7 @@ def test_rows(result: Any) -> None:
     assert [r["arm"] for r in found["rows"]] == arms and found["questions"] == 3
     assert [r["tokens"] for r in found["rows"]] == [None, 64, None, 64, None]
     assert [r["batch"] for r in found["rows"]][:2] == [2, 2] and found["rows"][4]["batch"] == 1
-    assert all(1 <= r["batch"] <= 16 for r in found["rows"]), "auto leaves the size it chose"
+    assert all(1 <= r["batch"] <= 16 for r in found["rows"]), "auto reports the size it chose"
     theirs = found["rows"][4]["per_second"]["median"]
     for row in found["rows"]:
         assert row["times_llava"]["median"] == pytest.approx(row["per_second"]["median"] / theirs)
@@ -40,7 +40,7 @@ def test_rows(result: Any) -> None:
 
 
 def test_the_same_questions_get_the_same_answers(result: Any) -> None:
-    """LLaVA's program really answered: the unpruned model says the same through it."""
+    """The unpruned model gives the same answers through LLaVA's program."""
     same = [r["same_answers"] for r in result[0]["rows"]]
     assert same[0] == {"first": 1.0, "llava": 1.0} and same[4] == {"first": 1.0, "llava": 1.0}
 
@@ -55,19 +55,19 @@ def test_table(result: Any) -> None:
     assert f"{result[0]['rows'][0]['per_second']['median']:.2f}" in text
 
 
-def test_filler_by_hand() -> None:
-    """Two samples of 10 text tokens whose second layer sees 2 and 0 visual ones, and a batch of one."""
+def test_ragged_padding_by_hand() -> None:
+    """Two samples of 10 text tokens whose second layer has 2 and 0 visual tokens, and a batch of one."""
     questions = [SimpleNamespace(image="a")] * 3
     bench: Any = SimpleNamespace(
         rows=[[0] * 11, [0] * 11, [0] * 6], batch=2, files=SimpleNamespace(questions=questions)
     )
     counts = [[4, 2], [4, 0], [3, 1]]
     answers = [{"kept": {"entering": n}} for n in counts]
-    assert rate._filler(bench, answers) == pytest.approx((2 * (14 + 12) + 8 + 6) / (14 + 12 + 14 + 10 + 8 + 6) - 1)
+    assert rate._padding(bench, answers) == pytest.approx((2 * (14 + 12) + 8 + 6) / (14 + 12 + 14 + 10 + 8 + 6) - 1)
 
 
 def test_arms_take_turns(monkeypatch: Any, tmp_path: Path) -> None:
-    """A short round first, then every arm once a round."""
+    """A short round first, then every arm once in each round."""
     seen: list[tuple[str, int | None]] = []
 
     def seconds(self: Any, arm: rate.Arm, limit: int | None) -> float:

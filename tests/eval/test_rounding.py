@@ -1,4 +1,4 @@
-"""`slope_step`: few schedules, and what that does to kept tokens."""
+"""`slope_step`: few schedules, and the effect on kept tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 import llava_prune
-from llava_prune.core.budget import schedule
 from llava_prune.eval import rounding
 from llava_prune.eval.asking import prepare
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.rounding import Seen, overlap
 from llava_prune.eval.run import read_files
 from llava_prune.eval.task import load_task
-from llava_prune.runtime import graphs
-from tests.tape import Recorder
+from llava_prune.experimental import graphs
+from llava_prune.methods.autoprune import schedule
+from tests.experimental.tape import Recorder
 
 COUNT = int(os.environ.get("QUESTIONS", "24"))
 """Questions; all 400 take minutes."""
@@ -31,7 +31,7 @@ def plans(step: float | None) -> set[Any]:
 
 
 def test_rounding_leaves_few_schedules() -> None:
-    """Slopes 0, 0.05, ... 0.4 are nine; the exact ones are as many as there are informations."""
+    """There are nine rounded slopes, 0, 0.05, ... 0.4, and about one exact slope for each mutual information."""
     exact, rounded = plans(None), plans(0.05)
     assert len(rounded) <= 9 < 100 < len(exact)
     assert rounded & exact, "a rounded schedule is one that the exact slope can have too"
@@ -52,7 +52,7 @@ def test_overlap_by_hand() -> None:
 
 
 def test_the_command(tiny_path: Any, capsys: Any) -> None:
-    """A step so small that it rounds nothing changes nothing; one of 1 makes every slope 0."""
+    """A tiny step changes nothing; a step of 1 makes every slope 0."""
     args = ["--model", str(tiny_path), "--limit", "4", "--batch", "4", "--tokens", "64", "--json"]
     assert rounding.main([*args, "--step", "1e-9"]) == 0
     (fine,) = json.loads(capsys.readouterr().out)["rows"]
@@ -63,8 +63,9 @@ def test_the_command(tiny_path: Any, capsys: Any) -> None:
     assert coarse["schedules"]["rounded"] == 1 and 0 < coarse["overlap"]["least"] <= coarse["overlap"]["mean"] <= 1
 
 
+@pytest.mark.experimental
 def test_text_step_keeps_the_same_tokens(tiny_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Questions of the miniature, one at a time, recorded with rounded text lengths (see tests/tape.py)."""
+    """Questions of the miniature, one at a time, recorded with rounded text lengths (see tests/experimental/tape.py)."""
     tape = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: tape)
     settings = Settings(
@@ -73,7 +74,7 @@ def test_text_step_keeps_the_same_tokens(tiny_path: Any, monkeypatch: pytest.Mon
     )  # fmt: skip
     task, (run,) = load_task("gqa"), plan_runs(settings)
     bench = prepare(settings, task, read_files(task, settings), [run])
-    with bench.loaded.remember_images([run.method]) as bench.memo:
+    with bench.loaded.remember_images([run.method]) as bench.images:
         plain = rounding.watch(bench, run)
         padded = rounding.watch(bench, run, graphs=True, text_step=16)
     lengths = {len(bench.files.questions[i].text) for i in plain.rows}

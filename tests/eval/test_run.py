@@ -1,4 +1,4 @@
-"""The runner with a stand-in for the model: resume, settings, out of memory, bad input."""
+"""Evaluations with a stand-in for the model: resuming, settings, lack of memory, bad input."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 
 import llava_prune
+from llava_prune.arguments import parse_args
 from llava_prune.cli import main
 from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
-from llava_prune.eval.plan import Settings, parse_args, plan_runs
+from llava_prune.eval.plan import Settings, plan_runs
 
 N = 7
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Seven questions on two pictures, all answers "yes"."""
+    """Seven questions on two images, all answers "yes"."""
     base = tmp_path / "data" / "gqa"
     (base / "data" / "images").mkdir(parents=True)
     for i in range(2):
@@ -48,7 +49,7 @@ def test_a_whole_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
     model = stand_in()
     full, pruned = run.evaluate(settings(data, tmp_path / "out", methods=("autoprune",)))
     assert [full["label"], pruned["label"]] == ["full", "autoprune-4"]
-    assert sorted(model.fresh) == ["n0.png", "n1.png"], "a picture went through the tower twice"
+    assert sorted(model.fresh) == ["n0.png", "n1.png"], "an image went through the tower twice"
     first = rows(tmp_path / "out" / "full")
     assert [r["question_id"] for r in first] == [str(i) for i in range(N)]
     assert set(first[0]) == {
@@ -65,7 +66,7 @@ def test_a_whole_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
-def test_a_killed_run_goes_on(data: Path, tmp_path: Path, stand_in: Any, at: int) -> None:
+def test_an_interrupted_run_resumes(data: Path, tmp_path: Path, stand_in: Any, at: int) -> None:
     whole = stand_in()
     run.evaluate(settings(data, tmp_path / "whole"))
     stand_in({at: KeyboardInterrupt()})
@@ -74,10 +75,10 @@ def test_a_killed_run_goes_on(data: Path, tmp_path: Path, stand_in: Any, at: int
     journal = tmp_path / "cut" / "full" / JOURNAL
     if at > 1:
         with open(journal, "ab") as handle:
-            handle.write(b'{"question_id": "0", "te')  # a line torn by the kill
+            handle.write(b'{"question_id": "0", "te')  # a line that the interruption cut off
     again = stand_in()
     run.evaluate(settings(data, tmp_path / "cut"))
-    assert len(again.calls) == len(whole.calls) - (at - 1), "an answered batch was asked again"
+    assert len(again.calls) == len(whole.calls) - (at - 1), "an answered batch was run again"
     for label in ("full", "autoprune-4"):
         assert rows(tmp_path / "cut" / label) == rows(tmp_path / "whole" / label)
 
@@ -114,7 +115,7 @@ def test_batch_is_halved_when_memory_runs_out(data: Path, tmp_path: Path, stand_
 
 
 def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
-    """4, then 2, then 1 when that fails too; the next method begins with what was asked for."""
+    """Batch size 4, then 2, then 1 when that fails, too; the next method starts with the given one."""
     model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})
     run.evaluate(settings(data, tmp_path / "out", batch=4))
     assert [len(c) for c in model.calls] == [4, 2, *[1] * N, 4, 3]
@@ -122,29 +123,29 @@ def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_
 
 
 def test_memory_that_runs_out_in_a_layer(tiny_models: Any) -> None:
-    """The exception leaves nothing behind: the same batch in halves gives the answers it would have given."""
+    """The exception leaves no state: the halves of the batch give the answers of requests without it."""
     from tests import models
 
     model = tiny_models["hf"]
     ask = models.loaded(model).generate
-    prompts, pictures = [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pictures(2)
+    prompts, pixels = [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pictures(2)
     layer = models.language_model(model).layers[2]
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no")
 
     with llava_prune.pruned(model, "autoprune", tokens=10):
-        want = [ask([p], pictures[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
+        want = [ask([p], pixels[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
         hook = layer.register_forward_pre_hook(full)
         with pytest.raises(torch.OutOfMemoryError):
-            ask(prompts, pictures, max_new_tokens=3)
+            ask(prompts, pixels, max_new_tokens=3)
         hook.remove()
-        again = [ask([p], pictures[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
+        again = [ask([p], pixels[i : i + 1], max_new_tokens=3) for i, p in enumerate(prompts)]
     assert [x.tolist() for x in again] == [x.tolist() for x in want]
 
 
 def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> None:
-    """Half of what is free over the cost of a sample: a power of two, at most 16 on a CPU, at least 1."""
+    """Half the free memory over the cost of a sample: a power of two, at most 16 on a CPU, at least 1."""
     from llava_prune.eval import asking
     from tests import models
 
@@ -234,7 +235,7 @@ def test_bad_input_in_one_line(data: Path, tmp_path: Path, stand_in: Any, capsys
     for name in ("n0.png", "n1.png"):
         (data / "gqa" / "data" / "images" / name).unlink()
     status, err = call(capsys, *base, str(data))
-    assert status == 1 and "2 of 2 pictures are missing" in err and "n0.png, n1.png" in err
+    assert status == 1 and "2 of 2 images are missing" in err and "n0.png, n1.png" in err
     with pytest.raises(SystemExit) as stop:
         main([*base, str(data), "--tokens", "many"])
     assert stop.value.code == 2
@@ -294,7 +295,7 @@ def test_hyper_parameters(tmp_path: Path) -> None:
 
 
 def test_compositions_and_presets_in_a_plan(tmp_path: Path) -> None:
-    """What a checkpoint states for a part holds in a composition; a preset's budget is the only one."""
+    """Hyper-parameters stated for a part hold in a composition; a preset with a budget has no other."""
     (tmp_path / "llava_prune.json").write_text(json.dumps({"method_args": {"autoprune": {"mi_scale": 8.0}}}))
     names = ("visionzip+autoprune", "visionzip:32+fastv:keep64", "fastervlm:192+vtw", "pdrop:128")
     made = plan_runs(Settings(model=str(tmp_path), tokens=(8, 4), methods=names, reference=False))

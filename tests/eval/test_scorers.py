@@ -196,9 +196,9 @@ def test_pope_joins_are_checked(pope_files: tuple[Path, Path], tmp_path: Path) -
     shifted = [{**r, "text": t, "prompt": q["prompt"]} for r, t, q in
                zip(rows, texts[1:] + texts[:1], rows[1:] + rows[:1], strict=True)]  # fmt: skip
     for changed, message in (
-        (rows[:-1], "19 answers to 20 questions; missing are"),
-        ([*rows, rows[0]], "21 answers to 20 questions"),
-        ([rows[1], rows[0], *rows[2:]], "answer 1 is to question 2"),
+        (rows[:-1], "19 answers for 20 questions; missing are"),
+        ([*rows, rows[0]], "21 answers for 20 questions"),
+        ([rows[1], rows[0], *rows[2:]], "answer 1 is for question 2"),
         (shifted, "shifted or mixed"),
         ([{**rows[0], "question_id": 999}, *rows[1:]], "answers to question 999"),
     ):
@@ -215,7 +215,7 @@ def test_pope_label_versions(pope_files: tuple[Path, Path]) -> None:
         run("pope", answers, data)
     rows = before.splitlines()
     path.write_text("\n".join([rows[1], rows[0], *rows[2:]]))
-    with pytest.raises(ValueError, match="random: question 10000001 and label 1 are not the same"):
+    with pytest.raises(ValueError, match="random: question 10000001 and label 1 do not match"):
         run("pope", answers, data)
     path.write_text(before)
     (data / "coco" / "other.json").write_text("{}")
@@ -244,7 +244,7 @@ def test_pope_excerpt(pope_files: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def mme_files(root: Path) -> tuple[Path, list[dict]]:
-    """Two pictures in a flat task, one in a foldered task, one question with two blanks before its tail."""
+    """Two images in a flat task, one in a task with folders, and a question with two spaces before its tail."""
     release = root / "MME_Benchmark_release_version"
     rows = []
     for name, folder in (("count/1.jpg", "count"), ("count/2.jpg", "count"), ("scene/images/1.jpg", "scene")):
@@ -289,8 +289,8 @@ def test_mme_joins_are_checked(tmp_path: Path) -> None:
     for changed, message in (
         (rows[:-1], "scene: 1 of 2 questions have no answer"),
         ([*rows, rows[0]], "answered twice"),
-        ([rows[0], rows[2], rows[1], rows[3], *rows[4:]], "must stand side by side"),
-        (shifted, "must stand side by side"),
+        ([rows[0], rows[2], rows[1], rows[3], *rows[4:]], "must be consecutive"),
+        (shifted, "must be consecutive"),
         (foreign, "have no label"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -320,7 +320,7 @@ def test_mme_text_files_score_the_same(tmp_path: Path) -> None:
 
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
            "comment", "split")  # fmt: skip
-PIXEL = base64.b64encode(b"no picture").decode()
+PIXEL = base64.b64encode(b"not an image").decode()
 
 
 def table(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> Path:
@@ -434,14 +434,14 @@ def test_ocr_ids(tmp_path: Path) -> None:
         answers = [{"question_id": k, "text": t} for k, t in zip(keys, texts, strict=True)]
         got = run("ocrbench", lines(tmp_path / "a.jsonl", answers), tmp_path)
         assert got["figure"] == 2 and got["details"]["groups"]["text recognition"] == {"right": 1, "rows": 2}
-    answers.reverse()  # by picture any order will do
+    answers.reverse()  # joined by image, in any order
     assert run("ocrbench", lines(tmp_path / "a.jsonl", answers), tmp_path)["figure"] == 2
     official = [{**r, "predict": t} for r, t in zip(rows, texts, strict=True)]
     assert run("ocrbench", whole(tmp_path / "r.json", official), tmp_path)["figure"] == 2
     mixed = [{"question_id": k, "text": t} for k, t in zip((7, 3, 7), texts, strict=True)]
     with pytest.raises(ValueError, match="repeated here: 7"):
         run("ocrbench", lines(tmp_path / "a.jsonl", mixed), tmp_path)
-    with pytest.raises(ValueError, match="2 answers to 3 questions"):
+    with pytest.raises(ValueError, match="2 answers for 3 questions"):
         run("ocrbench", lines(tmp_path / "a.jsonl", mixed[:2]), tmp_path)
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import llava_prune
-from llava_prune.methods.autoprune import logistic, schedule
-from llava_prune.methods.autoprune import mutual_information
+from llava_prune.methods.autoprune import logistic, mutual_information, schedule
 from llava_prune.ops.clustering import average, dpc_knn
 from llava_prune.runtime.vision import padding_mask
 

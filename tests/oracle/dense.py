@@ -142,7 +142,8 @@ class Watch:
 
         def watched_prune(layer: int, view: Any) -> Any:
             nxt = None if view.next_attention is None else view.next_attention(view.spans.last_position())
-            seen = (view.hidden, view.visual, view.valid, view.ids, view.attention, self.wanted.get(layer), view.spans, nxt)
+            states = (view.hidden, view.visual, view.valid, view.ids, view.attention)
+            seen = (*states, self.wanted.get(layer), view.spans, nxt)
             answer = prune(layer, view)
             self.asked.append(Asked(layer, *seen, answer))
             return answer

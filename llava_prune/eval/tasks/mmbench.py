@@ -37,8 +37,9 @@ def load_labels(sources: Sources) -> dict[str, Row]:
         ValueError: for a missing index, or one that is not an integer or is repeated.
     """
     path = sources.path("questions")
-    if path in sources.cache:
-        return sources.cache[path]
+    known: dict[str, Row] | None = sources.cache.get(str(path))
+    if known is not None:
+        return known
     table: dict[str, Row] = {}
     for number, row in enumerate(read_table(path, ("index",)), 1):
         index = (row["index"] or "").removesuffix(".0")
@@ -46,12 +47,13 @@ def load_labels(sources: Sources) -> dict[str, Row]:
             raise ValueError(f"{path}, row {number}: index must be an integer, found {row['index']!r}")
         if str(int(index)) in table:
             raise ValueError(f"{path}, row {number}: index {index} is repeated; fetch the file again")
-        if row.get("answer") is not None and row["answer"] not in LETTERS:
-            raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {row['answer']!r}")
+        answer = row.get("answer")
+        if answer is not None and answer not in LETTERS:
+            raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {answer!r}")
         table[str(int(index))] = row
     questions = len({int(k) % CIRCLE for k in table})
     sources.note("questions", path, "questions", rows=len(table), questions=questions)
-    sources.cache[path] = table
+    sources.cache[str(path)] = table
     return table
 
 
