@@ -20,6 +20,7 @@ setup(
         "torch>=2.4",
         "transformers>=5.14,<6",
         "tokenizers",
+        "packaging",
         "safetensors",
         "numpy",
         "Pillow",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make or repair the virtual environment. Usage: bash scripts/setup.sh [dev]
-# Safe to call any number of times; when nothing changed it returns at once.
+# Create or repair the virtual environment. Usage: bash scripts/setup.sh [dev]
+# It may be run any number of times and returns at once when nothing has changed.
 #   PYTHON      base interpreter, 3.10 to 3.13 (default: the first suitable on PATH)
 #   VENV        where the environment lies (default: .venv beside this checkout's README)
 #   TORCH_SPEC  what pip installs for torch, e.g. "torch==2.13.0" (default: chosen below)
@@ -31,7 +31,7 @@ find_python() {
     die "no Python 3.10 to 3.13 on PATH; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
 }
 
-# One line that changes whenever the environment has to be made anew.
+# A line that changes whenever the environment must be created again.
 key() {
     TORCH_SPEC="${TORCH_SPEC:-}" "$BASE" - "$ROOT" "$VENV" <<'PY'
 import hashlib, os, pathlib, sys
@@ -101,7 +101,7 @@ fill_venv() {  # chained with &&: the caller tests the outcome, which switches "
         pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
         pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava${EXTRA:+,$EXTRA}]" &&
         pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1; it runs on the present one
-        (cd / && "$VENV/bin/python" -c 'import torch, transformers, llava_prune')
+        (cd / && "$VENV/bin/python" -c 'import llava_prune; llava_prune.load, llava_prune.attach')
 }
 
 find_python

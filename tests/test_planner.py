@@ -84,7 +84,7 @@ def test_hyper_parameters_that_fix_the_counts() -> None:
     [
         (["nosuch"], (8,), {}, "unknown method 'nosuch'; known are autoprune, "),
         (["fastv:nosuch"], (8,), {}, "no preset 'nosuch'; it has .*paper"),
-        (["fastv", "full"], (8,), {"nosuch": 1}, "none of fastv, full has a hyper-parameter nosuch; known are keep, layer"),
+        (["fastv", "full"], (8,), {"nosuch": 1}, "none of fastv, full has a hyper-parameter nosuch; known are keep"),
         (["full"], (8,), {"k0": 1}, "has a hyper-parameter k0; known are none"),
         (["autoprune"], (8,), {"k0": -1}, "k0=-1: must be"),
         (["autoprune"], (8,), {"tokens": 5}, "METHOD_ARGS tokens=5.*use TOKENS"),

@@ -15,12 +15,14 @@ def open_rgb(path: str | Path) -> Image.Image:
     """Open an image file as RGB.
 
     Raises:
-        ValueError: when the file is not a readable image.
+        ValueError: when the file is not a readable image, or has more pixels than Pillow opens.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has more pixels than Pillow opens ({error}); scale it down") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a readable image ({error}); fetch it again") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class HF:
         inner = model.model
         undo: list[Any] = [
             replace_method(model, "generate", _generate, handle),
-            replace_method(model, "forward", _outer_forward, handle),
+            replace_method(model, "forward", _outer_forward, handle, model),
             replace_method(inner, "forward", _inner_forward, handle, inner),
             self.projector(model).register_forward_hook(functools.partial(_number_patches, handle)),
         ]
@@ -104,13 +105,20 @@ def _count(pixels: Any) -> int | None:
     return None if pixels is None else len(pixels)
 
 
-INNER = ("input_ids", "pixel_values")
-"""First parameters of the forward of both the outer and the inner model."""
+@functools.lru_cache(maxsize=16)
+def _parameters(cls: type) -> tuple[str, ...]:
+    """Parameters of a model's forward, without self."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a model by name."""
+    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
 
 
 def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """generate() opens the request; newer releases of transformers encode the images in it, before the prefill."""
-    if kwargs.get("inputs_embeds") is not None and decode_state(kwargs.get("past_key_values")) is None:
+    if kwargs.get("inputs_embeds") is not None:
         refuse_embeddings()
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
@@ -119,9 +127,9 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
 
 
-def _outer_forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuses what counts on one logit for each input id, in a prefill with images."""
-    given = {**dict(zip(INNER, args, strict=False)), **kwargs}
+    given = _named(model, args, kwargs)
     keep = given.get("logits_to_keep", 0)
     if not _has_images(given) or decode_state(given.get("past_key_values")) is not None:
         return stock(*args, **kwargs)
@@ -149,14 +157,14 @@ def _encoded(given: dict[str, Any]) -> Any:
 
 def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """The multimodal model's forward opens a request of its own and says where the visual tokens of a prefill are."""
-    given = {**dict(zip(INNER, args, strict=False)), **kwargs}
+    given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given.get("past_key_values")
     with request(handle, _count(given.get("pixel_values"))) as state:
-        if cache is not None and decode_state(cache) is not None:
-            if _has_images(given) and (ids is None or ids.shape[1] > 1):
-                refuse_later_image(cache.get_seq_length())
-        elif ids is None:
+        if ids is None:
             refuse_embeddings()
+        if cache is not None and decode_state(cache) is not None:
+            if _has_images(given) and ids.shape[1] > 1:
+                refuse_later_image(cache.get_seq_length())
         else:
             state.has_ids = True
             if _has_images(given):

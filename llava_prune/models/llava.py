@@ -114,6 +114,9 @@ def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
 
 def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]
     """generate() splices text and images itself, then hands embeddings to forward()."""
+    cache = kwargs.get("past_key_values")
+    if images is not None and decode_state(cache) is not None:
+        refuse_later_image(cache.get_seq_length())
     with _open(handle, images, image_sizes) as state:
         state.has_ids = True  # the package refuses inputs_embeds
         return stock(inputs, images, image_sizes, **kwargs)
@@ -129,7 +132,7 @@ def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """forward() opens a request of its own; embeddings are taken from generate() alone."""
     given = {**dict(zip(FORWARD, args, strict=False)), **kwargs}
     ids, images = given.get("input_ids"), given.get("images")
-    if decode_state(given.get("past_key_values")) is not None:
+    if given.get("inputs_embeds") is None and decode_state(given.get("past_key_values")) is not None:
         return stock(*args, **kwargs)
     if given.get("inputs_embeds") is None:
         if images is not None and given.get("labels") is not None and ids is not None and ids.shape[1] > 1:

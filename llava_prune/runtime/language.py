@@ -67,7 +67,10 @@ def language_forward(
     if state is not None:
         decode = Decode(lm, state, past_key_values, attention_mask, hidden)
         out = None if handle.engine is None else handle.engine.step(decode, past_key_values, hidden, kwargs)
-        hidden = decode.run(hidden, kwargs) if out is None else out
+        if out is None:
+            with state.decoding():
+                out = decode.run(hidden, kwargs)
+        hidden = out
     else:
         assert prompt is not None
         if past:
@@ -109,7 +112,7 @@ def _prefill(
     hidden, state, trace = made
     handle.last = Record(trace)
     if cache is not None:
-        cache._llava_prune = state
+        state.keep_in(cache)
     return hidden
 
 

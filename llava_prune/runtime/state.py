@@ -9,6 +9,7 @@ model they do nothing, so an encoder that the user calls directly returns its tr
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -378,12 +379,38 @@ class DecodeState:
         length: positions of the prompt as generate() counts them.
         starts: (S, B, 1) position of the next token in each stage, or (1, B, 1) when all stages share it.
         whole: False once a later turn brought tokens that may be padding.
+        open: whether a pruned model is decoding now, so that the KV cache may grow.
     """
 
     stages: list[Stage]
     length: int
     starts: Tensor
     whole: bool = True
+    open: bool = False
+
+    def keep_in(self, cache: Any) -> None:
+        """Hang the state on a KV cache, which then refuses new tokens from a model that does not know of it."""
+        cache._llava_prune = self
+        cache.update = functools.partial(_guarded_update, self, cache.update)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Let the KV cache grow for the length of the block."""
+        self.open = True
+        try:
+            yield
+        finally:
+            self.open = False
+
+
+def _guarded_update(state: DecodeState, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Cache.update` of a pruned request."""
+    if not state.open:
+        raise ValueError(
+            "this KV cache belongs to a pruned request, its layers differ in length, and the model is not pruned any "
+            "more; attach the method again to go on, or start a new cache"
+        )
+    return stock(*args, **kwargs)
 
 
 def decode_state(cache: Any) -> DecodeState | None:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What a GPU should show: LLaVA-1.5-7B's shape at batch 1 and 16 and LLaVA-NeXT-7B's at batch 1, as ever, with fused cuts,
-# replayed as CUDA graphs, and both, random weights in bfloat16, against the unpruned model with sdpa (`full` among the
-# replayed ones says what replaying alone gives); then questions per second on the mini GQA with a random checkpoint of
-# the 7B shape, answers of at most 2 tokens. About 20 GB of GPU memory at batch 1, 40 GB at batch 16, 14 GB of disk.
-# This script has not been run: no GPU was at hand.
+# Benchmarks on a GPU. Times and memory of LLaVA-1.5-7B's shape at batch 1 and 16 and of LLaVA-NeXT-7B's at batch 1, with
+# random weights in bfloat16 and sdpa, against the unpruned model: in plain torch, with fused cuts, with CUDA graphs, and
+# with both (experimental; `full` with graphs shows what replaying gives without pruning). Then questions per second on
+# the mini GQA with a random checkpoint of the 7B shape and answers of at most 2 tokens. It needs about 20 GB of GPU memory
+# at batch 1, 40 GB at batch 16, and 14 GB of disk. Not tested.
 #   bash scripts/bench/gpu.sh                         # sdpa
 #   ATTN=flash_attention_2 bash scripts/bench/gpu.sh  # with the flash-attn package
-# OUT is the folder of the results (default playground/results/bench/gpu); the checkpoint is made in OUT/checkpoint.
+# OUT is the folder for the results (default playground/results/bench/gpu); the checkpoint is written to OUT/checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 VENV="${VENV:-$PWD/.venv}"
@@ -14,7 +14,7 @@ export VENV DEVICE="${DEVICE:-cuda}" DTYPE="${DTYPE:-bfloat16}" METHOD="${METHOD
 OUT="${OUT:-playground/results/bench/gpu}"
 bash scripts/setup.sh
 "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "gpu.sh: no CUDA device; scripts/bench/prefill.sh runs on a CPU" >&2; exit 1; }
+    { echo "gpu.sh: no CUDA device; use scripts/bench/prefill.sh on a CPU" >&2; exit 1; }
 bench() { "$VENV/bin/python" -m llava_prune bench --repeats "${REPEATS:-20}" --warmup "${WARMUP:-5}" "$@"; }
 shapes() {  # $1: ending of the folders; then flags
     bench --shape 7b --batch 1,16 --tokens 192,128,64 --text 84 --new 32 --out "$OUT/7b$1" "${@:2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the scripts of the benchmarks share: _run.sh BENCH [flags]. Makes the environment, then runs the benchmark.
+# Shared by the scripts of the benchmarks: set up the environment and run a benchmark. Usage: _run.sh BENCH [flags]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 VENV="${VENV:-$PWD/.venv}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GQA, pruned beside unpruned. Every setting is an environment variable or the flag of the same name:
+# GQA, pruned and unpruned. Every setting is an environment variable or the flag of the same name:
 #   TOKENS=192,128,64 METHOD=autoprune,random bash scripts/eval/gqa.sh
 #   bash scripts/eval/gqa.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval
 set -euo pipefail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -203,3 +204,43 @@ def test_chunked_prefills_are_refused(tiny_models: dict[str, Any]) -> None:
     given = models.inputs(model, ROWS[:1], models.pictures(1))
     with llava_prune.pruned(model, "uniform", tokens=12), pytest.raises(ValueError, match="prefill_chunk_size"):
         models.generate(model, given, 2, prefill_chunk_size=16)
+
+
+def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
+    """transformers' LlavaModel, called directly; arguments by position as by name."""
+    model = tiny_models["hf"]
+    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    with torch.inference_mode(), llava_prune.pruned(model, name, **chosen.hyper) as handle:
+        expected = model(**given).logits[:, -1]
+        record = [k.tolist() for k in handle.last.kept]
+        inner = model.model(given["input_ids"], given["pixel_values"], given["attention_mask"], None, None)
+        assert [k.tolist() for k in handle.last.kept] == record
+        assert torch.allclose(model.lm_head(inner.last_hidden_state[:, -1]), expected, atol=1e-5)
+
+
+def test_a_pruned_cache_is_refused_by_an_unpruned_model(name: str, chosen: Setting, tiny: Any) -> None:
+    """After detaching; attached again the conversation goes on."""
+    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    length = len(ROWS[0]) - 1 + models.PATCHES
+    new, mask = torch.tensor([[17]]), torch.ones(1, length + 1, dtype=torch.long)
+    with torch.inference_mode():
+        with llava_prune.pruned(tiny, name, **chosen.hyper):
+            cache = tiny(**given, use_cache=True).past_key_values
+            copied = copy.deepcopy(cache)
+            expected = tiny(input_ids=new, attention_mask=mask, past_key_values=copied).logits
+        lengths = models.cache_lengths(cache)
+        for held in (cache, copied):
+            with pytest.raises(ValueError, match="not pruned any more"):
+                tiny(input_ids=new, attention_mask=mask, past_key_values=held)
+        assert models.cache_lengths(cache) == lengths
+        with llava_prune.pruned(tiny, name, **chosen.hyper):
+            assert torch.equal(tiny(input_ids=new, attention_mask=mask, past_key_values=cache).logits, expected)
+
+
+def test_embeddings_on_a_pruned_cache(name: str, chosen: Setting, tiny: Any) -> None:
+    """A later turn of embeddings may hold an image: refused as in a prefill."""
+    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper):
+        cache = tiny(**given, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=EMBEDS):
+            tiny(inputs_embeds=torch.zeros(1, 2, models.WIDTH), past_key_values=cache)

@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments and resume it: python -m tests.eval.kill [KILLS [SEED [QUESTIONS]]].
 
-Each completed run is compared with an uninterrupted one, byte by byte. The model is a small random one, and answers have
-four tokens. The process loads the model and forks every run, so that a start costs no import.
+Each completed run is compared with an uninterrupted one, byte by byte. The model is a small random one, and answers
+have four tokens. The process loads the model and forks every run, so that a start costs no import.
 """
 
 from __future__ import annotations

@@ -60,6 +60,14 @@ def test_an_unreadable_image(tmp_path: Path) -> None:
         open_rgb(tmp_path / "x.jpg")
 
 
+def test_an_image_above_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole, so fetching it again would not help."""
+    pattern(30, 20).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"x.png has more pixels than Pillow opens .*600 pixels.*; scale it down"):
+        open_rgb(tmp_path / "x.png")
+
+
 class Letters:
     """A tokenizer with one id for each character, BOS 1."""
 

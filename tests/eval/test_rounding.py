@@ -65,7 +65,7 @@ def test_the_command(tiny_path: Any, capsys: Any) -> None:
 
 @pytest.mark.experimental
 def test_text_step_keeps_the_same_tokens(tiny_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Questions of the miniature, one at a time, recorded with rounded text lengths (see tests/experimental/tape.py)."""
+    """Questions of the miniature, one at a time, recorded with rounded text lengths; see experimental/tape.py."""
     tape = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: tape)
     settings = Settings(

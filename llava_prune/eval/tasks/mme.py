@@ -104,7 +104,10 @@ def load_labels(sources: Sources) -> dict[Key, str]:
         found = [((task, name, cells[0]), cells[1], file) for file, cells, task, name in _lines(path)]
     else:
         rows = read_rows(path, ("question_id",))
-        found = [(_key(r, str(r.get("text") or r.get("question") or "")), r.get("label", r.get("answer")), path) for r in rows]
+        found = [
+            (_key(r, str(r.get("text") or r.get("question") or "")), r.get("label", r.get("answer")), path)
+            for r in rows
+        ]
     for key, label, file in found:
         if not isinstance(label, str) or label.strip().lower() not in ("yes", "no"):
             raise ValueError(f"{file}: label must be Yes or No, found {label!r}")
