@@ -8,7 +8,8 @@ from typing import Any
 
 from .methods.base import Method
 from .methods.registry import build
-from .models.base import encoder_blocks, family_of, peel, refuse_wrappers
+from .models.base import encoder_blocks, peel, refuse_wrappers
+from .models.family import family_of
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
 from .runtime.record import Record

@@ -193,7 +193,7 @@ def loaded(model: Any) -> Loaded:
 
 
 def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]:
-    """Token ids: begin, text, -200 for each picture with two ids between them, text."""
+    """Token ids: begin, text, -200 for each image with two ids between them, text."""
     draw = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(3, VOCAB, (before + after + 2 * images,), generator=draw).tolist()
     row = [1, *ids[: before - 1]]
@@ -202,7 +202,7 @@ def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]
     return row + ids[len(ids) - after :] if after else row
 
 
-def pictures(n: int, seed: int = 0) -> Tensor:
+def pixels(n: int, seed: int = 0) -> Tensor:
     """(n, 3, SIDE, SIDE) float32: coarse blobs and noise."""
     draw = torch.Generator().manual_seed(2000 + seed)
     coarse = torch.randn(n, 3, 3, 3, generator=draw)
@@ -211,11 +211,11 @@ def pictures(n: int, seed: int = 0) -> Tensor:
 
 
 def crops(size: tuple[int, int], seed: int = 0) -> Tensor:
-    """(1 + crops, 3, SIDE, SIDE): an anyres picture of (width, height) cut up as both packages do."""
+    """(1 + crops, 3, SIDE, SIDE): an anyres image of (width, height) cut up as both packages do."""
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = select_best_resolution((size[1], size[0]), [(h, w) for w, h in PINPOINTS])
-    return pictures(1 + (height // SIDE) * (width // SIDE), seed)
+    return pixels(1 + (height // SIDE) * (width // SIDE), seed)
 
 
 def inputs(
@@ -228,7 +228,7 @@ def inputs(
     """Arguments for `model(**...)` of either family, or for `generate` below.
 
     Args:
-        rows: prompts with -200 for each picture (package llava takes a blank picture for a row without one).
+        rows: prompts with -200 for each image (package llava takes a blank image for a row without one).
         images: (N, 3, H, W), or for anyres models a list of N (crops, 3, H, W).
         sizes: N (width, height); needed for anyres.
         side: where padding goes.

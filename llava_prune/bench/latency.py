@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..handle import pruned
-from ..models.base import family_of
+from ..models.family import family_of
 
 STAGES = ("vision", "prefill", "decode", "total")
 Ask = Callable[[], Any]

@@ -21,7 +21,7 @@ from ..arguments import RESULTS
 from ..handle import pruned
 from ..methods.base import Method
 from ..methods.planner import Run, plan
-from ..models.base import family_of
+from ..models.family import family_of
 from ..models.load import pick_dtype
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor

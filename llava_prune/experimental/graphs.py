@@ -1,10 +1,10 @@
 """Prefills recorded as CUDA graphs and replayed for later requests of the same shape.
 
 At batch 1 a prefill of a few hundred tokens is a thousand small kernels, and a GPU is done with each before Python has
-asked for the next. A replay asks for all of them at once. A prefill is recorded in pieces, one up to each tensor that
-the method asks for (`Method.ask`; AutoPrune has one, most methods none) and one behind the last. Which piece follows a
-read depends on what `Method.settle` makes of the values, so there is one for each answer: AutoPrune with `slope_step`
-has few of them. A piece is recorded when it is wanted for the second time; the first time it runs as ever.
+asked for the next. A replay asks for all of them at once. A prefill is captured in pieces, one up to each tensor that
+the method asks for (`Method.host_values`; AutoPrune has one, most methods none) and one after the last. Which piece
+follows depends on what `Method.decide` makes of the values, so there is one for each decision: AutoPrune with
+`slope_step` has few of them. A piece is captured when it is wanted for the second time; the first time it runs as usual.
 
 Inputs are copied to where the recording read them; caches, states and record are copied out, so an answer does not
 change when the next one is replayed.
@@ -116,7 +116,7 @@ class Graphs:
         method: what prunes. Prefills are recorded where it says that they can be (`Method.replays`), decoding is for
             every method.
         device: of the model.
-        text_step: rounds the rows that count as text behind the picture up to a multiple, by masked rows before the
+        text_step: rounds the text length after the image up to a multiple, by masked positions before the
             prompt, so that questions of nearly the same length share a recording (sdpa only; answers are the same up
             to rounding); None records exact lengths.
 
@@ -215,7 +215,7 @@ class Graphs:
         return piece
 
     def _advance(self, prefill: Prefill, layer: int) -> _Stop:
-        """Run on behind a layer, to the next question or to the end."""
+        """Run on after a layer, to the next question or to the end."""
         for i in range(layer + 1, len(prefill.lm.layers)):
             view = prefill.layer(i, {})
             if view is None:

@@ -1,7 +1,7 @@
 """What a cut computes between two layers as a few Triton kernels, in place of dozens of small ones.
 
 Each function gives what the plain one it names gives, up to the order of float32 sums; shapes and errors are described
-there. Samples of a batch must keep the same counts. Imported by `fused.py` alone, for triton may be missing.
+there. Samples of a batch must keep the same counts. Imported by `engine.py` alone, for triton may be missing.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 EDGE = tl.constexpr(-3e38)
-"""The key of NaN, see `select.descending_order`."""
+"""The key of NaN, see `selection.descending_order`."""
 
 
 def choose(
     score: Tensor, visual: Tensor, valid: Tensor, keep: int, recycle: int, clusters: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """`select.descending_order`, `top` and `assemble` in one.
+    """`selection.descending_order`, `top` and `assemble` in one.
 
     Args:
         score: (B, L) float.
         visual, valid: (B, L) bool.
         keep, recycle, clusters: of each sample.
-        width: rows of each sample afterwards, L'.
+        width: tokens of each sample afterwards, L'.
 
     Returns:
-        (B, L') long, rows in output order, merged ones behind the L; (B, recycle) long, the best behind the kept.
+        (B, L') long, tokens in output order, merged ones after the L; (B, recycle) long, the best after the kept.
     """
     batch, length = score.shape
     score, visual, valid = score.contiguous(), visual.contiguous(), valid.contiguous()
@@ -69,7 +69,7 @@ def _key(score, among, column, length):  # type: ignore[no-untyped-def]
 def _place(  # type: ignore[no-untyped-def]
     rank, visual, valid, index, picked, length, width, keep, recycle, clusters, BLOCK: tl.constexpr
 ):
-    """What stays in sequence order, merged rows behind the last visual one, all at the right end."""
+    """What is kept in sequence order, merged tokens after the last visual one, right-aligned."""
     row = tl.program_id(0)
     j = tl.arange(0, BLOCK)
     here = j < length
@@ -189,7 +189,7 @@ def _attention(  # type: ignore[no-untyped-def]
 
 
 def looked_at(attention: Tensor, weight: Tensor) -> Tensor:
-    """`information.text_attention`, `weight` being the shares (B, R) float32."""
+    """`attention.text_attention`, `weight` being the shares (B, R) float32."""
     batch, heads, count, length = attention.shape
     rows, columns = 4, 64
     parts = triton.cdiv(count, rows)

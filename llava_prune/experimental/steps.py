@@ -28,7 +28,7 @@ ROOM = (64, 256, 1024, 4096, 16384)
 LIMIT = 32
 """Recordings that are kept; when a token finds so many, all are dropped. They share their buffers."""
 BACKENDS = ("sdpa", "eager")
-"""Those that take a bias; flash-attn looks for the lengths behind a mask on the host."""
+"""Those that take a bias; flash-attn reads the lengths of a mask on the host."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Steps:
     def run(self, decode: Decode, cache: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, 1, D) states of a new token, valid until the next one; None where it has to run as ever.
 
-        That is: several tokens at once or behind a later turn, flash-attn, what is not `recordable`, or sizes that are
+        That is: several tokens at once or after a later turn, flash-attn, what is not `recordable`, or sizes that are
         wanted for the first time.
         """
         lm, request = decode.lm, decode.request
@@ -191,7 +191,7 @@ class Steps:
         )
 
     def _hold(self, step: _Step, decode: Decode, cache: Any, seen: int) -> None:
-        """Copy a request's cache into the buffers; what lies behind it is cleared, for even hidden columns must be
+        """Copy a request's cache into the buffers; what comes after it is cleared, for even hidden columns must be
         numbers."""
         stages = decode.request.stages
         for keys, values, layer in zip(step.keys, step.values, cache.layers, strict=True):

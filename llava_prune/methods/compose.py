@@ -55,7 +55,7 @@ class Composed(Method):
             setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt, (self.name, self.hyper())  # the class was made for this composition: pickle finds its name
+        return rebuilt, (*self.parts, self.name, self.hyper())  # pickle would not find a class made for a composition
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)
@@ -112,13 +112,6 @@ class Composed(Method):
         return second[0], second[1], "; ".join(filter(None, (first[2], second[2])))
 
 
-def rebuilt(name: str, hyper: dict[str, Any]) -> Method:
-    """What a pickled composition becomes."""
-    from .registry import build
-
-    return build(name, **hyper)
-
-
 def compose(name: str, first: type[Method], second: type[Method]) -> type[Composed]:
     """The class of "first+second".
 
@@ -155,3 +148,8 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
         "__signature__": inspect.Signature(list(table.values())),
     }
     return type("Composed", (Composed,), facts)
+
+
+def rebuilt(first: type[Method], second: type[Method], name: str, hyper: dict[str, Any]) -> Method:
+    """What a pickled or copied composition becomes."""
+    return compose(name, first, second)(**hyper)

@@ -103,27 +103,3 @@ def peel(model: Any) -> Any:
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return peel(model.get_base_model())
     return model
-
-
-def family_of(model: Any) -> Family:
-    """The package that `model` is of.
-
-    Raises:
-        ValueError: for any other model, naming what is not supported and what is.
-    """
-    from .hf import HF
-    from .llava import Llava
-
-    for family in (Llava(), HF()):
-        if family.matches(model):
-            language = type(family.language_model(model)).__name__
-            if language not in LANGUAGE_MODELS:
-                raise ValueError(
-                    f"{type(model).__name__} with the language model {language} is not supported; the language model "
-                    "must be a LlamaModel"
-                )
-            return family
-    raise ValueError(
-        f"{type(model).__name__} is not a supported LLaVA model; give LlavaLlamaForCausalLM (package llava), or "
-        "LlavaForConditionalGeneration or LlavaNextForConditionalGeneration (transformers) with a Llama language model"
-    )

@@ -299,7 +299,7 @@ def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, 
 
 
 def _read_placeholder(model: Any, folder: Path, mismatched: Any) -> None:
-    """Input embeddings of the vocabulary and the placeholder behind it, which transformers found one row too long.
+    """Input embeddings of the vocabulary and the placeholder after it, which transformers found one vector too long.
 
     Raises:
         ValueError: when anything else has a size that the config does not ask for.

@@ -105,15 +105,12 @@ def _count(pixels: Any) -> int | None:
     return None if pixels is None else len(pixels)
 
 
-@functools.lru_cache(maxsize=16)
-def _parameters(cls: type) -> tuple[str, ...]:
-    """Parameters of a model's forward, without self."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-
-
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a model by name."""
-    return {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs} if args else kwargs
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:

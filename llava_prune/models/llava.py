@@ -114,7 +114,7 @@ def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
 
 def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]
     """generate() splices text and images itself, then hands embeddings to forward()."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if images is not None and decode_state(cache) is not None:
         refuse_later_image(cache.get_seq_length())
     with _open(handle, images, image_sizes) as state:

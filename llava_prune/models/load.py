@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.state import HostPrompts, checked_sizes, hinting
-from .base import Family, family_of, peel
+from .base import Family, peel
+from .family import family_of
 from .hf import is_next
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit

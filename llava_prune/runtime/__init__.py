@@ -1,1 +1,1 @@
-"""How a method is put on a model: the language-model loop, the vision door, attach and detach."""
+"""What happens in a request: its state, vision hooks, prefill and decoding."""

@@ -24,7 +24,7 @@ _STATE: dict[str, object] = {}
 class Item:
     """One question: ids with and without the instruction line, answer ids with </s>, index of its type.
 
-    ``alone`` marks a prompt without a picture; its ids follow the system text directly.
+    ``alone`` marks a prompt without an image; its ids follow the system text directly.
     """
 
     full: tuple[int, ...]
@@ -80,7 +80,7 @@ class Packed:
     """A batch of text blocks: ids, positions in the block, block numbers (-1 pads), labels, types; all (B, L).
 
     A question's type stands where the last token of its answer is predicted, -1 elsewhere; ``alone`` (B, L) marks
-    the blocks that see no picture.
+    the blocks that see no image.
     """
 
     ids: torch.Tensor
@@ -126,7 +126,7 @@ def pack(
 def attention_bias(prefix: int, system: int, batch: Packed) -> torch.Tensor:
     """(B, 1, L, prefix + L) additive mask of the text rows: every block sees the prefix and, causally, itself.
 
-    Blocks without a picture see the first ``system`` columns of the prefix only.
+    Blocks without an image see the first ``system`` columns of the prefix only.
     """
     blocks = batch.blocks
     b, length = blocks.shape

@@ -29,8 +29,8 @@ def patchify(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(g, p, g, p, 3).transpose(0, 2, 4, 1, 3).reshape(g, g, 3 * p * p)
 
 
-def picture(scene: sc.Scene) -> np.ndarray:
-    """A scene's preprocessed training picture: random native scale, two thirds through JPEG."""
+def pixels_of(scene: sc.Scene) -> np.ndarray:
+    """A scene's preprocessed training image: random native scale, two thirds through JPEG."""
     rng = np.random.default_rng([20_13, scene.seed])
     image = sc.render(scene, (1.0, 1.0, 1.5)[rng.integers(3)])
     if rng.random() < 0.67:
@@ -51,7 +51,7 @@ def table(scene: sc.Scene) -> np.ndarray:
 
 def _one(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scene = sc.make_scene(seed)
-    return patchify(picture(scene)), sc.instance_map(scene), table(scene)
+    return patchify(pixels_of(scene)), sc.instance_map(scene), table(scene)
 
 
 @dataclass

@@ -150,7 +150,7 @@ def answer_loss(
     start = llama.embed_tokens(torch.tensor(mat.prefix, device=device)).expand(len(index), -1, -1)
     embeds = torch.cat([start, llama.mm_projector(visual), llama.embed_tokens(batch.ids.to(device))], 1)
     prefix = len(mat.prefix) + visual.shape[1]
-    system = len(mat.prefix) - 1  # a prompt without a picture lacks the space before it
+    system = len(mat.prefix) - 1  # a prompt without an image lacks the space before it
     begin = torch.where(batch.alone, system, prefix)
     positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + begin], 1).to(device)
     hidden, states = llama(embeds, positions, attention_bias(prefix, system, batch).to(device))

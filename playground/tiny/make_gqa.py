@@ -81,7 +81,7 @@ def annotation(question: qs.Question, scene: sc.Scene, identity: str, image: str
 
 
 def write(out: Path, scenes: int = 100, per_scene: int = 4) -> None:
-    """Generate pictures, question lines and annotations."""
+    """Generate images, question lines and annotations."""
     images = out / "data" / "images"
     images.mkdir(parents=True, exist_ok=True)
     made = [sc.make_scene(HELD_OUT_SEED + i) for i in range(scenes)]
@@ -96,7 +96,7 @@ def write(out: Path, scenes: int = 100, per_scene: int = 4) -> None:
     (out / "llava_gqa_testdev_balanced.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = out / "data" / "testdev_balanced_questions.json"
     path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    log.info("%d questions about %d pictures in %s", len(lines), scenes, out)
+    log.info("%d questions about %d images in %s", len(lines), scenes, out)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def choose(bench: str, count: int, maker: su.Maker, salt: int = 0, tries: int = 
     return chosen
 
 
-def picture(scene: sc.Scene, path: Path) -> None:
+def save_image(scene: sc.Scene, path: Path) -> None:
     """Save a scene; a third of the JPEG files are half as large again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
@@ -103,7 +103,7 @@ def pope_case(split: str, flag: bool, scene: sc.Scene, rng: np.random.Generator)
 
 
 def pope(out: Path, scenes: int = 20, each: int = 6) -> None:
-    """Three splits of scenes x each questions on the same pictures, yes and no in turn."""
+    """Three splits of scenes x each questions on the same images, yes and no in turn."""
     starts, rows = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}, []
     for salt, (split, start) in enumerate(starts.items()):
         labels = []
@@ -121,13 +121,13 @@ def pope(out: Path, scenes: int = 20, each: int = 6) -> None:
                 rows.append(_question(start + at, image, case.prompt, split))
         _lines(out / "coco" / f"coco_pope_{split}.json", labels)
     for n in range(scenes):
-        picture(sc.make_scene(FIRST["pope"] + n), out / "val2014" / f"COCO_val2014_{n + 1:012d}.jpg")
+        save_image(sc.make_scene(FIRST["pope"] + n), out / "val2014" / f"COCO_val2014_{n + 1:012d}.jpg")
     _lines(out / "llava_pope_test.jsonl", rows)
 
 
 # MME ---------------------------------------------------------------------------------------------------------------
 def mme(out: Path, pairs: int = 20) -> None:
-    """Eight tasks, every picture with one question answered yes and one answered no."""
+    """Eight tasks, every image with one question answered yes and one answered no."""
     release, rows = out / "MME_Benchmark_release_version", []
     for salt, maker in enumerate(su.MME):
         number, made = salt * 1000, 0
@@ -141,7 +141,7 @@ def mme(out: Path, pairs: int = 20) -> None:
             made += 1
             task = both[0].kind.split("/")[1]
             image, key = f"{task}/{made:012d}.jpg", f"{task}/{made:012d}.txt"
-            picture(scene, release / image)
+            save_image(scene, release / image)
             lines = [f"{c.text} Please answer yes or no.\t{c.answer.capitalize()}" for c in both]
             (release / key).write_text("\n".join(lines) + "\n", encoding="utf-8")
             rows += [_question(image, image, c.prompt, task) for c in both]
@@ -156,7 +156,7 @@ COLUMNS = (
 
 
 def mmbench(out: Path, chinese: bool = False, count: int = 60) -> None:
-    """The table with base64 pictures; rotations of the options are rows of their own, a million apart."""
+    """The table with base64 images; rotations of the options are rows of their own, a million apart."""
     bench = "mmbench_cn" if chinese else "mmbench"
     name = "mmbench_dev_cn_20231003.tsv" if chinese else "mmbench_dev_20230712.tsv"
     base, turned = [], []
@@ -183,9 +183,9 @@ def mmbench(out: Path, chinese: bool = False, count: int = 60) -> None:
 
 
 # ScienceQA ---------------------------------------------------------------------------------------------------------
-def sqa(out: Path, pictures: int = 100, texts: int = 60) -> None:
-    """Questions with a picture and without one, in turn."""
-    made = choose("sqa", pictures, partial(su.choice, most=4)) + choose("sqa", texts, su.science_text, salt=9)
+def sqa(out: Path, images: int = 100, texts: int = 60) -> None:
+    """Questions with an image and without one, in turn."""
+    made = choose("sqa", images, partial(su.choice, most=4)) + choose("sqa", texts, su.science_text, salt=9)
     order = np.random.default_rng(20_19).permutation(len(made))
     rows, problems = [], {}
     for number, i in enumerate(order, 1):
@@ -197,7 +197,7 @@ def sqa(out: Path, pictures: int = 100, texts: int = 60) -> None:
         row: dict[str, Any] = {"id": identity}
         if case.image:
             row["image"] = f"{identity}/image.png"
-            picture(scene, out / "images" / "test" / row["image"])
+            save_image(scene, out / "images" / "test" / row["image"])
             value = f"<image>\n{value}"
         row["conversations"] = [{"from": "human", "value": value}, {"from": "gpt", "value": case.answer}]
         rows.append(row)
@@ -220,7 +220,7 @@ def textvqa(out: Path, count: int = 200) -> None:
     rows, data = [], []
     for number, scene, case in choose("textvqa", count, su.textvqa):
         image, rng = f"{0xF000_0000_0000_0000 + number:016x}", _rng(scene.seed, 7)
-        picture(scene, out / "train_images" / f"{image}.jpg")
+        save_image(scene, out / "train_images" / f"{image}.jpg")
         rows.append(_question(image, f"{image}.jpg", case.prompt))
         said = _ten(case.answer, f"the {case.answer} sign", rng)
         note = {"question_id": 34_602 + number, "image_id": image, "question": case.text, "answers": said}
@@ -234,7 +234,7 @@ def ocrbench(out: Path, count: int = 200) -> None:
     rows = []
     for number, scene, case in choose("ocrbench", count, su.ocrbench):
         image = f"generated/test/{number}.jpg"
-        picture(scene, out / "OCRBench_Images" / image)
+        save_image(scene, out / "OCRBench_Images" / image)
         answers = case.answer.upper() if number % 3 else [case.answer.upper(), f"{case.answer}."]
         row = {"dataset_name": "generated", "id": number, "image_path": image, "question": case.text}
         rows.append({**row, "answers": answers, "type": case.kind.split("/")[1]})
@@ -248,7 +248,7 @@ def vqav2(out: Path, scenes: int = 100, each: int = 3) -> None:
     for n in range(1, scenes + 1):
         scene = sc.make_scene(FIRST["vqav2"] + n)
         rng, image = _rng(scene.seed), f"COCO_test2015_{n:012d}.jpg"
-        picture(scene, out / "test2015" / image)
+        save_image(scene, out / "test2015" / image)
         pool = qs.ask(scene, rng, 24)
         for k in range(each):
             best = min(pool, key=lambda q: (have[q.detailed], have[q.detailed, q.answer]))

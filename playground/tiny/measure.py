@@ -104,7 +104,7 @@ def normal(text: str) -> str:
 
 
 def measure(model: Evaluated, data: Path, modes: list[str], limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Percent correct per mode, overall and by structural, detailed and picture type."""
+    """Percent correct per mode, overall and by structural, detailed and image type."""
     notes = json.loads((data / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8"))
     lines = (data / "llava_gqa_testdev_balanced.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     hits: dict[str, dict[str, list[float]]] = {m: defaultdict(list) for m in modes}

@@ -113,7 +113,7 @@ def find_spots(words: Words, batch: Packed) -> Spots:
 
 @dataclass
 class Truth:
-    """What is in the picture for every noun, (M, ...): the things meant, and what they share (-1: nothing)."""
+    """What is in the image for every noun, (M, ...): the things meant, and what they share (-1: nothing)."""
 
     match: torch.Tensor  # (M, 8) bool
     place: torch.Tensor  # (M, 2) of the only thing meant

@@ -72,7 +72,7 @@ class Scene:
     seed: int
 
     def offset(self) -> tuple[int, int]:
-        """Where the picture's corner lies in the padded square (canonical pixels)."""
+        """Where the image's corner lies in the padded square (canonical pixels)."""
         side = max(self.width, self.height)
         return (side - self.width) // 2, (side - self.height) // 2
 
@@ -225,7 +225,7 @@ def render(scene: Scene, scale: float = 1.0) -> Image.Image:
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The picture after a JPEG round trip, so that training sees its artefacts."""
+    """The image after a JPEG round trip, so that training sees its artefacts."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")

@@ -1,4 +1,4 @@
-"""Questions in the prompt formats of the other eight benchmarks: yes or no, options, Chinese, printed text, no picture.
+"""Questions in the prompt formats of the other eight benchmarks: yes or no, options, Chinese, printed text, no image.
 
 Every maker takes a scene and a random generator and returns a :class:`Case` or None; :data:`MAKERS` names them with
 their share of the training questions.  ``make_suite`` writes the held-out files from the same makers.
@@ -55,7 +55,7 @@ class Case:
         options: texts of A, B, ...
         hint: context line of the question, without its label.
         ocr: printed words that stand in the prompt; None where the format has no such line.
-        image: whether the question is about the picture.
+        image: whether the question is about the image.
         things: indices of the things it asks about.
     """
 
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """The complete user text after the picture's line."""
+        """The complete user text after the image's line."""
         return f"{self.body}\n{self.suffix}"
 
 
@@ -270,7 +270,7 @@ def choice(scene: Scene, rng: np.random.Generator, chinese: bool = False, most: 
 
 
 def choice_en(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """MMBench, and ScienceQA's questions with a picture."""
+    """MMBench, and ScienceQA's questions with an image."""
     case = choice(scene, rng)
     if case is None or rng.random() < 0.6:
         return case
@@ -283,7 +283,7 @@ def choice_cn(scene: Scene, rng: np.random.Generator) -> Case | None:
 
 
 def science_text(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """ScienceQA without a picture: the context says it."""
+    """ScienceQA without an image: the context says it."""
     shapes = [sc.PLAIN_SHAPES[int(i)] for i in rng.permutation(len(sc.PLAIN_SHAPES))[:2]]
     colours = [sc.COLOUR_NAMES[int(i)] for i in rng.permutation(len(sc.COLOUR_NAMES))[:2]]
     facts = " ".join(f"The {s} is {c}." for s, c in zip(shapes, colours, strict=True))

@@ -138,9 +138,9 @@ def encode_prompt(model: spm.SentencePieceProcessor, text: str) -> list[int]:
 
 
 def after_system(model: spm.SentencePieceProcessor, text: str) -> list[int]:
-    """Ids of a prompt without a picture, less those it shares with every prompt (BOS and the system text).
+    """Ids of a prompt without an image, less those it shares with every prompt (BOS and the system text).
 
-    The shared part of a prompt with a picture is one piece longer: the space before the picture.
+    The shared part of a prompt with an image is one piece longer: the space before the image.
     """
     shared = model.encode(SYSTEM + " USER: ")[:-1]
     ids = model.encode(prompt(text, image=False))

@@ -20,7 +20,7 @@ KEYS = ("shape", "colour", "size", "mark")
 
 
 def _presence_loss(out: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Multi-label loss of what is in the picture."""
+    """Multi-label loss of what is in the image."""
     bce = F.binary_cross_entropy_with_logits(out, present, reduction="none", pos_weight=out.new_tensor(3.0))
     return bce.sum(-1).mean() / 8
 
@@ -66,7 +66,7 @@ def tower_loss(
 
 
 def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, device: str) -> Tower:
-    """Train the tower on windows, then on whole pictures, polish it on more of these."""
+    """Train the tower on windows, then on whole images, polish it on more of these."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"tower": Tower(**cfg["model"]), "heads": TowerHeads(cfg["model"]["width"])}).to(device)
 

@@ -10,7 +10,7 @@ import llava_prune
 from llava_prune.bench import shapes
 from llava_prune.bench.memory import peaks
 from llava_prune.bench.request import request
-from llava_prune.models.base import family_of
+from llava_prune.models.family import family_of
 
 SHAPE = shapes.ModelShape(12, 256, 688, 4, 512, 6, 64, 128, 4)
 """A shape with which every method has a schedule for 192, 128 and 64 of 576 visual tokens."""

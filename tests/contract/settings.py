@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "full": Setting({}, {}, prunes=False),
-    # a first layer with all of two pictures costs 12 tokens on average
+    # a first layer with all of two images costs 12 tokens on average
     "fastv": Setting({"tokens": 16}),
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),

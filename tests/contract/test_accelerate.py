@@ -54,7 +54,7 @@ def _children(model: Any, path: str) -> list[str]:
 
 def observed(model: Any, name: str, hyper: Any, handle: Any = None) -> tuple[Any, Any, Any]:
     """(logits, kept tokens, cache lengths) of a greedy answer."""
-    given = models.inputs(model, ROWS, models.pictures(2))
+    given = models.inputs(model, ROWS, models.pixels(2))
 
     def ask(handle: Any) -> tuple[Any, Any, Any]:
         out = models.generate(model, given, 3)
@@ -83,7 +83,7 @@ def test_hooks_change_nothing(name: str, chosen: Setting, tiny: Any, how: str, t
 @pytest.mark.parametrize("name", ["autoprune", "visionzip", "tome", "pdrop", "tome+sparsevlm"])
 def test_attached_then_dispatched(name: str, tiny: Any, tmp_path: Path) -> None:
     """And detached while the hooks are there: the model answers unpruned."""
-    given = models.inputs(tiny, ROWS, models.pictures(2))
+    given = models.inputs(tiny, ROWS, models.pixels(2))
     base = models.generate(tiny, given, 3).logits
     model = copy.deepcopy(tiny)
     expected = observed(tiny, name, {"tokens": 16})

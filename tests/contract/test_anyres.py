@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: pictures in crops of several resolutions, with unpadding and newline tokens, in both families."""
+"""LLaVA-NeXT: images in crops of several resolutions, with unpadding and newline tokens, in both families."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def given(model: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def hyper(chosen: Setting) -> dict[str, Any]:
-    """The arguments for whole pictures, with a budget three times as large: pictures here have up to 114 tokens."""
+    """The arguments for whole images, with a budget three times as large: images here have up to 114 tokens."""
     return {k: 3 * v if k == "tokens" else v for k, v in chosen.hyper.items()}
 
 
@@ -45,9 +45,9 @@ def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, 
     if chosen.keep_all is None:
         pytest.skip(f"{name} has no setting that keeps everything")
     if refused(name, chosen.hyper):
-        pytest.skip(f"{name} works on whole pictures only")
+        pytest.skip(f"{name} works on whole images only")
     base, everything = logits(model, given(model)), visual(model)
-    most = 5 * models.PATCHES  # of the largest picture: budgets before the language model are shared out over its crops
+    most = 5 * models.PATCHES  # of the largest image: budgets before the language model are shared out over its crops
     more = {"tokens": most} if "tokens" in chosen.keep_all else {}
     hyper = {**chosen.keep_all, **more}
     with llava_prune.pruned(model, name, **hyper) as handle:
@@ -56,7 +56,7 @@ def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, 
 
 
 def visual(model: Any) -> torch.Tensor:
-    """(B,) visual tokens of the pictures, newline tokens included."""
+    """(B,) visual tokens of the images, newline tokens included."""
     with llava_prune.pruned(model, "full") as handle, torch.inference_mode():
         model(**given(model))
     return handle.last.tokens_in[:, 0]
@@ -68,7 +68,7 @@ def test_pruning_reaches_the_cache(name: str, chosen: Setting, hyper: dict[str, 
             llava_prune.attach(model, name, **hyper)
         return
     everything = visual(model)
-    assert everything.unique().numel() == 2  # the two pictures differ
+    assert everything.unique().numel() == 2  # the two images differ
     with llava_prune.pruned(model, name, check=True, **hyper) as handle:
         out = models.generate(model, given(model), 2)
         last = handle.last
@@ -85,7 +85,7 @@ def test_pruning_reaches_the_cache(name: str, chosen: Setting, hyper: dict[str, 
 
 def test_batch_equals_single_runs(name: str, hyper: dict[str, Any], model: Any) -> None:
     if refused(name, hyper):
-        pytest.skip(f"{name} works on whole pictures only")
+        pytest.skip(f"{name} works on whole images only")
     with llava_prune.pruned(model, name, **hyper) as handle:
         out = models.generate(model, given(model), 1)
         batch = handle.last

@@ -19,7 +19,7 @@ ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
 
 @pytest.fixture
 def given(tiny: Any) -> dict[str, Any]:
-    return models.inputs(tiny, ROWS, models.pictures(2))
+    return models.inputs(tiny, ROWS, models.pixels(2))
 
 
 def footprint(model: Any) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def test_budgets_are_checked(name: str, chosen: Setting, tokens: Any) -> None:
         llava_prune.build(name, **{**chosen.hyper, "tokens": tokens})
 
 
-def test_budgets_above_the_picture_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
+def test_budgets_above_the_image_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
     if "tokens" not in chosen.hyper:
         pytest.skip(f"{name} is not asked for a budget here")
     before = footprint(tiny)

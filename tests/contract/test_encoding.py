@@ -35,7 +35,7 @@ def embedded(model: Any, row: Any, features: torch.Tensor) -> torch.Tensor:
 
 def test_encoders_return_true_features(name: str, chosen: Setting, tiny: Any) -> None:
     """Outside of a request, before and after one, also bit for bit."""
-    pixels, given = models.pictures(2), models.inputs(tiny, ROWS, models.pictures(2, seed=5))
+    pixels, given = models.pixels(2), models.inputs(tiny, ROWS, models.pixels(2, seed=5))
     base = encoded(tiny, pixels)
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
         assert torch.equal(encoded(tiny, pixels), base)
@@ -50,7 +50,7 @@ def test_encoders_return_true_features(name: str, chosen: Setting, tiny: Any) ->
 
 def test_the_package_gets_true_features_in_a_request(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     """What the splice of transformers is given: the features of every patch (a merged token's where ToMe merges)."""
-    model, given = tiny_models["hf"], models.inputs(tiny_models["hf"], ROWS, models.pictures(2))
+    model, given = tiny_models["hf"], models.inputs(tiny_models["hf"], ROWS, models.pixels(2))
     with torch.inference_mode():
         base = torch.stack(list(model(**given).image_hidden_states.split(models.PATCHES)))
         with llava_prune.pruned(model, name, **chosen.hyper) as handle:
@@ -63,7 +63,7 @@ def test_the_package_gets_true_features_in_a_request(name: str, chosen: Setting,
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_embeddings_are_refused(name: str, chosen: Setting, tiny: Any, call: str) -> None:
     """Of one prompt, or of two prepared ahead and asked in the other order; and nothing is left behind."""
-    pixels = models.pictures(2)
+    pixels = models.pixels(2)
     given = models.inputs(tiny, ROWS[:1], pixels[:1])
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
         expected = models.generate(tiny, given, 2).logits[0]
@@ -86,7 +86,7 @@ def test_a_splice_prepared_ahead(name: str, chosen: Setting, tiny_models: dict[s
     """Package llava's own splice, called by the user: what it returns is the stock result, and is refused later."""
     model = tiny_models["llava"]
     ids = torch.tensor([ROWS[0]])
-    arguments = (ids, None, None, None, None, models.pictures(1))
+    arguments = (ids, None, None, None, None, models.pixels(1))
     with torch.no_grad():
         base = model.prepare_inputs_labels_for_multimodal(*arguments)
         with llava_prune.pruned(model, name, **chosen.hyper):
@@ -99,7 +99,7 @@ def test_a_splice_prepared_ahead(name: str, chosen: Setting, tiny_models: dict[s
 def test_images_encoded_before_the_call(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     """mm_encoder_outputs of transformers: refused by methods that prune while images are encoded."""
     model = tiny_models["hf"]
-    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    given = models.inputs(model, ROWS[:1], models.pixels(1))
     pixels = given.pop("pixel_values")
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         pytest.skip("this release of transformers encodes images in the forward")
@@ -137,8 +137,8 @@ class Calls:
 @pytest.mark.parametrize("what", ["image", "text", "encode"])
 def test_calls_inside_generate(name: str, chosen: Setting, tiny: Any, what: str, logits: Any) -> None:
     """As contrastive decoding and classifier-free guidance make: each call is answered as if it were alone."""
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
-    other = models.inputs(tiny, [ROWS[1]], models.pictures(1, seed=9))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
+    other = models.inputs(tiny, [ROWS[1]], models.pixels(1, seed=9))
     if what == "text":
         other = models.inputs(tiny, [[1, 7, 9, 11]])
     cached = [True] if models.is_llava(tiny) else [True, False]  # package llava caches whatever it is told
@@ -155,7 +155,7 @@ def test_calls_inside_generate(name: str, chosen: Setting, tiny: Any, what: str,
 
 def test_classifier_free_guidance_keeps_the_record(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     model = tiny_models["hf"]
-    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    given = models.inputs(model, ROWS[:1], models.pixels(1))
     with llava_prune.pruned(model, name, **chosen.hyper) as handle:
         plain = models.generate(model, given, 3)
         kept = [k.tolist() for k in handle.last.kept]
@@ -167,7 +167,7 @@ def test_classifier_free_guidance_keeps_the_record(name: str, chosen: Setting, t
 def test_two_models_at_once(tiny_models: dict[str, Any], logits: Any) -> None:
     """A call of one attached model inside a call of another."""
     outer, inner = tiny_models["hf"], tiny_models["llava"]
-    given, other = (models.inputs(m, ROWS[:1], models.pictures(1)) for m in (outer, inner))
+    given, other = (models.inputs(m, ROWS[:1], models.pixels(1)) for m in (outer, inner))
     with llava_prune.pruned(outer, "visionzip", tokens=12), llava_prune.pruned(inner, "autoprune", tokens=12) as second:
         alone, expected = logits(inner, other), models.generate(outer, given, 3)
         kept = [k.tolist() for k in second.last.kept]
@@ -182,7 +182,7 @@ def test_an_interrupt_leaves_nothing_open(name: str, chosen: Setting, tiny: Any)
     """A KeyboardInterrupt in the tower, then embeddings: no request is left to take them for its own."""
     from llava_prune.runtime import state
 
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     tower = tiny.get_vision_tower() if models.is_llava(tiny) else tiny.model.vision_tower
 
     def interrupt(*_: Any) -> None:
@@ -196,12 +196,12 @@ def test_an_interrupt_leaves_nothing_open(name: str, chosen: Setting, tiny: Any)
             assert state.innermost() is None and state.tower_pass() is None
         hook.remove()
         with pytest.raises(ValueError, match=EMBEDS), torch.no_grad():
-            tiny(inputs_embeds=embedded(tiny, ROWS[0], encoded(tiny, models.pictures(1))))
+            tiny(inputs_embeds=embedded(tiny, ROWS[0], encoded(tiny, models.pixels(1))))
 
 
 def test_chunked_prefills_are_refused(tiny_models: dict[str, Any]) -> None:
     model = tiny_models["hf"]
-    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    given = models.inputs(model, ROWS[:1], models.pixels(1))
     with llava_prune.pruned(model, "uniform", tokens=12), pytest.raises(ValueError, match="prefill_chunk_size"):
         models.generate(model, given, 2, prefill_chunk_size=16)
 
@@ -209,7 +209,7 @@ def test_chunked_prefills_are_refused(tiny_models: dict[str, Any]) -> None:
 def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     """transformers' LlavaModel, called directly; arguments by position as by name."""
     model = tiny_models["hf"]
-    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    given = models.inputs(model, ROWS[:1], models.pixels(1))
     with torch.inference_mode(), llava_prune.pruned(model, name, **chosen.hyper) as handle:
         expected = model(**given).logits[:, -1]
         record = [k.tolist() for k in handle.last.kept]
@@ -220,7 +220,7 @@ def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: 
 
 def test_a_pruned_cache_is_refused_by_an_unpruned_model(name: str, chosen: Setting, tiny: Any) -> None:
     """After detaching; attached again the conversation goes on."""
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     length = len(ROWS[0]) - 1 + models.PATCHES
     new, mask = torch.tensor([[17]]), torch.ones(1, length + 1, dtype=torch.long)
     with torch.inference_mode():
@@ -239,7 +239,7 @@ def test_a_pruned_cache_is_refused_by_an_unpruned_model(name: str, chosen: Setti
 
 def test_embeddings_on_a_pruned_cache(name: str, chosen: Setting, tiny: Any) -> None:
     """A later turn of embeddings may hold an image: refused as in a prefill."""
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper):
         cache = tiny(**given, use_cache=True).past_key_values
         with pytest.raises(ValueError, match=EMBEDS):

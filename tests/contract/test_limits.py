@@ -19,7 +19,7 @@ NEEDS_CLASS_TOKEN = {
 
 
 def test_labels_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     text = models.inputs(tiny, [[1, 5, 6, 7]])
     with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
         with pytest.raises(ValueError, match="labels on a pruned model.*after the image"):
@@ -31,7 +31,7 @@ def test_labels_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
 def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     """As the documents say: the tokens after the image, at most."""
     model = tiny_models["hf"]
-    given = models.inputs(model, ROWS[:1], models.pictures(1))
+    given = models.inputs(model, ROWS[:1], models.pixels(1))
     after = 5
     with torch.inference_mode(), llava_prune.pruned(model, name, **chosen.hyper):
         every = model(**given).logits
@@ -70,7 +70,7 @@ def siglip_model() -> Any:
 
 def test_towers_without_a_class_token(name: str, chosen: Setting, siglip_model: Any, logits: Any) -> None:
     """Methods that need it are refused with the reason; the others prune as ever."""
-    given = models.inputs(siglip_model, ROWS[:1], models.pictures(1))
+    given = models.inputs(siglip_model, ROWS[:1], models.pixels(1))
     base = logits(siglip_model, given)
     if name in NEEDS_CLASS_TOKEN:
         with pytest.raises(ValueError, match="needs the class token of a CLIP tower; this tower is SigLIP"):
@@ -116,7 +116,7 @@ def test_features_with_the_class_token(tiny_models: dict[str, Any], logits: Any)
     finally:
         model.config.vision_feature_select_strategy = "default"
     with llava_prune.pruned(model, "visionzip", tokens=12):
-        logits(model, models.inputs(model, ROWS[:1], models.pictures(1)))
+        logits(model, models.inputs(model, ROWS[:1], models.pixels(1)))
 
 
 @pytest.mark.parametrize("language", ["MistralConfig", "Qwen2Config"])

@@ -52,7 +52,7 @@ def test_a_file_in_the_folder_of_methods(file: Path, tiny: Any, logits: Any, mon
     monkeypatch.setattr(llava_prune.methods, "__path__", [*llava_prune.methods.__path__, str(file.parent)])
     try:
         assert "mine" in llava_prune.names() and "mine:few" in llava_prune.names(presets=True)
-        given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2))
+        given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pixels(2))
         base = logits(tiny, given)
         with llava_prune.pruned(tiny, "mine", tokens=12, check=True) as handle:
             out = models.generate(tiny, given, 3)

@@ -23,7 +23,7 @@ def run(model: Any, name: str, hyper: Any, rows: Any, pixels: Any, **more: Any) 
 
 
 def test_record_and_cache_agree(name: str, chosen: Setting, tiny: Any) -> None:
-    last, out = run(tiny, name, chosen.hyper, ROWS, models.pictures(3))
+    last, out = run(tiny, name, chosen.hyper, ROWS, models.pixels(3))
     assert last.tokens_in.shape == last.tokens_out.shape == (3, models.LAYERS)
     assert last.tokens_in.dtype == last.tokens_out.dtype == torch.long
     assert torch.equal(last.tokens_out[:, :-1], last.tokens_in[:, 1:])
@@ -42,7 +42,7 @@ def test_record_and_cache_agree(name: str, chosen: Setting, tiny: Any) -> None:
 
 
 def test_kept_indices(name: str, hyper: Any, tiny: Any) -> None:
-    last, _ = run(tiny, name, hyper, ROWS, models.pictures(3))
+    last, _ = run(tiny, name, hyper, ROWS, models.pixels(3))
     assert len(last.kept) == models.LAYERS
     for layer, kept in enumerate(last.kept):
         assert kept.dtype == torch.long
@@ -64,13 +64,13 @@ def test_plan_is_what_happens(name: str, hyper: Any, tiny: Any) -> None:
     plan = llava_prune.build(name, **hyper).plan(models.PATCHES, models.LAYERS)
     if plan is None:
         pytest.skip(f"the data decide what {name} keeps")
-    last, out = run(tiny, name, hyper, ROWS[:1], models.pictures(1))
+    last, out = run(tiny, name, hyper, ROWS[:1], models.pixels(1))
     assert last.tokens_in.tolist() == [plan]
     assert models.cache_lengths(out.past_key_values) == [n + TEXT[0] for n in plan]
 
 
 def test_statistics_are_floats_of_each_sample(name: str, hyper: Any, tiny: Any) -> None:
-    last, _ = run(tiny, name, hyper, ROWS, models.pictures(3))
+    last, _ = run(tiny, name, hyper, ROWS, models.pixels(3))
     assert isinstance(last.stats, dict)
     for values in last.stats.values():
         assert len(values) == 3
@@ -78,16 +78,16 @@ def test_statistics_are_floats_of_each_sample(name: str, hyper: Any, tiny: Any) 
 
 
 def test_runs_repeat_bit_for_bit(name: str, hyper: Any, tiny: Any) -> None:
-    first, out = run(tiny, name, hyper, ROWS, models.pictures(3))
-    second, again = run(tiny, name, hyper, ROWS, models.pictures(3))
+    first, out = run(tiny, name, hyper, ROWS, models.pixels(3))
+    second, again = run(tiny, name, hyper, ROWS, models.pixels(3))
     assert torch.equal(out.logits, again.logits)
     assert all(torch.equal(a, b) for a, b in zip(first.kept, second.kept, strict=True))
 
 
 def test_the_cache_may_be_off(name: str, hyper: Any, tiny: Any) -> None:
-    last, out = run(tiny, name, hyper, ROWS, models.pictures(3))
+    last, out = run(tiny, name, hyper, ROWS, models.pixels(3))
     with llava_prune.pruned(tiny, name, **hyper) as handle, torch.inference_mode():
-        bare = tiny(**models.inputs(tiny, ROWS, models.pictures(3)), use_cache=False)
+        bare = tiny(**models.inputs(tiny, ROWS, models.pixels(3)), use_cache=False)
     assert bare.past_key_values is None
     assert torch.equal(handle.last.tokens_out, last.tokens_out)
     assert torch.allclose(bare.logits[:, -1], out.logits[:, -1], atol=1e-4)
@@ -97,7 +97,7 @@ def test_text_alone_is_the_base_model(name: str, hyper: Any, tiny: Any, logits: 
     given = models.inputs(tiny, [[1, 5, 6, 7], [1, 9]])
     base, answer = logits(tiny, given), models.generate(tiny, given)
     with llava_prune.pruned(tiny, name, **hyper) as handle:
-        logits(tiny, models.inputs(tiny, ROWS[:1], models.pictures(1)))
+        logits(tiny, models.inputs(tiny, ROWS[:1], models.pixels(1)))
         record = handle.last
         assert torch.equal(logits(tiny, given), base)
         assert record is not None and handle.last is record, "the record is that of the last request with images"
@@ -107,6 +107,6 @@ def test_text_alone_is_the_base_model(name: str, hyper: Any, tiny: Any, logits: 
 
 
 def test_captures_are_refused(name: str, hyper: Any, tiny: Any) -> None:
-    given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     with llava_prune.pruned(tiny, name, **hyper), pytest.raises(ValueError, match="output_hidden_states"):
         tiny(**given, output_hidden_states=True)

@@ -1,4 +1,4 @@
-"""Batches, pictures, beams, later turns and threads: each sample is answered as if it were alone."""
+"""Batches, images, beams, later turns and threads: each sample is answered as if it were alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kept_alike(batch: Any, single: Any, b: int) -> None:
 
 
 def test_batch_equals_single_runs(name: str, hyper: Any, tiny: Any) -> None:
-    pixels = models.pictures(3)
+    pixels = models.pixels(3)
     with llava_prune.pruned(tiny, name, check=True, **hyper) as handle:
         out = models.generate(tiny, models.inputs(tiny, ROWS, pixels), 3)
         batch = handle.last
@@ -51,7 +51,7 @@ def test_batch_equals_single_runs(name: str, hyper: Any, tiny: Any) -> None:
 
 def test_padding_on_the_right(name: str, hyper: Any, tiny: Any) -> None:
     """As package llava pads for training; only the prefill is asked."""
-    pixels = models.pictures(3)
+    pixels = models.pixels(3)
     side = getattr(tiny.config, "tokenizer_padding_side", None)
     if side is not None:
         tiny.config.tokenizer_padding_side = "right"
@@ -67,9 +67,9 @@ def test_padding_on_the_right(name: str, hyper: Any, tiny: Any) -> None:
             tiny.config.tokenizer_padding_side = side
 
 
-def test_samples_with_and_without_pictures(name: str, hyper: Any, tiny: Any) -> None:
+def test_samples_with_and_without_images(name: str, hyper: Any, tiny: Any) -> None:
     rows = [ROWS[0], [1, 7, 9, 11, 13], ROWS[2]]
-    pixels = models.pictures(2)
+    pixels = models.pixels(2)
     given = models.inputs(tiny, rows, pixels)
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         out = models.generate(tiny, given, 2)
@@ -83,10 +83,10 @@ def test_samples_with_and_without_pictures(name: str, hyper: Any, tiny: Any) -> 
     assert torch.allclose(out.logits[0][1], base.logits[0][0], atol=CLOSE)
 
 
-def test_several_pictures(name: str, chosen: Setting, tiny: Any) -> None:
+def test_several_images(name: str, chosen: Setting, tiny: Any) -> None:
     """Their tokens are one list in sequence order; the text behind the last one asks."""
     rows = [models.prompt(3, 6, images=2), ROWS[0]]
-    pixels = models.pictures(3)
+    pixels = models.pixels(3)
     with llava_prune.pruned(tiny, name, check=True, **chosen.hyper) as handle:
         out = models.generate(tiny, models.inputs(tiny, rows, pixels), 2)
         batch = handle.last
@@ -99,9 +99,9 @@ def test_several_pictures(name: str, chosen: Setting, tiny: Any) -> None:
     assert batch.kept[0][0].max() < 2 * models.PATCHES
 
 
-def test_no_text_behind_the_picture(name: str, hyper: Any, tiny: Any) -> None:
+def test_no_text_after_the_image(name: str, hyper: Any, tiny: Any) -> None:
     rows = [models.prompt(4, 0), ROWS[0], models.prompt(1, 0, seed=3)]
-    pixels = models.pictures(3)
+    pixels = models.pixels(3)
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         out = models.generate(tiny, models.inputs(tiny, rows, pixels), 2)
         batch = handle.last
@@ -114,7 +114,7 @@ def test_no_text_behind_the_picture(name: str, hyper: Any, tiny: Any) -> None:
 
 
 def test_beams(name: str, hyper: Any, tiny: Any) -> None:
-    pixels = models.pictures(2)
+    pixels = models.pixels(2)
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         out = models.generate(tiny, models.inputs(tiny, ROWS[:2], pixels), 4, num_beams=3, output_scores=True)
         assert handle.last.tokens_out.shape[0] in (2, 6)
@@ -130,7 +130,7 @@ def test_beams(name: str, hyper: Any, tiny: Any) -> None:
 
 
 def test_sampling_follows_the_seed(name: str, hyper: Any, tiny: Any) -> None:
-    given = models.inputs(tiny, ROWS[:2], models.pictures(2))
+    given = models.inputs(tiny, ROWS[:2], models.pixels(2))
     with llava_prune.pruned(tiny, name, **hyper):
         answers = []
         for seed in (0, 0, 1):
@@ -142,7 +142,7 @@ def test_sampling_follows_the_seed(name: str, hyper: Any, tiny: Any) -> None:
 
 def test_later_turn(name: str, hyper: Any, tiny: Any) -> None:
     """New text on the cache is the same at once or token by token, or it is refused with a way out."""
-    pixels, new = models.pictures(1), torch.tensor([[17, 23, 42]])
+    pixels, new = models.pixels(1), torch.tensor([[17, 23, 42]])
     with llava_prune.pruned(tiny, name, **hyper), torch.inference_mode():
         given = models.inputs(tiny, ROWS[:1], pixels)
         cache = tiny(**given, use_cache=True).past_key_values
@@ -162,7 +162,7 @@ def test_later_turn(name: str, hyper: Any, tiny: Any) -> None:
 
 def test_threads_do_not_mix(name: str, hyper: Any, tiny: Any, logits: Any) -> None:
     """One attached model, several requests of different lengths at the same time."""
-    givens = [models.inputs(tiny, [row], models.pictures(1, seed=i)) for i, row in enumerate(ROWS)]
+    givens = [models.inputs(tiny, [row], models.pixels(1, seed=i)) for i, row in enumerate(ROWS)]
     givens.append(models.inputs(tiny, [[1, 5, 6, 7]]))
     with llava_prune.pruned(tiny, name, **hyper):
         expected = [logits(tiny, g) for g in givens]
@@ -188,7 +188,7 @@ def test_threads_do_not_mix(name: str, hyper: Any, tiny: Any, logits: Any) -> No
 
 def test_half_precision(name: str, hyper: Any) -> None:
     model = models.tiny_hf().to(torch.bfloat16)
-    given = models.inputs(model, ROWS, models.pictures(3).to(torch.bfloat16))
+    given = models.inputs(model, ROWS, models.pixels(3).to(torch.bfloat16))
     with llava_prune.pruned(model, name, **hyper) as handle:
         out = models.generate(model, given, 2)
         assert all(step.isfinite().all() for step in out.logits)

@@ -146,10 +146,10 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
     """Two samples of unequal length. From `Loaded.generate` at most the method's own read, from tensors one more."""
     with llava_prune.pruned(tiny, name, **hyper) as handle, watching(tiny) as seen:
         if known:
-            models.loaded(tiny).generate(ROWS, models.pictures(2), max_new_tokens=1)
+            models.loaded(tiny).generate(ROWS, models.pixels(2), max_new_tokens=1)
         else:
             with torch.inference_mode():
-                tiny(**models.inputs(tiny, ROWS, models.pictures(2)), use_cache=True)
+                tiny(**models.inputs(tiny, ROWS, models.pixels(2)), use_cache=True)
     assert ours(seen.found) == sorted(besides + ([] if known else [PROMPT]))
     in_layers = [x for x in besides if not x.startswith("prumerge")]
     assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
@@ -161,7 +161,7 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
 def test_a_new_token_reads_nothing(name: str, tiny: Any) -> None:
     """Samples of a batch keep different counts, so every stage has a mask."""
     with llava_prune.pruned(tiny, name, **setting(name).hyper), watching(tiny, new=True) as seen:
-        models.loaded(tiny).generate(ROWS, models.pictures(2), max_new_tokens=4)
+        models.loaded(tiny).generate(ROWS, models.pixels(2), max_new_tokens=4)
     assert seen.within == [] and seen.searches == [] and seen.calls == 3
 
 
@@ -178,7 +178,7 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
-def test_beams_and_blank_pictures(known: bool, tiny: Any) -> None:
+def test_beams_and_blank_images(known: bool, tiny: Any) -> None:
     """What `Loaded.generate` says of the prompts is what the device would have said."""
     from llava_prune.runtime import language, prompt
 
@@ -196,9 +196,9 @@ def test_beams_and_blank_pictures(known: bool, tiny: Any) -> None:
     with pytest.MonkeyPatch.context() as patch, llava_prune.pruned(tiny, "visionzip", tokens=12):
         patch.setattr(language, "read_prompt", spy)
         if known:
-            models.loaded(tiny).generate(rows, models.pictures(3), max_new_tokens=2, num_beams=2)
+            models.loaded(tiny).generate(rows, models.pixels(3), max_new_tokens=2, num_beams=2)
         else:
-            models.generate(tiny, models.inputs(tiny, rows, models.pictures(3)), num_beams=2)
+            models.generate(tiny, models.inputs(tiny, rows, models.pixels(3)), num_beams=2)
     assert len(seen) == 1 and seen[0][0] == seen[0][1]
     assert seen[0][0][0] in ((36, 0, 72), (36, 36, 0, 0, 72, 72))
 

@@ -19,7 +19,7 @@ ROWS = [models.prompt(4, 5)]
 
 @pytest.fixture
 def given(tiny: Any) -> dict[str, Any]:
-    return models.inputs(tiny, ROWS, models.pictures(1))
+    return models.inputs(tiny, ROWS, models.pixels(1))
 
 
 def test_peft_models_are_unwrapped(name: str, chosen: Setting, tiny: Any, given: Any, logits: Any) -> None:

@@ -128,7 +128,7 @@ def test_memory_that_runs_out_in_a_layer(tiny_models: Any) -> None:
 
     model = tiny_models["hf"]
     ask = models.loaded(model).generate
-    prompts, pixels = [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pictures(2)
+    prompts, pixels = [models.prompt(5, 9), models.prompt(3, 6, seed=1)], models.pixels(2)
     layer = models.language_model(model).layers[2]
 
     def full(*_: Any) -> None:

@@ -17,7 +17,7 @@ CLOSE = 2e-4
 
 
 def asked(model: Any, handle: Any, seed: int) -> tuple[Any, list[Any]]:
-    given = models.inputs(model, [models.prompt(4, 5)], models.pictures(1, seed=seed))
+    given = models.inputs(model, [models.prompt(4, 5)], models.pixels(1, seed=seed))
     out = models.generate(model, given, 5)
     return out, [k.tolist() for k in handle.last.kept]
 
@@ -25,7 +25,7 @@ def asked(model: Any, handle: Any, seed: int) -> tuple[Any, list[Any]]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["full", "autoprune", "autoprune-flash", "fastv", "pdrop", "visionzip", "sparsevlm"])
 def test_replays(name: str, fused: bool, tiny: Any) -> None:
-    """Three pictures, four times each, with exact and rounded text lengths."""
+    """Three images, four times each, with exact and rounded text lengths."""
     model, hyper = copy.deepcopy(tiny).to("cuda"), setting(name).hyper
     with llava_prune.pruned(model, name, **hyper) as handle:
         expected = [asked(model, handle, seed) for seed in range(3)]

@@ -25,7 +25,7 @@ def model(tiny: Any) -> Any:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_single_prompts(name: str, model: Any) -> None:
-    given = models.inputs(model, [models.prompt(4, 5)], models.pictures(1))
+    given = models.inputs(model, [models.prompt(4, 5)], models.pixels(1))
     answers, records = [], []
     for fused in (False, True):
         with llava_prune.pruned(model, name, check=True, fused=fused, **setting(name).hyper) as handle:
@@ -39,7 +39,7 @@ def test_single_prompts(name: str, model: Any) -> None:
 def test_batches(name: str, model: Any) -> None:
     """Two that keep the same counts, and padding with counts that differ, which plain torch does in part."""
     for rows in ([models.prompt(4, 5), models.prompt(4, 5, seed=2)], [models.prompt(4, 5), models.prompt(9, 2)]):
-        given = models.inputs(model, rows, models.pictures(2))
+        given = models.inputs(model, rows, models.pixels(2))
         with torch.inference_mode():
             with llava_prune.pruned(model, name, **setting(name).hyper) as handle:
                 plain, kept = model(**given).logits, [k.tolist() for k in handle.last.kept]

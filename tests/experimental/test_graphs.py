@@ -22,10 +22,10 @@ def test_some_methods_can_be_replayed() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replays_equal_ordinary_prefills(name: str, tiny: Any, recorder: Recorder) -> None:
-    """Three lengths and three pictures, each asked five times; answers stay as they are while others are replayed."""
+    """Three lengths and three images, each asked five times; answers stay as they are while others are replayed."""
     hyper = setting(name).hyper
     rows = [models.prompt(4, 5), models.prompt(9, 2, seed=1), models.prompt(4, 5, seed=2)]
-    asks = [(row, models.pictures(1, seed=s)) for row in rows for s in range(3)]
+    asks = [(row, models.pixels(1, seed=s)) for row in rows for s in range(3)]
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         expected = [asked(tiny, *ask, handle) for ask in asks]
     assert recorder.recorded == 0
@@ -47,14 +47,14 @@ def test_one_recording_for_each_schedule(tiny: Any, recorder: Recorder) -> None:
     hyper = {**setting("autoprune").hyper, "slope_step": 0.2}
     with torch.inference_mode(), llava_prune.pruned(tiny, "autoprune", graphs=True, **hyper) as handle:
         for _ in range(3):
-            slopes = [asked(tiny, models.prompt(4, 5), models.pictures(1, seed=s), handle)["stats"] for s in range(6)]
+            slopes = [asked(tiny, models.prompt(4, 5), models.pixels(1, seed=s), handle)["stats"] for s in range(6)]
         different = {tuple(s["scale"]) for s in slopes}
         assert recorder.recorded == 1 + len(different)
 
 
 @pytest.mark.parametrize("why", ["batch", "padding", "gradient", "no cache"])
 def test_other_requests_run_as_ever(why: str, tiny: Any, recorder: Recorder) -> None:
-    rows, pixels = [models.prompt(4, 5)] * (2 if why == "batch" else 1), models.pictures(2)
+    rows, pixels = [models.prompt(4, 5)] * (2 if why == "batch" else 1), models.pixels(2)
     given = models.inputs(tiny, rows, pixels[: len(rows)])
     if why == "padding":
         given = models.inputs(tiny, [models.prompt(4, 5), models.prompt(9, 2)], pixels)
@@ -68,18 +68,18 @@ def test_other_requests_run_as_ever(why: str, tiny: Any, recorder: Recorder) -> 
 def test_recordings_are_dropped_at_the_limit(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LIMIT", 2)
     with llava_prune.pruned(tiny, "fastv", tokens=12) as handle:
-        expected = [asked(tiny, models.prompt(3 + n, 4), models.pictures(1), handle) for n in range(3)]
+        expected = [asked(tiny, models.prompt(3 + n, 4), models.pixels(1), handle) for n in range(3)]
     with llava_prune.pruned(tiny, "fastv", graphs=True, tokens=12) as handle:
         for _ in range(4):
             for n in range(3):
-                same(asked(tiny, models.prompt(3 + n, 4), models.pictures(1), handle), expected[n])
+                same(asked(tiny, models.prompt(3 + n, 4), models.pixels(1), handle), expected[n])
     assert recorder.recorded > 3
 
 
 def test_recordings_outlive_an_attachment(tiny: Any, recorder: Recorder) -> None:
     """As the bench uses them, which detaches between two pruned requests."""
     method = llava_prune.build("autoprune", **setting("autoprune").hyper)
-    mine, row, pixels = graphs.Graphs(method, tiny.device), models.prompt(4, 5), models.pictures(1)
+    mine, row, pixels = graphs.Graphs(method, tiny.device), models.prompt(4, 5), models.pixels(1)
     with llava_prune.pruned(tiny, method) as handle:
         expected = asked(tiny, row, pixels, handle)
     for n in range(graphs.RECORDED + 2):
@@ -105,10 +105,10 @@ def test_refusals(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", METHODS)
 def test_lengths_share_recordings(name: str, tiny: Any, recorder: Recorder) -> None:
-    """Texts of 1 to 8 rows behind the picture are two shapes for a step of 4; a prompt that fits exactly is one of
+    """Texts of 1 to 8 rows after the image are two shapes for a step of 4; a prompt that fits exactly is one of
     them."""
     hyper = setting(name).hyper | ({"slope_step": 0.2} if "autoprune" in name else {})
-    asks = [(models.prompt(4, n, seed=n), models.pictures(1)) for n in range(1, 9)]
+    asks = [(models.prompt(4, n, seed=n), models.pixels(1)) for n in range(1, 9)]
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         expected = [asked(tiny, *ask, handle) for ask in asks]
     with llava_prune.pruned(tiny, name, graphs=True, text_step=4, **hyper) as handle:

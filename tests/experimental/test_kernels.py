@@ -49,7 +49,7 @@ def view_of(hidden: torch.Tensor, visual: torch.Tensor, counts: int) -> View:
 def test_cuts_are_the_same(
     before: int, patches: int, after: int, batch: int, parts: Any, clusters: int, split: bool, seed: int
 ) -> None:
-    """Ties, values that are no numbers, one or two pictures, no text on either side, all and nothing kept."""
+    """Ties, values that are no numbers, one or two images, no text on either side, all and nothing kept."""
     draw = torch.Generator().manual_seed(seed)
     length = before + patches + after
     visual = torch.zeros(batch, length, dtype=torch.bool, device=HERE)

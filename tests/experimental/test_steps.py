@@ -19,7 +19,7 @@ ROWS = [models.prompt(4, 5), models.prompt(9, 2, seed=1)]
 
 
 def answers(model: Any, rows: Any, new: int = 5, seed: int = 0, **options: Any) -> Any:
-    return models.generate(model, models.inputs(model, rows, models.pictures(len(rows), seed=seed)), new, **options)
+    return models.generate(model, models.inputs(model, rows, models.pixels(len(rows), seed=seed)), new, **options)
 
 
 def alike(a: Any, b: Any) -> None:
@@ -32,7 +32,7 @@ def alike(a: Any, b: Any) -> None:
 
 
 def in_turn(model: Any, texts: Sequence[int], rounds: int) -> None:
-    """Prompts with so many text rows behind the picture, several times over, are answered as without recordings."""
+    """Prompts with so many text rows after the image, several times over, are answered as without recordings."""
     rows = [[models.prompt(4, n)] for n in texts]
     with llava_prune.pruned(model, "fastv", tokens=16):
         expected = [answers(model, row) for row in rows]
@@ -94,7 +94,7 @@ def test_two_conversations_in_turn(tiny: Any, recorder: Recorder) -> None:
     def talk() -> torch.Tensor:
         opened = []
         for seed in range(2):
-            given = models.inputs(tiny, ROWS[:1], models.pictures(1, seed=seed))
+            given = models.inputs(tiny, ROWS[:1], models.pixels(1, seed=seed))
             opened.append(tiny(**given, use_cache=True).past_key_values)
         return torch.stack([step(cache, n) for n in range(6) for cache in opened])
 
@@ -111,7 +111,7 @@ def test_two_conversations_in_turn(tiny: Any, recorder: Recorder) -> None:
 
 def test_a_broken_request_spoils_none_after_it(tiny: Any, recorder: Recorder) -> None:
     """Columns that nobody sees are still multiplied, so they must not stay NaN."""
-    pixels = models.pictures(1)
+    pixels = models.pixels(1)
     with llava_prune.pruned(tiny, "fastv", tokens=16) as handle:
         expected = asked(tiny, ROWS[0], pixels, handle)
     with llava_prune.pruned(tiny, "fastv", tokens=16, graphs=True) as handle:
@@ -126,7 +126,7 @@ def test_cropped_caches_go_on(tiny: Any, recorder: Recorder) -> None:
     """Three tokens are taken back, another request comes between, and others follow."""
 
     def run() -> torch.Tensor:
-        given = models.inputs(tiny, ROWS[:1], models.pictures(1))
+        given = models.inputs(tiny, ROWS[:1], models.pixels(1))
         out = tiny(**given, use_cache=True)
         cache, logits = out.past_key_values, []
         for n in (0, 1, 2, 3, 4, 2, 3, 4):
@@ -153,7 +153,7 @@ def test_other_tokens_run_as_ever(why: str, tiny: Any, recorder: Recorder, monke
     with llava_prune.pruned(tiny, "vtw", **setting("vtw").hyper, graphs=True):
         for _ in range(3):
             with torch.no_grad():
-                cache = tiny(**models.inputs(tiny, ROWS[:1], models.pictures(1)), use_cache=True).past_key_values
+                cache = tiny(**models.inputs(tiny, ROWS[:1], models.pixels(1)), use_cache=True).past_key_values
             with torch.set_grad_enabled(why == "gradient"):
                 for n in range(2):
                     ids = torch.tensor([[3 + n] * (2 if why == "several" else 1)])

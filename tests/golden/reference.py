@@ -166,10 +166,10 @@ def write_reference(folder: Path, deep: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with its picture.
+    """A prompt with its image.
 
     Attributes:
-        ids: token ids, -200 for the picture.
+        ids: token ids, -200 for the image.
         pixels: (1, 3, 336, 336) float32, rounded to float16 before.
     """
 
@@ -177,14 +177,14 @@ class Case:
     pixels: Tensor
 
 
-def _picture(draw: torch.Generator, grid: int, noise: float, gain: float) -> Tensor:
+def _image(draw: torch.Generator, grid: int, noise: float, gain: float) -> Tensor:
     coarse = torch.randn(1, 3, grid, grid, generator=draw)
     smooth = functional.interpolate(coarse, size=(336, 336), mode="bicubic", align_corners=False) * gain
     return (smooth + noise * torch.randn(1, 3, 336, 336, generator=draw)).half().float()
 
 
 FIRST = {0: (20260001, 12, 0.3, 1.0), 1: (20260101, 24, 0.3, 1.0), 2: (20260201, 12, 0.5, 1.0)}
-"""Seed, grid, noise, gain of the pictures behind AutoPrune's, SparseVLM's and PyramidDrop's vectors."""
+"""Seed, grid, noise, gain of the images behind AutoPrune's, SparseVLM's and PyramidDrop's vectors."""
 SECOND = {0: (7104, 6, 0.3, 1.0, 35, 12), 1: (7201, 12, 0.15, 1.2, 35, 37), 2: (7304, 5, 0.2, 1.5, 35, 90)}
 """The same and the prompt's lengths, behind FastV's, VTW's and the vision-side methods' vectors."""
 
@@ -192,14 +192,14 @@ SECOND = {0: (7104, 6, 0.3, 1.0, 35, 12), 1: (7201, 12, 0.15, 1.2, 35, 37), 2: (
 def first_case(i: int, ids: list[int]) -> Case:
     """Case i of the first set; its ids were drawn elsewhere and stand in the recorded file."""
     seed, grid, noise, gain = FIRST[i]
-    return Case(ids, _picture(torch.Generator().manual_seed(seed), grid, noise, gain))
+    return Case(ids, _image(torch.Generator().manual_seed(seed), grid, noise, gain))
 
 
 def second_case(i: int) -> Case:
     """Case i of the second set, ids included."""
     seed, grid, noise, gain, before, after = SECOND[i]
     draw = torch.Generator().manual_seed(seed)
-    pixels = _picture(draw, grid, noise, gain)
+    pixels = _image(draw, grid, noise, gain)
     head = torch.randint(3, 250, (before - 1,), generator=draw).tolist()
     tail = torch.randint(3, 250, (after,), generator=draw).tolist()
     return Case([1, *head, IMAGE, *tail], pixels)

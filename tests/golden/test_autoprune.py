@@ -23,7 +23,7 @@ from tests.golden.reference import LAYERS, Case, first_case
 CASES = [f"case{c}_b{b}" for c in (0, 1, 2) for b in (192, 128, 64)] + ["case1_alt_b288"]
 MASKED = ["case2_mask_b64", "case2_mask_b128"]
 SIZE = (640, 427)
-"""Width and height of the picture behind the padding mask."""
+"""Width and height of the image behind the padding mask."""
 PROBE = [0.023154044523835182, -0.004471644293516874, -0.030095607042312622]
 """One weight of layers 0, 15 and 31."""
 
@@ -78,7 +78,7 @@ def test_recorded_runs(name: str, reference: Any, recorded: Any, cases: Any) -> 
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("form", ["square array", "flat tensor", "sizes"])
 def test_padding_mask(name: str, form: str, reference: Any, recorded: Any, cases: Any) -> None:
-    """The mask given as it is, or worked out from the size of the picture."""
+    """The mask given as it is, or worked out from the size of the image."""
     mask = recorded[f"{name}/pad_mask"]
     hyper = {
         "square array": {"mask_padding": mask},

@@ -15,7 +15,7 @@ from tests import models
 def test_cached_images_answer_alike(tiny: Any) -> None:
     """Methods that leave the tower alone share a pass; a tower that merges has its own."""
     loaded = models.loaded(tiny)
-    rows, pixels = [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2)
+    rows, pixels = [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pixels(2)
     names = ["full", "visionzip", "prumerge", "tome", "fastervlm"]
     methods = [llava_prune.build(n, **({} if n == "full" else {"tokens": 12})) for n in names]
     alone = []
@@ -38,7 +38,7 @@ def test_threads_share_a_cache(name: str, tiny: Any) -> None:
     """Many threads encode different images at the same time; each image keeps its own attention."""
     loaded = models.loaded(tiny)
     count, rows = 12, [models.prompt(5, 7)]
-    pixels = models.pictures(count)
+    pixels = models.pixels(count)
     method = llava_prune.build(name, tokens=12)
     with llava_prune.pruned(tiny, method):
         alone = [loaded.generate(rows, pixels[i : i + 1], max_new_tokens=3).tolist() for i in range(count)]
@@ -67,7 +67,7 @@ def test_threads_share_a_cache(name: str, tiny: Any) -> None:
 def test_the_user_encodes_inside_the_block(name: str, tiny: Any) -> None:
     """True features, and the cached images of later requests are their own."""
     loaded = models.loaded(tiny)
-    rows, pixels = [models.prompt(5, 7)], models.pictures(2)
+    rows, pixels = [models.prompt(5, 7)], models.pixels(2)
 
     def encoded() -> torch.Tensor:
         with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_user_encodes_inside_the_block(name: str, tiny: Any) -> None:
 
 def test_a_full_cache_goes_on(tiny: Any) -> None:
     loaded = models.loaded(tiny)
-    rows, pixels = [models.prompt(5, 7)], models.pictures(1)
+    rows, pixels = [models.prompt(5, 7)], models.pixels(1)
     with llava_prune.pruned(tiny, "visionzip", tokens=12) as handle:
         want = loaded.generate(rows, pixels, max_new_tokens=3)
         with loaded.remember_images([handle.method], limit=0) as cache:

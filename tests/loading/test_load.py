@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_prune
-from llava_prune.models.base import block_index, family_of
+from llava_prune.models.base import block_index
 from llava_prune.models.checkpoint import rename
+from llava_prune.models.family import family_of
 from llava_prune.models.load import SMALL, pick_dtype, weight_bytes
 from tests import models
 
@@ -70,7 +71,7 @@ def test_pickled_shards_load_as_safetensors_do(family: str, copied: Path, tiny_m
     as_published(copied)
     got = load(copied, family)
     assert got.family == family and got.tokenizer is None and got.n_visual == models.PATCHES
-    given = models.inputs(got.model, [models.prompt(4, 5)], models.pictures(1))
+    given = models.inputs(got.model, [models.prompt(4, 5)], models.pixels(1))
     assert torch.equal(logits(got.model, given), logits(tiny_models[family], given))
 
 
@@ -83,12 +84,12 @@ def test_a_tower_in_the_checkpoint_wins(family: str, copied: Path, tiny_models: 
     save_file(state, copied / "model.safetensors", {"format": "pt"})
     edit(copied, unfreeze_mm_vision_tower=True)
     got = load(copied, family).model
-    given = models.inputs(got, [models.prompt(4, 5)], models.pictures(1))
+    given = models.inputs(got, [models.prompt(4, 5)], models.pixels(1))
     other = models.tiny_hf()
     tower = models.tower(77).state_dict()
     assert other.model.vision_tower.load_state_dict(tower, strict=False).unexpected_keys == []
     assert torch.equal(
-        logits(got, given), logits(other, models.inputs(other, [models.prompt(4, 5)], models.pictures(1)))
+        logits(got, given), logits(other, models.inputs(other, [models.prompt(4, 5)], models.pixels(1)))
     )
     assert not torch.equal(logits(got, given), logits(tiny_models[family], given))
 
@@ -136,7 +137,7 @@ def test_transformers_format(stored: Path, tmp_path: Path, tiny_models: Any, log
     got = load(tmp_path / "hf", "auto")
     assert got.family == "hf" and got.image_processor is None and got.model.config.image_token_id == 150
     twin = tiny_models["hf"]
-    rows, pixels = [models.prompt(4, 5)], models.pictures(1)
+    rows, pixels = [models.prompt(4, 5)], models.pixels(1)
     a = logits(got.model, models.inputs(got.model, rows, pixels))[:, : models.VOCAB]
     assert torch.allclose(a, logits(twin, models.inputs(twin, rows, pixels)), atol=1e-5)
     with pytest.raises(ValueError, match="family='hf'"):

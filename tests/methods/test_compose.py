@@ -94,7 +94,7 @@ def test_a_changed_tower_cannot_be_read(tiny: Any) -> None:
 @pytest.mark.parametrize("second", ["fastv", "vtw", "pdrop", "sparsevlm", "random", "uniform"])
 def test_any_first_with_any_second(first: str, second: str, tiny: Any) -> None:
     """The first leaves about 20 of 36 patches, the second prunes those and no others."""
-    given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pictures(2))
+    given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pixels(2))
     with llava_prune.pruned(tiny, first, tokens=20) as handle, torch.inference_mode():
         tiny(**given)
         alone = handle.last
@@ -112,8 +112,8 @@ def test_any_first_with_any_second(first: str, second: str, tiny: Any) -> None:
 
 
 def test_places_reach_topv_through_a_choice_of_patches(tiny: Any) -> None:
-    """All rows have a patch, so the grid term of the cost is the one of the unpruned picture's places."""
-    given = models.inputs(tiny, [models.prompt(5, 7)], models.pictures(1))
+    """All rows have a patch, so the grid term of the cost is the one of the unpruned image's places."""
+    given = models.inputs(tiny, [models.prompt(5, 7)], models.pixels(1))
     kept = []
     for beta in (0.0, 50.0):
         hyper = {"tokens": 16, "vision_tokens": 30, "beta": beta, "sigma": 1.0}

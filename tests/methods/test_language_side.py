@@ -13,7 +13,7 @@ from llava_prune import Spans, View, VisionView
 from llava_prune.methods.sparsevlm import raters, rotary_ones
 from llava_prune.methods.topv import grid_distance, transport, unit_range
 from llava_prune.methods.vtw import divergence, first_below
-from tests.models import inputs, pictures, prompt, tiny_hf
+from tests.models import inputs, pixels, prompt, tiny_hf
 
 
 def view(before: int, n_visual: int, after: int, probs: Any = None, next_row: Any = None, layers: int = 4) -> View:
@@ -52,7 +52,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def given(model: Any) -> Any:
-    return inputs(model, [prompt(5, 7)], pictures(1))
+    return inputs(model, [prompt(5, 7)], pixels(1))
 
 
 def logits(model: Any, given: Any, method: str, **hyper: Any) -> tuple[torch.Tensor, Any]:

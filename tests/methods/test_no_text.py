@@ -23,7 +23,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def given(model: Any) -> Any:
-    return models.inputs(model, [ROW], models.pictures(1))
+    return models.inputs(model, [ROW], models.pixels(1))
 
 
 def last_attention(model: Any, given: Any, layer: int) -> torch.Tensor:
@@ -86,6 +86,6 @@ def test_autoprune_has_no_information(model: Any, given: Any) -> None:
 
 def test_text_changes_all_of_it(model: Any) -> None:
     """With text after the image none of the above holds."""
-    other = models.inputs(model, [models.prompt(BEFORE, 6)], models.pictures(1))
+    other = models.inputs(model, [models.prompt(BEFORE, 6)], models.pixels(1))
     record = kept(model, other, "autoprune", tokens=9, mi_scale=50)
     assert record.stats["mi0"] != [0.0] and record.stats["slope"] != [0.4]

@@ -17,7 +17,7 @@ from tests import models
 def test_autoprune_not_strict_moves_nothing() -> None:
     """A layer that drops one token and recycles it alone: a merged token at the end, or nothing."""
     model = models.tiny_hf()
-    given = models.inputs(model, [models.prompt(5, 7)], models.pictures(1))
+    given = models.inputs(model, [models.prompt(5, 7)], models.pixels(1))
     records = {}
     for strict in (True, False):
         with llava_prune.pruned(model, "autoprune", tokens=20, k0=0, strict=strict) as handle:

@@ -20,7 +20,7 @@ from tests import models
 
 
 def view(score: list[float], features: Tensor, keys: Tensor, cls: Tensor | None = None, crops: int = 1) -> VisionView:
-    """One picture, one head; `score` is the class token's row, `keys` (1 + T, d) include the class token's."""
+    """One image, one head; `score` is the class token's row, `keys` (1 + T, d) include the class token's."""
     probs = torch.tensor([0.0, *score])[None, None, None]
     t = len(score)
     return VisionView(features[None], {0: probs}, {0: keys[None, None]}, (1, t), cls=cls, crops=crops)
@@ -37,7 +37,7 @@ def test_fastervlm_keeps_raster_order() -> None:
 
 @pytest.mark.parametrize("crops, total", [(5, 145), (3, 87)])
 def test_fastervlm_on_crops(crops: int, total: int) -> None:
-    """29 a crop where a picture has up to 5."""
+    """29 a crop where an image has up to 5."""
     probs = torch.rand(crops, 2, 1, 577, generator=torch.Generator().manual_seed(0))
     shown = VisionView(torch.zeros(crops, 576, 2), {0: probs}, {}, (24, 24), crops=5)
     cut = llava_prune.build("fastervlm", tokens=145).prune_vision(shown)
@@ -73,7 +73,7 @@ def test_class_token_row_is_the_towers_own(family: str) -> None:
             (rows,) = view.attention.values()
             seen.update(rows=rows, score=view.class_attention())
 
-    given = models.inputs(model, [models.prompt(5, 7)] * 2, models.pictures(2))
+    given = models.inputs(model, [models.prompt(5, 7)] * 2, models.pixels(2))
     (attention,) = (m for n, m in model.named_modules() if n.endswith("encoder.layers.2.self_attn"))
     attention.config._attn_implementation = "eager"
     hook = attention.register_forward_hook(lambda module, args, output: seen.update(whole=output[1]))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import llava_prune
 from llava_prune.methods.registry import resolve
-from tests.models import PATCHES, VOCAB, cache_lengths, generate, inputs, pictures, prompt
+from tests.models import PATCHES, VOCAB, cache_lengths, generate, inputs, pixels, prompt
 from tests.oracle.dense import Replay, Watch, near, replay, spliced
 
-ARGUMENTS: dict[str, dict[str, Any]] = {  # a first layer with all of an anyres picture costs 20 tokens on average
+ARGUMENTS: dict[str, dict[str, Any]] = {  # a first layer with all of an anyres image costs 20 tokens on average
     "fastv": {"tokens": 30},
     "pdrop": {"tokens": 30},
     "topv": {"tokens": 30},
@@ -32,14 +32,14 @@ def small(name: str) -> Any:
 
 
 def batch(model: Any, kind: str) -> dict[str, Any]:
-    """Inputs: "one" sample; "pair" of equal lengths; "padded", with two pictures, and none, and no text after."""
+    """Inputs: "one" sample; "pair" of equal lengths; "padded", with two images, and none, and no text after."""
     if kind == "one":
-        return inputs(model, [prompt(5, 7)], pictures(1))
+        return inputs(model, [prompt(5, 7)], pixels(1))
     if kind == "pair":
-        return inputs(model, [prompt(5, 7), prompt(4, 8, seed=1)], pictures(2))
+        return inputs(model, [prompt(5, 7), prompt(4, 8, seed=1)], pixels(2))
     assert kind == "padded"
     rows = [prompt(4, 6), prompt(6, 11, images=2, seed=1), prompt(12, 5, images=0, seed=2), prompt(9, 0, seed=3)]
-    return inputs(model, rows, pictures(4))
+    return inputs(model, rows, pixels(4))
 
 
 def check_record(record: Any, found: Replay) -> None:
@@ -85,7 +85,7 @@ def full_columns(model: Any, given: dict[str, Any]) -> int:
 
 
 def visual_before(given: dict[str, Any]) -> list[int]:
-    """Visual tokens of each sample before any cut, pictures being 36 tokens each."""
+    """Visual tokens of each sample before any cut, images being 36 tokens each."""
     ids: Tensor = given["input_ids"]
     if "images" in given:
         return ((ids == -200).sum(1) * PATCHES).tolist()

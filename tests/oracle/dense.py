@@ -35,7 +35,7 @@ class Prompt:
     Attributes:
         embeds: (B, L, D).
         valid: (B, L) bool.
-        source: (B, L) long, the patch behind each row, counted over all pictures; NEWLINE or TEXT elsewhere.
+        source: (B, L) long, the patch behind each row, counted over all images; NEWLINE or TEXT elsewhere.
     """
 
     embeds: Tensor
@@ -241,7 +241,7 @@ class Replay:
 class _Board:
     """Which row stands in which column, by sample; None for padding and filler.
 
-    A row is its column in the unpruned prompt, (MERGED, layer, number), or (VISION, picture, row) where the vision side
+    A row is its column in the unpruned prompt, (MERGED, layer, number), or (VISION, image, row) where the vision side
     sends rows of its own.
     """
 
@@ -267,7 +267,7 @@ class _Board:
             self.numbers.append({column: n for n, column in enumerate(places)})
 
     def _sent(self, b: int, rows: list[int], vision: Any) -> list[Any]:
-        """The rows of sample b with those of the vision side in the places of its pictures."""
+        """The rows of sample b with those of the vision side in the places of its images."""
         patches, source = PATCHES, self.prompt.source[b].tolist()
         first = min((s // patches for s in source if s >= 0), default=0)
         out: list[Any] = []
@@ -368,7 +368,7 @@ def replay(
         answer = asked[layer].answer if layer in asked else None
         if answer is None:
             return
-        for b, old in enumerate(board.columns):  # a merged row stands at the end of the picture
+        for b, old in enumerate(board.columns):  # a merged row stands at the end of the image
             last = max((place[b][c] for c in old if board.visual(b, c)), default=0)
             for c in range(0 if answer.merged is None else answer.merged.shape[1]):
                 place[b][MERGED, layer, c] = last

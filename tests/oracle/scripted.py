@@ -35,7 +35,7 @@ class Scripted(Method):
             return None
         view.patch_values["number"] = torch.arange(view.features[..., 0].numel()).view(view.features.shape[:2]) + 1.0
         n, t = view.features.shape[:2]
-        live = (torch.arange(n * t) % self.vision != 0).view(n, t)  # pictures keep different counts
+        live = (torch.arange(n * t) % self.vision != 0).view(n, t)  # images keep different counts
         return VisionCut(live, view.features.roll(1, 1) * 0.5 + view.features)
 
     def queries(self, layer: int, spans: Spans) -> torch.Tensor | None:
@@ -68,4 +68,4 @@ class Scripted(Method):
 
 
 SCRIPT = {-1: (0.9, 0), 1: (0.7, 2), 2: (0.6, 0), 3: (0.0, 1), 5: (0.5, 0)}
-"""Cuts before the first layer, with and without merged rows, of whole pictures, and after the last layer."""
+"""Cuts before the first layer, with and without merged rows, of whole images, and after the last layer."""

@@ -16,7 +16,7 @@ from tests.models import (
     generate,
     inputs,
     language_model,
-    pictures,
+    pixels,
     prompt,
     tiny_hf,
     tiny_llava,
@@ -70,7 +70,7 @@ def test_grouped_query_attention(family: str) -> None:
 
 def right_padded(model: Any) -> dict[str, Any]:
     rows = [prompt(4, 6), prompt(6, 11, images=2, seed=1), prompt(9, 3, seed=3)]
-    return inputs(model, rows, pictures(4), side="right")
+    return inputs(model, rows, pixels(4), side="right")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,13 +103,13 @@ def test_right_padding(family: str, positions: str, decode: str, monkeypatch: An
 
 
 def test_a_mask_with_holes() -> None:
-    """Masked columns in the middle of the text behind a picture."""
+    """Masked columns in the middle of the text after a image."""
     model = model_of("hf")
     given = batch(model, "padded")
     ids, mask = given["input_ids"], given["attention_mask"]
     text = (ids != VOCAB) & mask.bool()
     after = text.shape[1] - 3
-    mask[1, after] = mask[0, after - 1] = 0  # behind the picture
+    mask[1, after] = mask[0, after - 1] = 0  # after the image
     assert bool(text[1, after]) and bool(text[0, after - 1])
     check(model, Scripted(SCRIPT, "renumber", "cache"), given)
 
@@ -175,7 +175,7 @@ def test_beams(family: str, vision: int) -> None:
     """Scores of the best beam are those of its tokens in the dense model."""
     model = model_of(family)
     rows = [prompt(4, 6), prompt(6, 11, seed=1), prompt(12, 5, images=0, seed=2), prompt(9, 0, seed=3)]
-    given = inputs(model, rows, pictures(3))  # transformers 5.14 shuffles several pictures of a prompt among its beams
+    given = inputs(model, rows, pixels(3))  # transformers 5.14 shuffles several images of a prompt among its beams
     watch = Watch(Scripted(SCRIPT, "keep", "cache", vision, copies=3))
     with llava_prune.pruned(model, watch.method) as handle:
         out = generate(model, given, 4, num_beams=3, output_scores=True)
@@ -186,7 +186,7 @@ def test_beams(family: str, vision: int) -> None:
         a.attention = None if a.attention is None else a.attention[::3]
         a.next_row = None if a.next_row is None else a.next_row[::3]
         a.answer = a.answer and _third(a.answer)
-    if watch.vision is not None and len(watch.vision.live) == 9:  # ... and encodes every beam's pictures
+    if watch.vision is not None and len(watch.vision.live) == 9:  # ... and encodes every beam's images
         cut = watch.vision
         watch.vision = dataclasses.replace(cut, live=cut.live[::3], features=cut.features[::3])
     features = None if watch.vision is None else watch.vision.features
@@ -241,7 +241,7 @@ def test_without_cache(family: str) -> None:
 
 
 def test_generate_without_cache() -> None:
-    """Each step is a prefill of its own, cut anew; transformers' own loop gives the pictures every time."""
+    """Each step is a prefill of its own, cut anew; transformers' own loop gives the images every time."""
     model = model_of("hf")
     given = batch(model, "pair")
     watch = Watch(Scripted(SCRIPT, "renumber", "cache", 3))
@@ -305,7 +305,7 @@ def test_flash_attention_gets_what_it_can_read(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_picture_in_a_later_turn_is_refused(family: str) -> None:
+def test_an_image_in_a_later_turn_is_refused(family: str) -> None:
     model = model_of(family)
     given = batch(model, "one")
     turn = {k: v for k, v in given.items() if k != "attention_mask"}
@@ -321,8 +321,8 @@ def test_a_picture_in_a_later_turn_is_refused(family: str) -> None:
         assert out.logits.shape[1] == 2
 
 
-def test_a_failed_prefill_leaves_no_picture_behind() -> None:
-    """What a broken call noted must not make a later turn on another cache look like a picture."""
+def test_a_failed_prefill_leaves_no_image_behind() -> None:
+    """What a broken call noted must not make a later turn on another cache look like an image."""
     model = model_of("hf")
     given = batch(model, "one")
     with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():

@@ -44,7 +44,7 @@ def test_sizes_must_be_positive(size: tuple[int, int]) -> None:
 
 def asked(model: Any, n: int, sizes: Any) -> list[Any]:
     """Kept tokens of a prompt with n images under `image_sizes`, or the package's own argument."""
-    given = models.inputs(model, [models.prompt(4, 5, images=n)], models.pictures(n))
+    given = models.inputs(model, [models.prompt(4, 5, images=n)], models.pixels(n))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle:
         if models.is_llava(model):
             models.generate(model, {**given, "image_sizes": sizes}, 2)
@@ -67,7 +67,7 @@ def test_sizes_must_fit_the_images(tiny: Any) -> None:
 @pytest.mark.parametrize("method", ["uniform", "visionzip"])
 def test_sizes_are_checked_for_every_method(tiny_models: dict[str, Any], method: str) -> None:
     model = tiny_models["hf"]
-    given = models.inputs(model, [ROW], models.pictures(1))
+    given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, method, tokens=9), llava_prune.image_sizes([WIDE, WIDE]):
         for call in (lambda: models.generate(model, given), lambda: model(**given)):
             with pytest.raises(ValueError, match="2 image sizes for 1 images"):
@@ -78,7 +78,7 @@ def test_sizes_with_beams(tiny_models: dict[str, Any]) -> None:
     """Beams may encode every image several times."""
     model = tiny_models["hf"]
     rows = [ROW, models.prompt(7, 3, seed=1)]
-    given = models.inputs(model, rows, models.pictures(2))
+    given = models.inputs(model, rows, models.pixels(2))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle, llava_prune.image_sizes([WIDE, (60, 200)]):
         models.generate(model, given, 2)
         kept = [k.tolist() for k in handle.last.kept]
@@ -111,7 +111,7 @@ def in_thread(call: Any) -> Thread:
 def test_threads_started_inside_the_block(tiny_models: dict[str, Any]) -> None:
     """The usual pattern of a TextIteratorStreamer: told of the copied context, and right with one."""
     model = tiny_models["hf"]
-    given = models.inputs(model, [ROW], models.pictures(1))
+    given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle:
 
         def kept() -> list[Any]:
@@ -138,7 +138,7 @@ def test_threads_started_inside_the_block(tiny_models: dict[str, Any]) -> None:
 def test_threads_of_methods_that_know_no_padding(tiny_models: dict[str, Any], method: str) -> None:
     """Another thread's sizes do not concern them."""
     model = tiny_models["hf"]
-    given = models.inputs(model, [ROW], models.pictures(1))
+    given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, method, tokens=16), llava_prune.image_sizes([WIDE]):
         assert in_thread(lambda: models.generate(model, given, 2)).error is None
 
@@ -172,7 +172,7 @@ def test_padding_side_and_threads(tiny_models: dict[str, Any]) -> None:
     model = tiny_models["llava"]
     model.config.tokenizer_padding_side = "right"
     loaded = models.loaded(model)
-    rows, pixels = [ROW, models.prompt(9, 2, seed=1)], models.pictures(2)
+    rows, pixels = [ROW, models.prompt(9, 2, seed=1)], models.pixels(2)
     try:
         expected = loaded.generate(rows, pixels, max_new_tokens=3).tolist()
         wrong: list[Any] = []
@@ -197,7 +197,7 @@ def test_padding_side_and_threads(tiny_models: dict[str, Any]) -> None:
 
 def test_prompts_beyond_the_context(tiny_models: dict[str, Any]) -> None:
     """Four images: package llava would cut off the question; it is kept, and both families answer alike."""
-    rows, pixels = [models.prompt(4, 9, images=4)], models.pictures(4)
+    rows, pixels = [models.prompt(4, 9, images=4)], models.pixels(4)
     answers = []
     for family in ("llava", "hf"):
         model = tiny_models[family]

@@ -12,11 +12,11 @@ from playground.tiny import scenes as sc
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_scene_and_picture_are_deterministic(seed):
+def test_scene_and_image_are_deterministic(seed):
     first, second = sc.make_scene(seed), sc.make_scene(seed)
     assert first == second
-    assert np.array_equal(dt.picture(first), dt.picture(second))
-    assert not np.array_equal(dt.picture(first), dt.picture(sc.make_scene(seed + 1)))
+    assert np.array_equal(dt.pixels_of(first), dt.pixels_of(second))
+    assert not np.array_equal(dt.pixels_of(first), dt.pixels_of(sc.make_scene(seed + 1)))
 
 
 def test_things_do_not_touch_and_lie_inside():
@@ -51,10 +51,10 @@ def test_instance_map_covers_every_thing():
 def test_patchify_matches_a_convolution():
     import torch
 
-    pixels = dt.picture(sc.make_scene(5))
+    pixels = dt.pixels_of(sc.make_scene(5))
     kernel = torch.randn(4, 3, sc.PATCH, sc.PATCH)
-    picture = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
-    want = torch.nn.functional.conv2d(picture, kernel, stride=sc.PATCH).flatten(2)[0].T
+    image = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    want = torch.nn.functional.conv2d(image, kernel, stride=sc.PATCH).flatten(2)[0].T
     got = torch.from_numpy(dt.patchify(pixels).reshape(576, -1)).float() @ kernel.flatten(1).T
     assert torch.allclose(want, got, rtol=1e-4, atol=1e-1)
 

@@ -70,7 +70,7 @@ def test_the_letter_names_the_right_option(chinese):
     assert set(kinds) == {"color", "shape", "count", "word", "number", "side"}
 
 
-def test_prompts_without_a_picture_share_the_system_text(model_dir):
+def test_prompts_without_an_image_share_the_system_text(model_dir):
     model = tk.load(model_dir)
     case = su.science_text(sc.make_scene(0), np.random.default_rng(0))
     ids = tk.after_system(model, case.prompt)
@@ -88,7 +88,7 @@ def test_files_are_those_the_generator_writes(name, mini, tmp_path):
     for path in made:
         if path.suffix in (".json", ".jsonl"):
             assert filecmp.cmp(tmp_path / path, mini / path, shallow=False), path
-        elif path.suffix == ".tsv":  # pictures inside may differ with the JPEG library
+        elif path.suffix == ".tsv":  # images inside may differ with the JPEG library
             fresh, shipped = table(tmp_path / path), table(mini / path)
             for row in fresh + shipped:
                 del row["image"]
@@ -110,7 +110,7 @@ def test_sizes(mini):
     assert all(100 <= n <= 400 for n in counts.values()), counts
 
 
-def test_mme_has_a_yes_and_a_no_for_every_picture(mini):
+def test_mme_has_a_yes_and_a_no_for_every_image(mini):
     tasks = Counter()
     for path in (mini / "MME" / "MME_Benchmark_release_version").rglob("*.txt"):
         said = [line.split("\t")[1] for line in path.read_text(encoding="utf-8").splitlines()]

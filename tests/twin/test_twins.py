@@ -105,7 +105,7 @@ def test_embeddings_of_another_size_are_refused(tmp_path: Path) -> None:
 
 def test_a_next_checkpoint_in_transformers_format(tmp_path: Path) -> None:
     model = model_of("next")
-    given = pictures_of(model, [(3 * SIDE, SIDE)])
+    given = anyres_inputs(model, [(3 * SIDE, SIDE)])
     model.save_pretrained(tmp_path / "saved")
     again = llava_prune.load(tmp_path / "saved", family="hf", dtype="float32", device="cpu")
     assert type(again.model).__name__ == "LlavaNextForConditionalGeneration"
@@ -120,8 +120,8 @@ SIZES = {
 }
 
 
-def pictures_of(model: Any, sizes: list[tuple[int, int]], together: bool = False) -> dict[str, Any]:
-    """Anyres pictures, one a prompt or all in one prompt."""
+def anyres_inputs(model: Any, sizes: list[tuple[int, int]], together: bool = False) -> dict[str, Any]:
+    """Anyres images, one a prompt or all in one prompt."""
     cut = [crops(s, seed=i) for i, s in enumerate(sizes)]
     if together:
         rows = [prompt(4, 6, images=len(sizes))]
@@ -134,7 +134,7 @@ def pictures_of(model: Any, sizes: list[tuple[int, int]], together: bool = False
 @pytest.mark.parametrize("name", ["full", "autoprune"])
 def test_anyres_agrees(name: str, label: str) -> None:
     sizes = SIZES[label]
-    pairs = [run(model_of(k), small(name), pictures_of(model_of(k), sizes)) for k in ("anyres", "next")]
+    pairs = [run(model_of(k), small(name), anyres_inputs(model_of(k), sizes)) for k in ("anyres", "next")]
     same(*pairs)
     assert pruned_somewhere(name, pairs[0][1])
 
@@ -148,14 +148,14 @@ def test_anyres_agrees_for_every_method(name: str) -> None:
             with pytest.raises(ValueError, match="crops"):
                 llava_prune.attach(model_of(kind), small(name))
         return
-    pairs = [run(model_of(k), small(name), pictures_of(model_of(k), sizes)) for k in ("anyres", "next")]
+    pairs = [run(model_of(k), small(name), anyres_inputs(model_of(k), sizes)) for k in ("anyres", "next")]
     same(*pairs)
 
 
-def test_several_anyres_pictures_in_a_prompt() -> None:
+def test_several_anyres_images_in_a_prompt() -> None:
     sizes = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)]
     pairs = [
-        run(model_of(k), Scripted(SCRIPT, "keep", "cache", 3), pictures_of(model_of(k), sizes, together=True))
+        run(model_of(k), Scripted(SCRIPT, "keep", "cache", 3), anyres_inputs(model_of(k), sizes, together=True))
         for k in ("anyres", "next")
     ]
     same(*pairs)
@@ -166,7 +166,7 @@ def test_several_anyres_pictures_in_a_prompt() -> None:
 def test_anyres_equals_dense_model(kind: str, vision: int) -> None:
     """Padding off, newline tokens in, crops dropped by the vision side: all against the dense replay."""
     model = model_of(kind)
-    given = pictures_of(model, [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)])
+    given = anyres_inputs(model, [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)])
     found = check(model, Scripted(SCRIPT, "renumber", "cache", vision), given)
     assert found.columns[0] > found.columns[-1]
 
@@ -175,14 +175,14 @@ def test_anyres_equals_dense_model(kind: str, vision: int) -> None:
 def test_newline_tokens_stay_when_patches_go(kind: str) -> None:
     """The vision side drops every patch; one newline for each row of the unpadded grid is left."""
     model = model_of(kind)
-    given = pictures_of(model, [(3 * SIDE, SIDE)])
+    given = anyres_inputs(model, [(3 * SIDE, SIDE)])
 
     class Nothing(llava_prune.Method):
         def prune_vision(self, view: Any) -> Any:
             return llava_prune.VisionCut(torch.zeros_like(view.features[..., 0], dtype=torch.bool), view.features)
 
     _, record = run(model, Nothing(), given)
-    rows = round(2 * models.GRID * SIDE / (3 * SIDE))  # a picture 3:1 on a grid of two crops side by side
+    rows = round(2 * models.GRID * SIDE / (3 * SIDE))  # an image 3:1 on a grid of two crops side by side
     assert record.tokens_in.tolist() == [[rows] * models.LAYERS]
 
 
@@ -200,7 +200,7 @@ def large(tmp_path_factory: Any) -> tuple[Any, Any]:
 
 
 def test_2880_visual_tokens(large: tuple[Any, Any], monkeypatch: Any) -> None:
-    """A square picture at LLaVA-NeXT's largest: 2,880 patches and 48 newline tokens."""
+    """A square image at LLaVA-NeXT's largest: 2,880 patches and 48 newline tokens."""
     monkeypatch.setattr(models, "SIDE", 336)
     monkeypatch.setattr(models, "PINPOINTS", [[672, 672]])
     given = [inputs(m, [prompt(5, 9)], [crops((900, 900))], [(900, 900)]) for m in large]
