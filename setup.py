@@ -45,9 +45,10 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "matplotlib>=3.7",
-            # the kernels' tests; a CUDA build of torch has brought its own, which satisfies this
-            "triton>=3.3; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "peft>=0.17",
         ],
+        # tests of llava_prune.experimental; a CUDA build of torch brings its own triton, which satisfies this
+        "experimental": ["triton>=3.3; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     },
     entry_points={"console_scripts": ["llava-prune = llava_prune.cli:main"]},
     classifiers=[

@@ -4,7 +4,7 @@ At batch 1 a prefill of a few hundred tokens is a thousand small kernels, and a 
 asked for the next. A replay asks for all of them at once. A prefill is captured in pieces, one up to each tensor that
 the method asks for (`Method.host_values`; AutoPrune has one, most methods none) and one after the last. Which piece
 follows depends on what `Method.decide` makes of the values, so there is one for each decision: AutoPrune with
-`slope_step` has few of them. A piece is captured when it is wanted for the second time; the first time it runs as usual.
+`slope_step` has few of them. A piece is captured when it is wanted for the second time; the first time it runs as ever.
 
 Inputs are copied to where the recording read them; caches, states and record are copied out, so an answer does not
 change when the next one is replayed.

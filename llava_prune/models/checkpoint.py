@@ -119,6 +119,30 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
     return spare
 
 
+def _from_pretrained(
+    build: Any, folder: Path, dtype: torch.dtype, attn: str | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers' own loading, and its loading info.
+
+    Raises:
+        ValueError: for weights that are missing, truncated or of another model.
+    """
+    if attn is not None:
+        options["attn_implementation"] = attn
+    try:
+        model, info = build.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
+            raise
+        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    return model, info
+
+
 def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into the `llava` package's class."""
     try:
@@ -133,20 +157,7 @@ def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn
     options.mm_vision_tower = tower
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
-    extra = {} if attn is None else {"attn_implementation": attn}
-    try:
-        model, info = LlavaLlamaForCausalLM.from_pretrained(
-            str(folder), config=options, dtype=dtype, output_loading_info=True, **extra
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
-            raise
-        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    model, _ = _from_pretrained(LlavaLlamaForCausalLM, folder, dtype, attn, config=options)
     vision = model.get_vision_tower()
     vision.load_model()
     vision.image_processor = image_processor(tower)
@@ -276,22 +287,9 @@ def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, 
 
     shards(folder)
     build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
-    extra: dict[str, Any] = {} if attn is None else {"attn_implementation": attn}
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
-    try:
-        model, info = build.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=past, **extra
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
-            raise
-        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    model, info = _from_pretrained(build, folder, dtype, attn, ignore_mismatched_sizes=past)
     if past:
         _read_placeholder(model, folder, info["mismatched_keys"])
     has_processor = (folder / "preprocessor_config.json").is_file()

@@ -12,7 +12,7 @@ import llava_prune
 from tests import models
 from tests.contract.settings import setting
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CLOSE = 2e-4
 
 
