@@ -172,7 +172,10 @@ def _table(known: HostPrompts, batch: int, length: int, cut: VisionTokens | None
     widths = [len(row) + n * (known.patches - 1) for row, n in zip(known.rows, named, strict=True)]
     if max(widths) != length or batch % len(widths) or any(crops > 1 for crops, _, _ in layout):
         return None
-    blanks = len(layout) > sum(named)  # package llava takes an image for every prompt without one
+    with_blanks = sum(max(n, 1) for n in named)  # package llava takes an image for every prompt without one
+    if layout and len(layout) not in (sum(named), with_blanks):  # older transformers encode the images of every beam
+        return None
+    blanks = len(layout) > sum(named)
     out, image = [], 0
     for row, n, width in zip(known.rows, named, widths, strict=True):
         first, at = [-1] * len(layout), -1
