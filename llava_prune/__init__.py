@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .ops.merging import Merge
     from .ops.selection import Cut
     from .runtime.record import Record
-    from .runtime.state import image_sizes
+    from .runtime.sizes import image_sizes
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ _HOME = {
     "ops.merging": "Merge",
     "ops.selection": "Cut",
     "runtime.record": "Record",
-    "runtime.state": "image_sizes",
+    "runtime.sizes": "image_sizes",
 }
 _MODULES = {name: module for module, listed in _HOME.items() for name in listed.split()}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .methods.base import Method
 from .methods.registry import build
-from .models.base import encoder_blocks, peel, refuse_wrappers
+from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
@@ -44,6 +44,19 @@ class Handle:
     def attached(self) -> bool:
         """Whether the model is pruned by this handle."""
         return bool(self._undo)
+
+    def install(self, family: Family) -> None:
+        """Put hooks and replacements in place, all of them or none."""
+        model, lm = self.model, family.language_model(self.model)
+        blocks = encoder_blocks(family.encoder(model))
+        try:
+            self._undo.append(replace_method(lm, "forward", language_forward, self, lm))
+            self._undo.extend(self.vision.install(family.tower(model), blocks, family.projector(model)))
+            self._undo.extend(family.install(model, self))
+            setattr(model, ATTRIBUTE, self)
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Restore the model as `attach` found it. A second call does nothing.
@@ -97,12 +110,7 @@ def attach(
         ValueError: unknown method or value, a model that is not supported or does not have what the method needs, a
             model that is pruned already, or acceleration that the device does not have. Nothing is changed then.
     """
-    if isinstance(method, str):
-        method = build(method, **hyper)
-    elif hyper:
-        raise ValueError(f"hyper-parameters {sorted(hyper)} go with a method's name; {method!r} is built already")
-    elif not isinstance(method, Method):
-        raise ValueError(f"{method!r} is neither a method's name nor a Method")
+    method = _built(method, hyper)
     refuse_wrappers(model)
     model = peel(model)
     family = family_of(model)
@@ -123,17 +131,19 @@ def attach(
         from .experimental.engine import Engine
 
         handle.engine = Engine(method, model.device, graphs, text_step, fused)
-    lm, undo = family.language_model(model), handle._undo
-    try:
-        blocks = encoder_blocks(family.encoder(model))
-        undo.append(replace_method(lm, "forward", language_forward, handle, lm))
-        undo.extend(handle.vision.install(family.tower(model), blocks, family.projector(model)))
-        undo.extend(family.install(model, handle))
-        setattr(model, ATTRIBUTE, handle)
-    except BaseException:
-        handle.detach()
-        raise
+    handle.install(family)
     return handle
+
+
+def _built(method: str | Method, hyper: dict[str, Any]) -> Method:
+    """The instance that `attach` was asked for."""
+    if isinstance(method, str):
+        return build(method, **hyper)
+    if not isinstance(method, Method):
+        raise ValueError(f"{method!r} is neither a method's name nor a Method")
+    if hyper:
+        raise ValueError(f"hyper-parameters {sorted(hyper)} go with a method's name; {method!r} is built already")
+    return method
 
 
 def attached_handle(model: Any) -> Handle | None:

@@ -25,10 +25,11 @@ from ..methods.base import Method
 from ..methods.checks import integer
 from ..methods.views import PADDING, View
 from ..runtime.compat import DynamicCache
+from ..runtime.decode import DecodeState
 from ..runtime.prefill import Prefill
 from ..runtime.prompt import Prompt, padded
 from ..runtime.record import Trace
-from ..runtime.state import DecodeState, ImageState
+from ..runtime.state import ImageState
 from .steps import Recordings, Steps, recordable
 
 LIMIT = 32

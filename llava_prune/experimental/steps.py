@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..ops.selection import to_device
 from ..runtime.compat import DynamicCache
-from ..runtime.decode import Decode, stage_of, through
-from ..runtime.state import Stage
+from ..runtime.decode import Decode, Stage, stage_of, through
 
 GRAIN = 64
 """Sizes of buffers are multiples of this, so that requests of nearly the same counts share a recording."""

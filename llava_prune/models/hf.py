@@ -9,19 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
-from ..runtime.state import (
-    ImageState,
-    RequestState,
-    Splice,
-    active,
-    decode_state,
-    hinting,
-    refuse_later_image,
-    request,
-)
+from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")

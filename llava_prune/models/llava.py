@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.selection import to_device
+from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
-from ..runtime.state import (
-    ImageState,
-    RequestState,
-    Splice,
-    active,
-    checked_sizes,
-    decode_state,
-    hinting,
-    refuse_later_image,
-    request,
-)
+from ..runtime.sizes import checked_sizes
+from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 IMAGE = -200

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..runtime.state import HostPrompts, checked_sizes, hinting
+from ..runtime.sizes import checked_sizes
+from ..runtime.state import HostPrompts, hinting
 from .base import Family, peel
 from .family import family_of
 from .hf import is_next

@@ -6,14 +6,82 @@ those that generate() passes know nothing of cuts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .compat import CAUSAL, create_causal_mask
-from .state import DecodeState, Stage
+
+
+@dataclass
+class Stage:
+    """Layers from `first` on share this sequence: (B, L) mask (None when no position is padding) and its length."""
+
+    first: int
+    valid: Tensor | None
+    length: int
+
+
+@dataclass
+class DecodeState:
+    """Made by the prefill, found again by every later step through the KV cache.
+
+    Attributes:
+        stages: ascending by first layer, the first at layer 0.
+        length: positions of the prompt as generate() counts them.
+        starts: (S, B, 1) position of the next token in each stage, or (1, B, 1) when all stages share it.
+        whole: False once a later turn brought tokens that may be padding.
+        open: whether a pruned model is decoding now, so that the KV cache may grow.
+    """
+
+    stages: list[Stage]
+    length: int
+    starts: Tensor
+    whole: bool = True
+    open: bool = False
+
+    def keep_in(self, cache: Any) -> None:
+        """Hang the state on a KV cache, which then refuses new tokens from a model that does not know of it."""
+        cache._llava_prune = self
+        cache.update = functools.partial(_guarded_update, self, cache.update)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Let the KV cache grow for the length of the block."""
+        self.open = True
+        try:
+            yield
+        finally:
+            self.open = False
+
+
+def _guarded_update(state: DecodeState, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Cache.update` of a pruned request."""
+    if not state.open:
+        raise ValueError(
+            "this KV cache belongs to a pruned request, its layers differ in length, and the model is not pruned any "
+            "more; attach the method again to go on, or start a new cache"
+        )
+    return stock(*args, **kwargs)
+
+
+def decode_state(cache: Any) -> DecodeState | None:
+    """The decode state of a cache with tokens in it; None for a new cache or an unpruned one."""
+    found: DecodeState | None = getattr(cache, "_llava_prune", None)
+    return found if found is not None and cache.get_seq_length() else None
+
+
+def refuse_later_image(past: int) -> NoReturn:
+    """An image that comes after the prefill."""
+    raise ValueError(
+        f"an image after {past} cached tokens: images are pruned in the prefill only; start a new cache with the whole "
+        "conversation"
+    )
 
 
 def _seen(request: DecodeState, cache: Any, batch: int) -> int:

@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from .compat import BaseModelOutputWithPast, DynamicCache
-from .decode import Decode
+from .decode import Decode, decode_state, refuse_later_image
 from .prefill import Prefill
 from .prompt import Prompt, read_prompt
 from .record import Record
-from .state import RequestState, active, decode_state, hints, refuse_later_image
+from .state import RequestState, active, hints
 
 
 def language_forward(

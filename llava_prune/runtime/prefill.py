@@ -16,13 +16,14 @@ from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
 from .attention import catch_mlp_input, catch_queries, decoder_attention
+from .decode import DecodeState, Stage
 from .layout import check_cut, lay_out, moved_ids, patch_table
 from .masks import Masks, Rotary
 from .patching import execution_device
 from .prompt import Prompt, after_image
 from .record import Trace
 from .sequence import TokenSequence
-from .state import DecodeState, Stage, VisionTokens
+from .state import VisionTokens
 
 
 class Prefill:

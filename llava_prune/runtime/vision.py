@@ -18,7 +18,8 @@ from ..ops.selection import take
 from .attention import tower_attention
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
 from .patching import replace_method
-from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, active, known_sizes, tower_pass
+from .sizes import known_sizes
+from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, active, tower_pass
 
 
 def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:

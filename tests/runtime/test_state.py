@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llava_prune
+from llava_prune.runtime import sizes as sizes_module
 from llava_prune.runtime import state
 from tests import models
 
@@ -23,10 +24,10 @@ def test_sizes_hold_for_the_block_only() -> None:
         with llava_prune.image_sizes(None):
             assert state.hints().image_sizes is None and state.hints().explicit
         assert state.hints().image_sizes == [(3, 4)]
-    assert state.hints() == state.Hints() and not state._OPEN
+    assert state.hints() == state.Hints() and not sizes_module._OPEN
     with pytest.raises(KeyError), llava_prune.image_sizes([(3, 4)]):
         raise KeyError
-    assert state.hints() == state.Hints() and not state._OPEN
+    assert state.hints() == state.Hints() and not sizes_module._OPEN
 
 
 @pytest.mark.parametrize("sizes", [[640, 480], (640, 480), [(640,)], [(640, 480, 3)], ["ab"], [None], 5, [[1, 2], 3]])
