@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+POINTER = b"version https://git-lfs"
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Refuse a clone that has Git LFS pointers in place of its files.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".model", ".json", ".safetensors", ".bin") and file.stat().st_size < 1024:
+            with open(file, "rb") as handle:
+                if handle.read(len(POINTER)) == POINTER:
+                    raise ValueError(f"{file} is a Git LFS pointer and not the file; run `git lfs pull` in {folder}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -60,7 +75,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     for name in handle.keys():  # noqa: SIM118
                         yield name, handle.get_tensor(name)
             else:
-                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+                zipped = zipfile.is_zipfile(file)  # older files cannot be mapped
+                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipped).items()
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             raise ValueError(f"{file}: truncated or no weight file ({error})") from error
         except Exception as error:
@@ -95,11 +111,11 @@ def image_processor(source: str) -> Any:
     return processor_class().from_pretrained(source)
 
 
-def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> list[str]:
-    """Copy tensors into a model built on the meta device; returns names that the model has no place for.
+def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> None:
+    """Copy tensors into a model built on the meta device.
 
     Raises:
-        ValueError: for missing tensors or wrong sizes.
+        ValueError: for tensors that are missing, of another size, or have no place in the model.
     """
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     spare, filled = [], {}
@@ -115,8 +131,18 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
     missing = sorted(n for n, _ in model.named_parameters() if n not in filled)
     if missing:
         raise ValueError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+    _refuse_spare(spare, source)
     model.load_state_dict(filled, strict=False, assign=True)
-    return spare
+
+
+def _refuse_spare(names: Iterable[str], source: str) -> None:
+    """Weights of the language model or projector that the model has no place for, as attention biases."""
+    spare = sorted(n for n in names if not n.endswith(("inv_freq", "position_ids")) and "vision_tower" not in n)
+    if spare:
+        raise ValueError(
+            f"{source}: {len(spare)} tensors have no place in a Llama language model, first {spare[0]}; this is a "
+            "checkpoint of another architecture, which is not supported"
+        )
 
 
 def _from_pretrained(
@@ -157,7 +183,8 @@ def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn
     options.mm_vision_tower = tower
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
-    model, _ = _from_pretrained(LlavaLlamaForCausalLM, folder, dtype, attn, config=options)
+    model, info = _from_pretrained(LlavaLlamaForCausalLM, folder, dtype, attn, config=options)
+    _refuse_spare(info["unexpected_keys"], str(folder))
     vision = model.get_vision_tower()
     vision.load_model()
     vision.image_processor = image_processor(tower)
@@ -197,15 +224,17 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
     vision = CLIPVisionConfig.from_pretrained(source)
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
+    text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
     image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
     patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
     common: dict[str, Any] = {
         "vision_config": vision,
         "text_config": text,
         "image_token_id": image_id,
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_layer": config["mm_vision_select_layer"],
         "vision_feature_select_strategy": "default" if patches_only else "full",
         "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
     }
     anyres = config.get("image_aspect_ratio") == "anyres"
     if anyres:
@@ -218,7 +247,8 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
     with torch.device("meta"):
         model = build._from_config(full, dtype=dtype, **extra)
     vision_model = CLIPVisionModel.from_pretrained(source, dtype=dtype)
-    _fill(model, _renamed(folder, vision_model.state_dict()), dtype, str(folder))
+    state = _renamed(folder, vision_model.state_dict(), bool(config.get("unfreeze_mm_vision_tower")))
+    _fill(model, state, dtype, str(folder))
     _rebuild_buffers(model)
     _add_placeholder(model)
     model.generation_config.pad_token_id = config.get("pad_token_id") or 0
@@ -240,17 +270,27 @@ def rename(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}"
 
 
-def _renamed(folder: Path, tower: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the original format under transformers' names; tower weights of the checkpoint win."""
-    seen = set()
+def _renamed(folder: Path, tower: dict[str, Tensor], unfrozen: bool) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the original format under transformers' names.
+
+    As in package llava, tower weights of the checkpoint are used only where the tower was trained (`unfrozen`), and a
+    checkpoint without a head has that of its embeddings.
+    """
+    seen, embeddings, head = set(), None, False
     for name, value in tensors(folder):
+        head = head or name == "lm_head.weight"
+        embeddings = value if name == "model.embed_tokens.weight" else embeddings
         if name.startswith("model.vision_tower."):
+            if not unfrozen:
+                continue
             short = name.removeprefix("model.vision_tower.vision_tower.")
             short = short if short in tower else short.removeprefix("vision_model.")
             seen.add(short)
             yield f"model.vision_tower.{short}", value
         else:
             yield rename(name), value
+    if not head and embeddings is not None:
+        yield "lm_head.weight", embeddings.clone()
     for short, value in tower.items():
         if short not in seen:
             yield f"model.vision_tower.{short}", value

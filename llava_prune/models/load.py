@@ -63,8 +63,8 @@ class Loaded:
 
     @property
     def n_visual(self) -> int:
-        """Visual tokens of one image or crop."""
-        return self._family.tower_facts(self.model).patches
+        """Visual tokens of one image or crop: its patches, and the class token where the model keeps it."""
+        return self._family.tower_facts(self.model).features
 
     @property
     def shape(self) -> Shape:
@@ -261,17 +261,43 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: broken JSON ({error})") from error
-    if not (isinstance(config, dict) and (is_original(config) or config.get("model_type") in ("llava", "llava_next"))):
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(config, dict) or kind not in ("llava_llama", "llava", "llava_next"):
         raise ValueError(
-            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint (llava_llama, llava or llava_next)"
+            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint with a Llama language model "
+            "(llava_llama, llava or llava_next)"
         )
+    if is_original(config):
+        check_original(file, config)
     return config
 
 
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is of haotian-liu/LLaVA's format."""
-    return "mm_vision_tower" in config and "text_config" not in config
+    return "text_config" not in config
+
+
+def check_original(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json of haotian-liu/LLaVA's format whose entries the two packages would read differently.
+
+    Raises:
+        ValueError: naming the entry and what to add.
+    """
+    if not isinstance(config.get("mm_vision_tower"), str):
+        raise ValueError(
+            f"{file}: mm_vision_tower is {config.get('mm_vision_tower')!r}; name the vision tower that the model was "
+            "trained with, a folder or hub id (LLaVA-1.5: openai/clip-vit-large-patch14-336)"
+        )
+    if not isinstance(config.get("mm_vision_select_layer"), int):
+        raise ValueError(
+            f"{file}: mm_vision_select_layer is {config.get('mm_vision_select_layer')!r}; give the layer of the vision "
+            "tower that the model was trained with (LLaVA-1.5: -2)"
+        )
+    if config.get("image_aspect_ratio") == "anyres" and not config.get("image_grid_pinpoints"):
+        raise ValueError(
+            f"{file}: image_aspect_ratio is 'anyres' and image_grid_pinpoints is missing; add the resolutions that the "
+            "model was trained with (LLaVA-NeXT: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])"
+        )
 
 
 def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
@@ -331,11 +357,12 @@ def load(
     Raises:
         ValueError: missing, truncated or foreign checkpoint, or a family that cannot read it.
     """
-    from .checkpoint import load_converted, load_original, load_tokenizer, load_transformers
+    from .checkpoint import load_converted, load_original, load_tokenizer, load_transformers, refuse_pointers
 
     if family not in ("auto", "llava", "hf"):
         raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
     folder = resolve(path)
+    refuse_pointers(folder)
     config = read_config(folder)
     original = is_original(config)
     if family == "llava" and not original:

@@ -303,3 +303,100 @@ def test_what_is_no_method_is_refused(method: Any, tiny_models: Any) -> None:
 def test_hyper_parameters_go_with_a_name(tiny_models: Any) -> None:
     with pytest.raises(ValueError, match="built already"):
         llava_prune.attach(tiny_models["hf"], llava_prune.build("full"), tokens=3)
+
+
+def edited(tiny_path: Path, place: Path, weights: Any = None, **config: Any) -> Path:
+    """A copy of the miniature with another config (None removes an entry) or other weights."""
+    folder = place / "llava-tiny"
+    shutil.copytree(tiny_path, folder)
+    table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    table = {k: v for k, v in {**table, **config}.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(table), encoding="utf-8")
+    if weights is not None:
+        changed = weights(load_file(folder / "model.safetensors"))
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def answers(folder: Path) -> list[Any]:
+    """The first new ids of both packages' classes."""
+    out = []
+    for family in ("llava", "hf"):
+        loaded: Any = llava_prune.load(folder, family=family, dtype="float32", device="cpu")  # type: ignore[arg-type]
+        side = loaded.image_processor.crop_size["height"]
+        pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        out.append(loaded.generate([[1, 5, 6, -200, 7, 8, 9]], pixels, max_new_tokens=4).tolist())
+    return out
+
+
+@pytest.mark.parametrize("family", ["llava", "hf"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mm_vision_tower": None}, "mm_vision_tower is None; name the vision tower"),
+        ({"mm_vision_select_layer": None}, "mm_vision_select_layer is None; give the layer"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": None}, "image_grid_pinpoints is missing"),
+        ({"model_type": "llava_qwen"}, "model_type 'llava_qwen' is not supported"),
+    ],
+)
+def test_configs_that_leave_something_open(
+    family: Any, config: dict[str, Any], message: str, tiny_path: Path, tmp_path: Path
+) -> None:
+    """Both packages refuse what they would guess differently."""
+    with pytest.raises(ValueError, match=message):
+        llava_prune.load(edited(tiny_path, tmp_path, **config), family=family)
+
+
+@pytest.mark.parametrize("family", ["llava", "hf"])
+def test_weights_without_a_place_are_refused(family: Any, tiny_path: Path, tmp_path: Path) -> None:
+    """Attention biases, as another architecture has them, are not dropped."""
+    bias = {"model.layers.3.self_attn.q_proj.bias": torch.ones(128, dtype=torch.float16)}
+    folder = edited(tiny_path, tmp_path, lambda w: {**w, **bias})
+    with pytest.raises(ValueError, match="1 tensors have no place in a Llama language model, first .*q_proj.bias"):
+        llava_prune.load(folder, family=family)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_tied_embeddings(head: bool, tiny_path: Path, tmp_path: Path) -> None:
+    """A checkpoint without a head has that of its embeddings; one with a head keeps its own."""
+    folder = edited(
+        tiny_path, tmp_path, lambda w: {k: v for k, v in w.items() if head or k != "lm_head.weight"},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    one, other = answers(folder)
+    assert one == other and (one == answers(tiny_path)[0]) == head
+
+
+def test_the_towers_own_weights_count(tiny_path: Path, tmp_path: Path) -> None:
+    """Tower weights in a checkpoint whose tower was not trained are ignored by both packages."""
+    tower = load_file(tiny_path / "clip" / "model.safetensors")
+    names = {k: k if k.startswith("vision_model") else f"vision_model.{k}" for k in tower if "position_ids" not in k}
+    zeros = {f"model.vision_tower.vision_tower.{name}": torch.zeros_like(tower[k]) for k, name in names.items()}
+    base = answers(tiny_path)[0]
+    assert answers(edited(tiny_path, tmp_path / "frozen", lambda w: {**w, **zeros})) == [base, base]
+    one, other = answers(
+        edited(tiny_path, tmp_path / "trained", lambda w: {**w, **zeros}, unfreeze_mm_vision_tower=True)
+    )
+    assert one == other != base
+
+
+def test_features_with_the_class_token(tiny_path: Path, tmp_path: Path) -> None:
+    one, other = answers(edited(tiny_path, tmp_path, mm_vision_select_feature="cls_patch"))
+    assert one == other
+
+
+def test_older_weight_files(tiny_path: Path, tmp_path: Path) -> None:
+    """Files of torch before its zip format."""
+    folder = edited(tiny_path, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    assert answers(folder) == answers(tiny_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "model.safetensors", "config.json"])
+def test_git_lfs_pointers(name: str, tiny_path: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_path, tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 13\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer and not the file; run `git lfs pull`"):
+        llava_prune.load(folder)
