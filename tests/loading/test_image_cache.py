@@ -93,3 +93,32 @@ def test_a_full_cache_goes_on(tiny: Any) -> None:
             for _ in range(2):
                 assert torch.equal(loaded.generate(rows, pixels, keys=["a"], max_new_tokens=3), want)
             assert cache.size == 0 and cache.passes == 2 and not cache.holds("a")
+
+
+class Calls:
+    """A logits processor that asks about another image after every token."""
+
+    def __init__(self, model: Any, given: dict[str, Any]) -> None:
+        self.model, self.given, self.seen = model, given, []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.model(**self.given, use_cache=True).logits[:, -1])
+        return scores
+
+
+@pytest.mark.parametrize("name", ["full", "visionzip", "autoprune"])
+def test_calls_inside_a_request_are_not_that_image(name: str, tiny: Any, logits: Any) -> None:
+    """Keys, sizes and prompts that were said of a request do not hold for calls inside it."""
+    loaded = models.loaded(tiny)
+    row, pixels = models.prompt(5, 7), models.pixels(1)
+    other = models.inputs(tiny, [models.prompt(5, 7, seed=3)], models.pixels(1, seed=4))
+    hyper = {} if name == "full" else {"tokens": 12}
+    with llava_prune.pruned(tiny, name, **hyper) as handle:
+        expected, alone = loaded.generate([row], pixels, sizes=[(200, 60)], max_new_tokens=3), logits(tiny, other)
+        with loaded.remember_images([handle.method]):
+            for _ in range(2):
+                inside = Calls(tiny, other)
+                said = {"sizes": [(200, 60)], "keys": ["a"], "logits_processor": [inside]}
+                assert torch.equal(loaded.generate([row], pixels, max_new_tokens=3, **said), expected)
+                assert len(inside.seen) == 3
+                assert all(torch.allclose(seen, alone, atol=1e-5) for seen in inside.seen)
