@@ -9,24 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..methods.autoprune import AutoPrune, Schedule, schedule
-from ..ops.counts import layer_flops
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a model in equation (2); the defaults are LLaVA-1.5-7B's.
-
-    Attributes:
-        layers: L, decoder layers.
-        hidden: d, hidden size.
-        intermediate: m, MLP size.
-        visual: visual tokens before pruning.
-    """
-
-    layers: int = 32
-    hidden: int = 4096
-    intermediate: int = 11008
-    visual: int = 576
+from ..ops.counts import Size, layer_flops
 
 
 def flops_visual_only(counts: Sequence[float], size: Size) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.family import family_of
 from ..models.hf import is_next
 from ..models.llava import IMAGE
 
@@ -49,7 +50,8 @@ def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Requ
     if loaded.family == "llava" and getattr(config, "image_aspect_ratio", None) == "anyres":
         raise ValueError("bench supports anyres models of family 'hf' only; use --family hf")
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, min(loaded.shape.vocab, 30_000) - 64, (batch, text), generator=draw)
+    vocabulary = family_of(loaded.model).language_model(loaded.model).config.vocab_size
+    ids = torch.randint(3, min(vocabulary, 30_000) - 64, (batch, text), generator=draw)
     before = min(BEFORE, text // 2)
     anyres = loaded.family == "hf" and is_next(loaded.model)
     ask = _next(loaded, ids, before, draw) if anyres else _plain(loaded, ids, before, draw)
@@ -80,8 +82,8 @@ def _crops(loaded: Any) -> tuple[int, int]:
     side = _side(loaded)
     grid = loaded.model.config.vision_config.image_size // loaded.model.config.vision_config.patch_size
     sizes = torch.tensor([[2 * side, 2 * side]])
-    features = torch.zeros(5, grid * grid, loaded.shape.hidden)
-    newline = torch.zeros(loaded.shape.hidden)
+    features = torch.zeros(5, grid * grid, loaded.size.hidden)
+    newline = torch.zeros(loaded.size.hidden)
     packed = loaded.model.model.pack_image_features([features], sizes, "default", image_newline=newline)[0]
     return packed[0].shape[0], 5
 

@@ -202,8 +202,7 @@ def _plain(hyper: dict[str, Any]) -> dict[str, Any]:
 
 
 def _size(loaded: Any, asked: Request) -> Size:
-    shape = loaded.shape
-    return Size(shape.layers, shape.hidden, shape.intermediate, asked.visual)
+    return dataclasses.replace(loaded.size, visual=asked.visual)
 
 
 def measure(

@@ -96,9 +96,9 @@ def pads(model: str) -> bool:
 
 def auto_batch(loaded: Any, longest: int) -> int:
     """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU)."""
-    shape, width = loaded.shape, next(loaded.model.parameters()).element_size()
-    n = longest + loaded.n_visual
-    cost = n * (2 * shape.layers * shape.hidden * width + 12 * shape.hidden * 4 + 3 * shape.intermediate * 4)
+    size, width = loaded.size, next(loaded.model.parameters()).element_size()
+    n = longest + size.visual
+    cost = n * (2 * size.layers * size.hidden * width + 12 * size.hidden * 4 + 3 * size.intermediate * 4)
     cost += n * loaded.model.get_input_embeddings().num_embeddings * 4
     device = loaded.model.device
     if device.type == "cuda":
@@ -234,7 +234,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     seconds = time.perf_counter() - start - tower
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
     with_image = bench.files.questions[numbers[0]].image is not None  # all or none of a batch
-    none = [[0] * bench.loaded.shape.layers] * len(numbers)
+    none = [[0] * bench.loaded.size.layers] * len(numbers)
     entering = handle.last.tokens_in.tolist() if with_image else none
     leaving = handle.last.tokens_out.tolist() if with_image else none
     stats = handle.last.stats if with_image else {}

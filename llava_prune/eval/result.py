@@ -24,15 +24,13 @@ class Facts:
     Attributes:
         task: benchmark.
         figure: name of the headline number.
-        shape: layers, hidden and intermediate of the language model.
-        n_visual: visual tokens of an image before pruning.
+        size: of the model.
         settings: every setting that may have changed an answer.
     """
 
     task: str
     figure: str
-    shape: Any
-    n_visual: int
+    size: Size
     settings: Mapping[str, Any]
 
 
@@ -96,7 +94,7 @@ def make_result(
         text: text tokens of each prompt.
         seconds: stage -> seconds.
     """
-    size = Size(facts.shape.layers, facts.shape.hidden, facts.shape.intermediate, facts.n_visual)
+    size = facts.size
     names = dict.fromkeys(n for r in rows for n in r.get("stats", {}))
     scores, scale = score.get("scores"), score.get("scale", 100)
     interval = [scale * v for v in mean_interval(list(scores.values()))] if scores else None
@@ -111,7 +109,7 @@ def make_result(
         "why_no_figure": score.get("why"),
         "rows": score["rows"],
         "details": score["details"],
-        "visual_tokens": {"unpruned": facts.n_visual, **token_figures(rows)},
+        "visual_tokens": {"unpruned": facts.size.visual, **token_figures(rows)},
         "flops": flops_figures(rows, text, size),
         "method_stats": {n: fmean(r["stats"][n] for r in rows if n in r["stats"]) for n in names},
         "seconds": dict(seconds),

@@ -193,7 +193,7 @@ def finish(
         scorer.export(rows, bench.files.labels, folder, run.label)
     seconds = {**seconds, "score": time.perf_counter() - start}
     text = [sum(i != IMAGE_ID for i in r) for r in bench.rows]
-    facts = Facts(bench.task.name, bench.task.figure, bench.loaded.shape, bench.loaded.n_visual, settings)
+    facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, settings)
     result = make_result(facts, run.label, score, rows, text, seconds)
     return {**result, "files": bench.files.sources.versions}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.counts import layer_flops, tokens_after_full_layers, tokens_for_flops
+from ..ops.counts import Size, layer_flops, tokens_after_full_layers, tokens_for_flops
 from ..ops.selection import Cut, assemble, descending_order, take, top
 from .base import Method, MethodInfo
 from .checks import at_most_one, integer, real
@@ -190,17 +190,15 @@ class TopV(Method):
 
 # counts ----------------------------------------------------------------------------------------------------------
 
-WIDTH, INNER = 4096, 11008
-"""Hidden and MLP size of LLaVA-1.5-7B, for shares of FLOPs (13B has nearly the same ratio of the two)."""
-
-
 def tokens_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> int:
     """Tokens in the other layers that bring the FLOPs on visual tokens alone nearest to a share of the unpruned ones.
 
     May be 0.
     """
-    each = layer_flops(n_visual, WIDTH, INNER)
-    return tokens_for_flops((share * n_layers - full) * each / (n_layers - full), WIDTH, INNER)
+    model = Size()  # LLaVA-1.5-7B; 13B has nearly the same ratio of MLP to hidden size
+    each = layer_flops(n_visual, model.hidden, model.intermediate)
+    left = (share * n_layers - full) * each / (n_layers - full)
+    return tokens_for_flops(left, model.hidden, model.intermediate)
 
 
 def with_recovery(keep: int, n_visual: int, every: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..ops.counts import Size
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import HostPrompts, hinting
 from .base import Family, peel
@@ -26,17 +27,6 @@ from .llava import IMAGE, context_limit
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
 SMALL = 1 << 30  # bytes of weight files below which half precision is computed in float32 on a CPU
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the language model: decoder layers, width, MLP width, attention heads, vocabulary."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    vocab: int
 
 
 @dataclass
@@ -67,10 +57,10 @@ class Loaded:
         return self._family.tower_facts(self.model).features
 
     @property
-    def shape(self) -> Shape:
-        """Sizes of the language model."""
+    def size(self) -> Size:
+        """Sizes of the language model, with the visual tokens of one image or crop."""
         c = self._family.language_model(self.model).config
-        return Shape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size)
+        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual)
 
     @contextmanager
     def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:

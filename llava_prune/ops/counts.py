@@ -3,6 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model that token counts and FLOPs depend on; the defaults are LLaVA-1.5-7B's.
+
+    Attributes:
+        layers: L, decoder layers.
+        hidden: d, hidden size.
+        intermediate: m, MLP size.
+        visual: visual tokens before pruning.
+    """
+
+    layers: int = 32
+    hidden: int = 4096
+    intermediate: int = 11008
+    visual: int = 576
 
 
 def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: int) -> int:

@@ -91,14 +91,13 @@ class VisionHooks:
             )
 
     def install(self, tower: Any, blocks: Any, projector: Any) -> list[Any]:
-        """Put all hooks in place; returns what removes them. """
+        """Put all hooks in place; returns what removes them."""
         if not self.acts:
             return []
         undo: list[Any] = [tower.register_forward_pre_hook(self.start)]
-        layers = blocks
-        undo += record_attention(layers, self.queries, self.tower.feature_layer)
+        undo += record_attention(blocks, self.queries, self.tower.feature_layer)
         undo += [
-            replace_method(layers[block], "forward", _merging_forward, self, layers[block], block, count)
+            replace_method(blocks[block], "forward", _merging_forward, self, blocks[block], block, count)
             for block, count in enumerate(self.merges)
         ]
         undo.append(projector.register_forward_pre_hook(self.before_projector))
@@ -205,6 +204,11 @@ def check_requirements(method: Method, tower: Tower) -> None:
         )
     if not prunes_before(type(method)):
         return
+    if tower.depth == 0:
+        raise ValueError(
+            f"{name} looks at the vision tower, and the layout of this tower ({tower.kind}) is not known; use a method "
+            "that works inside the language model"
+        )
     if tower.feature_layer < 0:
         raise ValueError(
             f"{name} works on patch features of a single layer, and this model joins those of several "

@@ -17,6 +17,7 @@ from PIL import Image
 
 import llava_prune
 from llava_prune.eval import asking, run
+from llava_prune.ops.counts import Size
 
 SHORT = "Answer the question using a single word or phrase."
 
@@ -38,7 +39,7 @@ class Model:
     """Answers by the length of the prompt; `fail` is raised at its n-th call."""
 
     family, n_visual, tokenizer = "hf", 16, Tokenizer()
-    shape = SimpleNamespace(layers=2, hidden=8, intermediate=16, heads=2)
+    size = Size(layers=2, hidden=8, intermediate=16, visual=16)
     image_processor = SimpleNamespace(image_mean=[0.5] * 3)
 
     def __init__(self, fail: dict[int, BaseException] | None = None) -> None:

@@ -172,7 +172,7 @@ def test_auto_batch_on_a_gpu(tiny_models: Any, monkeypatch: Any) -> None:
     model = SimpleNamespace(
         device=torch.device("cuda:1"), parameters=inner.parameters, get_input_embeddings=inner.get_input_embeddings
     )
-    card = SimpleNamespace(model=model, shape=loaded.shape, n_visual=loaded.n_visual)
+    card = SimpleNamespace(model=model, size=loaded.size)
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (1 << 40, 1 << 41))[1])
     assert asking.auto_batch(card, 128) == 64 and asked == [torch.device("cuda:1")]
