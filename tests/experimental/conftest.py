@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
-import torch
 
 from llava_prune.experimental import graphs
 from tests.contract.settings import NAMES, setting
 from tests.experimental.tape import Recorder
-
-if not torch.cuda.is_available():  # kernels are interpreted then; to be set before triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

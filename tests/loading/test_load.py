@@ -88,9 +88,7 @@ def test_a_tower_in_the_checkpoint_wins(family: str, copied: Path, tiny_models: 
     other = models.tiny_hf()
     tower = models.tower(77).state_dict()
     assert other.model.vision_tower.load_state_dict(tower, strict=False).unexpected_keys == []
-    assert torch.equal(
-        logits(got, given), logits(other, models.inputs(other, [models.prompt(4, 5)], models.pixels(1)))
-    )
+    assert torch.equal(logits(got, given), logits(other, models.inputs(other, [models.prompt(4, 5)], models.pixels(1))))
     assert not torch.equal(logits(got, given), logits(tiny_models[family], given))
 
 
