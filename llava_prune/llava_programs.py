@@ -32,6 +32,7 @@ class OnCPU(TorchFunctionMode):
     """
 
     dtype: torch.dtype = torch.float32
+    _reading = False
 
     def _swap(self, value: Any) -> Any:
         if isinstance(value, (str, torch.device)) and str(value).startswith("cuda"):
@@ -39,12 +40,22 @@ class OnCPU(TorchFunctionMode):
         return self.dtype if value is torch.float16 else value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._reading:
+            return func(*args, **(kwargs or {}))
         kwargs = {k: self._swap(v) if k in ("device", "dtype") else v for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.to:
             args = (args[0], *map(self._swap, args[1:]))
         return func(*args, **kwargs)
+
+    def load(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """torch.load with the dtypes of the file: a stored float16 tensor is float16 until it is cast."""
+        self._reading = True
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self._reading = False
 
     def cast(self, model: Any) -> None:
         """Cast a model that was loaded in float16, and use the same dtype for everything else."""
@@ -57,7 +68,7 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
     """Run a module of the llava package in this process, as `python -m` would.
 
     Every model that llava's `load_pretrained_model` loads is pruned. A vision tower that the checkpoint names by a
-    relative path is loaded from inside the checkpoint. Without CUDA the program runs on the CPU.
+    relative path is loaded from inside the checkpoint or its --model-base. Without CUDA the program runs on the CPU.
 
     Args:
         argv: ["python", "-m", "llava.eval.model_vqa_loader", ...], with or without the first two.
@@ -99,6 +110,7 @@ def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
         stack.enter_context(mock.patch.object(arch, "build_vision_tower", tower))
         if cpu is not None:
             log.warning("no CUDA device: the program runs on the CPU")
+            stack.enter_context(mock.patch.object(torch, "load", functools.partial(cpu.load, torch.load)))
             stack.enter_context(cpu)
         try:
             yield
@@ -123,14 +135,15 @@ def _load(
     handles: list[Any],
     current: list[Path],
     cpu: OnCPU | None,
-    path: str,
+    model_path: str,
+    model_base: str | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    current[:] = [Path(path).expanduser()]
+    current[:] = [Path(path).expanduser() for path in (model_path, model_base) if path]
     if cpu is not None:
         kwargs["device"] = "cpu"
-    tokenizer, model, processor, length = stock(path, *args, **kwargs)
+    tokenizer, model, processor, length = stock(model_path, model_base, *args, **kwargs)
     if cpu is not None:
         cpu.cast(model)
     handles.append(attach(model, method, **hyper))
@@ -139,7 +152,7 @@ def _load(
 
 def _tower(stock: Any, current: list[Path], config: Any, **kwargs: Any) -> Any:
     name = getattr(config, "mm_vision_tower", None)
-    inside = current[0] / name if current and name else None
-    if inside is not None and inside.is_dir():
-        config.mm_vision_tower = str(inside.resolve())
+    inside = [folder / name for folder in current if name and (folder / name).is_dir()]
+    if inside:
+        config.mm_vision_tower = str(inside[0].resolve())
     return stock(config, **kwargs)

@@ -190,6 +190,7 @@ class TopV(Method):
 
 # counts ----------------------------------------------------------------------------------------------------------
 
+
 def tokens_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> int:
     """Tokens in the other layers that bring the FLOPs on visual tokens alone nearest to a share of the unpruned ones.
 

@@ -57,6 +57,11 @@ def shards(folder: Path) -> list[Path]:
             return [folder / n for n in names]
         if (folder / single).is_file():
             return [folder / single]
+    if (folder / "adapter_config.json").is_file() or (folder / "mm_projector.bin").is_file():
+        raise ValueError(
+            f"{folder}: an adapter, without the weights of its base model; merge the two into one checkpoint first "
+            "(LLaVA's scripts/merge_lora_weights.py does), or give --model-base to a program of llava-prune run"
+        )
     raise ValueError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
 
 

@@ -280,9 +280,9 @@ class _Attention:
             hidden, rope = hidden.to(there), (rope[0].to(there), rope[1].to(there))
             attended = None if attended is None else attended.to(there)
         queries = self.queries[0] if self.queries else None
-        return decoder_attention(
-            self.layer, hidden, rope, positions, attended, self.keys, queries, self.kernels
-        ).to(home)
+        return decoder_attention(self.layer, hidden, rope, positions, attended, self.keys, queries, self.kernels).to(
+            home
+        )
 
 
 class _LastCut:

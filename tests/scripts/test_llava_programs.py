@@ -1,12 +1,14 @@
 """LLaVA's own entry points run pruned and unchanged, and answer what this package's evaluation answers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import llava_prune
 from llava_prune.eval.images import open_rgb, pixels
@@ -60,6 +62,33 @@ def test_model_vqa_loader(questions, ours, tmp_path):
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in questions]
     assert [row["text"].strip() for row in rows] == ours
     assert "64.0 leaving" in " ".join(done.stderr.split())
+
+
+@pytest.fixture
+def projector_only(tmp_path):
+    """A checkpoint that is a float16 projector for a base model, with the base's vision tower by its relative name."""
+    folder = tmp_path / "llava-tiny-projector"
+    folder.mkdir()
+    shutil.copy(MODEL / "config.json", folder)
+    weights = load_file(MODEL / "model.safetensors")
+    torch.save({k: v.half() for k, v in weights.items() if "mm_projector" in k}, folder / "mm_projector.bin")
+    return folder
+
+
+def test_weights_that_torch_load_reads(projector_only, questions, ours):
+    row = questions[0]
+    done = run(
+        "llava.eval.run_llava", "--model-path", str(projector_only), "--model-base", str(MODEL), "--conv-mode",
+        "vicuna_v1", "--query", row["text"], "--image-file", str(GQA / "data" / "images" / row["image"]),
+        "--temperature", "0", "--max_new_tokens", str(NEW),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith(ours[0])
+
+
+def test_an_adapter_alone_is_refused(projector_only):
+    with pytest.raises(ValueError, match="adapter, without the weights of its base model.*merge"):
+        llava_prune.load(projector_only, device="cpu")
 
 
 def test_run_llava(questions, ours):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,24 @@ def test_setup_leaves_foreign_folders_alone(tmp_path: Path) -> None:
     got = setup(tmp_path)
     assert got.returncode == 1 and "not made by this script" in got.stderr
     assert (tmp_path / "venv" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.slow
+def test_readme_prints_what_gqa_measures(tmp_path: Path) -> None:
+    """Accuracies of README's table within one question of 400, tokens and FLOPs within 0.1."""
+    command = [sys.executable, "-m", "llava_prune", "eval", "gqa", "--out", str(tmp_path), "--device", "cpu"]
+    env = {**os.environ, "METHOD": "autoprune,random,uniform", "TOKENS": "64"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- results:begin -->")[1]
+    pattern = r"^\| `([\w-]+)` \| (-|64) \| ([\d.]+) .*?\| ([\d.]+) / ([\d.]+) \| ([\d.]+) \|$"
+    printed = {m[1]: tuple(map(float, m.groups()[2:])) for m in re.finditer(pattern, text, re.M)}
+    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    assert {r["method"] for r in results} == {"full", "autoprune", "random", "uniform"} <= printed.keys()
+    for result in results:
+        accuracy, *costs = printed[result["method"]]
+        tokens = result["visual_tokens"]
+        measured = tokens["average_entering"], tokens["average_leaving"]
+        measured += (result["flops"]["with_text_entering"]["percent_of_full"],)
+        assert abs(result["figure"] - accuracy) <= 0.25, result["label"]
+        assert costs == pytest.approx(measured, abs=0.1), result["label"]
