@@ -188,9 +188,9 @@ def context_limit(model: Any) -> int | None:
 
 def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int) -> None:
     """Warn where the package has probably cut off the end of a prompt, which holds the question."""
-    limit, listed = context_limit(model), isinstance(images, (list, tuple)) or images.ndim == 5
-    crops = sum(x.shape[0] if x.ndim == 4 else 1 for x in images) if listed else len(images)
-    most = input_ids.shape[1] + crops * model.get_vision_tower().num_patches
+    limit, crops = context_limit(model), _crop_counts(images)
+    n = len(images) if crops is None else sum(crops)
+    most = input_ids.shape[1] + n * model.get_vision_tower().num_patches
     if limit is not None and length == limit and most > limit:
         warnings.warn(
             f"the prompt reaches the model's context of {limit} tokens (tokenizer_model_max_length), and package llava "
@@ -199,13 +199,20 @@ def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int)
         )
 
 
+def _crop_counts(images: Any) -> list[int] | None:
+    """Crops of each image in a list or a 5-D tensor of images; None for a plain batch (N, 3, H, W)."""
+    if isinstance(images, (list, tuple)) or images.ndim == 5:
+        return [x.shape[0] if x.ndim == 4 else 1 for x in images]
+    return None
+
+
 def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, int]]:
     """(crops, rows of crops, columns of crops) of each image; see `VisionTokens.layout`."""
     from llava.mm_utils import get_anyres_image_grid_shape
 
-    if not (isinstance(images, (list, tuple)) or images.ndim == 5):
+    crops = _crop_counts(images)
+    if crops is None:
         return [(1, 0, 0)] * images.shape[0]
-    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
     if getattr(model.config, "image_aspect_ratio", None) != "anyres" or image_sizes is None:
         return [(n, 0, 0) for n in crops]
     out = []
@@ -237,19 +244,17 @@ def _source(
     The package's own merging decides: with crops (anyres) its splice runs once more on patch numbers in place of
     features. A newline vector is recognised by its channels, which are not all the same number.
     """
-    listed = isinstance(images, (list, tuple)) or images.ndim == 5
+    crops = _crop_counts(images)
     patches = model.get_vision_tower().num_patches
-    if not listed or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
+    if crops is None or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
         named = ((input_ids == IMAGE) & mask.bool()).sum(1)
         used = named.clamp(min=1)  # a sample without an image takes an unused one, as the package does
         first = used.cumsum(0) - used  # (B,) number of each sample's first image
-        if listed:
-            crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
+        if crops is not None:
             before = to_device([sum(crops[:i]) for i in range(len(crops) + 1)], first)
             first = before[first.clamp(max=len(crops))]
         offset = (first * patches).to(visual.device)[:, None]
         return (visual.cumsum(1) - 1 + offset).masked_fill(~visual, -1)
-    crops = [x.shape[0] if x.ndim == 4 else 1 for x in images]
     width = model.config.hidden_size
     numbers = torch.arange(1, sum(crops) * patches + 1, device=visual.device, dtype=torch.float32)
     state.numbers = numbers.view(-1, patches, 1).expand(-1, -1, width)

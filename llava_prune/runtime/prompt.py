@@ -141,15 +141,13 @@ def _read(prompt: Prompt, cut: VisionTokens | None) -> list[list[int]]:
     elif cut is not None and prompt.source is not None:
         table = torch.cat([table, first_positions(cut, visual, prompt.source)], 1)
     width, batch = table.shape[1], table.shape[0]
-    canvas = cut is not None and prompt.live is None and by_canvas(cut)
     flat = table.flatten()
-    if canvas:
-        assert cut is not None
-        flat = torch.cat([flat, cut.ids.flatten().to(flat.device)])
+    canvas = cut.ids if cut is not None and prompt.live is None and by_canvas(cut) else None
+    if canvas is not None:
+        flat = torch.cat([flat, canvas.flatten().to(flat.device)])
     values = flat.tolist()
-    if canvas:
-        assert cut is not None
-        prompt.ids = torch.tensor(values[batch * width :]).view(cut.ids.shape)
+    if canvas is not None:
+        prompt.ids = torch.tensor(values[batch * width :]).view(canvas.shape)
     return [values[b * width : (b + 1) * width] for b in range(batch)]
 
 

@@ -33,7 +33,7 @@ def test_record_and_cache_agree(name: str, chosen: Setting, tiny: Any) -> None:
         assert (last.tokens_out == models.PATCHES).all()
     columns = (last.tokens_in + torch.tensor(TEXT)[:, None]).amax(0)
     lengths = models.cache_lengths(out.past_key_values)
-    if last.tokens_in[0, 0] < models.PATCHES:  # filler and padding leave where a cut was
+    if last.tokens_in[0, 0] < models.PATCHES:  # padding leaves where a cut was
         assert lengths == columns.tolist()
     else:
         assert lengths[0] == max(TEXT) + models.PATCHES
@@ -53,8 +53,8 @@ def test_kept_indices(name: str, hyper: Any, tiny: Any) -> None:
         for row in kept:
             real = row[row >= 0]
             assert real.unique().numel() == real.numel()
-            filler = (row == llava_prune.methods.views.PADDING).long()
-            assert torch.equal(filler, filler.sort().values)  # at the end
+            padding = (row == llava_prune.methods.views.PADDING).long()
+            assert torch.equal(padding, padding.sort().values)  # at the end
     for early, late in zip(last.kept, last.kept[1:], strict=False):
         for a, b in zip(early, late, strict=True):
             assert set(b[b >= 0].tolist()) <= set(a[a >= 0].tolist())

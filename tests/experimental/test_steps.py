@@ -44,7 +44,7 @@ def in_turn(model: Any, texts: Sequence[int], rounds: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_tokens_of_every_method(count: int, name: str, hyper: Any, tiny: Any, recorder: Recorder) -> None:
-    """Single prompts, and two of different lengths with padding and filler."""
+    """Single prompts, and two of different lengths, padded before and after the cuts."""
     with llava_prune.pruned(tiny, name, **hyper):
         expected = [answers(tiny, ROWS[:count], seed=s) for s in range(3)]
     with llava_prune.pruned(tiny, name, graphs=True, **hyper):

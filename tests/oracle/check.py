@@ -50,7 +50,7 @@ def check_record(record: Any, found: Replay) -> None:
         for row, sample in zip(kept.tolist(), found.samples, strict=True):
             real = [i for i in row if i != -2]
             assert real == sample.leaving[n]
-            assert row == real + [-2] * (len(row) - len(real)), "filler goes last"
+            assert row == real + [-2] * (len(row) - len(real)), "padding goes last"
 
 
 def check(

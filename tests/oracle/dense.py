@@ -239,7 +239,7 @@ class Replay:
 
 
 class _Board:
-    """Which row stands in which column, by sample; None for padding and filler.
+    """Which row stands in which column, by sample; None for padding.
 
     A row is its column in the unpruned prompt, (MERGED, layer, number), or (VISION, image, row) where the vision side
     sends rows of its own.
