@@ -46,6 +46,8 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.7",
             "peft>=0.17",
+            "fastapi",
+            "uvicorn",
         ],
         # tests of llava_prune.experimental; a CUDA build of torch brings its own triton, which satisfies this
         "experimental": ["triton>=3.3; platform_system == 'Linux' and platform_machine == 'x86_64'"],

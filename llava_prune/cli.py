@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -11,7 +12,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
 
     flag = functools.partial(arguments.flag, e, env)
     flag("model", TINY, "checkpoint folder or hub id, in either format")
+    flag("model-base", None, "checkpoint that MODEL, a LoRA folder or a lone mm_projector.bin, was trained on")
     flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
     flag("tokens", "64", "visual token budget, or a list 192,128,64", type=arguments.counts)
     flag("data", DATA, "folder with the benchmark's files, e.g. LLaVA's playground/data/eval")
@@ -224,11 +226,12 @@ def _eval(args: argparse.Namespace) -> int:
                 console.print(results_table(runs, task.title, task.figure, task.columns))
             else:
                 console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, other chunks are missing")
-            for note in dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"]):
+            for note in [*task.notes(runs), *dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"])]:
                 console.print(f"{name}: {note}", markup=False, soft_wrap=True)
             console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
         if len(results) > 1:
             console.print(summary_table(results))
+    failed |= {n: r["why_no_figure"] for n, runs in results.items() for r in runs if r["details"].get("not_finite")}
     if failed:
         raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
     return 0
@@ -360,18 +363,37 @@ def _flops(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Show log records on stderr during a command, unless the process logs elsewhere already.
+
+    The handler keeps the stream of the start: a program of `run` may replace sys.stderr by a stream that logs.
+    """
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    root = logging.getLogger()
+    if root.handlers:
+        yield
+        return
+    handler = RichHandler(console=Console(file=sys.stderr), show_path=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed with a message on stderr, 2 wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(os.environ).parse_args(argv)
     args.argv = argv
-    from rich.logging import RichHandler
-
     err = _stderr()
-    handler = RichHandler(console=err, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:
-        return int(args.run(args))
+        with _logging():
+            return int(args.run(args))
     except KeyboardInterrupt:
         message, status = "interrupted; run the same command to resume", 130
     except OSError as error:

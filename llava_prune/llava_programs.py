@@ -1,12 +1,16 @@
-"""Run LLaVA's own programs (`llava.eval.*`), unchanged, with every model they load pruned."""
+"""Run LLaVA's own programs (`llava.eval.*`, `llava.serve.*`), unchanged, with every model they load pruned."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
+import importlib.util
+import json
 import logging
 import runpy
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +21,38 @@ from torch.overrides import TorchFunctionMode
 
 from .handle import attach
 from .methods.registry import build
+from .models.load import pick_dtype, weight_bytes
 
 log = logging.getLogger(__name__)
 
-FULL_PRECISION_LIMIT = 3_000_000_000
-"""Number of parameters up to which a model runs in float32 on a CPU; larger models run in bfloat16."""
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python",
+    "google": "protobuf",
+    "sklearn": "scikit-learn",
+    "yaml": "PyYAML",
+}
+"""Packages whose name on PyPI is not that of their module."""
+
+REINTERPRET = (torch.Tensor.view, torch.frombuffer, torch.from_file)
+"""Functions whose dtype says how stored bytes are read."""
 
 
 class OnCPU(TorchFunctionMode):
     """Runs code that names CUDA and float16, as LLaVA's programs do, on the CPU.
+
+    A mode of torch holds in the thread that enters it. `start` takes the place of `threading.Thread.start`, so that it
+    holds in the threads of the program, too.
 
     Attributes:
         dtype: replaces float16, which is slow on a CPU.
     """
 
     dtype: torch.dtype = torch.float32
-    _reading = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.local()
 
     def _swap(self, value: Any) -> Any:
         if isinstance(value, (str, torch.device)) and str(value).startswith("cuda"):
@@ -40,7 +60,7 @@ class OnCPU(TorchFunctionMode):
         return self.dtype if value is torch.float16 else value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._reading:
+        if self._suspended or func in REINTERPRET:
             return func(*args, **(kwargs or {}))
         kwargs = {k: self._swap(v) if k in ("device", "dtype") else v for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.cuda:
@@ -49,18 +69,50 @@ class OnCPU(TorchFunctionMode):
             args = (args[0], *map(self._swap, args[1:]))
         return func(*args, **kwargs)
 
+    @property
+    def _suspended(self) -> bool:
+        return getattr(self._thread, "suspended", False)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nothing is replaced in this thread, nor in threads that it starts: weights are read as they are stored."""
+        before = self._suspended
+        self._thread.suspended = True
+        try:
+            yield
+        finally:
+            self._thread.suspended = before
+
     def load(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """torch.load with the dtypes of the file: a stored float16 tensor is float16 until it is cast."""
-        self._reading = True
-        try:
+        with self.suspended():
             return stock(*args, **kwargs)
-        finally:
-            self._reading = False
 
-    def cast(self, model: Any) -> None:
-        """Cast a model that was loaded in float16, and use the same dtype for everything else."""
-        small = sum(p.numel() for p in model.parameters()) <= FULL_PRECISION_LIMIT
-        self.dtype = torch.float32 if small else torch.bfloat16
+    def start(self, stock: Any, thread: threading.Thread) -> None:
+        """threading.Thread.start of a thread that runs in this mode."""
+        if self._suspended:
+            stock(thread)
+            return
+        body = thread.run
+
+        def run() -> None:
+            del thread.run  # `body` is what the class has, again
+            with self:
+                body()
+
+        thread.run = run  # type: ignore[method-assign]
+        stock(thread)
+
+    def cast(self, model: Any, weights: Path, config: Path) -> None:
+        """Cast a model that was loaded in float16 to the dtype of `llava_prune.load`, and use it for everything else.
+
+        Args:
+            model: the model.
+            weights: folder of its weight files.
+            config: its config.json.
+        """
+        values = json.loads(config.read_text(encoding="utf-8"))
+        self.dtype = pick_dtype(None, values, torch.device("cpu"), weight_bytes(weights))
         model.to(self.dtype)
 
 
@@ -68,7 +120,8 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
     """Run a module of the llava package in this process, as `python -m` would.
 
     Every model that llava's `load_pretrained_model` loads is pruned. A vision tower that the checkpoint names by a
-    relative path is loaded from inside the checkpoint or its --model-base. Without CUDA the program runs on the CPU.
+    relative path is loaded from inside the checkpoint or its --model-base. Without CUDA the program runs on the CPU,
+    in the dtype that `llava_prune.load` would choose.
 
     Args:
         argv: ["python", "-m", "llava.eval.model_vqa_loader", ...], with or without the first two.
@@ -76,7 +129,8 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
         hyper: its hyper-parameters.
 
     Raises:
-        ValueError: for an unknown method or value, or a module outside package llava.
+        ValueError: for an unknown method or value, a module that package llava does not have, or a package that the
+            program needs and that is not installed.
     """
     words = list(argv)
     if len(words) >= 2 and Path(words[0]).name.startswith("python") and words[1] == "-m":
@@ -86,9 +140,40 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
             f"{' '.join(argv)!r} is not a module of package llava; give one, e.g. "
             "python -m llava.eval.model_vqa_loader ..."
         )
+    _check_module(words[0])
     build(method, **(hyper or {}))  # raises before the model is loaded
-    with _patched(method, hyper or {}), mock.patch.object(sys, "argv", [words[0], *words[1:]]):
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):  # LLaVA's servers replace them by loggers
+            stack.enter_context(mock.patch.object(sys, name, getattr(sys, name)))
+        stack.enter_context(_patched(method, hyper or {}))
+        stack.enter_context(mock.patch.object(sys, "argv", words))
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except ImportError as error:
+            raise ValueError(f"{words[0]} cannot run: {_absent(error)}") from error
+
+
+def _check_module(name: str) -> None:
+    """Refuse a name that is no module of package llava, with the nearest ones."""
+    spec = importlib.util.find_spec("llava")
+    if spec is None:
+        raise ValueError("package llava is not installed; pip install --no-deps llava-torch==1.2.2.post1")
+    names: list[str] = []
+    for folder in map(Path, spec.submodule_search_locations or ()):
+        names += [".".join(("llava", *f.relative_to(folder).with_suffix("").parts)) for f in folder.rglob("*.py")]
+    if name not in names or name.endswith(".__init__"):
+        programs = sorted(n for n in names if n.startswith(("llava.eval.", "llava.serve.")) and "__init__" not in n)
+        near = difflib.get_close_matches(name, programs, 3, 0.8) or ["llava.eval.model_vqa_loader"]
+        raise ValueError(f"package llava has no module {name}; give one that it has, as {' or '.join(near)}")
+
+
+def _absent(error: ImportError) -> str:
+    """What is missing after a failed import, and how to get it."""
+    top = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and top and top not in sys.modules and not importlib.util.find_spec(top):
+        return f"package {top} is not installed; pip install {DISTRIBUTIONS.get(top, top)}"
+    text = " ".join(str(error).split())
+    return f"{text}; install a version of {top} that has it" if top and top != "llava" else text
 
 
 @contextlib.contextmanager
@@ -98,8 +183,8 @@ def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
         import llava.model.builder as builder
         import llava.model.llava_arch as arch
     except ImportError as error:
-        hint = "pip install --no-deps llava-torch==1.2.2.post1"
-        raise ValueError(f"package llava is not installed ({hint}): {error}") from error
+        hint = "pip install accelerate requests tqdm"
+        raise ValueError(f"package llava cannot be imported ({hint}): {_absent(error)}") from error
     handles: list[Any] = []
     current: list[Path] = []
     cpu = None if torch.cuda.is_available() else OnCPU()
@@ -111,18 +196,26 @@ def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
         if cpu is not None:
             log.warning("no CUDA device: the program runs on the CPU")
             stack.enter_context(mock.patch.object(torch, "load", functools.partial(cpu.load, torch.load)))
+            starting = functools.partialmethod(_start, cpu, threading.Thread.start)
+            stack.enter_context(mock.patch.object(threading.Thread, "start", starting))
             stack.enter_context(cpu)
         try:
             yield
+            if not handles:
+                log.warning("nothing was pruned: the program loaded no model with llava's load_pretrained_model")
         finally:
             for handle in handles:
                 _report(handle)
                 handle.detach()
 
 
+def _start(thread: threading.Thread, cpu: OnCPU, stock: Any) -> None:
+    cpu.start(stock, thread)
+
+
 def _report(handle: Any) -> None:
     if handle.last is None:
-        log.warning("%r pruned nothing: no prompt of the program had an image", handle.method)
+        log.warning("%r pruned nothing: no prompt had an image, or the last one with an image failed", handle.method)
         return
     counts = [t.float().mean().item() for t in (handle.last.tokens_in, handle.last.tokens_out)]
     log.warning("%r: last prompt, mean of %.1f visual tokens entering and %.1f leaving a layer", handle.method, *counts)
@@ -143,11 +236,22 @@ def _load(
     current[:] = [Path(path).expanduser() for path in (model_path, model_base) if path]
     if cpu is not None:
         kwargs["device"] = "cpu"
-    tokenizer, model, processor, length = stock(model_path, model_base, *args, **kwargs)
+    with contextlib.nullcontext() if cpu is None else cpu.suspended():
+        tokenizer, model, processor, length = stock(model_path, model_base, *args, **kwargs)
     if cpu is not None:
-        cpu.cast(model)
+        cpu.cast(model, _files(model_base or model_path), _files(model_path) / "config.json")
     handles.append(attach(model, method, **hyper))
     return tokenizer, model, processor, length
+
+
+def _files(path: str) -> Path:
+    """The folder of a checkpoint that has been loaded; that of a hub id is in the cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, local_files_only=True))
 
 
 def _tower(stock: Any, current: list[Path], config: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,29 @@
 """LLaVA's own entry points run pruned and unchanged, and answer what this package's evaluation answers."""
 
+import base64
+import contextlib
 import json
+import logging
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llava_prune
+from llava_prune import cli, llava_programs
 from llava_prune.eval.images import open_rgb, pixels
 from llava_prune.eval.prompt import token_ids, vicuna_v1
+from llava_prune.models.load import SMALL
 
 pytest.importorskip("llava")
 ROOT = Path(__file__).parents[2]
@@ -105,3 +116,240 @@ def test_run_llava(questions, ours):
 def test_a_program_that_is_not_llavas_is_refused():
     done = run("json.tool")
     assert done.returncode == 1 and "json.tool" in done.stderr and "llava.eval" in done.stderr
+
+
+def test_the_last_question_has_no_image(questions, tmp_path):
+    """What is reported is the last prompt with an image; ScienceQA has questions without."""
+    row = questions[0]
+    asked, answers = tmp_path / "questions.json", tmp_path / "answers.jsonl"
+    first = {"id": "1", "image": row["image"], "conversations": [{"value": "<image>\n" + row["text"]}]}
+    asked.write_text(json.dumps([first, {"id": "2", "conversations": [{"value": "What is it?"}]}]), encoding="utf-8")
+    program = ["llava.eval.model_vqa_science", "--model-path", str(MODEL), "--conv-mode", "vicuna_v1", "--temperature"]
+    program += ["0", "--image-folder", str(GQA / "data" / "images"), "--answers-file", str(answers)]
+    done = run(*program, "--question-file", str(asked))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(answers.read_text(encoding="utf-8").splitlines()) == 2
+    shown = " ".join(done.stderr.split())
+    assert "64.0 leaving" in shown and "pruned nothing" not in shown
+    asked.write_text(json.dumps([{"id": "2", "conversations": [{"value": "What is it?"}]}]), encoding="utf-8")
+    assert "pruned nothing: no prompt had an image" in " ".join(
+        run(*program, "--question-file", str(asked)).stderr.split()
+    )
+
+
+# servers --------------------------------------------------------------------------------------------------------
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("localhost", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def post(port: int, path: str, given: object = None) -> bytes:
+    data = json.dumps(given).encode()
+    asked = urllib.request.Request(f"http://localhost:{port}/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=20) as reply:
+        return reply.read()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, name: str, port: int, *more: str):
+    """A server of package llava under `llava-prune run`, with its log files in `folder`."""
+    command = [sys.executable, "-m", "llava_prune", "run", "--method", "autoprune", "--tokens", "64", "--", "python"]
+    command += ["-m", f"llava.serve.{name}", "--host", "localhost", "--port", str(port), *more]
+    with open(folder / f"{name}.out", "wb") as out:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        server = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=env)
+        try:
+            end = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(OSError):
+                    post(port, "worker_get_status")
+                    break
+                text = (folder / f"{name}.out").read_text(encoding="utf-8", errors="replace")
+                assert server.poll() is None and time.monotonic() < end and len(text) < 100_000, text[-2000:]
+                time.sleep(0.1)
+            yield server
+        finally:
+            server.kill()
+            server.wait()
+
+
+def test_controller_and_model_worker(questions, ours, tmp_path):
+    """Requests arrive in threads of the server, and each starts a thread that generates."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    front, back = free_ports(2)
+
+    def ask(row: dict) -> str:
+        image = base64.b64encode((GQA / "data" / "images" / row["image"]).read_bytes()).decode()
+        prompt = vicuna_v1(row["text"])
+        given = {"model": "llava-tiny", "prompt": prompt, "images": [image], "stop": "</s>", "temperature": 0}
+        parts = post(back, "worker_generate_stream", {**given, "max_new_tokens": NEW}).split(b"\0")
+        last = json.loads([p for p in parts if p][-1])
+        assert last["error_code"] == 0, last
+        return last["text"].removeprefix(prompt).strip()
+
+    address = ["--controller-address", f"http://localhost:{front}", "--worker-address", f"http://localhost:{back}"]
+    with (
+        serving(tmp_path, "controller", front),
+        serving(tmp_path, "model_worker", back, *address, "--model-path", str(MODEL)),
+    ):
+        assert json.loads(post(front, "list_models")) == {"models": ["llava-tiny"]}
+        with ThreadPoolExecutor(2) as pool:  # two at a time
+            assert list(pool.map(ask, questions)) == ours
+        logs = sorted(tmp_path.iterdir())
+        sizes = [f.stat().st_size for f in logs]
+    assert {f.name.split("_")[0].split(".")[0] for f in logs} == {"controller", "model"} and len(logs) == 4
+    assert 0 < sum(sizes) < 100_000, sizes
+
+
+def test_log_records_go_to_the_stream_of_the_start(monkeypatch, capsys):
+    """A program that replaces sys.stderr by a stream that logs gets no record of its own."""
+    seen = []
+
+    class Logging:
+        def write(self, text):
+            seen.append(text)
+
+        def flush(self): ...
+
+    def command(args):
+        monkeypatch.setattr(sys, "stderr", Logging())
+        logging.getLogger("program").warning("a record")
+        monkeypatch.undo()
+        return 0
+
+    monkeypatch.setattr(cli, "_flops", command)
+    root = logging.getLogger()
+    kept, root.handlers = root.handlers, []
+    try:
+        assert cli.main(["flops"]) == 0
+        assert root.handlers == []
+    finally:
+        root.handlers = kept
+    assert "a record" in capsys.readouterr().err and not seen
+
+
+# the CPU --------------------------------------------------------------------------------------------------------
+
+
+def test_threads_of_the_program_run_on_the_cpu():
+    """Also those of a class of their own, once each; reading a file in one thread changes nothing in another."""
+    cpu, made, inside, go = llava_programs.OnCPU(), [], threading.Event(), threading.Event()
+    cpu.dtype = torch.bfloat16
+
+    def work():
+        made.append(torch.zeros(2, dtype=torch.float16, device="cuda").dtype)
+
+    def slow(*_):
+        inside.set()
+        go.wait(10)
+        return torch.zeros(2, dtype=torch.float16)
+
+    class Own(threading.Thread):
+        def run(self):
+            work()
+
+    def start(thread):
+        cpu.start(threading.Thread.start, thread)
+        return thread
+
+    reader = start(threading.Thread(target=lambda: made.append(cpu.load(slow).dtype)))
+    assert inside.wait(10)
+    for thread in (threading.Thread(target=work), Own()):
+        start(thread).join(10)
+        assert "run" not in vars(thread)
+    with cpu.suspended():  # threads that read weights
+        start(threading.Thread(target=lambda: made.append(torch.zeros(2, dtype=torch.float16).dtype))).join(10)
+    assert made.pop() is torch.float16
+    go.set()
+    reader.join(10)
+    assert made == [torch.bfloat16, torch.bfloat16, torch.float16]
+
+
+def test_stored_bytes_keep_their_dtype(tmp_path):
+    save_file({"x": torch.arange(6.0).half().reshape(2, 3)}, tmp_path / "x.safetensors")
+    with llava_programs.OnCPU() as cpu:
+        read = load_file(tmp_path / "x.safetensors")["x"]
+        assert cpu.dtype is read.to("cuda", torch.float16).dtype is torch.float32
+    assert read.dtype is torch.float16 and read.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "dtype"),
+    [(SMALL - 1, "float16", torch.float32), (SMALL, "float16", torch.bfloat16), (SMALL, "float32", torch.float32)],
+)
+def test_dtype_is_that_of_load(tmp_path, size, stored, dtype):
+    """By the size of the weight files, not by the number of parameters."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llava_llama", "torch_dtype": stored}), encoding="utf-8")
+    with open(tmp_path / "pytorch_model.bin", "wb") as file:
+        file.truncate(size)  # a sparse file
+    model, cpu = torch.nn.Linear(2, 2).half(), llava_programs.OnCPU()
+    cpu.cast(model, tmp_path, config)
+    assert model.weight.dtype is cpu.dtype is dtype
+
+
+def test_the_files_of_the_base_count(tmp_path):
+    """A small adapter for a large base model runs in bfloat16."""
+    folders = {name: tmp_path / name for name in ("adapter", "base")}
+    for name, size in (("adapter", 10), ("base", SMALL)):
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text('{"torch_dtype": "float16"}', encoding="utf-8")
+        with open(folders[name] / "weights.bin", "wb") as file:
+            file.truncate(size)
+    for base, dtype in ((None, torch.float32), (str(folders["base"]), torch.bfloat16)):
+        cpu, model = llava_programs.OnCPU(), torch.nn.Linear(2, 2).half()
+        with pytest.raises(ValueError, match="Linear"):  # attach refuses it, cast by then
+            given = (lambda *a, model=model, **k: (None, model, None, 1), "full", {}, [], [], cpu)
+            llava_programs._load(*given, str(folders["adapter"]), base)
+        assert model.weight.dtype is cpu.dtype is dtype
+
+
+# messages -------------------------------------------------------------------------------------------------------
+
+
+def refusal(program):
+    with pytest.raises(ValueError) as caught:
+        llava_programs.run(["python", "-m", program], "autoprune")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["llava.eval.model_vqa_loadr", "llava.evall.x", "llava.eval", "llava.", "llava..x"])
+def test_a_module_that_llava_does_not_have(name):
+    assert f"package llava has no module {name}; give one" in (said := refusal(name))
+    assert "llava.eval.model_vqa_loader" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import nosuch.part", "llava.serve.probe cannot run: package nosuch is not installed; pip install nosuch"),
+        (
+            "from yaml import nosuch",
+            "cannot import name 'nosuch' from 'yaml' .*; install a version of yaml that has it",
+        ),
+        ("import yaml.nosuch", "No module named 'yaml.nosuch'; install a version of yaml that has it"),
+        ("raise ImportError('no\\nname')", "llava.serve.probe cannot run: no name$"),
+    ],
+)
+def test_what_a_program_imports(line, message, tmp_path, monkeypatch):
+    import llava.serve
+
+    (tmp_path / "probe.py").write_text(line + "\n", encoding="utf-8")
+    monkeypatch.setattr(llava.serve, "__path__", [*llava.serve.__path__, str(tmp_path)])
+    monkeypatch.setattr(llava_programs, "_check_module", lambda name: None)
+    before = sys.stderr, sys.stdout, threading.Thread.start
+    with pytest.raises(ValueError, match=message) as caught:
+        llava_programs.run(["python", "-m", "llava.serve.probe"])
+    assert "\n" not in str(caught.value) and before == (sys.stderr, sys.stdout, threading.Thread.start)
+
+
+def test_arguments_of_the_program_are_its_own():
+    done = run("llava.eval.model_vqa_loader", "--nosuch")
+    assert done.returncode == 2 and done.stderr.strip().endswith("unrecognized arguments: --nosuch")
