@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import shortuuid
 import torch
 
 import llava_prune
 
 from ..methods.planner import Run, check_budgets
 from ..models.load import is_original, read_config, resolve
+from .finite import Logits, locate
+from .identity import vision_tower
 from .images import pixels
 from .plan import Settings
 from .prompt import check_tokenizer, token_ids, vicuna_v1
-from .task import Question, Sources, Task
+from .task import Question, Sources, Task, place_of
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class Bench:
         images: cache of the tower's outputs, see `Loaded.remember_images`.
         sizes: (width, height) of the images opened so far.
         shape: (3, H, W) of the tower's input.
+        logits: watches the logits for NaN and infinite values, see `finite.watched`; None where nothing does.
     """
 
     loaded: Any
@@ -61,20 +65,24 @@ class Bench:
     images: Any = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     shape: tuple[int, ...] = ()
+    logits: Logits | None = None
 
 
 def load_model(settings: Settings) -> Any:
-    """`llava_prune.load`, with every failure except a lack of memory as a ValueError."""
+    """`llava_prune.load` with the settings of an evaluation.
+
+    Raises:
+        ValueError: when the checkpoint cannot be loaded.
+    """
     family: Any = settings.family
-    try:
-        return llava_prune.load(
-            settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn
-        )
-    except (ValueError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        detail = str(error).strip().split("\n")[0]
-        raise ValueError(f"{settings.model} cannot be loaded: {type(error).__name__}: {detail}") from error
+    return llava_prune.load(
+        settings.model,
+        family=family,
+        dtype=settings.dtype,
+        device=settings.device,
+        attn=settings.attn,
+        **({} if settings.model_base is None else {"model_base": settings.model_base}),
+    )
 
 
 def pads(model: str) -> bool:
@@ -83,15 +91,27 @@ def pads(model: str) -> bool:
     Checkpoints in transformers' format do not state it; their images are padded.
 
     Raises:
-        ValueError: for anyres checkpoints, which have another protocol.
+        ValueError: for a checkpoint with another protocol than LLaVA-1.5's: images in crops, or image tokens between
+            special tokens.
     """
     config = read_config(resolve(model))
-    aspect = config.get("image_aspect_ratio")
-    if aspect == "anyres" or config.get("model_type") == "llava_next":
+    if config.get("model_type") == "llava_next":
         raise ValueError(
-            f"{model} is an anyres model, which the LLaVA-1.5 protocol does not cover; give a LLaVA-1.5 checkpoint"
+            f"{model} is a LLaVA-NeXT model, which the LLaVA-1.5 protocol does not cover; give a LLaVA-1.5 checkpoint"
         )
-    return aspect == "pad" if is_original(config) else True
+    if not is_original(config):
+        return True
+    aspect = config.get("image_aspect_ratio")
+    for name, value, known in (
+        ("image_aspect_ratio", aspect, (None, "square", "pad")),
+        ("mm_use_im_start_end", config.get("mm_use_im_start_end"), (None, False)),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"{model} has {name}={value!r}, which the LLaVA-1.5 protocol does not cover (it has "
+                f"{' or '.join(map(repr, known[1:]))}); give a LLaVA-1.5 checkpoint"
+            )
+    return aspect == "pad"
 
 
 def auto_batch(loaded: Any, longest: int) -> int:
@@ -123,6 +143,7 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     Raises:
         ValueError: for a broken checkpoint, another model's tokenizer, or a budget above the model's visual tokens.
     """
+    pad = pads(settings.model)
     start = time.perf_counter()
     loaded = loaded or load_model(settings)
     seconds = time.perf_counter() - start
@@ -132,10 +153,35 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     check_tokenizer(loaded.tokenizer, vocab, text_config, settings.model)
     if loaded.image_processor is None:
         raise ValueError(f"{settings.model} has no preprocessor_config.json; add that of its vision tower")
-    rows = [token_ids(vicuna_v1(q.text, q.image is not None), loaded.tokenizer) for q in files.questions]
+    rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
-    return Bench(loaded, task, files, pads(settings.model), rows, batch, seconds)
+    return Bench(loaded, task, files, pad, rows, batch, seconds)
+
+
+def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:
+    """Token ids of the prompt of every question.
+
+    Raises:
+        ValueError: naming file, row and id, for a text that the tokenizer refuses, or a prompt of more than `limit`
+            tokens with its visual tokens.
+    """
+    out = []
+    for number, q in enumerate(files.questions, 1):
+        try:
+            ids = token_ids(vicuna_v1(q.text, q.image is not None), loaded.tokenizer)
+        except Exception as error:  # tokenizers raise errors of their own
+            detail = f"{type(error).__name__}: {error}".split("\n")[0]
+            where = place_of(number, q, files.sources)
+            raise ValueError(f"{where}: the tokenizer refuses the text ({detail})") from error
+        length = len(ids) + (loaded.n_visual - 1 if q.image is not None else 0)
+        if limit is not None and length > limit:
+            where = place_of(number, q, files.sources)
+            raise ValueError(
+                f"{where}: the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
+            )
+        out.append(ids)
+    return out
 
 
 def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
@@ -154,8 +200,7 @@ def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
     """Add the time spent in the vision tower to `bench.tower`."""
-    model = bench.loaded.model
-    tower = model.get_vision_tower() if bench.loaded.family == "llava" else model.model.vision_tower
+    model, tower = bench.loaded.model, vision_tower(bench.loaded)
     began = [0.0]
 
     def now() -> float:
@@ -177,6 +222,11 @@ def tower_clock(bench: Bench) -> Any:
             hook.remove()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, of a GPU or of the host."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     """(B, new) long: new token ids for a batch of questions."""
     values, sizes, keys = [], [], []
@@ -187,7 +237,10 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
             values.append(torch.zeros(bench.shape))
         else:
             image = bench.files.sources.image(name)
-            values.append(pixels(image, bench.loaded.image_processor, bench.pad))  # (3, H, W)
+            try:
+                values.append(pixels(image, bench.loaded.image_processor, bench.pad))  # (3, H, W)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             bench.shape = tuple(values[-1].shape)
             bench.sizes[name] = image.size
         sizes.append(bench.sizes[name])
@@ -199,6 +252,14 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
         keys=keys or None,
         max_new_tokens=bench.task.max_new_tokens,
     )
+
+
+def _not_finite_in(bench: Bench, run: Run, number: int) -> str:
+    """The module that makes the NaN or infinite values of a question's logits, found by asking it again."""
+    found = locate(bench.loaded, functools.partial(ask, bench, run.method, [number]))
+    if bench.logits is not None:
+        bench.logits.take()
+    return found
 
 
 def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: str) -> list[dict[str, Any]]:
@@ -220,8 +281,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     start, tower = time.perf_counter(), bench.tower
     try:
         new = ask(bench, run.method, numbers)
-    except torch.OutOfMemoryError:
-        if len(numbers) == 1:
+    except (MemoryError, RuntimeError) as error:
+        if len(numbers) == 1 or not out_of_memory(error):
             raise
         bench.batch = max(1, len(numbers) // 2)
         log.warning("out of memory at batch size %d; continuing with %d", len(numbers), bench.batch)
@@ -230,6 +291,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return answer(bench, handle, numbers, run, name)
+    bad = bench.logits.take() if bench.logits is not None else []
     tower = bench.tower - tower
     seconds = time.perf_counter() - start - tower
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -238,6 +300,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     entering = handle.last.tokens_in.tolist() if with_image else none
     leaving = handle.last.tokens_out.tolist() if with_image else none
     stats = handle.last.stats if with_image else {}
+    places = {k: _not_finite_in(bench, run, numbers[k]) for k, flag in enumerate(bad) if flag}
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
@@ -245,12 +308,13 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "question_id": question.id,
             "prompt": question.stored,
             "text": text.strip(),
-            "answer_id": shortuuid.uuid(name=f"{name} {run.label} {i} {question.id}"),  # a resumed run gives the same
+            "answer_id": "",  # see `answers.seal`
             "model_id": name,
             "metadata": {},
             **question.extra,
             "kept": {"entering": entering[k], "leaving": leaving[k]},
-            "stats": {s: float(v[k]) for s, v in stats.items()},
+            "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
+            **({"not_finite": places[k]} if k in places else {}),
             "row": i,
             "seconds": seconds / len(numbers),
             "tower_seconds": tower / len(numbers),

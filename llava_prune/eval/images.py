@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 if TYPE_CHECKING:  # scoring reads no pixels and loads no torch
     from torch import Tensor
 
+CANVAS = 1 << 26
+"""Pixels of a square above which it is not made whole; see `_squeezed`."""
+LONGEST = 65_535
+"""Longest side of an image in pixels, that of a JPEG file."""
+RESIZED = 1 << 27
+"""Pixels that an image without padding may have after resizing."""
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """Open an image file as RGB.
+
+def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
+    """Open an image as RGB.
+
+    Args:
+        source: an image file, or its bytes.
+        name: of the image, for messages; default the file.
 
     Raises:
-        ValueError: when the file is not a readable image, or has more pixels than Pillow opens.
+        ValueError: when it is not a readable image, or has more pixels than Pillow opens or memory holds.
     """
+    name = name or str(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has more pixels than Pillow opens ({error}); scale it down") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); fetch it again") from error
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(
+            f"{name} has more than {limit} pixels, Pillow's limit against decompression bombs ({error}); save it with "
+            "fewer pixels"
+        ) from error
+    except MemoryError as error:
+        raise ValueError(f"{name} is too large for the memory; save it with fewer pixels") from error
+    except Exception as error:  # each format's decoder raises errors of its own
+        detail = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{name} is not a readable image ({detail}); fetch it again") from error
 
 
 def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -44,20 +63,59 @@ def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return out
 
 
+def _squeezed(image: Image.Image, colour: tuple[int, ...], size: int, resample: int) -> Image.Image:
+    """`square(image, colour)` resized to size x size, the same to the bit, without the square.
+
+    Pillow resizes rows first and columns second, so bands of rows can be resized to `size` columns one by one.
+    """
+    (width, height), side = image.size, max(image.size)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new(image.mode, (size, side), colour)
+    step = max(1, CANVAS // side)
+    for y in range(0, height, step):
+        band = image.crop((0, y, width, min(y + step, height)))
+        rows = Image.new(image.mode, (side, band.height), colour)
+        rows.paste(band, (left, 0))
+        narrow.paste(rows.resize((size, band.height), resample), (0, top + y))
+    return narrow.resize((size, size), resample)
+
+
 def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
     """The input of the vision tower.
 
     Args:
-        image: RGB image of any size.
+        image: RGB image.
         processor: CLIP image processor; its Pillow backend gives the pixels that LLaVA was trained on.
         pad: pad to a square with int(255 * mean) before the processor resizes and crops.
 
     Returns:
         (3, H, W) float32.
+
+    Raises:
+        ValueError: for a side above `LONGEST`, or an image without padding that resizing would make too large.
     """
     import torch
 
+    (width, height), edge = image.size, _shortest_edge(processor)
+    if max(width, height) > LONGEST:
+        raise ValueError(f"the image has {width} x {height} pixels; a side may have {LONGEST}, crop it")
+    if not pad and edge is not None and edge * edge * max(width, height) > RESIZED * min(width, height):
+        raise ValueError(
+            f"the image has {width} x {height} pixels, which resizing to a shortest edge of {edge} without padding "
+            f"would make more than {RESIZED}; crop it"
+        )
     if pad:
-        image = square(image, tuple(int(m * 255) for m in processor.image_mean))
+        colour = tuple(int(m * 255) for m in processor.image_mean)
+        large = edge is not None and max(width, height) ** 2 > CANVAS
+        image = _squeezed(image, colour, edge or 0, processor.resample) if large else square(image, colour)
     values = processor(images=image, return_tensors="pt")["pixel_values"]
     return torch.as_tensor(values[0]).float()
+
+
+def _shortest_edge(processor: Any) -> int | None:
+    """Side that a processor resizes a square to; None where it does not resize."""
+    if not getattr(processor, "do_resize", False):
+        return None
+    size = processor.size
+    edge = size.get("shortest_edge") or size.get("height")
+    return None if edge is None else int(edge)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any
 
 from ..arguments import DATA, TINY
 from ..methods.planner import Run, plan
+from ..methods.registry import names
+from .task import Task
 
 MODEL_DEFAULTS = "llava_prune.json"
 """File of a checkpoint that states hyper-parameters for it."""
@@ -23,6 +24,7 @@ class Settings:
     Attributes:
         task: benchmark, a list a,b or "all".
         model: checkpoint folder or hub id.
+        model_base: checkpoint that `model`, an adapter, was trained on; None for a complete checkpoint.
         methods: names, in order; "all" is every registered method.
         tokens: visual token budgets, in order.
         data: folder with the benchmark's files, laid out as LLaVA's playground/data/eval.
@@ -41,6 +43,7 @@ class Settings:
 
     task: str = "gqa"
     model: str = TINY
+    model_base: str | None = None
     methods: Sequence[str] = ("autoprune",)
     tokens: Sequence[int] = (64,)
     data: str = DATA
@@ -76,31 +79,25 @@ def model_defaults(model: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f'{path}: expected {{"method_args": {{method: {{name: value}}}}}} ({error})') from error
 
 
-def plan_runs(settings: Settings) -> list[Run]:
+def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
     """Build every method at every budget once, the reference first; see `planner.plan`.
+
+    Hyper-parameters are those of the method, of the benchmark's official runner, of the checkpoint, and of METHOD_ARGS;
+    the later ones override the earlier.
+
+    Args:
+        settings: what to run.
+        task: the benchmark.
 
     Raises:
         ValueError: for unknown methods, hyper-parameters that no method has, or values out of range.
     """
+    shared, own = {} if task is None else task.method_args, model_defaults(settings.model)
     return plan(
         settings.methods,
         settings.tokens,
         settings.method_args,
         seed=settings.seed,
-        defaults=model_defaults(settings.model),
+        defaults={name: {**shared, **own.get(name, {})} for name in {*names(), *own}},
         reference=settings.reference,
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 of a checkpoint: names and sizes of its files, small files whole, 64 KiB at both ends of larger ones."""
-    h, window = hashlib.sha256(), 1 << 16
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        h.update(f"{path.relative_to(folder)}:{size};".encode())
-        with open(path, "rb") as handle:
-            h.update(handle.read(window if size > 16 * window else -1))
-            if size > 16 * window:
-                handle.seek(-window, 2)
-                h.update(handle.read())
-    return h.hexdigest()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from statistics import fmean
 from typing import Any
 
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
 from .stats import mean_interval, paired_difference
-
-PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "safetensors", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -32,17 +28,6 @@ class Facts:
     figure: str
     size: Size
     settings: Mapping[str, Any]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
 
 
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -76,6 +61,19 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
     return out
 
 
+def without_figure(score: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """A score as it is, or without its figure where a model's logits were NaN or infinite (`not_finite` of a row)."""
+    bad = [r for r in rows if r.get("not_finite")]
+    if not bad:
+        return score
+    why = (
+        f"the logits of {len(bad)} of {len(rows)} questions are NaN or infinite, first question_id "
+        f"{bad[0]['question_id']} in {bad[0]['not_finite']}, so there is no figure; use another --dtype, or fetch the "
+        "checkpoint again"
+    )
+    return {"figure": None, "rows": score["rows"], "details": {"not_finite": len(bad)}, "why": why}
+
+
 def make_result(
     facts: Facts,
     label: str,
@@ -95,6 +93,7 @@ def make_result(
         seconds: stage -> seconds.
     """
     size = facts.size
+    score = without_figure(score, rows)
     names = dict.fromkeys(n for r in rows for n in r.get("stats", {}))
     scores, scale = score.get("scores"), score.get("scale", 100)
     interval = [scale * v for v in mean_interval(list(scores.values()))] if scores else None
@@ -114,7 +113,7 @@ def make_result(
         "method_stats": {n: fmean(r["stats"][n] for r in rows if n in r["stats"]) for n in names},
         "seconds": dict(seconds),
         "settings": dict(facts.settings),
-        "versions": versions(),
+        "versions": facts.settings["versions"],
         "scores": scores,
         "scale": scale,
     }

@@ -82,11 +82,11 @@ def gap_text(result: Mapping[str, Any]) -> str:
 
 
 def _look_up(details: Mapping[str, Any], path: str) -> str:
-    """A figure of the details by its dotted path."""
+    """A figure of the details by its dotted path; of a share, which the path marks with "%", in percent."""
     value: Any = details
-    for part in path.split("."):
+    for part in path.removesuffix("%").split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) <= 1 else _number(value)
+    return _number(100 * value if path.endswith("%") and value is not None else value)
 
 
 def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str, columns: Mapping[str, str]) -> Table:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +15,12 @@ from typing import Any
 import yaml
 
 from .images import open_rgb
+from .prompt import IMAGE_MARK
 from .reading import read_answers, read_jsonl, shown
 
 FOLDER = Path(__file__).parent / "tasks"
+WORKERS = 4
+"""Threads that decode images; each holds one image."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class Task:
         max_new_tokens: largest number of new tokens of an answer.
         folders: names of its folder under DATA.
         files: kinds of files.
-        columns: heading -> dotted path into the details, for the table of results.
+        columns: heading -> dotted path into the details, for the table of results; a path that ends in "%" is that of
+            a share, which is shown in percent.
+        method_args: hyper-parameters of every method that has them, as the benchmark's official runner sets them.
         scorer: module with load_labels, unknown and score; export, read_answers and read_questions are optional.
     """
 
@@ -71,7 +78,14 @@ class Task:
     folders: list[str]
     files: dict[str, Kind]
     columns: dict[str, str]
+    method_args: dict[str, Any]
     scorer: ModuleType
+
+    def notes(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Hyper-parameters that results have because the benchmark's official runner sets them."""
+        hyper = [r["settings"]["hyper"] for r in results]
+        used = [k for k, v in self.method_args.items() if any(k in h and h[k] == v for h in hyper)]
+        return [f"{k}={self.method_args[k]}, as in the official runner of this benchmark" for k in used]
 
     def complete(self, text: str) -> str:
         """The text of a question with the instruction line."""
@@ -185,6 +199,13 @@ class Sources:
         """
         return self.open_image(name) if self.open_image else open_rgb(self.path("images") / name)
 
+    def image_files(self, questions: Sequence[Question]) -> list[Path]:
+        """The image files of questions, each once, sorted by name; none where images are cells of a table."""
+        if self.open_image is not None:
+            return []
+        named = sorted({q.image for q in questions if q.image is not None})
+        return [self.path("images") / name for name in named]
+
 
 def task_names() -> list[str]:
     """Names of all benchmarks, sorted."""
@@ -211,6 +232,7 @@ def load_task(name: str) -> Task:
         folders=raw["folders"],
         files=files,
         columns=raw.get("columns", {}),
+        method_args=raw.get("method_args", {}),
         scorer=importlib.import_module(f"llava_prune.eval.tasks.{raw['scorer']}"),
     )
 
@@ -262,6 +284,34 @@ def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
     return out
 
 
+def place_of(number: int, question: Question, sources: Sources) -> str:
+    """Where a question stands, for a message: its file, its row counted from 1, and its id."""
+    key = json.dumps(question.id)  # escapes what a terminal cannot show
+    return f"{sources.path('questions')}, row {number} (question_id {key[:80]})"
+
+
+def check_questions(questions: Sequence[Question], sources: Sources) -> None:
+    """Refuse questions that no prompt can hold.
+
+    Raises:
+        ValueError: naming file, row and id, for "<image>" in a text, or text that UTF-8 cannot encode.
+    """
+    for number, q in enumerate(questions, 1):
+        if IMAGE_MARK in q.text:
+            raise ValueError(
+                f"{place_of(number, q, sources)}: the text contains {IMAGE_MARK!r}, which stands for an image in a "
+                "prompt; remove it or write it differently"
+            )
+        try:
+            json.dumps([q.id, q.text, q.stored, q.extra], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            letter = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(
+                f"{place_of(number, q, sources)}: the text contains {letter}, half of a surrogate pair, which is no "
+                "character; fetch the file again"
+            ) from error
+
+
 def check_images(questions: Sequence[Question], sources: Sources) -> None:
     """Refuse questions whose images are missing.
 
@@ -275,6 +325,30 @@ def check_images(questions: Sequence[Question], sources: Sources) -> None:
     missing = [n for n in named if not (folder / n).is_file()]
     if missing:
         raise ValueError(f"{len(missing)} of {len(named)} images are missing in {folder}: {shown(missing)}; add them")
+
+
+def open_images(questions: Sequence[Question], sources: Sources) -> None:
+    """Decode every image once, in several threads, to refuse broken ones before anything is computed.
+
+    Raises:
+        ValueError: naming the image, and file, row and id of its first question.
+    """
+    first: dict[str, int] = {}
+    for number, q in enumerate(questions, 1):
+        if q.image is not None:
+            first.setdefault(q.image, number)
+
+    def problem(name: str) -> str | None:
+        try:
+            sources.image(name)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for (_, number), message in zip(first.items(), pool.map(problem, first), strict=True):
+            if message is not None:
+                raise ValueError(f"{place_of(number, questions[number - 1], sources)}: {message}")
 
 
 def file_version(path: Path) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class Tokenizer:
     def __len__(self) -> int:
         return 200
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
         return ["Yes." if i % 2 else " no " for i in ids[:, 0].tolist()]
 
@@ -40,12 +43,16 @@ class Model:
 
     family, n_visual, tokenizer = "hf", 16, Tokenizer()
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
-    image_processor = SimpleNamespace(image_mean=[0.5] * 3)
+    image_processor = SimpleNamespace(image_mean=[0.5] * 3, to_dict=dict)
 
     def __init__(self, fail: dict[int, BaseException] | None = None) -> None:
-        weight = torch.nn.Embedding(200, 8)
+        weight = torch.nn.Embedding(200, 8, _weight=torch.zeros(200, 8))
         self.model = SimpleNamespace(
-            config=SimpleNamespace(),
+            config=SimpleNamespace(to_dict=dict),
+            generation_config=None,
+            named_parameters=weight.named_parameters,
+            named_buffers=weight.named_buffers,
+            get_output_embeddings=torch.nn.Identity,
             device=torch.device("cpu"),
             parameters=lambda: iter([weight.weight]),
             get_input_embeddings=lambda: weight,
@@ -87,7 +94,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(llava_prune, "pruned", pruned)
     monkeypatch.setattr(asking, "pads", lambda _: True)
     monkeypatch.setattr(asking, "pixels", lambda *_: torch.ones(3, 2, 2))
-    monkeypatch.setattr(run, "resolve", lambda model: Path(__file__).parent)
 
     def install(fail: dict[int, BaseException] | None = None) -> Model:
         model = Model(fail)

@@ -43,6 +43,9 @@ class Letters:
     def __len__(self) -> int:
         return models.VOCAB
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
         return ["".join(chr(i) for i in row if i >= 32) for row in ids.tolist()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,49 @@ def test_wilson_holds_the_share(case: tuple[int, int]) -> None:
 
 def test_paired_difference() -> None:
     mean, low, high = paired_difference([True, True, False, False], [True, False, False, False])
-    assert (
-        mean == 0.25 and low == pytest.approx(0.25 - 1.959964 * 0.25) and high == pytest.approx(0.25 + 1.959964 * 0.25)
-    )
-    assert paired_difference([True, False], [True, False])[1:] == (0.0, 0.0)
+    zero = wilson(0, 4)[1]
+    assert mean == 0.25 and high == pytest.approx(wilson(1, 4)[1])
+    assert low == pytest.approx(0.25 - ((0.25 - wilson(1, 4)[0]) ** 2 + zero**2) ** 0.5)
     assert paired_difference([0.3, 1.0], [0.0, 1.0])[0] == pytest.approx(0.15)
     low, high = mean_interval([0.0, 0.3, 1.0, 0.9])
     assert 0 <= low < 0.55 < high <= 1 and mean_interval([1, 0]) == wilson(1, 2)
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_difference([True], [])
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
+def test_intervals_of_equal_answers_have_a_width(score: float) -> None:
+    """Ten equal answers say little, ten thousand much."""
+    widths = []
+    for n in (1, 10, 100, 10_000):
+        mean, low, high = paired_difference([score] * n, [score] * n)
+        assert mean == 0 and low == -high and high == pytest.approx(wilson(0, n)[1])
+        widths.append(high)
+        inside = mean_interval([score] * n)
+        assert inside[0] <= score <= inside[1] and inside[1] - inside[0] >= wilson(0, n)[1]
+    assert widths == sorted(widths, reverse=True) and widths[1] > 0.2 and widths[-1] < 0.001
+
+
+@pytest.mark.parametrize("n", [10, 25])
+@pytest.mark.parametrize(("gained", "lost"), [(0.02, 0.02), (0.1, 0.1), (0.05, 0.2), (0.3, 0.25), (0.0, 0.1)])
+def test_coverage_of_the_paired_interval(n: int, gained: float, lost: float) -> None:
+    """Exact, over all numbers of questions gained and lost: the interval holds the truth in about 95 % of samples."""
+    held = 0.0
+    for up in range(n + 1):
+        for down in range(n + 1 - up):
+            ours = [1] * up + [0] * down + [1] * (n - up - down)
+            theirs = [0] * up + [1] * down + [1] * (n - up - down)
+            _, low, high = paired_difference(ours, theirs)
+            ways = math.comb(n, up) * math.comb(n - up, down)
+            chance = ways * gained**up * lost**down * (1 - gained - lost) ** (n - up - down)
+            held += chance * (low <= gained - lost <= high)
+    assert held >= 0.925
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30))
+def test_the_paired_interval_holds_its_mean(pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = zip(*pairs, strict=True)
+    mean, low, high = paired_difference(ours, theirs)
+    assert -1 <= low <= mean <= high <= 1 and high > low
+    back = paired_difference(theirs, ours)
+    assert back == pytest.approx((-mean, -high, -low))

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import resource
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import transformers
 from PIL import Image
 
+from llava_prune.cli import main
+from llava_prune.eval import images, run
+from llava_prune.eval.asking import pads
 from llava_prune.eval.images import open_rgb, pixels, square
+from llava_prune.eval.plan import Settings
 from llava_prune.eval.prompt import check_tokenizer, token_ids, vicuna_v1
-from llava_prune.eval.task import load_task
+from llava_prune.eval.task import load_task, task_names
 
 HERE = Path(__file__).parent
 PROMPTS = json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))["prompts"]
 PIXELS = json.loads((HERE / "preprocess.json").read_text(encoding="utf-8"))
+SOURCE = {name: name for name in task_names()} | {"mme": "MME", "ocrbench": "OCRBench"}
+FILE = {name: "mmbench_dev" if name.startswith("mmbench") else "llava_" for name in task_names()}
+FILE["ocrbench"] = "OCRBench.json"
+FILE["vqav2"] = "llava_vqav2_mscoco_test-dev"
 
 
 @pytest.mark.parametrize("name", [n for n, p in PROMPTS.items() if "line_text" in p])
@@ -64,7 +77,7 @@ def test_an_image_above_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.
     """The file is whole, so fetching it again would not help."""
     pattern(30, 20).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"x.png has more pixels than Pillow opens .*600 pixels.*; scale it down"):
+    with pytest.raises(ValueError, match=r"x.png has more than 200 pixels, Pillow.*600 pixels.*fewer pixels"):
         open_rgb(tmp_path / "x.png")
 
 
@@ -104,3 +117,175 @@ def test_tokenizers_of_other_models() -> None:
         check_tokenizer(Letters(), 299, config, "here")
     with pytest.raises(ValueError, match="eos_token_id is 2, the model's is 5"):
         check_tokenizer(Letters(), 300, SimpleNamespace(bos_token_id=1, eos_token_id=5), "here")
+
+
+# images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 2), (2, 300), (301, 3), (3, 301), (257, 100), (97, 200), (1, 500), (500, 1)])
+@pytest.mark.parametrize("canvas", [1, 700, 30_000])
+def test_images_of_an_extreme_shape(size: tuple[int, int], canvas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path without the square canvas gives the same pixels, however many rows it takes at a time."""
+    processor = transformers.CLIPImageProcessorPil(**PIXELS["processor"])
+    image = pattern(*size)
+    want = pixels(image, processor)
+    monkeypatch.setattr(images, "CANVAS", canvas)
+    monkeypatch.setattr(images, "square", None)  # not called
+    assert pixels(image, processor).equal(want)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (3, 20_000)])
+def test_no_canvas_of_gigabytes(size: tuple[int, int]) -> None:
+    """60000 x 1 pixels padded to a square would take 10 GB."""
+    processor = transformers.CLIPImageProcessorPil(**PIXELS["processor"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert pixels(pattern(*size), processor).shape == (3, 336, 336)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # KiB
+
+
+def test_images_that_are_too_large_to_prepare() -> None:
+    processor = transformers.CLIPImageProcessorPil(**PIXELS["processor"])
+    with pytest.raises(ValueError, match="the image has 70000 x 1 pixels; a side may have 65535"):
+        pixels(pattern(70_000, 1), processor)
+    with pytest.raises(ValueError, match="60000 x 1 pixels, which resizing to a shortest edge of 336 without padding"):
+        pixels(pattern(60_000, 1), processor, pad=False)
+
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "DDS", "QOI", "AVIF", "ICO", "PCX", "SGI", "TGA", "BLP", "EPS")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_images_of_every_format(kind: str, tmp_path: Path) -> None:
+    """Opened, or one line that names the file, whatever the decoder raises."""
+    buffer, path, draw = io.BytesIO(), tmp_path / "damaged.bin", random.Random(kind)
+    try:
+        (pattern(40, 30).convert("P") if kind == "BLP" else pattern(40, 30)).save(buffer, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    for _ in range(60):
+        data = bytearray(buffer.getvalue())
+        for _ in range(draw.choice([1, 2, 8])):
+            data[draw.randrange(min(len(data), 200))] = draw.choice([0, 255, draw.randrange(256)])
+        path.write_bytes(data[: draw.choice([len(data), draw.randrange(1, len(data))])])
+        try:
+            assert open_rgb(path).mode == "RGB"
+        except ValueError as error:
+            assert type(error) is ValueError and str(path) in str(error) and "\n" not in str(error)
+
+
+def evaluation(task: str, data: Path, out: Path) -> Settings:
+    return Settings(task=task, model="a/b", data=str(data), out=str(out), tokens=(4,), batch=2)
+
+
+# questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bench", task_names())
+@pytest.mark.parametrize(("mark", "says"), [("<image>", "'<image>'"), ("\\ud800", r"\\ud800")])
+def test_texts_that_no_prompt_can_hold(
+    bench: str, mark: str, says: str, nine: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    """Named by file, row and id before anything is answered; ScienceQA's runner removes the marks of its questions."""
+    shutil.copytree(nine, tmp_path / "data")
+    path = next(p for p in (tmp_path / "data" / SOURCE[bench]).glob("*") if p.name.startswith(FILE[bench]))
+    if path.suffix == ".tsv" and mark != "<image>":
+        return  # a table has no escapes, and bytes that are not UTF-8 are refused by the reader
+    text = path.read_text(encoding="utf-8")
+    word = "是什么" if bench == "mmbench_cn" else "What" if bench == "mmbench" else "so very"
+    if bench == "mme":
+        word = "so very" if "so very" in text else "red"
+    assert word in text
+    path.write_text(text.replace(word, mark + word), encoding="utf-8")
+    model = stand_in()
+    given = Settings(
+        task=bench, model="a/b", data=str(tmp_path / "data"), out=str(tmp_path / "o"), tokens=(4,), batch=2
+    )
+    if bench == "sqa" and mark == "<image>":
+        assert run.evaluate(given) and model.calls
+        return
+    with pytest.raises(
+        ValueError, match=rf"{path.name}, row \d+ \(question_id .*\): the text contains {says}"
+    ) as error:
+        run.evaluate(given)
+    assert not model.calls and "\n" not in str(error.value)
+    assert "[Errno" not in str(error.value)
+
+
+def test_texts_that_the_tokenizer_refuses(nine: Path, tmp_path: Path, stand_in: Any) -> None:
+    model = stand_in()
+
+    def refuse(self: Any, text: str) -> Any:
+        if "blue" in text:
+            raise RuntimeError("no\nblue")
+        return SimpleNamespace(input_ids=[1, *map(ord, text)])
+
+    model.tokenizer = type("T", (type(model.tokenizer),), {"__call__": refuse})()
+    given = evaluation("gqa", nine, tmp_path / "o")
+    with pytest.raises(
+        ValueError, match=r'jsonl, row 2 \(question_id "1"\): the tokenizer refuses.*RuntimeError: no\)'
+    ):
+        run.evaluate(given)
+    model = stand_in()
+    model.model.config.max_position_embeddings = 250
+    with pytest.raises(
+        ValueError,
+        match=r"row 1 \(question_id .0.\): the prompt has .* context 250",
+    ):
+        run.evaluate(given)
+    assert not model.calls
+
+
+def test_images_are_opened_before_the_first_question(nine: Path, tmp_path: Path, stand_in: Any) -> None:
+    shutil.copytree(nine / "gqa", tmp_path / "gqa")
+    (tmp_path / "gqa" / "data" / "images" / "n1.png").write_bytes(b"no image")
+    model = stand_in()
+    given = evaluation("gqa", tmp_path, tmp_path / "o")
+    with pytest.raises(ValueError, match=r'row 2 \(question_id "1"\): .*n1.png is not a readable image'):
+        run.evaluate(given)
+    assert not model.calls
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_aspect_ratio": "anyres_max_9"}, {"image_aspect_ratio": "highres"}, {"image_aspect_ratio": 5},
+        {"mm_use_im_start_end": True}, {"model_type": "llava_next", "text_config": {}},
+    ],
+)  # fmt: skip
+def test_other_protocols_are_refused(config: dict, tmp_path: Path) -> None:
+    whole = {"model_type": "llava_llama", "mm_vision_tower": "clip", "mm_vision_select_layer": -2, **config}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="which the LLaVA-1.5 protocol does not cover"):
+        pads(str(tmp_path))
+
+
+@pytest.mark.parametrize(("aspect", "pad"), [(None, False), ("square", False), ("pad", True)])
+def test_padding_is_the_checkpoints(aspect: str | None, pad: bool, tmp_path: Path) -> None:
+    whole = {"model_type": "llava_llama", "mm_vision_tower": "clip", "mm_vision_select_layer": -2}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "image_aspect_ratio": aspect}))
+    assert pads(str(tmp_path)) is pad
+
+
+def test_the_padding_mask_of_scienceqa(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    """Off, as in the official runner, which METHOD_ARGS override; on everywhere else."""
+    for bench, more, want in (
+        ("sqa", [], False),
+        ("sqa", ["--method-args=mask_padding=true"], True),
+        ("gqa", [], True),
+    ):
+        stand_in()
+        out = tmp_path / f"{bench}{len(more)}"
+        argv = [
+            "eval",
+            bench,
+            "--model=a/b",
+            f"--data={nine}",
+            f"--out={out}",
+            "--tokens=4",
+            "--method=autoprune,autoprune-flash",
+        ]
+        assert main([*argv, *more]) == 0
+        for label in ("autoprune-4", "autoprune-flash-4"):
+            assert json.loads((out / label / "settings.json").read_text())["hyper"]["mask_padding"] is want
+        assert ("mask_padding=False, as in the official runner" in capsys.readouterr().out) is not want

@@ -100,7 +100,7 @@ def test_a_finished_run_is_not_repeated(data: Path, tmp_path: Path, stand_in: An
 def test_other_settings_are_refused(data: Path, tmp_path: Path, stand_in: Any, other: dict) -> None:
     stand_in()
     run.evaluate(settings(data, tmp_path / "out"))
-    with pytest.raises(ValueError, match="were made with (seed|limit|batch|model|hyper)=.*--restart"):
+    with pytest.raises(ValueError, match="were made with (seed|limit|batch|model|hyper.k0)=.*--restart"):
         run.evaluate(settings(data, tmp_path / "out", **other))
 
 
@@ -179,8 +179,8 @@ def test_auto_batch_on_a_gpu(tiny_models: Any, monkeypatch: Any) -> None:
 
 
 def test_two_writers(tmp_path: Path) -> None:
-    with Answers(tmp_path, {"a": 1}), pytest.raises(ValueError, match="another run is writing"):
-        Answers(tmp_path, {"a": 1})
+    with Answers(tmp_path, {"a": 1}, {}), pytest.raises(ValueError, match="another run is writing"):
+        Answers(tmp_path, {"a": 1}, {})
 
 
 def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:

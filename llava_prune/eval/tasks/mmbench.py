@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ..images import open_rgb
 from ..reading import last_by_id, read_table, shown
 from ..reading import read_answers as read_lines
 from ..stats import share
@@ -102,11 +103,14 @@ def read_questions(sources: Sources) -> list[Question]:
 
     def open_image(name: str) -> Image.Image:
         try:
-            with Image.open(io.BytesIO(base64.b64decode(payloads[name]))) as image:
-                return image.convert("RGB")
-        except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            key = next(str(q.id) for q in out if q.image == name)
-            raise ValueError(f"index {key}: column image is not a readable image ({error})") from error
+            content = base64.b64decode(payloads[name])
+        except binascii.Error as error:
+            raise ValueError(f"{label(name)} is not base64 ({error}); fetch the table again") from error
+        return open_rgb(io.BytesIO(content), label(name))
+
+    def label(name: str) -> str:
+        key = next(str(q.id) for q in out if q.image == name)
+        return f"column image of index {key}"
 
     sources.open_image = open_image
     return out

@@ -1,0 +1,73 @@
+"""Watch a model for NaN and infinite values while it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOWER, PROJECTOR = "the vision tower", "the projector"
+
+
+class Logits:
+    """Which samples of the last request had logits that were NaN or infinite, at any new token."""
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def see(self, module: Any, inputs: Any, logits: Tensor) -> None:
+        """A forward hook of the output embeddings: (B, L, V) logits, the last position counts. No host read."""
+        bad = ~logits[:, -1].isfinite().all(-1)  # (B,)
+        self._bad = bad if self._bad is None or len(self._bad) != len(bad) else self._bad | bad
+
+    def take(self) -> list[bool]:
+        """One entry for each sample; forgets the request."""
+        bad, self._bad = self._bad, None
+        return [] if bad is None else bad.tolist()
+
+
+@contextmanager
+def watched(loaded: Any) -> Iterator[Logits]:
+    """Watch the logits of every request in the block."""
+    seen = Logits()
+    hook = loaded.model.get_output_embeddings().register_forward_hook(seen.see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def locate(loaded: Any, ask: Callable[[], Any]) -> str:
+    """The first module whose output has NaN or infinite values while `ask` runs, by its name for a message."""
+    found: list[str] = []
+
+    def see(name: str, module: Any, inputs: Any, output: Any) -> None:
+        if name == PROJECTOR and not _finite(inputs[0]):  # a cached image does not go through the tower again
+            found.append(TOWER)
+        states = output[0] if isinstance(output, (tuple, list)) else output
+        if not _finite(states if name == PROJECTOR else states[:, -1]):
+            found.append(name)
+
+    with ExitStack() as stack:
+        for name, module in _modules(loaded):
+            stack.callback(module.register_forward_hook(partial(see, name)).remove)
+        ask()
+    return found[0] if found else "the output embeddings"
+
+
+def _finite(states: Any) -> bool:
+    """Whether all values are finite; True for an output that is no tensor."""
+    return not isinstance(states, Tensor) or bool(torch.isfinite(states).all())
+
+
+def _modules(loaded: Any) -> Iterator[tuple[str, Any]]:
+    model = loaded.model
+    inner = model.model
+    language = inner if loaded.family == "llava" else inner.language_model
+    yield PROJECTOR, inner.mm_projector if loaded.family == "llava" else inner.multi_modal_projector
+    for number, layer in enumerate(language.layers):
+        yield f"layer {number} of the language model", layer

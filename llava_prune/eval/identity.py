@@ -1,0 +1,171 @@
+"""The identity of a run: everything that can change an answer, as values and checksums.
+
+It is stored beside the answers and compared when a run resumes; see `answers.Answers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.planner import Run
+
+PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "pillow", "numpy")
+"""Packages whose release can change an answer."""
+WORKERS = 8
+"""Threads that read images."""
+_PLACES = ("_name_or_path", "name_or_path", "mm_vision_tower", "transformers_version")
+"""Entries of a config that say where a model came from."""
+_ELSEWHERE = ("torch_dtype", "dtype", "_attn_implementation", "_attn_implementation_internal", "attn_implementation")
+"""Entries of a config that have a setting of their own."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that an answer depends on."""
+    out = {}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers, sorted by name."""
+    return sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0])
+
+
+def not_finite(model: Any) -> list[str]:
+    """Names of parameters and buffers with NaN or infinite values."""
+    with torch.inference_mode():
+        return [
+            name
+            for name, t in _tensors(model)
+            if t.is_floating_point() and t.numel() and not torch.stack(torch.aminmax(t)).isfinite().all()
+        ]
+
+
+def weights(model: Any) -> str:
+    """sha256 of every parameter and buffer of a model: name, dtype, shape and all bytes, sorted by name.
+
+    The same weights have the same checksum on every device and however a checkpoint splits them into files. It takes
+    about 8 seconds for a model of 7B parameters in half precision.
+    """
+    h = hashlib.sha256()
+    with torch.inference_mode():
+        for name, t in _tensors(model):
+            h.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
+            h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON stores it, without the entries that do not change an answer or are compared elsewhere."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if k not in _PLACES and k not in _ELSEWHERE}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def vision_tower(loaded: Any) -> Any:
+    """The module whose call encodes images."""
+    model = loaded.model
+    return model.get_vision_tower() if loaded.family == "llava" else model.model.vision_tower
+
+
+def configs(loaded: Any) -> str:
+    """sha256 of the configs of a model, of its generation, of its vision tower and of its image processor."""
+    tower = getattr(vision_tower(loaded), "config", None)
+    return _sha(
+        [_plain(p) for p in (loaded.model.config, loaded.model.generation_config, tower, loaded.image_processor)]
+    )
+
+
+def tokenizer(tokenizer: Any) -> str:
+    """sha256 of a tokenizer: its class, vocabulary and special ids."""
+    special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "unk_token_id")}
+    return _sha([type(tokenizer).__name__, tokenizer.get_vocab(), special])
+
+
+def prompts(rows: Sequence[Sequence[int]]) -> str:
+    """sha256 of the token ids of all questions."""
+    return _sha([list(r) for r in rows])
+
+
+def images(paths: Sequence[Path]) -> str:
+    """sha256 of image files: number and bytes of each, in order.
+
+    Raises:
+        OSError: for a file that cannot be read.
+    """
+
+    def one(path: Path) -> bytes:
+        return hashlib.sha256(path.read_bytes()).digest()
+
+    h = hashlib.sha256()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for digest in pool.map(one, paths):
+            h.update(digest)
+    return h.hexdigest()
+
+
+def source(run: Run) -> str | None:
+    """sha256 of the file that defines a method from outside the package; None for the package's own."""
+    cls = type(run.method)
+    if cls.__module__.split(".")[0] == __name__.split(".")[0]:
+        return None
+    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+
+
+def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
+    """What the answers depend on that is the model's: the same for every benchmark and method.
+
+    Args:
+        loaded: see `llava_prune.load`.
+        name: checkpoint folder or hub id.
+        base: checkpoint that an adapter was trained on, or None.
+
+    Raises:
+        ValueError: for weights with NaN or infinite values.
+    """
+    parameter = next(loaded.model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    bad = not_finite(loaded.model)
+    if bad:
+        raise ValueError(
+            f"{name}: {len(bad)} tensors have values in {dtype} that are NaN or infinite, first {bad[0]}; fetch the "
+            "checkpoint again, or give another --dtype"
+        )
+    text = getattr(loaded.model.config, "text_config", None) or loaded.model.config
+    return {
+        "model": name,
+        "model_base": base,
+        "weights": weights(loaded.model),
+        "config": configs(loaded),
+        "tokenizer": tokenizer(loaded.tokenizer),
+        "family": loaded.family,
+        "device": parameter.device.type,
+        "dtype": dtype,
+        "attn": getattr(text, "_attn_implementation", None),
+        "versions": versions(),
+    }
+
+
+def plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as JSON stores them."""
+    return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in hyper.items()}
