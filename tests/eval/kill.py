@@ -1,6 +1,7 @@
 """Kill a run with SIGKILL at random moments and resume it: python -m tests.eval.kill [KILLS [SEED [QUESTIONS]]].
 
-Each completed run is compared with an uninterrupted one, byte by byte. The model is a small random one, and answers
+Eight of thirty kills are among the two processes of a run in chunks. Each completed run is compared with an
+uninterrupted one, byte by byte. The model is a small random one, and answers
 have four tokens. The process loads the model and forks every run, so that a start costs no import.
 """
 
@@ -14,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from llava_prune.eval import run
-from llava_prune.eval.answers import ANSWERS, JOURNAL
+from llava_prune.eval.answers import ANSWERS
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.task import load_task
 from llava_prune.models.load import Loaded
@@ -59,15 +61,16 @@ def checkpoint(folder: Path) -> Loaded:
     return Loaded(models.tiny_hf(), Letters(), processor, "hf", str(folder))
 
 
-def start(loaded: Loaded, out: Path, limit: int) -> int:
-    """Fork a run with a loaded model; returns its process id."""
+def start(loaded: Loaded, out: Path, limit: int, chunk: int | None = None) -> int:
+    """Fork a run with a loaded model, or one of its two chunks; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         run.load_task = lambda name: dataclasses.replace(load_task(name), max_new_tokens=4)
-        settings = Settings(model=loaded.path, data=DATA, out=str(out), limit=limit, batch=2, tokens=(8,))
+        parts = {} if chunk is None else {"num_chunks": 2, "chunk_idx": chunk}
+        settings = Settings(model=loaded.path, data=DATA, out=str(out), limit=limit, batch=2, tokens=(8,), **parts)
         run.evaluate(settings, loaded=loaded)
         status = 0
     finally:
@@ -80,46 +83,68 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def done(out: Path) -> int:
-    """Answers on disk."""
-    return sum(p.read_bytes().count(b"\n") for n in (ANSWERS, JOURNAL) for p in out.glob(f"*/{n}"))
+    """Answers on disk; those of chunks once more when they are joined."""
+    return sum(p.read_bytes().count(b"\n") for p in out.glob("*/*.jsonl"))
 
 
-def main(kills: int, seed: int, limit: int) -> tuple[int, int, set[int]]:
-    """Returns completed runs, kills, and the numbers of answers on disk at the kills."""
+def disturbed(loaded: Loaded, out: Path, limit: int, chunks: Sequence[int | None], draw: Any, length: float) -> bool:
+    """Start the processes of a run and kill one at a random moment; whether there was one left to kill."""
+    pids = [start(loaded, out, limit, chunk) for chunk in chunks]
+    time.sleep(draw.uniform(0.1, 0.9) * length)
+    victim = draw.choice(pids)
+    alive = not os.waitpid(victim, os.WNOHANG)[0]
+    if alive:
+        os.kill(victim, signal.SIGKILL)
+    for pid in pids if alive else [p for p in pids if p != victim]:
+        os.waitpid(pid, 0)
+    return alive
+
+
+def kill(loaded: Loaded, folder: Path, limit: int, chunks: Sequence[int | None], kills: int, draw: Any) -> Any:
+    """Kill a run until it is complete, and compare it with an uninterrupted one; as often as there are kills.
+
+    Returns completed runs, kills, and the numbers of answers on disk at the kills.
+    """
+    whole, began = folder / "whole", time.monotonic()
+    finish(loaded, whole, limit, chunks)
+    length, expected = time.monotonic() - began, files(whole)
+    print(f"an uninterrupted run of {len(chunks)} processes takes {length:.1f} s", flush=True)
+    through, killed, found = 0, 0, set()
+    while killed < kills:
+        out = folder / f"cut{through}"
+        while killed < kills and disturbed(loaded, out, limit, chunks, draw, length):
+            killed += 1
+            found.add(done(out))
+        finish(loaded, out, limit, chunks)
+        if files(out) != expected:
+            raise SystemExit(f"run {through}: the resumed answers differ after {killed} kills")
+        left = [p.name for p in out.rglob("*") if p.name.endswith(".draft") or ".partial" in p.name]
+        if left:
+            raise SystemExit(f"run {through} left {left}")
+        through += 1
+    return through, killed, found
+
+
+def finish(loaded: Loaded, out: Path, limit: int, chunks: Sequence[int | None]) -> None:
+    """Let the processes of a run end, side by side."""
+    pids = [start(loaded, out, limit, chunk) for chunk in chunks]
+    if any([os.waitpid(pid, 0)[1] != 0 for pid in pids]):  # noqa: C419 - waits for all of them
+        raise SystemExit("a run that nothing disturbed failed")
+
+
+def main(kills: int, seed: int, limit: int) -> None:
+    """A quarter of the kills is among the two processes of a run in chunks."""
     draw = random.Random(seed)
     torch.set_num_threads(1)  # a fork does not copy threads
     with tempfile.TemporaryDirectory() as folder:
         loaded = checkpoint(Path(folder) / "model")
-        whole = Path(folder) / "whole"
-        began = time.monotonic()
-        if os.waitpid(start(loaded, whole, limit), 0)[1]:
-            raise SystemExit("the uninterrupted run failed")
-        length = time.monotonic() - began
-        print(f"an uninterrupted run takes {length:.1f} s", flush=True)
-        expected, through, killed, found = files(whole), 0, 0, set()
-        while killed < kills or through == 0:
-            out = Path(folder) / f"cut{through}"
-            while True:
-                pid = start(loaded, out, limit)
-                deadline = time.monotonic() + draw.uniform(0.1, 0.6) * length
-                while killed < kills and time.monotonic() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
-                    time.sleep(0.002)
-                if killed < kills and time.monotonic() >= deadline:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    killed += 1
-                    found.add(done(out))
-                    continue
-                break
-            if killed >= kills and os.waitpid(pid, 0)[1]:
-                raise SystemExit("a resumed run failed")
-            if files(out) != expected:
-                raise SystemExit(f"run {through}: the resumed answers differ after {killed} kills")
-            through += 1
-    return through, killed, found
+        among = max(1, round(kills * 8 / 30))
+        for name, chunks, number in (("whole", [None], kills - among), ("chunks", [0, 1], among)):
+            (Path(folder) / name).mkdir()
+            runs, times, where = kill(loaded, Path(folder) / name, limit, chunks, number, draw)
+            print(f"{name}: {times} kills, {runs} runs completed and equal the uninterrupted one; answers on disk at "
+                  f"{sorted(where)}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
-    kills, seed, questions = [*map(int, sys.argv[1:]), *(30, 0, 24)[len(sys.argv) - 1 :]]
-    runs, times, where = main(kills, seed, questions)
-    print(f"{times} kills, {runs} runs completed and equal the uninterrupted one; answers on disk at {sorted(where)}")
+    main(*map(int, [*sys.argv[1:], *("30", "0", "24")[len(sys.argv) - 1 :]]))

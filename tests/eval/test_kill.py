@@ -20,5 +20,6 @@ def test_killed_runs_equal_an_uninterrupted_one() -> None:
     command = [sys.executable, "-m", "tests.eval.kill", str(KILLS), "0", "12"]
     got = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr[-2000:]
-    found = re.search(rf"{KILLS} kills, (\d+) runs completed and equal .* at \[(.*)\]", got.stdout)
-    assert found and int(found[1]) >= 1, got.stdout
+    found = re.findall(r"(whole|chunks): (\d+) kills, (\d+) runs completed and equal", got.stdout)
+    assert [name for name, *_ in found] == ["whole", "chunks"], got.stdout
+    assert sum(int(kills) for _, kills, _ in found) == KILLS and all(int(runs) >= 1 for *_, runs in found)
