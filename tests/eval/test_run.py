@@ -18,6 +18,8 @@ from llava_prune.cli import main
 from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
 from llava_prune.eval.plan import Settings, plan_runs
+from llava_prune.eval.result import flops_figures
+from llava_prune.ops.counts import Size
 
 N = 7
 
@@ -81,6 +83,44 @@ def test_an_interrupted_run_resumes(data: Path, tmp_path: Path, stand_in: Any, a
     assert len(again.calls) == len(whole.calls) - (at - 1), "an answered batch was run again"
     for label in ("full", "autoprune-4"):
         assert rows(tmp_path / "cut" / label) == rows(tmp_path / "whole" / label)
+
+
+@pytest.mark.parametrize("left", [1, 3, 5])
+def test_a_batch_of_which_a_part_is_on_disk_is_asked_whole(
+    data: Path, tmp_path: Path, stand_in: Any, left: int
+) -> None:
+    """A batch has the same members as in a run without interruption: padding can change the last bits of an answer."""
+    whole = stand_in()
+    run.evaluate(settings(data, tmp_path / "whole", reference=False, batch=3))
+    stand_in({3: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(settings(data, tmp_path / "cut", reference=False, batch=3))
+    journal = tmp_path / "cut" / "autoprune-4" / JOURNAL
+    journal.write_bytes(b"".join(x + b"\n" for x in journal.read_bytes().split(b"\n")[:left]))
+    again = stand_in()
+    run.evaluate(settings(data, tmp_path / "cut", reference=False, batch=3))
+    assert again.calls == whole.calls[left // 3 :] and [len(c) for c in whole.calls] == [3, 3, 1]
+    assert rows(tmp_path / "cut" / "autoprune-4") == rows(tmp_path / "whole" / "autoprune-4")
+
+
+def test_flops_of_prompts_without_an_image() -> None:
+    """They have no visual tokens in the unpruned model either, and count with their text on both sides."""
+    size = Size(layers=2, hidden=8, intermediate=16, visual=16)
+    image = {"kept": {"entering": [16, 4], "leaving": [4, 4]}}
+    text = {"kept": {"entering": [0, 0], "leaving": [0, 0]}}
+
+    def layer(n: int) -> int:
+        return 4 * n * 8 * 8 + 2 * n * n * 8 + 3 * n * 8 * 16  # equation (2)
+
+    got = flops_figures([image, text, text], [10, 6, 30], size)
+    assert got["text_tokens"] == pytest.approx(46 / 3)
+    plain = 2 * layer(6) + 2 * layer(30)
+    pruned, full = layer(26) + layer(14) + plain, 2 * layer(26) + plain
+    assert got["with_text_entering"]["percent_of_full"] == pytest.approx(100 * pruned / full)
+    assert got["with_text_entering"]["tflops"] == pytest.approx(pruned / 3 / 1e12)
+    only = layer(16) + layer(4)
+    assert got["visual_only_entering"]["percent_of_full"] == pytest.approx(100 * only / (2 * layer(16)))
+    assert flops_figures([text], [6], size)["visual_only_entering"]["percent_of_full"] is None
 
 
 def test_a_finished_run_is_not_repeated(data: Path, tmp_path: Path, stand_in: Any) -> None:
