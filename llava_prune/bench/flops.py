@@ -66,7 +66,7 @@ def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> flo
 
 def autoprune_schedule(tokens: int, slope: float, size: Size) -> Schedule:
     """AutoPrune's counts for a budget, with its midpoint for this number of layers."""
-    return schedule(slope, tokens, size.visual, size.layers, AutoPrune(tokens=tokens).midpoint(size.layers))
+    return schedule(slope, tokens, size.visual, size.layers, AutoPrune().midpoint(size.layers))
 
 
 @dataclass(frozen=True)

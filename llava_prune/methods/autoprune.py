@@ -18,13 +18,16 @@ from ..ops.attention import last_attention, mean_weights, text_attention
 from ..ops.clustering import recycled
 from ..ops.selection import Cut, Positions
 from .base import Method, MethodInfo
-from .checks import choice, integer, real
+from .checks import choice, integer, real, shown
 from .registry import register
 from .views import Spans, View, VisionView
 
 Budget = Literal["after", "before"]
 PEAK = 0.75
 """Upper end of the logistic curve in the official code."""
+LEAST = 2
+"""Smallest budget: a layer that drops tokens keeps one and merges others into one. With 1, the official search finds no
+factor and keeps 2."""
 
 
 @register("autoprune")
@@ -42,7 +45,7 @@ class AutoPrune(Method):
     so layer 0 goes by the class token alone and the slope is k0.
 
     Args:
-        tokens: the budget B >= 1, an average over layers.
+        tokens: the budget B >= 2, an average over layers.
         lam: lambda of equation (1).
         k0: largest slope.
         gamma: how fast information flattens the curve.
@@ -80,17 +83,17 @@ class AutoPrune(Method):
     replays = True
 
     def __post_init__(self) -> None:
-        integer("tokens", self.tokens, 1, none=False)
+        integer("tokens", self.tokens, LEAST, none=False)
         for name in ("lam", "k0", "gamma", "mi_scale"):
             real(name, getattr(self, name), 0, none=False)
-        real("x0", self.x0)
-        real("slope_step", self.slope_step, 0)
-        if self.slope_step == 0:
-            raise ValueError("slope_step=0: must be a positive step, or None for the exact slope")
+        real("x0", self.x0, 0)
+        real("slope_step", self.slope_step, 1e-9)
         choice("budget", self.budget, ("after", "before"))
         choice("strict", self.strict, (True, False))
-        if not (isinstance(self.mask_padding, (bool, list, tuple)) or hasattr(self.mask_padding, "shape")):
-            raise ValueError(f"mask_padding={self.mask_padding!r}: must be True, False or a mask, 1 on padding")
+        if not (
+            isinstance(self.mask_padding, bool) or hasattr(self.mask_padding, "shape") or _is_mask(self.mask_padding)
+        ):
+            raise ValueError(f"mask_padding={shown(self.mask_padding)}: must be True, False or a mask, 1 on padding")
 
     # alpha_CLS of equation (1) -------------------------------------------------------------------------------
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
@@ -235,6 +238,17 @@ def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tenso
     return ratio.log2_().mul_(joint).sum((2, 3))
 
 
+def _is_mask(values: Any) -> bool:
+    """Whether a list holds 0 and 1 only, in rows of equal length."""
+    if not isinstance(values, (list, tuple)):
+        return False
+    try:
+        table = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+    return bool(((table == 0) | (table == 1)).all())
+
+
 # the retention curve and its budget: plain Python on integers and floats ------------------------------------------
 
 
@@ -305,12 +319,12 @@ def schedule(
         first: tokens kept by layer 0; default min(2.5 B, N).
 
     Raises:
-        ValueError: for fewer than 2 layers, a budget below 1, or one that no curve can meet.
+        ValueError: for fewer than 2 layers, a budget below 2 of more tokens, or one that no curve can meet.
     """
     if n_layers < 2:
         raise ValueError(f"a schedule needs at least 2 layers, got {n_layers}")
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens}: the budget must be at least 1")
+    if tokens < min(LEAST, n_visual):
+        raise ValueError(f"tokens={tokens}: the budget must be at least {LEAST}")
     cap = min(int(2.5 * tokens), n_visual)
     first = cap if first is None else first
     if tokens >= n_visual:  # nothing to prune: leave the sequence unchanged

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import MethodInfo, ScoreMethod
-from .checks import integer
+from .checks import integer, seed
 from .registry import register
 from .views import View
 
@@ -56,8 +56,7 @@ class Random(_Blind):
 
     def __post_init__(self) -> None:
         integer("tokens", self.tokens, none=False)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r}: must be an integer")
+        seed(self.seed)
 
     def ranking(self, n: int) -> Tensor:
         return torch.rand(n, generator=torch.Generator().manual_seed(self.seed))

@@ -6,18 +6,26 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+LARGEST = 2**31 - 1
+"""Upper limit of integers without a limit of their own."""
+FAR = 1e6
+"""Limit of the size of numbers without a limit of their own; float32 holds every product that methods form of them."""
+SEEDS = -(2**63), 2**64 - 1
+"""The range of torch.manual_seed."""
 
-def integer(name: str, value: Any, low: int = 0, *, none: bool = True) -> None:
-    """Refuse anything but an integer of at least `low`; None passes, unless `none` is False.
+
+def integer(name: str, value: Any, low: int = 0, high: int = LARGEST, *, none: bool = True) -> None:
+    """Refuse anything but an integer in [low, high]; None passes, unless `none` is False.
 
     Raises:
         ValueError: naming value and limit.
     """
     if value is None and none:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         kind = {0: "a non-negative integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
-        raise ValueError(f"{name}={value!r}: must be {kind}")
+        above = isinstance(value, int) and value > high or high != LARGEST
+        raise ValueError(f"{name}={shown(value)}: must be {kind}{f', at most {high}' if above else ''}")
 
 
 def integers(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int, ...] | None:
@@ -28,36 +36,64 @@ def integers(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int
     """
     if values is None:
         return None
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}={values!r}: must be a list of integers")
+    if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={shown(values)}: must be a list of integers, as [8, 16]")
     out = tuple(values)
     for n in out:
         integer(name, n, low, none=False)
     return out
 
 
-def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, none: bool = True) -> None:
-    """Refuse anything but a finite number in [low, high]; None passes, unless `none` is False.
+def real(name: str, value: Any, low: float = -FAR, high: float = FAR, *, none: bool = True) -> None:
+    """Refuse anything but a number in [low, high]; None passes, unless `none` is False.
 
     Raises:
         ValueError: naming value and limits.
     """
     if value is None and none:
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
-        limits = "" if math.isinf(low) else f" of at least {low:g}" if math.isinf(high) else f" in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}={value!r}: must be a finite number{limits}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # not a number lies in no interval
+        raise ValueError(f"{name}={shown(value)}: must be a finite number in [{low:g}, {high:g}]")
+
+
+def reals(name: str, values: Iterable[Any] | None, low: float = -FAR, high: float = FAR) -> tuple[float, ...] | None:
+    """A list of numbers in [low, high] as a tuple; None passes.
+
+    Raises:
+        ValueError: naming value and limits.
+    """
+    if values is None:
+        return None
+    if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={shown(values)}: must be a list of numbers, as [0.5, 0.25]")
+    out = tuple(values)
+    for x in out:
+        real(name, x, low, high, none=False)
+    return out
+
+
+def seed(value: Any, name: str = "seed") -> None:
+    """Refuse anything but an integer that torch.manual_seed takes.
+
+    Raises:
+        ValueError: naming value and range.
+    """
+    low, high = SEEDS
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(
+            f"{name}={shown(value)}: must be an integer in [{low}, {high}], the range of torch.manual_seed"
+        )
 
 
 def choice(name: str, value: Any, choices: tuple[object, ...]) -> None:
-    """Refuse a value that is not one of the choices.
+    """Refuse a value that is not one of the choices; 1 is not True.
 
     Raises:
         ValueError: listing them.
     """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be {' or '.join(repr(c) for c in choices)}")
+    if not any(isinstance(value, type(c)) and value == c for c in choices):
+        raise ValueError(f"{name}={shown(value)}: must be {' or '.join(repr(c) for c in choices)}")
 
 
 def at_most_one(**given: Any) -> None:
@@ -66,6 +102,17 @@ def at_most_one(**given: Any) -> None:
     Raises:
         ValueError: naming those that were given.
     """
-    names = [f"{k}={v!r}" for k, v in given.items() if v is not None]
+    names = [f"{k}={shown(v)}" for k, v in given.items() if v is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} both fix the token counts; give one of {', '.join(given)}")
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """repr of a value for a message, in one line and not longer than `width`."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print the longest
+        return f"{'-' if value < 0 else ''}1e{math.floor(value.bit_length() * math.log10(2))}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # a list with such an integer
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= width else f"{text[: width - 3]}..."

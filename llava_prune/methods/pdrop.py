@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.attention import last_attention
 from ..ops.selection import Positions
 from .base import MethodInfo, ScoreMethod
-from .checks import at_most_one, choice, integer, integers, real
+from .checks import at_most_one, choice, integer, integers, reals
 from .registry import register
 from .views import Spans, View
 
@@ -72,10 +72,7 @@ class PyramidDrop(ScoreMethod):
         integer("tokens", self.tokens, 1)
         choice("score", self.score, ("next", "finished"))
         object.__setattr__(self, "layers", integers("layers", self.layers, 1))
-        if self.ratios is not None:
-            object.__setattr__(self, "ratios", tuple(self.ratios))
-        for r in self.ratios or ():
-            real("ratios", r, 0, 1, none=False)
+        object.__setattr__(self, "ratios", reals("ratios", self.ratios, 0, 1))
         stages, ratios = self.layers or (), self.ratios or HALVES
         if any(b <= a for a, b in zip(stages, stages[1:], strict=False)):
             raise ValueError(f"layers={stages}: give them in ascending order")

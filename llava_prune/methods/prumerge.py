@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..ops.selection import column, inverse, take
 from .base import Method, MethodInfo
-from .checks import at_most_one, integer
+from .checks import at_most_one, choice, integer, real
 from .registry import register
 from .views import MERGED, VisionCut, VisionView
 
 PRESETS: dict[str, dict[str, Any]] = {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
+SMALLEST = 1e-6
+"""Smallest `ratio`: an image then keeps one patch."""
 
 
 def outliers(score: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class PruMerge(Method):
 
     Args:
         tokens: patches kept, a fixed number; each crop gets tokens // (largest number of crops of the model).
-        ratio: share of the patches kept, a fixed number, in (0, 1]; 1/8 when adaptive=False.
+        ratio: share of the patches kept, a fixed number, in [1e-6, 1]; 1/8 when adaptive=False.
         adaptive: keep the outliers, as many as there are (the default when neither tokens nor ratio is given).
         exact: with `tokens`, count the sum among them.
         strict: only for PruMerge+.
@@ -114,6 +116,10 @@ class PruMerge(Method):
 
     def __post_init__(self) -> None:
         integer("tokens", self.tokens, 1)
+        real("ratio", self.ratio, SMALLEST, 1)
+        choice("adaptive", self.adaptive, (None, True, False))
+        for name in ("exact", "strict"):
+            choice(name, getattr(self, name), (True, False))
         at_most_one(tokens=self.tokens, ratio=self.ratio)
         fixed = self.tokens is not None or self.ratio is not None
         if self.adaptive and fixed:
@@ -122,9 +128,6 @@ class PruMerge(Method):
             object.__setattr__(self, "adaptive", not fixed)
         if not self.adaptive and not fixed:
             object.__setattr__(self, "ratio", 1 / 8)
-        number = self.ratio is None or (isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool))
-        if not number or (self.ratio is not None and not 0 < self.ratio <= 1):
-            raise ValueError(f"ratio={self.ratio!r}: must be a share above 0, up to 1")
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         return {feature_layer + 1: [0]}
@@ -186,7 +189,7 @@ class PruMergePlus(PruMerge):
 
     Args:
         tokens: outliers and grid together, half each.
-        ratio: share of the patches kept as outliers, and as grid, in (0, 1/2]; 1/8 when adaptive=False.
+        ratio: share of the patches kept as outliers, and as grid, in [1e-6, 1/2]; 1/8 when adaptive=False.
         adaptive: as in PruMerge.
         exact: with `tokens`, count the sum among them.
         strict: with a fixed ratio, send patches twice that are both, and lose as many of the lowest others, as the

@@ -91,6 +91,7 @@ class SparseVLM(Method):
     def __new__(cls, tokens: int | None = None, version: str = "1.5", *_: Any, **__: Any) -> SparseVLM:
         versions = {"1.0": SparseVLM1, "1.5": SparseVLM15, "2.0": SparseVLMPlus}
         if cls is SparseVLM:
+            version = str(version) if isinstance(version, float) else version  # YAML reads 2.0 as a number
             choice("version", version, tuple(versions))
             cls = versions[version]
         return super().__new__(cls)

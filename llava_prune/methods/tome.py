@@ -145,6 +145,7 @@ class ToMe(Method):
         choice("shape", self.shape, ("even", "decreasing"))
         choice("reading", self.reading, ("tower", "output"))
         choice("order", self.order, ("merge", "raster"))
+        choice("prop_attn", self.prop_attn, (True, False))
         if self.schedule is None:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
             integer("tokens", self.tokens, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.counts import Size, layer_flops, tokens_after_full_layers, tokens_for_flops
 from ..ops.selection import Cut, assemble, descending_order, take, top
 from .base import Method, MethodInfo
-from .checks import at_most_one, integer, real
+from .checks import at_most_one, choice, integer, real
 from .registry import register
 from .views import Spans, View, VisionView
 
@@ -89,13 +89,14 @@ class TopV(Method):
         integer("tokens", self.tokens, 1)
         integer("full_layers", self.full_layers, 1)
         integer("r", self.r)
-        integer("iterations", self.iterations, 1)
+        integer("iterations", self.iterations, 1, 1000)
         for name in ("rho", "flops", "tau"):
             real(name, getattr(self, name), 0, 1)
         for name in ("alpha", "beta", "gamma"):
             real(name, getattr(self, name), 0)
         for name in ("sigma", "eps"):
             real(name, getattr(self, name), 1e-6)
+        choice("unit", self.unit, (True, False))
 
     # counts --------------------------------------------------------------------------------------------------
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int, int]:

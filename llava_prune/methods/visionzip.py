@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.selection import descending_rank, take
 from .base import Method, MethodInfo
-from .checks import integer
+from .checks import choice, integer, shown
 from .registry import register
 from .views import MERGED, VisionCut, VisionView
 
@@ -85,9 +85,12 @@ class VisionZip(Method):
     decode = "cache"
 
     def __post_init__(self) -> None:
+        choice("keep_cls", self.keep_cls, (True, False))
         explicit = self.dominant is not None or self.contextual is not None
         if explicit and self.tokens is not None:
-            raise ValueError(f"tokens={self.tokens} splits itself; give either tokens or dominant and contextual")
+            raise ValueError(
+                f"tokens={shown(self.tokens)} splits itself; give either tokens or dominant and contextual"
+            )
         if not explicit:
             object.__setattr__(self, "tokens", 64 if self.tokens is None else self.tokens)
             integer("tokens", self.tokens, 1)

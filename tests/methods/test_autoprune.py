@@ -131,7 +131,7 @@ def test_counts_are_possible(slope: float, tokens: int, depth: int, budget: str)
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"n_layers": 1}, "2 layers"), ({"tokens": 0}, "at least 1"), ({"tokens": 50, "budget": "before"}, "'after'")],
+    [({"n_layers": 1}, "2 layers"), ({"tokens": 1}, "at least 2"), ({"tokens": 50, "budget": "before"}, "'after'")],
 )
 def test_schedules_that_cannot_be(change: dict[str, Any], message: str) -> None:
     fine = {"slope": 0.2, "tokens": 64, "n_visual": 576, "n_layers": 12, "x0": 5.0}
