@@ -90,9 +90,9 @@ def measure(settings: Settings, step: float, loaded: Any = None) -> dict[str, An
         ValueError: for bad settings, or a method without `slope_step`.
     """
     task = load_task(settings.task)
-    exact = plan_runs(replace(settings, reference=False))
+    exact = plan_runs(replace(settings, reference=False), task)
     given = {**settings.method_args, "slope_step": step}
-    rounded = plan_runs(replace(settings, reference=False, method_args=given))
+    rounded = plan_runs(replace(settings, reference=False, method_args=given), task)
     torch.manual_seed(settings.seed)
     bench = prepare(settings, task, read_files(task, settings), exact, loaded)
     rows = []
