@@ -247,12 +247,13 @@ def check_first(place: Place, runs: Sequence[Run], wanted: Sequence[Any], bench:
     Raises:
         ValueError: see `Answers`, and for an image that cannot be read.
     """
-    complete = False
-    if not restart:
-        complete = True
-        for run, values in zip(runs, wanted, strict=True):
-            with place.open(run, values, bench.batch, False) as answers:
-                complete = complete and answers.complete
+    complete = not restart
+    for run, values in zip(runs, wanted, strict=True):
+        if restart or not (place.out / run.label).is_dir():
+            complete = False
+            continue
+        with place.open(run, values, bench.batch, False) as answers:
+            complete = complete and answers.complete
     if not complete:
         open_images(bench.files.questions, bench.files.sources)
 
