@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from .methods.checks import seed as check_seed
+from .methods.checks import shown
 
 TINY = "playground/models/llava-tiny"
 """The checkpoint that is part of the repository."""
@@ -14,8 +18,11 @@ DATA = "playground/data/mini"
 RESULTS = "playground/results"
 """Folder of all results."""
 _OPENING, _CLOSING = "[({", "])}"
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-"""Numbers such as 1e-9, which YAML 1.1 reads as text."""
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+MOST = 1_000_000
+"""Upper limit of numbers without a limit of their own."""
 
 
 def flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
@@ -102,15 +109,15 @@ def parse_args(text: str) -> dict[str, Any]:
         name, sign, value = (p.strip() for p in part.partition("="))
         if not sign and last:
             raise ValueError(
-                f"'{last},{part}': one value is taken for each hyper-parameter; run the command once for each value, "
-                f"with another OUT, or write a sequence in brackets, as {last.partition('=')[0]}=[8,16]"
+                f"{shown(f'{last},{part}')}: one value is taken for each hyper-parameter; run the command once for "
+                f"each value, with another OUT, or write a sequence in brackets, as {last.partition('=')[0]}=[8,16]"
             )
         if not sign or not name.isidentifier():
-            raise ValueError(f"{part!r} is not a hyper-parameter; write name=value, several separated by commas")
+            raise ValueError(f"{shown(part)} is not a hyper-parameter; write name=value, several separated by commas")
         if name in out:
             raise ValueError(_twice(name))
         if not value:
-            raise ValueError(f"{part!r} has no value; write {name}=null for None")
+            raise ValueError(f"{shown(part)} has no value; write {name}=null for None")
         out[name] = _value(part, value)
         last = part
     return out
@@ -132,8 +139,26 @@ def _parts(text: str) -> list[str]:
         else:
             out[-1] += letter
     if depth:
-        raise ValueError(f"{text!r}: the brackets do not match; write a sequence as layers=[8,16,24]")
+        raise ValueError(f"{shown(text)}: the brackets do not match; write a sequence as layers=[8,16,24]")
     return out
+
+
+@functools.lru_cache(maxsize=1)
+def _loader() -> Any:
+    """A loader of YAML that reads numbers as people write them: 1e-9, but not 1_0 (10), 1:30 (90) or 010 (8)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("bool", "null")]
+            for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    digits = list("-+0123456789")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"({_INTEGER.pattern})$"), digits)
+    patterns = f"(?![-+]?[0-9]+$)({_FLOAT.pattern}|{_NOT_FINITE.pattern})$"
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(patterns), [*digits, "."])
+    return Loader
 
 
 def _value(part: str, text: str) -> Any:
@@ -142,41 +167,83 @@ def _value(part: str, text: str) -> Any:
     if text[0] == "(" and text[-1] == ")":
         text = f"[{text[1:-1]}]"
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{part!r}: the value cannot be read; give a number, true, false, null or a word") from error
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        return yaml.load(text, _loader())
+    except Exception as error:  # yaml's own, and what its constructors raise
+        raise ValueError(
+            f"{shown(part)}: the value cannot be read; give a number, true, false, null or a word"
+        ) from error
 
 
 # numbers ----------------------------------------------------------------------------------------------------------
 
 
-def counts(text: str) -> list[int]:
-    """Positive integers of a list 192,128,64."""
+def whole(low: int, high: int = MOST) -> Callable[[str], int]:
+    """A type for integers in [low, high], written in the digits 0 to 9."""
+    kind = {0: "a non-negative integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
+
+    def read(text: str) -> int:
+        digits = text.strip().lstrip("0") or text.strip()[-1:]
+        plain = re.fullmatch("[0-9]+", digits) is not None
+        if plain and len(digits) <= len(str(high)) and low <= int(digits) <= high:
+            return int(digits)
+        above = f", at most {high}" if plain and digits != "0" else ""
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be {kind}{above}")
+
+    return read
+
+
+positive = whole(1)
+natural = whole(0)
+any_length = whole(1, 10**9)
+"""For numbers that cost nothing."""
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A type for numbers in [low, high], written in the digits 0 to 9."""
+
+    def read(text: str) -> float:
+        text = text.strip()
+        value = float(text) if _FLOAT.fullmatch(text) else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number in [{low:g}, {high:g}]")
+        return value
+
+    return read
+
+
+def _list(one: Callable[[str], Any], example: str) -> Callable[[str], list[Any]]:
+    """A type for a value or a list a,b of them."""
+
+    def read(text: str) -> list[Any]:
+        parts = [p for p in text.split(",") if p.strip()]
+        try:
+            return [one(p) for p in parts or [text]]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; a list is written as {example}") from None
+
+    return read
+
+
+counts = _list(positive, "192,128,64")
+"""Positive integers of a list 192,128,64."""
+floats = _list(number(0, MOST), "0,0.1,0.2")
+"""Numbers of a list 0,0.1,0.2."""
+percents = _list(number(0, 100), "42.9,33.7,23.2")
+"""Percentages of a list."""
+
+
+def seed(text: str) -> int:
+    """An integer that torch.manual_seed takes."""
+    given = text.strip()
+    value = int(given) if _INTEGER.fullmatch(given) and len(given) < 100 else given
     try:
-        out = [int(p) for p in text.split(",") if p.strip()]
-    except ValueError:
-        out = []
-    if not out or min(out) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a positive integer or a list of them, e.g. 192,128,64")
-    return out
-
-
-def floats(text: str) -> list[float]:
-    """Numbers of a list 0,0.1,0.2."""
-    try:
-        return [float(p) for p in text.split(",") if p.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number or a list of them, e.g. 0,0.1,0.2") from None
-
-
-def positive(text: str) -> int:
-    """A positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a positive integer")
-    return int(text)
+        check_seed(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("seed=", "", 1)) from None
+    assert isinstance(value, int)
+    return value
 
 
 def batch(text: str) -> int | None:
     """A positive integer; None for "auto"."""
-    return None if text == "auto" else positive(text)
+    return None if text.strip() == "auto" else positive(text)

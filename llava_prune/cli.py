@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, arguments
-from .arguments import DATA, RESULTS, TINY
+from .arguments import DATA, MOST, RESULTS, TINY
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
     from rich.console import Console
@@ -50,10 +50,10 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
     flag("out", None, f"folder for the results; default {RESULTS}/TASK/MODEL")
-    flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.positive)
-    flag("seed", "0", "random seed of sampling, and of methods that draw", type=int)
+    flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.any_length)
+    flag("seed", "0", "random seed of sampling, and of methods that draw", type=arguments.seed)
     flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
-    flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=int)
+    flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
@@ -75,17 +75,17 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     flag("tokens", "192,128,64", "visual token budget, or a list", type=arguments.counts)
     flag("batch", "1", "batch size, or a list", type=arguments.counts)
     flag("text", "84", "text tokens of a prompt, or a list; visual tokens are not counted", type=arguments.counts)
-    flag("new", "8", "new tokens of a request, at least 2", type=arguments.positive)
+    flag("new", "8", "new tokens of a request, at least 2", type=arguments.whole(2))
     flag("repeats", "5", "timed pairs of an unpruned and a pruned request", type=arguments.positive)
-    flag("warmup", "1", "pairs that run before the timed ones", type=int)
+    flag("warmup", "1", "pairs that run before the timed ones", type=arguments.natural)
     flag("family", "auto", "auto, llava or hf; for a MODEL only")
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
-    flag("threads", None, "CPU threads; default torch's choice", type=arguments.positive)
+    flag("threads", None, "CPU threads; default torch's choice", type=arguments.whole(1, 1024))
     arguments.add_method_args(e, env, "slope_step=0.05")
     flag("text-step", None, "experimental, with --graphs: round text lengths up to multiples", type=arguments.positive)
-    flag("seed", "0", "random seed of weights, prompts and images, and of methods that draw", type=int)
+    flag("seed", "0", "random seed of weights, prompts and images, and of methods that draw", type=arguments.seed)
     flag("out", None, f"folder for the results; default {RESULTS}/bench/SHAPE or {RESULTS}/bench/MODEL")
     p.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     p.add_argument("--graphs", action="store_true", help="experimental, not tested: replay CUDA graphs")
@@ -127,18 +127,20 @@ def _add_methods(commands: Any) -> None:
     text = "slopes of AutoPrune's retention curve (default 0,0.1,0.2)"
     p.add_argument("--slope", type=arguments.floats, default=[0.0, 0.1, 0.2], help=text)
     text = "published percentages, one for each budget: find the text length that gives them"
-    p.add_argument("--published", type=arguments.floats, default=[], help=text)
+    p.add_argument("--published", type=arguments.percents, default=[], help=text)
     _add_size(p)
     p.set_defaults(run=_flops)
 
 
-def _add_run(commands: Any) -> None:
-    p = commands.add_parser("run", help="run a program of package llava, unchanged, with its model pruned")
+def _add_run(commands: Any, env: Mapping[str, str]) -> None:
+    text = "run a program of package llava, unchanged, with its model pruned"
+    epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
+    p = commands.add_parser("run", help=text, epilog=epilog)
     text = "method, or file.py:name (default autoprune)"
     p.add_argument("--method", default="autoprune", type=arguments.method, help=text)
     text = "visual token budget (default the method's own)"
     p.add_argument("--tokens", type=arguments.positive, default=None, help=text)
-    arguments.add_method_args(p, {}, "mi_scale=8,k0=0.3", "--hyper")
+    arguments.add_method_args(p, env, "mi_scale=8,k0=0.3", "--hyper")
     p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
     p.set_defaults(run=_run)
 
@@ -151,7 +153,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_bench(commands, env)
     _add_data(commands, env)
     _add_methods(commands)
-    _add_run(commands)
+    _add_run(commands, env)
     return parser
 
 
@@ -161,11 +163,13 @@ def _add_json(p: argparse.ArgumentParser) -> None:
 
 def _add_size(p: argparse.ArgumentParser) -> None:
     """Flags of a model's size; the defaults are LLaVA-1.5-7B's."""
-    sizes = {"layers": (32, "decoder layers"), "hidden": (4096, "hidden size"), "intermediate": (11008, "MLP size")}
+    p.add_argument("--layers", type=arguments.whole(1, 1000), default=32, help="decoder layers (default 32)")
+    sizes = {"hidden": (4096, "hidden size"), "intermediate": (11008, "MLP size")}
     sizes["visual"] = 576, "visual tokens before pruning"
     for name, (value, text) in sizes.items():
         p.add_argument(f"--{name}", type=arguments.positive, default=value, help=f"{text} (default {value})")
-    p.add_argument("--text", type=float, default=70.0, help="text tokens of a prompt (default 70)")
+    text = "text tokens of a prompt (default 70)"
+    p.add_argument("--text", type=arguments.number(0, MOST), default=70.0, help=text)
     _add_json(p)
 
 
@@ -332,6 +336,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
     hyper = dict(args.method_args)
     if args.tokens is not None:
+        if "tokens" in hyper:
+            raise ValueError(f"tokens is given twice, as --tokens {args.tokens} and in METHOD_ARGS; give it once")
         hyper["tokens"] = args.tokens
     llava_programs.run(program, args.method, hyper)
     return 0

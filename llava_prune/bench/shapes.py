@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import seed as any_seed
+
 Format = Literal["llava", "hf"]
 SHARD = 2_000_000_000
 """Bytes after which a new weight file starts."""
@@ -275,7 +277,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("llava", "hf"), default="llava", help="whose checkpoint format")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=any_seed, default=0)
     args = parser.parse_args()
     make(args.shape, args.out, args.format, args.tokenizer, args.seed)
 

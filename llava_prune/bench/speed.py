@@ -20,6 +20,8 @@ import llava_prune
 from ..arguments import RESULTS
 from ..handle import pruned
 from ..methods.base import Method
+from ..methods.checks import integer
+from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, plan
 from ..models.family import family_of
 from ..models.load import pick_dtype
@@ -131,8 +133,9 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     """
     if settings.new < 2:
         raise ValueError(f"new={settings.new}: decoding is timed from the second new token on; give 2 or more")
-    if settings.repeats < 1:
-        raise ValueError(f"repeats={settings.repeats}: give 1 or more")
+    integer("repeats", settings.repeats, 1, none=False)
+    integer("warmup", settings.warmup, none=False)
+    check_seed(settings.seed)
     if settings.graphs or settings.text_step is not None:
         from ..experimental.graphs import check_step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from .base import Method
+from .checks import shown
 from .compose import compose, split
 
 _METHODS: dict[str, type[Method]] = {}
@@ -76,13 +78,15 @@ def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
         ValueError: for an unknown name or preset, or parts that do not fit.
     """
     _discover()
+    if name.endswith(":"):
+        raise ValueError(f"{shown(name)}: no preset after the colon; write {shown(name[:-1])}, or a preset after it")
     if _known(name):
         base, _, preset = name.partition(":")
         return _METHODS[base], _preset(base, preset) if preset else {}
     parts = split(name, _known)
     if parts is None:
         hint = "; join one before the language model and one inside it, as 'visionzip+autoprune'" if "+" in name else ""
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(_METHODS))}{hint}")
+        raise ValueError(f"unknown method {shown(name)}; known are {', '.join(sorted(_METHODS))}{hint}")
     (first, before), (second, inside) = map(resolve, parts)
     before = {"vision_tokens" if k == "tokens" else k: v for k, v in before.items()}
     return compose(f"{first.name}+{second.name}", first, second), {**before, **inside}
@@ -94,10 +98,10 @@ def _preset(name: str, preset: str) -> dict[str, Any]:
     if preset in table:
         return dict(table[preset])
     budget = "tokens" in inspect.signature(_METHODS[name]).parameters
-    if budget and preset.isdecimal() and int(preset) >= 1:
+    if budget and re.fullmatch("[1-9][0-9]{0,9}", preset):
         return {"tokens": int(preset)}
     known = [*sorted(table), *(["a number of tokens, as 64"] if budget else [])]
-    raise ValueError(f"{name!r} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
+    raise ValueError(f"{name!r} has no preset {shown(preset)}; it has {', '.join(known) or 'none'}")
 
 
 def takes_budget(cls: type[Method], values: Mapping[str, Any]) -> bool:
@@ -145,15 +149,20 @@ def from_file(path: str | Path) -> list[str]:
         ValueError: when the file cannot be run or registers nothing.
     """
     _discover()
-    path = Path(path).expanduser().resolve()
+    try:
+        path = Path(path).expanduser().resolve()
+        source = path.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:  # of reading, of ~nobody, of a path with null bytes
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that hides nobody's module
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    except Exception as error:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
-        raise ValueError(f"{path} could not be run: {type(error).__name__}: {error}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path} could not be run: {type(error).__name__}: {text}") from error
     new = sorted(n for n, cls in _METHODS.items() if cls.__module__ == module.__name__)
     if not new:
         raise ValueError(f'{path} registers no method; put @register("name") over a subclass of llava_prune.Method')

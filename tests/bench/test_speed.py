@@ -252,6 +252,8 @@ def test_peak_counts_what_lives_at_once() -> None:
     [
         ({"new": 1}, "new=1"),
         ({"repeats": 0}, "repeats=0"),
+        ({"warmup": -1}, "warmup=-1: must be a non-negative integer"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be an integer in"),
         ({"shape": "70b"}, "70b"),
         ({"methods": ("nothing",)}, "nothing"),
         ({"method_args": {"nothing": 1}}, "nothing"),
