@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, ValueError) as error:
         message, status = str(error) or "out of memory; use a smaller batch or model", 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
     err.print(f"llava-prune: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -154,6 +154,21 @@ def test_batch_is_halved_when_memory_runs_out(data: Path, tmp_path: Path, stand_
         run.evaluate(settings(data, tmp_path / "one", batch=1))
 
 
+def test_memory_of_the_host(data: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    """torch raises a plain RuntimeError where the host has no memory: the batch is halved, a single question fails."""
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40246378225 bytes")
+    model = stand_in({1: full})
+    run.evaluate(settings(data, tmp_path / "out", batch=4, reference=False))
+    assert [len(c) for c in model.calls] == [4, 2, 2, 2, 1]
+    stand_in({1: full})
+    argv = ["eval", "gqa", "--model=a/b", f"--data={data}", f"--out={tmp_path / 'o'}", "--batch=1", "--tokens=4"]
+    status, err = call(capsys, *argv)
+    assert status == 1 and "out of memory with a single sample" in err
+    stand_in({1: RuntimeError("another")})
+    with pytest.raises(RuntimeError, match="another"):
+        run.evaluate(settings(data, tmp_path / "two"))
+
+
 def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
     """Batch size 4, then 2, then 1 when that fails, too; the next method starts with the given one."""
     model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})
