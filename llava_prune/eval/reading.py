@@ -144,6 +144,15 @@ def shown(keys: Iterable[Any]) -> str:
     return ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
 
 
+WAY_OUT = "complete the run first, or score a part of the benchmark with --questions, a file of its questions"
+"""What to do about answers that are missing."""
+
+
+def unanswered(missing: Sequence[Any], total: int, kind: str = "questions") -> str:
+    """The message for `missing` of `total` questions without an answer."""
+    return f"{len(missing)} of {total} {kind} have no answer ({shown(missing)}); {WAY_OUT}"
+
+
 def last_by_id(answers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Text by question id, ids as strings; the last row of a repeated id counts, as in the official tools' dicts."""
     return {str(a["question_id"]): a["text"] for a in answers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .reading import WAY_OUT
 from .task import Sources, Task, answers_of, load_task, questions_of
 
 SUFFIX = "_official"
@@ -63,6 +64,9 @@ def score_files(
         "why": score.get("why"),
     }
     written, warnings = _export(task, rows, labels, answers, export)
+    if score["details"].get("missing"):  # where the official rule counts them
+        absent = f"{score['details']['missing']} of {score['rows']} questions have no answer"
+        warnings.append(f"{absent} and count as wrong in 'overall'; {WAY_OUT}")
     warnings += [
         f"{name} is not a known release ({facts.get('rows', '?')} rows)"
         for name, facts in sources.versions.items()

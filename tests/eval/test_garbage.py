@@ -123,6 +123,67 @@ def test_missing_and_repeated_ids(bench: str, good: list[dict], nine: Path, tmp_
     assert other == (last if again is not None else None)
 
 
+def test_a_part_of_a_run(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
+    """An interrupted run is scored with a part of the question file, and the message says so."""
+    data, half = nine / FOLDERS.get(bench, bench), good[: len(good) // 2]
+    answers = tmp_path / "a.jsonl"
+    answers.write_bytes(encode(half))
+    if bench == "sqa":  # missing answers count, by LLaVA's rule
+        said = "; ".join(score_files(bench, answers, data)[2])
+        assert "2 of 4 questions have no answer and count as wrong in 'overall'" in said
+    else:
+        with pytest.raises(ValueError, match="answer") as caught:
+            score_files(bench, answers, data)
+        said = str(caught.value)
+    assert "complete the run first, or score a part of the benchmark with --questions" in said
+    questions = Sources(load_task(bench), data, inside=True).path("questions")
+    part, text = tmp_path / questions.name, questions.read_text(encoding="utf-8")
+    if questions.suffix == ".json":
+        part.write_text(json.dumps(json.loads(text)[: len(half)]), encoding="utf-8")
+    else:
+        head = questions.suffix == ".tsv"
+        part.write_text("".join(text.splitlines(keepends=True)[: len(half) + head]), encoding="utf-8")
+    result, _, warnings = score_files(bench, answers, data, questions=part)
+    assert result["figure"] is not None and result["rows"] == len(half)
+    assert "no answer" not in "; ".join(warnings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("types", []), ("types", {"structural": {}}), ("types", {"structural": "verify", "semantic": {}}),
+        ("types", {"structural": "verify", "semantic": 5}), ("types", None), ("groups", [1]), ("groups", "x"),
+        ("groups", {"global": {}}), ("groups", {"global": [1]}), ("question", None), ("question", 5), ("answer", 1),
+        ("isBalanced", []), ("isBalanced", "no"), ("semantic", 5), ("semantic", {"a": 1}), ("semantic", [5]),
+        ("semantic", [{"operation": "select"}]), ("semantic", [{"operation": 1, "argument": "x"}]), (None, [5]),
+    ],
+)  # fmt: skip
+def test_gqas_annotations(field: str | None, value: Any, nine: Path, tmp_path: Path) -> None:
+    """Every field that the score reads is checked; the message names the file and the question."""
+    labels = json.loads((nine / "gqa" / LABELS["gqa"]).read_text(encoding="utf-8"))
+    labels["2"] = value if field is None else {**labels["2"], field: value}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(labels), encoding="utf-8")
+    answers = tmp_path / "a.jsonl"
+    answers.write_bytes(encode([{"question_id": k, "text": "yes"} for k in labels]))
+    with pytest.raises(ValueError, match="question '2'.*; fetch the file again") as caught:
+        score_files("gqa", answers, None, annotations=path)
+    assert str(path) in str(caught.value) and (field or "object") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("groups", None), ("groups", {"global": None}), ("semantic", None), ("semantic", []), ("isBalanced", True)],
+)
+def test_gqas_annotations_that_say_nothing(field: str, value: Any, nine: Path, tmp_path: Path) -> None:
+    labels = json.loads((nine / "gqa" / LABELS["gqa"]).read_text(encoding="utf-8"))
+    labels["2"][field] = value
+    (tmp_path / "annotations.json").write_text(json.dumps(labels), encoding="utf-8")
+    answers = tmp_path / "a.jsonl"
+    answers.write_bytes(encode([{"question_id": k, "text": "yes"} for k in labels]))
+    assert score_files("gqa", answers, None, annotations=tmp_path / "annotations.json")[0]["figure"] == 50
+
+
 def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
     """Scores by id do not depend on the order; scores by order refuse another one."""
     turned = score(bench, encode(good[::-1]), nine, tmp_path)

@@ -265,6 +265,7 @@ def mme_files(root: Path) -> tuple[Path, list[dict]]:
     [
         ("Yes", "yes"), ("no", "no"), ("Not sure", "no"), ("None", "no"), ("Know", "no"), ("Snow", "no"),
         ("Eyes", "yes"), ("Answer: Yes", "other"), ("", "other"), ("y", "other"), ("YES.", "yes"), ("\nYes", "yes"),
+        ("A yes", "other"), ("oh no", "other"), ("noyes", "no"), ("yesno", "yes"), ("1 no", "no"), ("  yes", "other"),
     ],
 )  # fmt: skip
 def test_mme_parse(text: str, label: str) -> None:
@@ -357,6 +358,28 @@ def test_mmbench_circular(tmp_path: Path) -> None:
     assert got["versions"]["questions"]["questions"] == 2 and got["versions"]["questions"]["version"] is None
     with pytest.raises(ValueError, match="1 of 5 rows have no answer"):
         run("mmbench", lines(tmp_path / "b.jsonl", answers[1:]), tmp_path)
+
+
+def test_mmbench_indices_of_every_length(tmp_path: Path) -> None:
+    """A question is what is left of an index modulo 1,000,000, however many digits it and its rotations have."""
+    base = {"question": "What?", "A": "cat", "B": "dog", "answer": "A", "image": PIXEL, "split": "dev"}
+    bases = [0, 1, 10, 11, 101, 1_001, 10_001, 100_001, 110_001, 100_000, 10_000, 999_999]
+    turns = (0, 1, 3, 10, 21, 100)
+    rows = [{**base, "index": b + t * 1_000_000, "category": str(b)} for t in turns for b in bases]
+    table(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    for wrong in bases:
+        for turn in turns[:: len(turns) - 1]:
+            index = wrong + turn * 1_000_000
+            texts = [{"question_id": r["index"], "text": "B" if r["index"] == index else "A"} for r in rows]
+            details = run("mmbench", lines(tmp_path / "a.jsonl", texts), tmp_path)["details"]
+            assert details["questions"] == details["circular"]["rows"] == len(bases)
+            right = {name: found["accuracy"] == 100 for name, found in details["category"].items()}
+            assert right == {str(b): b != wrong for b in bases}
+            assert details["single"]["accuracy"] == pytest.approx(100 * (1 - (turn == 0) / len(bases)))
+            assert details["rows"]["rows"] == len(rows)
+    labels = {str(r["index"]): r for r in rows}
+    scores = mmbench.score([{"question_id": k, "text": "A"} for k in labels], labels)["scores"]
+    assert scores == {str(b): True for b in bases}
 
 
 def test_mmbench_options() -> None:

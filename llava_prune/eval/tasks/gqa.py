@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..reading import last_by_id, read_json, shown
+from ..reading import last_by_id, read_json, unanswered
 from ..stats import share
 from ..task import Question, Sources
 
@@ -28,16 +28,40 @@ def load_labels(sources: Sources) -> dict[str, Any]:
     """Read the annotation file: question id -> question.
 
     Raises:
-        ValueError: for broken JSON or questions without the fields the score needs.
+        ValueError: for broken JSON, or questions without the fields that the score needs or with others in their place.
     """
     path = sources.path("annotations")
     labels = read_json(path)
     for key, row in labels.items():
-        types = row.get("types") if isinstance(row, dict) else None
-        if not isinstance(types, dict) or not isinstance(row.get("answer"), str) or "structural" not in types:
-            raise ValueError(f"{path}: question {key!r} lacks 'answer' or 'types.structural'; fetch the file again")
+        wrong = _wrong_field(row)
+        if wrong:
+            raise ValueError(f"{path}: question {key!r}: {wrong}; fetch the file again")
     sources.note("annotations", path, "annotations", rows=len(labels))
     return labels
+
+
+def _wrong_field(row: Any) -> str:
+    """What the score cannot read of a question, "" for nothing; only answer and structural type must be there."""
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found a {type(row).__name__}"
+    types: Any = row.get("types")
+    groups: Any = row.get("groups") or {}
+    for name, table in (("types", types), ("groups", groups)):
+        if not isinstance(table, dict):
+            return f"{name} must be a JSON object, found {table!r:.60}"
+    given = {"answer": row.get("answer"), "types.structural": types.get("structural")}
+    given["question"] = row.get("question", "")
+    given |= {"types.semantic": types.get("semantic", ""), "groups.global": groups.get("global", "")}
+    for name, value in given.items():
+        if not (isinstance(value, str) or (value is None and name in ("types.semantic", "groups.global"))):
+            return f"{name} must be a string, found {value!r:.60}"
+    if not isinstance(row.get("isBalanced", True), bool):
+        return f"isBalanced must be true or false, found {row['isBalanced']!r:.60}"
+    steps = row.get("semantic") or []
+    named = isinstance(steps, list) and all(
+        isinstance(s, dict) and all(isinstance(s.get(n), str) for n in ("operation", "argument")) for s in steps
+    )
+    return "" if named else "semantic must be a list of steps with operation and argument"
 
 
 def unknown(labels: Mapping[str, Any], asked: Sequence[Question]) -> list[str]:
@@ -82,9 +106,7 @@ def score(
     wanted = {k: q for k, q in labels.items() if q.get("isBalanced", True) and k in ids}
     missing = [k for k in wanted if k not in said]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} questions have no answer ({shown(missing)}); complete the run first"
-        )
+        raise ValueError(unanswered(missing, len(wanted)))
     if not wanted:
         raise ValueError(
             "the answers and the annotation file have no balanced question in common; give files of one split"

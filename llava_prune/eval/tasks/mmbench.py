@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..images import open_rgb
-from ..reading import last_by_id, read_table, shown
+from ..reading import last_by_id, read_table, unanswered
 from ..reading import read_answers as read_lines
 from ..stats import share
 from ..task import Question, Sources
@@ -165,7 +165,7 @@ def score(
     ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
     missing = [k for k in ids if k not in said]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(ids)} rows have no answer ({shown(missing)}); complete the run first")
+        raise ValueError(unanswered(missing, len(ids), "rows"))
     details: dict[str, Any] = {"answers_without_question": sum(k not in labels for k in said)}
     if any(labels[k].get("answer") is None for k in ids):
         why = "the table has no answers, so there is no local figure; send the upload sheet to the server"

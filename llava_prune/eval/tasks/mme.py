@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading import read_answers as read_jsonl_answers
-from ..reading import read_rows, read_text, shown
+from ..reading import read_rows, read_text, shown, unanswered
 from ..task import Question, Sources
 from ..task import read_questions as read_lines
 
@@ -41,8 +41,7 @@ def read_questions(sources: Sources) -> list[Question]:
 
 def label_of(text: str) -> str:
     """ "yes", "no" or "other": the first of yes and no that is in the first four characters."""
-    text = text.lower()
-    start = text if text in ("yes", "no") else text[:4]
+    start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
@@ -166,7 +165,7 @@ def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
     given = [r.key for r in rows]
     missing = sorted(wanted - set(given))
     if missing:
-        raise ValueError(f"{task}: {len(missing)} of {len(wanted)} questions have no answer, e.g. {missing[0][1:]}")
+        raise ValueError(f"{task}: {unanswered([k[1] for k in missing], len(wanted))}")
     if len(set(given)) < len(given):
         twice = next(k for i, k in enumerate(given) if k in given[:i])
         raise ValueError(f"{task}: a question is answered twice: {twice[1:]}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..reading import check_answers, read_json, read_rows
+from ..reading import WAY_OUT, check_answers, read_json, read_rows
 from ..task import Question, Sources
 
 FORMULAS = "HME100k"
@@ -104,7 +104,8 @@ def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[s
     """
     ids = [str(a["question_id"]) for a in answers]
     if len(ids) != len(labels):
-        raise ValueError(f"{len(ids)} answers for {len(labels)} questions; complete the run first")
+        hint = WAY_OUT if len(ids) < len(labels) else "give the answers of this question file"
+        raise ValueError(f"{len(ids)} answers for {len(labels)} questions; {hint}")
     readings: list[Callable[[int, Row], str]] = [
         lambda i, r: str(r.get("id", i)),
         lambda i, r: str(i),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reading import read_jsonl, shown
+from ..reading import WAY_OUT, read_jsonl, shown
 from ..task import Question, Sources
 
 SPLITS = ("adversarial", "random", "popular")
@@ -132,7 +132,7 @@ def _check(name: str, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], lab
     if len(given) != len(ids):
         there = set(given)
         missing = [i for i in ids if i not in there]
-        tail = f"; missing are {shown(missing)}" if missing else ""
+        tail = f"; missing are {shown(missing)}; {WAY_OUT}" if missing else ""
         raise ValueError(f"{name}: {len(given)} answers for {len(ids)} questions{tail}")
     for place, (key, wanted) in enumerate(zip(given, ids, strict=True), 1):
         if key != wanted:

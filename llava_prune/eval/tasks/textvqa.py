@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..reading import read_json, shown
+from ..reading import read_json, shown, unanswered
 from ..stats import average
 from ..task import Question, Sources
 from ..task import read_questions as read_lines
@@ -104,9 +104,7 @@ def score(
     missing = [k for k in due if k not in given]
     twice = [k for k, n in given.items() if n > max(1, due[k])]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(due)} questions have no answer ({shown(missing)}); complete the run first"
-        )
+        raise ValueError(unanswered(missing, len(due)))
     if twice:
         raise ValueError(f"{len(twice)} questions are answered more than once ({shown(twice)}); keep one answer each")
     rows = [r for r in rows if r[0] in due]

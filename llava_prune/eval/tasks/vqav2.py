@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reading import check_answers, last_by_id, read_json, read_jsonl, read_rows, shown
+from ..reading import check_answers, last_by_id, read_json, read_jsonl, read_rows, shown, unanswered
 from ..stats import average
 from ..task import Question, Sources
 from ..vqa import digits_articles, m4c, one_line, punctuation
@@ -129,7 +129,9 @@ def score(
         return {"figure": None, "rows": len(said), "details": {}, "why": why}
     missing = [k for k in ids if k not in said]
     strange = [k for k in said if k not in known]
-    if missing or strange:
+    if missing and not strange:
+        raise ValueError(unanswered(missing, len(ids)))
+    if strange:
         raise ValueError(
             f"{len(missing)} of {len(ids)} questions have no answer ({shown(missing) or '-'}) and {len(strange)} "
             f"answers no annotation ({shown(strange) or '-'}); answers and annotations must be of the same questions"
