@@ -152,6 +152,16 @@ def sqa_row(key: str, image: bool, options: int, answer: str) -> dict:
     return {**row, "conversations": turns}
 
 
+@pytest.mark.parametrize("answer", [float("inf"), float("nan"), "one", None, [0]])
+def test_sqa_answers_that_are_no_integers(answer: Any, sqa_files: tuple[Path, Path], tmp_path: Path) -> None:
+    data, answers = sqa_files
+    problems = json.loads((data / "problems.json").read_text(encoding="utf-8"))
+    key = next(k for k, p in problems.items() if p["split"] == "test")
+    whole(data / "problems.json", {**problems, key: {**problems[key], "answer": answer}})
+    with pytest.raises(ValueError, match=f"question '{key}' lacks 'answer'"):
+        run("sqa", answers, data)
+
+
 def test_sqa_from_the_question_file_and_the_scorers_output(tmp_path: Path) -> None:
     whole(tmp_path / "llava_test_CQM-A.json", [sqa_row("1", True, 2, "B"), sqa_row("2", False, 3, "C")])
     output = {

@@ -108,7 +108,7 @@ def load_labels(sources: Sources) -> dict[str, Label]:
     for key in ids:
         try:
             labels[key] = Label(int(problems[key]["answer"]), len(problems[key]["choices"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: question {key!r} lacks 'answer' or 'choices'; fetch the file again") from error
     sources.note("annotations", path, "annotations", rows=len(problems))
     return labels
