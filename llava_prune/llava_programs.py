@@ -20,8 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .handle import attach
-from .methods.registry import build
-from .models.load import pick_dtype, weight_bytes
+from .methods.registry import build, resolve
+from .models.config import pick_dtype, weight_bytes
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,9 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
             "python -m llava.eval.model_vqa_loader ..."
         )
     _check_module(words[0])
+    budget = resolve(method)[1].get("tokens")
+    if budget is not None and "tokens" in (hyper or {}):
+        raise ValueError(f"{method} states tokens={budget} itself; leave out either the preset or the budget")
     build(method, **(hyper or {}))  # raises before the model is loaded
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):  # LLaVA's servers replace them by loggers
@@ -170,7 +173,7 @@ def _check_module(name: str) -> None:
 def _absent(error: ImportError) -> str:
     """What is missing after a failed import, and how to get it."""
     top = (error.name or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and top and top not in sys.modules and not importlib.util.find_spec(top):
+    if isinstance(error, ModuleNotFoundError) and top and error.name == top:
         return f"package {top} is not installed; pip install {DISTRIBUTIONS.get(top, top)}"
     text = " ".join(str(error).split())
     return f"{text}; install a version of {top} that has it" if top and top != "llava" else text

@@ -23,7 +23,7 @@ import llava_prune
 from llava_prune import cli, llava_programs
 from llava_prune.eval.images import open_rgb, pixels
 from llava_prune.eval.prompt import token_ids, vicuna_v1
-from llava_prune.models.load import SMALL
+from llava_prune.models.config import SMALL
 
 pytest.importorskip("llava")
 ROOT = Path(__file__).parents[2]
@@ -348,6 +348,23 @@ def test_what_a_program_imports(line, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         llava_programs.run(["python", "-m", "llava.serve.probe"])
     assert "\n" not in str(caught.value) and before == (sys.stderr, sys.stdout, threading.Thread.start)
+
+
+@pytest.mark.parametrize("name", ["fastapi", "gradio"])
+def test_packages_that_are_not_installed(name):
+    """As soon as the program imports them, whatever else is there."""
+    line = f"import sys; sys.modules[{name!r}] = None; from llava_prune.cli import main; raise SystemExit(main())"
+    program = {"gradio": "llava.serve.gradio_web_server"}.get(name, "llava.serve.controller")
+    command = [sys.executable, "-c", line, "run", "--", "python", "-m", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    last = done.stderr.strip().split("\n")[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last == f"llava-prune: {program} cannot run: package {name} is not installed; pip install {name}"
+
+
+def test_a_budget_beside_a_preset_that_states_one():
+    with pytest.raises(ValueError, match="fastv:192 states tokens=192 itself; leave out either"):
+        llava_programs.run(["llava.eval.run_llava"], "fastv:192", {"tokens": 64})
 
 
 def test_arguments_of_the_program_are_its_own():
