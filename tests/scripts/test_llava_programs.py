@@ -98,7 +98,7 @@ def test_weights_that_torch_load_reads(projector_only, questions, ours):
 
 
 def test_an_adapter_alone_is_refused(projector_only):
-    with pytest.raises(ValueError, match="adapter, without the weights of its base model.*merge"):
+    with pytest.raises(ValueError, match="adapter, without the weights of its base model"):
         llava_prune.load(projector_only, device="cpu")
 
 
