@@ -143,7 +143,7 @@ def write_checkpoint(folder: Path, seed: int = 0, kv_heads: int = HEADS, anyres:
     """A checkpoint in haotian-liu/LLaVA's format, the tower inside; returns `folder`."""
     from safetensors.torch import save_file
 
-    from llava_prune.models.checkpoint import processor_class
+    from llava_prune.models.files import processor_class
 
     folder.mkdir(parents=True, exist_ok=True)
     tower(seed + 1).save_pretrained(folder / "clip")

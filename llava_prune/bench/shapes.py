@@ -138,7 +138,7 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def _processor(folder: Path) -> None:
-    from ..models.checkpoint import processor_class
+    from ..models.files import processor_class
 
     processor_class()(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
 

@@ -23,8 +23,8 @@ from ..methods.base import Method
 from ..methods.checks import integer
 from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, plan
+from ..models.config import pick_dtype
 from ..models.family import family_of
-from ..models.load import pick_dtype
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, ragged_padding

@@ -17,7 +17,8 @@ import torch
 import llava_prune
 
 from ..methods.planner import Run, check_budgets
-from ..models.load import is_original, read_config, resolve
+from ..models.config import is_original, read_config
+from ..models.load import resolve
 from .finite import Logits, locate
 from .identity import vision_tower
 from .images import pixels
@@ -81,7 +82,7 @@ def load_model(settings: Settings) -> Any:
         dtype=settings.dtype,
         device=settings.device,
         attn=settings.attn,
-        **({} if settings.model_base is None else {"model_base": settings.model_base}),
+        model_base=settings.model_base,
     )
 
 
@@ -153,10 +154,27 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     check_tokenizer(loaded.tokenizer, vocab, text_config, settings.model)
     if loaded.image_processor is None:
         raise ValueError(f"{settings.model} has no preprocessor_config.json; add that of its vision tower")
+    check_crops(loaded, settings.model)
     rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
     return Bench(loaded, task, files, pad, rows, batch, seconds)
+
+
+def check_crops(loaded: Any, where: str) -> None:
+    """Refuse an image processor that makes images of another size than the vision tower takes.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    crop = getattr(loaded.image_processor, "crop_size", None)
+    tower = getattr(getattr(vision_tower(loaded), "config", None), "image_size", None)
+    if crop is None or tower is None or (crop["height"], crop["width"]) == (tower, tower):
+        return
+    raise ValueError(
+        f"{where}: the image processor crops to {crop['height']} x {crop['width']} pixels, and the vision tower takes "
+        f"{tower} x {tower}; put the tower's own preprocessor_config.json beside it"
+    )
 
 
 def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:

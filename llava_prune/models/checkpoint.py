@@ -1,119 +1,20 @@
-"""Read the files of a checkpoint. Nothing here unpickles code: safetensors, or torch.load(weights_only=True)."""
+"""Build a model from the files of a checkpoint, in either package's classes."""
 
 from __future__ import annotations
 
-import json
-import logging
-import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-POINTER = b"version https://git-lfs"
+from .adapter import Source, add_lora
+from .files import ATTENTION, image_processor, refuse_integers, tensors, tower_folder
 
-
-def refuse_pointers(folder: Path) -> None:
-    """Refuse a clone that has Git LFS pointers in place of its files.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".model", ".json", ".safetensors", ".bin") and file.stat().st_size < 1024:
-            with open(file, "rb") as handle:
-                if handle.read(len(POINTER)) == POINTER:
-                    raise ValueError(f"{file} is a Git LFS pointer and not the file; run `git lfs pull` in {folder}")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, or None when it has no tokenizer files."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), use_fast=False)
-
-
-def shards(folder: Path) -> list[Path]:
-    """Weight files of a checkpoint, safetensors first.
-
-    Raises:
-        ValueError: when there are none, or an index names a missing one.
-    """
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [n for n in names if not (folder / n).is_file()]
-            if missing:
-                raise ValueError(f"{folder}: {len(missing)} of {len(names)} weight files missing, first {missing[0]}")
-            return [folder / n for n in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    if (folder / "adapter_config.json").is_file() or (folder / "mm_projector.bin").is_file():
-        raise ValueError(
-            f"{folder}: an adapter, without the weights of its base model; merge the two into one checkpoint first "
-            "(LLaVA's scripts/merge_lora_weights.py does), or give --model-base to a program of llava-prune run"
-        )
-    raise ValueError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) of a checkpoint, one shard in memory at a time.
-
-    Raises:
-        ValueError: for a file that is cut off or no weight file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in shards(folder):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118
-                        yield name, handle.get_tensor(name)
-            else:
-                zipped = zipfile.is_zipfile(file)  # older files cannot be mapped
-                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=zipped).items()
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{file}: truncated or no weight file ({error})") from error
-        except Exception as error:
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            raise ValueError(f"{file}: holds more than tensors, so it is not loaded ({error})") from error
-
-
-def tower_folder(folder: Path, name: str) -> str:
-    """Where a vision tower is: inside the checkpoint when `name` is a folder there, else `name` itself.
-
-    Raises:
-        ValueError: for a path that does not exist.
-    """
-    inside = folder / name
-    if inside.is_dir():
-        return str(inside.resolve())
-    if Path(name).is_dir() or name.count("/") == 1:
-        return name
-    raise ValueError(f"vision tower {name!r} is neither a folder inside {folder} nor a hub id")
-
-
-def processor_class() -> Any:
-    """CLIP's image processor on Pillow: the one whose pixels LLaVA was trained on."""
-    import transformers
-
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-
-
-def image_processor(source: str) -> Any:
-    """The processor of a tower's folder or hub id."""
-    return processor_class().from_pretrained(source)
+TOWER = "model.vision_tower."
+"""Start of the names of a vision tower's tensors in LLaVA's format."""
 
 
 def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> None:
@@ -132,6 +33,8 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
             raise ValueError(
                 f"{source}: {name} has shape {tuple(value.shape)}, the config asks for {tuple(places[name].shape)}"
             )
+        if places[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{source}: {name} holds {value.dtype}, the model has floating-point weights there")
         filled[name] = value.to(dtype) if value.is_floating_point() else value
     missing = sorted(n for n, _ in model.named_parameters() if n not in filled)
     if missing:
@@ -140,41 +43,41 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
     model.load_state_dict(filled, strict=False, assign=True)
 
 
-def _refuse_spare(names: Iterable[str], source: str) -> None:
-    """Weights of the language model or projector that the model has no place for, as attention biases."""
-    spare = sorted(n for n in names if not n.endswith(("inv_freq", "position_ids")) and "vision_tower" not in n)
+def _refuse_spare(names: Iterable[str], source: str, tower: bool = False) -> None:
+    """Weights that the model has no place for, as attention biases; those of a `tower` where they are read as well."""
+    spare = [n for n in names if not n.endswith(("inv_freq", "position_ids"))]
+    spare = sorted(n for n in spare if tower or "vision_tower" not in n)
     if spare:
         raise ValueError(
-            f"{source}: {len(spare)} tensors have no place in a Llama language model, first {spare[0]}; this is a "
-            "checkpoint of another architecture, which is not supported"
+            f"{source}: {len(spare)} tensors have no place in a LLaVA with a Llama language model, first {spare[0]}; "
+            "this is a checkpoint of another architecture, which is not supported"
         )
 
 
 def _from_pretrained(
     build: Any, folder: Path, dtype: torch.dtype, attn: str | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of transformers' own loading, and its loading info.
-
-    Raises:
-        ValueError: for weights that are missing, truncated or of another model.
-    """
+    """A model of transformers' own loading, and its loading info; the caller refuses what does not fit."""
     if attn is not None:
         options["attn_implementation"] = attn
-    try:
-        model, info = build.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **options)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
-            raise
-        raise ValueError(f"{folder}: truncated or foreign weights ({error})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    model, info = build.from_pretrained(str(folder), dtype=dtype, **options)
     return model, info
 
 
-def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+def _refuse_sizes(mismatched: Iterable[Any], source: str) -> None:
+    """Tensors of another size than the config asks for: (name, shape in the file, shape in the model) each."""
+    for name, found, wanted in sorted(mismatched):
+        raise ValueError(f"{source}: {name} has shape {tuple(found)}, the config asks for {tuple(wanted)}")
+
+
+def _refuse_missing(names: Iterable[str], source: str) -> None:
+    missing = sorted(names)
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+
+
+def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into the `llava` package's class."""
     try:
         from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -182,38 +85,62 @@ def load_original(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn
         raise ValueError(
             f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
         ) from error
-    shards(folder)
-    tower = tower_folder(folder, config["mm_vision_tower"])
-    options = LlavaConfig.from_pretrained(str(folder))
+    refuse_integers(source.weights)
+    tower = tower_folder(source.folders, config["mm_vision_tower"])
+    options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     options.mm_vision_tower = tower
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
-    model, info = _from_pretrained(LlavaLlamaForCausalLM, folder, dtype, attn, config=options)
-    _refuse_spare(info["unexpected_keys"], str(folder))
+    model, info = _from_pretrained(LlavaLlamaForCausalLM, source.weights, dtype, attn, config=options)
+    extra = dict(source.extra())
+    _refuse_sizes(info["mismatched_keys"], str(source.weights))
+    _refuse_missing(set(info["missing_keys"]) - extra.keys(), str(source.weights))
+    _refuse_spare(info["unexpected_keys"], str(source.weights))
+    _copy(model, extra, str(source.folder))
     vision = model.get_vision_tower()
     vision.load_model()
     vision.image_processor = image_processor(tower)
     vision.to(dtype=dtype)
     if unfrozen:
-        _overlay(vision, folder)
+        _overlay(vision, chain(tensors(source.weights), extra.items()), str(source.weights))
+    add_lora(model, source)
     return model, vision.image_processor
 
 
-def _overlay(vision: Any, folder: Path) -> None:
-    """Tower weights that were trained with the model and lie in its checkpoint."""
-    prefix = "model.vision_tower.vision_tower."
-    own = set(vision.vision_tower.state_dict())
-    state = {}
-    for name, value in tensors(folder):
-        if name.startswith(prefix):
-            short = name.removeprefix(prefix)
-            state[short if short in own else short.removeprefix("vision_model.")] = value
-    if state:
-        vision.vision_tower.load_state_dict(state, strict=False)
+def _copy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy the tensors that an adapter brings along; those of the vision tower are read later."""
+    own = {n: v for n, v in state.items() if "vision_tower" not in n}
+    try:
+        found = model.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+    _refuse_spare(found.unexpected_keys, source)
+
+
+def _overlay(vision: Any, state: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Tower weights that were trained with the model and are in its checkpoint: all of them, or none.
+
+    Raises:
+        ValueError: when a part of them is missing or has no place.
+    """
+    own = vision.vision_tower.state_dict()
+    found = {_in_tower(name, own): value for name, value in state if name.startswith(TOWER)}
+    if found:
+        _refuse_missing(
+            set(own) - set(found) - {n for n in own if n.endswith("position_ids")}, f"{source}, vision tower"
+        )
+        _refuse_spare(set(found) - set(own), source, tower=True)
+        vision.vision_tower.load_state_dict(found, strict=False)
         vision.vision_tower.requires_grad_(False)
 
 
-def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+def _in_tower(name: str, own: Any) -> str:
+    """A tower's name of one of its tensors in a checkpoint of LLaVA's format."""
+    short = name.removeprefix(TOWER).removeprefix("vision_tower.")
+    return short if short in own else short.removeprefix("vision_model.")
+
+
+def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into transformers' class; keys are renamed while reading."""
     from transformers import (
         CLIPVisionConfig,
@@ -225,9 +152,14 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
         LlavaNextForConditionalGeneration,
     )
 
-    source = tower_folder(folder, config["mm_vision_tower"])
-    vision = CLIPVisionConfig.from_pretrained(source)
-    drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
+    if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
+        raise ValueError(
+            f"mm_projector_type is {config.get('mm_projector_type', 'linear')!r}, and transformers has 'mlp2x_gelu' "
+            "only; use family='llava'"
+        )
+    place = tower_folder(source.folders, config["mm_vision_tower"])
+    vision = CLIPVisionConfig.from_pretrained(place, trust_remote_code=False)
+    drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
     text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
     text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
     image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
@@ -251,15 +183,14 @@ def load_converted(folder: Path, config: dict[str, Any], dtype: torch.dtype, att
     extra = {} if attn is None else {"attn_implementation": attn}
     with torch.device("meta"):
         model = build._from_config(full, dtype=dtype, **extra)
-    vision_model = CLIPVisionModel.from_pretrained(source, dtype=dtype)
-    state = _renamed(folder, vision_model.state_dict(), bool(config.get("unfreeze_mm_vision_tower")))
-    _fill(model, state, dtype, str(folder))
+    vision_model = CLIPVisionModel.from_pretrained(place, dtype=dtype)
+    state = _renamed(source, vision_model.state_dict(), bool(config.get("unfreeze_mm_vision_tower")))
+    _fill(model, state, dtype, str(source.weights))
     _rebuild_buffers(model)
+    add_lora(model, source, rename)
     _add_placeholder(model)
-    model.generation_config.pad_token_id = config.get("pad_token_id") or 0
-    for name in ("bos_token_id", "eos_token_id"):
-        setattr(model.generation_config, name, config.get(name))
-    return model, image_processor(source)
+    model.generation_config = _generation_config(source.weights, config)
+    return model, image_processor(place)
 
 
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
@@ -275,30 +206,48 @@ def rename(name: str) -> str:
     return f"model.language_model.{name.removeprefix('model.')}"
 
 
-def _renamed(folder: Path, tower: dict[str, Tensor], unfrozen: bool) -> Iterator[tuple[str, Tensor]]:
+def _renamed(source: Source, tower: dict[str, Tensor], unfrozen: bool) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the original format under transformers' names.
 
     As in package llava, tower weights of the checkpoint are used only where the tower was trained (`unfrozen`), and a
     checkpoint without a head has that of its embeddings.
+
+    Raises:
+        ValueError: when a trained tower is incomplete.
     """
     seen, embeddings, head = set(), None, False
-    for name, value in tensors(folder):
+    for name, value in source.tensors():
         head = head or name == "lm_head.weight"
         embeddings = value if name == "model.embed_tokens.weight" else embeddings
-        if name.startswith("model.vision_tower."):
+        if name.startswith(TOWER):
             if not unfrozen:
                 continue
-            short = name.removeprefix("model.vision_tower.vision_tower.")
-            short = short if short in tower else short.removeprefix("vision_model.")
+            short = _in_tower(name, tower)
             seen.add(short)
             yield f"model.vision_tower.{short}", value
         else:
             yield rename(name), value
     if not head and embeddings is not None:
         yield "lm_head.weight", embeddings.clone()
+    missing = [n for n in tower if n not in seen and not n.endswith("position_ids")]
+    _refuse_missing(missing if seen else (), f"{source.weights}, vision tower")
     for short, value in tower.items():
         if short not in seen:
             yield f"model.vision_tower.{short}", value
+
+
+def _generation_config(folder: Path, config: dict[str, Any]) -> Any:
+    """The checkpoint's, as package llava has it, with the special ids of the config where it states none."""
+    from transformers import GenerationConfig
+
+    stated = (folder / "generation_config.json").is_file()
+    made = GenerationConfig.from_pretrained(str(folder)) if stated else GenerationConfig()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(made, name) is None:
+            setattr(made, name, config.get(name))
+    if made.pad_token_id is None:
+        made.pad_token_id = 0
+    return made
 
 
 def _rebuild_buffers(model: Any) -> None:
@@ -326,17 +275,23 @@ def _add_placeholder(model: Any) -> None:
     model.set_input_embeddings(new)
 
 
-def load_transformers(folder: Path, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
+def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """transformers' own format. A placeholder past the vocabulary, as `load_converted` makes it, is read back."""
     from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-    shards(folder)
+    folder = source.folder
     build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
-    model, info = _from_pretrained(build, folder, dtype, attn, ignore_mismatched_sizes=past)
+    if not config.get("quantization_config"):
+        refuse_integers(folder)
+    model, info = _from_pretrained(build, folder, dtype, attn)
+    _refuse_missing(info["missing_keys"], str(folder))
+    _refuse_spare(info["unexpected_keys"], str(folder), tower=True)
     if past:
         _read_placeholder(model, folder, info["mismatched_keys"])
+    else:
+        _refuse_sizes(info["mismatched_keys"], str(folder))
     has_processor = (folder / "preprocessor_config.json").is_file()
     return model, image_processor(str(folder)) if has_processor else None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -18,15 +19,18 @@ from torch import Tensor
 from ..ops.counts import Size
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import HostPrompts, hinting
+from .adapter import Source, check_base
 from .base import Family, peel
+from .config import is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
+from .files import MORE, load_tokenizer, refuse_pointers
 from .hf import is_next
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
-SMALL = 1 << 30  # bytes of weight files below which half precision is computed in float32 on a CPU
+LONGEST = 400  # letters of a message of another library
 
 
 @dataclass
@@ -238,95 +242,13 @@ def resolve(path: str | Path) -> Path:
         raise ValueError(f"{path}: not a local folder, and no hub repository can be reached ({error})") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint.
-
-    Raises:
-        ValueError: when it is missing, broken or of a model that is not a LLaVA.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no config.json, so this is not a checkpoint folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: broken JSON ({error})") from error
-    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if not isinstance(config, dict) or kind not in ("llava_llama", "llava", "llava_next"):
-        raise ValueError(
-            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint with a Llama language model "
-            "(llava_llama, llava or llava_next)"
-        )
-    if is_original(config):
-        check_original(file, config)
-    return config
-
-
-def is_original(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of haotian-liu/LLaVA's format."""
-    return "text_config" not in config
-
-
-def check_original(file: Path, config: dict[str, Any]) -> None:
-    """Refuse a config.json of haotian-liu/LLaVA's format whose entries the two packages would read differently.
-
-    Raises:
-        ValueError: naming the entry and what to add.
-    """
-    if not isinstance(config.get("mm_vision_tower"), str):
-        raise ValueError(
-            f"{file}: mm_vision_tower is {config.get('mm_vision_tower')!r}; name the vision tower that the model was "
-            "trained with, a folder or hub id (LLaVA-1.5: openai/clip-vit-large-patch14-336)"
-        )
-    if not isinstance(config.get("mm_vision_select_layer"), int):
-        raise ValueError(
-            f"{file}: mm_vision_select_layer is {config.get('mm_vision_select_layer')!r}; give the layer of the vision "
-            "tower that the model was trained with (LLaVA-1.5: -2)"
-        )
-    if config.get("image_aspect_ratio") == "anyres" and not config.get("image_grid_pinpoints"):
-        raise ValueError(
-            f"{file}: image_aspect_ratio is 'anyres' and image_grid_pinpoints is missing; add the resolutions that the "
-            "model was trained with (LLaVA-NeXT: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])"
-        )
-
-
-def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
-    """The dtype asked for, else the checkpoint's, of which half precision is computed otherwise on a CPU.
-
-    There it becomes float32 where ``size``, the bytes of the weight files, is below `SMALL`, and bfloat16 from there
-    on: many CPUs have no bfloat16 arithmetic and take several times as long for it, but a large model in float32 may
-    not fit. The rule looks at no property of the machine, so that figures are the same on all of them.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    names |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if dtype not in (None, "auto"):
-        if dtype not in names:
-            raise ValueError(f"dtype={dtype!r}: choose float32, float16 or bfloat16")
-        return names[dtype]
-    inner = config.get("text_config") or {}
-    stored = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
-    chosen = names.get(str(stored).removeprefix("torch."), torch.float16)
-    if device.type != "cpu" or chosen is torch.float32:
-        return chosen
-    return torch.float32 if size < SMALL else torch.bfloat16
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of the weight files of a checkpoint in bytes."""
-    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
-
-
 def load(
     path: str | Path,
     family: FamilyName = "auto",
     dtype: Any = None,
     device: Any = None,
     attn: str | None = None,
+    model_base: str | Path | None = None,
 ) -> Loaded:
     """Load a LLaVA.
 
@@ -338,6 +260,8 @@ def load(
             weight files are small, and as bfloat16 otherwise, see `pick_dtype`.
         device: default cuda if there is one, else cpu.
         attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
+        model_base: checkpoint that an adapter in LLaVA's format (a LoRA folder, or a folder with a mm_projector.bin)
+            was trained on, folder or hub id. The config is the adapter's, tokenizer and language model are the base's.
 
     Returns:
         Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
@@ -345,29 +269,56 @@ def load(
         vocabulary where the checkpoint has none.
 
     Raises:
-        ValueError: missing, truncated or foreign checkpoint, or a family that cannot read it.
-    """
-    from .checkpoint import load_converted, load_original, load_tokenizer, load_transformers, refuse_pointers
+        ValueError: for a missing, truncated or foreign checkpoint, a family that cannot read it, a device, dtype or
+            attention backend that is not there, or a lack of memory. The message names the checkpoint.
 
+    Source: adapters as llava/model/builder.py of package llava; LoRA is added in float32.
+    """
     if family not in ("auto", "llava", "hf"):
         raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
-    folder = resolve(path)
-    refuse_pointers(folder)
-    config = read_config(folder)
+    where = pick_device(device)
+    try:
+        return _load(path, family, dtype, where, attn, model_base)
+    except Exception as error:  # transformers, tokenizers and torch raise errors of their own
+        raise ValueError(_message(path, where, error)) from error
+
+
+def _message(path: str | Path, where: torch.device, error: Exception) -> str:
+    """One line for an error of loading, which names the checkpoint."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"{path} does not fit into the memory of {where}; use a smaller dtype, or another device"
+    if type(error).__name__ == "UnpicklingError":
+        return f"{path}: the vision tower's weight file {MORE}"
+    if not isinstance(error, ValueError):
+        return f"{path} cannot be loaded: {type(error).__name__}: {short}"
+    return short if str(path) in short else f"{path}: {short}"
+
+
+def _load(
+    path: str | Path, family: str, dtype: Any, where: torch.device, attn: str | None, model_base: str | Path | None
+) -> Loaded:
+    from .checkpoint import load_converted, load_original, load_transformers
+
+    source = Source(resolve(path), None if model_base is None else resolve(model_base))
+    for folder in source.folders:
+        refuse_pointers(folder)
+    config = read_config(source.folder)
+    check_base(source.folder, source.base)
     original = is_original(config)
     if family == "llava" and not original:
         raise ValueError(f"{path} is in transformers' format, which package llava cannot read; use family='hf'")
     if family == "auto":
         family = "llava" if original and _has_llava() else "hf"
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = pick_dtype(dtype, config, where, weight_bytes(folder))
+    attn = pick_attention(attn, config, source.folder / "config.json")
+    kind = pick_dtype(dtype, config, where, weight_bytes(source.weights))
     build = (load_original if family == "llava" else load_converted) if original else load_transformers
-    model, processor = build(folder, config, kind, attn)
-    model = model.to(where).eval()
-    return Loaded(model, load_tokenizer(folder), processor, family, str(path))
+    tokenizer = load_tokenizer(source.weights, original)
+    torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
+    model, processor = build(source, config, kind, attn)
+    return Loaded(model.to(where).eval(), tokenizer, processor, family, str(path))
 
 
 def _has_llava() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("llava") is not None

@@ -260,6 +260,16 @@ def test_other_protocols_are_refused(config: dict, tmp_path: Path) -> None:
         pads(str(tmp_path))
 
 
+def test_a_processor_of_another_size(tiny_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_path, tmp_path / "llava-tiny")
+    place = folder / "clip" / "preprocessor_config.json"
+    table = json.loads(place.read_text())
+    place.write_text(json.dumps({**table, "crop_size": {"height": 224, "width": 224}}))
+    given = Settings(model=str(folder), out=str(tmp_path / "o"), limit=2, batch=2)
+    with pytest.raises(ValueError, match="crops to 224 x 224 pixels, and the vision tower takes 168 x 168"):
+        run.evaluate(given)
+
+
 @pytest.mark.parametrize(("aspect", "pad"), [(None, False), ("square", False), ("pad", True)])
 def test_padding_is_the_checkpoints(aspect: str | None, pad: bool, tmp_path: Path) -> None:
     whole = {"model_type": "llava_llama", "mm_vision_tower": "clip", "mm_vision_select_layer": -2}

@@ -1,0 +1,163 @@
+"""Adapters in LLaVA's format: a LoRA folder, or a lone projector, with the checkpoint that it was trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import is_adapter, read_json, tensors, tensors_of
+
+PROJECTOR, TRAINED, ADAPTER = "mm_projector.bin", "non_lora_trainables.bin", "adapter_config.json"
+LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+REFUSED = (
+    "use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices",
+    "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+"""Entries of an adapter_config.json that ask for more than a plain LoRA."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a checkpoint are.
+
+    Attributes:
+        folder: config, and the adapter if it is one.
+        base: the checkpoint that the adapter was trained on; None for a complete checkpoint.
+    """
+
+    folder: Path
+    base: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """The folder with the weights of the language model, and the tokenizer."""
+        return self.base or self.folder
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders in which a vision tower is looked for."""
+        return [self.folder] if self.base is None else [self.folder, self.base]
+
+    def extra(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of an adapter that take the place of the base's: the projector, and what was trained beside LoRA."""
+        if self.base is None:
+            return
+        for name in (PROJECTOR, TRAINED):
+            if (self.folder / name).is_file():
+                for key, value in tensors_of(self.folder / name):
+                    yield _stripped(key), value
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, those of the adapter in place of the base's; LoRA is added by `add_lora`."""
+        extra = dict(self.extra())
+        yield from ((name, value) for name, value in tensors(self.weights) if name not in extra)
+        yield from extra.items()
+
+
+def _stripped(name: str) -> str:
+    """The base's name of a tensor that was trained beside a LoRA."""
+    name = name.removeprefix("base_model.")
+    return name.removeprefix("model.") if name.startswith("model.model.") else name
+
+
+def check_base(folder: Path, base: Path | None) -> None:
+    """Refuse a base for a complete checkpoint, and one that is not in LLaVA's or Llama's format.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if base is None:
+        return
+    if not is_adapter(folder):
+        raise ValueError(f"{folder} is a complete checkpoint, which needs no model_base; leave out model_base={base}")
+    config = read_json(base / "config.json")
+    if "text_config" in config or config.get("model_type") not in ("llama", "llava_llama", "llava"):
+        raise ValueError(
+            f"model_base={base}: model_type {config.get('model_type')!r} is not supported; give the Llama or LLaVA "
+            "checkpoint, in LLaVA's format, that the adapter was trained on"
+        )
+
+
+def add_lora(model: nn.Module, source: Source, rename: Callable[[str], str] = str) -> None:
+    """Add the low-rank updates of an adapter to the weights of a model, in float32.
+
+    Args:
+        model: built from the base.
+        source: the checkpoint.
+        rename: the model's name of a tensor of the base.
+
+    Raises:
+        ValueError: for anything but a plain LoRA, or one of another model.
+
+    Source: W + (alpha / r) B A of the LoRA paper; with rslora alpha / sqrt(r).
+    """
+    if source.base is None or not (source.folder / ADAPTER).is_file():
+        return
+    config = _lora_config(source.folder / ADAPTER)
+    places, pairs = dict(model.named_parameters()), _pairs(source.folder)
+    with torch.no_grad():
+        for module, (down, up) in pairs.items():
+            weight = places.get(rename(f"{module}.weight"))
+            if weight is None or up.shape[0] != weight.shape[0] or down.shape[1] != weight.shape[1]:
+                raise ValueError(
+                    f"{source.folder}: the LoRA of {module} does not fit {source.base}; give the checkpoint that it "
+                    "was trained on as model_base"
+                )
+            update = _scale(config, module, down.shape[0], source.folder) * (up.float() @ down.float())  # (out, in)
+            weight.copy_(weight.float() + update.to(weight.device))
+
+
+def _lora_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    asked = [name for name in REFUSED if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or asked:
+        what = ", ".join(asked) or f"peft_type {config.get('peft_type')!r}, bias {config.get('bias', 'none')!r}"
+        raise ValueError(
+            f"{path}: {what} is not a plain LoRA, which is all that is supported; merge the adapter into its base with "
+            "peft (merge_and_unload) and give the merged checkpoint"
+        )
+    return config
+
+
+def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (A, B), (r, in) and (out, r)."""
+    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise ValueError(f"{folder}: no adapter_model.safetensors or adapter_model.bin beside {ADAPTER}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors_of(found[0]):
+        match = LORA.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{found[0]}: {name} is not a part of a plain LoRA, which is all that is supported")
+        parts.setdefault(match[1], {})[match[2]] = value
+    for module, pair in parts.items():
+        if pair.keys() != {"A", "B"} or pair["A"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[-1]:
+            raise ValueError(f"{found[0]}: the LoRA of {module} has no matching A and B; fetch the file again")
+    return {module: (pair["A"], pair["B"]) for module, pair in parts.items()}
+
+
+def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
+    alpha = _of_module(config, "alpha_pattern", module, config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{folder / ADAPTER}: lora_alpha is {json.dumps(alpha)}; it must be a number")
+    wanted = _of_module(config, "rank_pattern", module, config.get("r"))
+    if wanted != rank:
+        raise ValueError(f"{folder / ADAPTER}: {module} has rank {wanted!r}, the weights have {rank}")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_module(config: dict[str, Any], name: str, module: str, default: Any) -> Any:
+    """The value of a pattern whose key ends a module's name, as peft reads it; or the default."""
+    for key, value in (config.get(name) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

@@ -1,0 +1,149 @@
+"""The config of a checkpoint, and the dtype, device and attention backend that follow from it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import ATTENTION, read_json
+
+BACKENDS = ("eager", "sdpa", "flash_attention_2")
+SMALL = 1 << 30
+"""Bytes of weight files below which half precision is computed in float32 on a CPU."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint.
+
+    Raises:
+        ValueError: when it is missing, broken or of a model that is not a LLaVA.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no config.json, so this is not a checkpoint folder")
+    config = read_json(file)
+    kind = config.get("model_type")
+    if kind not in ("llava_llama", "llava", "llava_next"):
+        raise ValueError(
+            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint with a Llama language model "
+            "(llava_llama, llava or llava_next)"
+        )
+    if is_original(config):
+        check_original(file, config)
+    return config
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of haotian-liu/LLaVA's format."""
+    return "text_config" not in config
+
+
+def check_original(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json of haotian-liu/LLaVA's format whose entries the two packages would read differently.
+
+    Raises:
+        ValueError: naming the entry and what to add.
+    """
+    names = config.get("architectures") or []
+    strange = (
+        [a for a in names if "Llama" not in str(a) and a != "LlavaForCausalLM"] if isinstance(names, list) else names
+    )
+    if strange:
+        raise ValueError(
+            f"{file}: architectures {names!r} is not supported; give a LLaVA checkpoint with a Llama language model"
+        )
+    if config.get("quantization_config"):
+        raise ValueError(f"{file}: quantised weights (quantization_config) are not supported in LLaVA's format")
+    if config.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
+        raise ValueError(
+            f"{file}: mm_vision_select_feature is {config['mm_vision_select_feature']!r}; it must be 'patch' or "
+            "'cls_patch'"
+        )
+    if not isinstance(config.get("mm_vision_tower"), str):
+        raise ValueError(
+            f"{file}: mm_vision_tower is {config.get('mm_vision_tower')!r}; name the vision tower that the model was "
+            "trained with, a folder or hub id (LLaVA-1.5: openai/clip-vit-large-patch14-336)"
+        )
+    layer = config.get("mm_vision_select_layer")
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(
+            f"{file}: mm_vision_select_layer is {config.get('mm_vision_select_layer')!r}; give the layer of the vision "
+            "tower that the model was trained with (LLaVA-1.5: -2)"
+        )
+    if config.get("image_aspect_ratio") == "anyres" and not config.get("image_grid_pinpoints"):
+        raise ValueError(
+            f"{file}: image_aspect_ratio is 'anyres' and image_grid_pinpoints is missing; add the resolutions that the "
+            "model was trained with (LLaVA-NeXT: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])"
+        )
+
+
+def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's, of which half precision is computed otherwise on a CPU.
+
+    There it becomes float32 where ``size``, the bytes of the weight files, is below `SMALL`, and bfloat16 from there
+    on: many CPUs have no bfloat16 arithmetic and take several times as long for it, but a large model in float32 may
+    not fit. The rule looks at no property of the machine, so that figures are the same on all of them.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    names |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in (None, "auto"):
+        if dtype not in names:
+            raise ValueError(f"dtype={dtype!r}: choose float32, float16 or bfloat16")
+        return names[dtype]
+    inner = config.get("text_config") or {}
+    stored = config.get("torch_dtype") or config.get("dtype") or inner.get("torch_dtype") or inner.get("dtype")
+    chosen = names.get(str(stored).removeprefix("torch."), torch.float16)
+    if device.type != "cpu" or chosen is torch.float32:
+        return chosen
+    return torch.float32 if size < SMALL else torch.bfloat16
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files of a checkpoint in bytes."""
+    return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+
+
+def pick_device(device: Any) -> torch.device:
+    """The device asked for; default cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: for an unknown device, one that holds no data, or one that this machine does not have.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not known; give cuda, cuda:1 or cpu") from error
+    if found.type == "meta":
+        raise ValueError("device='meta' holds no weights; give cuda, cuda:1 or cpu")
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ValueError(f"device={str(device)!r}: this machine has {count} CUDA devices; give another or cpu")
+    return found
+
+
+def pick_attention(attn: str | None, config: dict[str, Any], file: Path) -> str | None:
+    """The attention backend asked for, else the config's; None for the package's choice.
+
+    Raises:
+        ValueError: for one that is not known, such as a kernel that would be downloaded, or not installed.
+    """
+    stated = [config.get(name) for name in ATTENTION if config.get(name) is not None]
+    where, found = ("attn", attn) if attn is not None else (f"{file}: attn_implementation", next(iter(stated), None))
+    if found is None:
+        return None
+    if found not in BACKENDS:
+        raise ValueError(f"{where}={found!r} is not supported; choose {', '.join(BACKENDS)} (attn)")
+    if found == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            f"{where}={found!r} needs the package flash-attn (pip install flash-attn); or choose sdpa (attn)"
+        )
+    return str(found)
