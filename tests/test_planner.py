@@ -28,7 +28,7 @@ def labels(runs: list[Any]) -> list[tuple[str, int | None]]:
 
 def test_labels_and_budgets() -> None:
     """A preset with a budget has no other; one that fixes the counts has none."""
-    runs = plan(NAMES, (64, 8, 64))
+    runs = plan(cases(NAMES, (64, 8, 64)))
     assert labels(runs) == LABELS
     for run in runs:
         assert isinstance(run, Run) and run.method.name == llava_prune.build(run.name).name
@@ -53,8 +53,8 @@ def test_the_table_of_methods_plans_alike() -> None:
 
 
 def test_order_reference_and_all() -> None:
-    assert [r.label for r in plan(["random", "full", "random"], (8,))] == ["random-8", "full"]
-    assert [r.label for r in plan(["random", "full"], (8,), reference=True)] == ["full", "random-8"]
+    assert [r.label for r in plan(cases(["random", "full", "random"], (8,)))] == ["random-8", "full"]
+    assert [r.label for r in plan(cases(["random", "full"], (8,), reference=True))] == ["full", "random-8"]
     assert expand(["fastv:paper", "all"], reference=True)[:2] == ["full", "fastv:paper"]
     assert sorted({*expand(["all"])}) == llava_prune.names()
 
@@ -62,19 +62,19 @@ def test_order_reference_and_all() -> None:
 def test_hyper_parameters() -> None:
     """Those of the call override stated ones, which override presets; each goes to the methods that have it."""
     stated = {"autoprune": {"k0": 0.1, "mi_scale": 8.0}, "fastv": {"layer": 1}}
-    runs = plan(["autoprune", "fastv:k3-64", "random"], (8,), {"k0": 0.2}, defaults=stated, seed=5)
+    runs = plan(cases(["autoprune", "fastv:k3-64", "random"], (8,), {"k0": 0.2}, defaults=stated, seed=5))
     assert runs[0].method.hyper()["k0"] == 0.2 and runs[0].method.hyper()["mi_scale"] == 8.0
     assert runs[1].label == "fastv-k3-64-64" and runs[1].method.hyper()["layer"] == 1
     assert runs[2].method.hyper()["seed"] == 5
-    assert plan(["random"], (8,), {"seed": 7}, seed=5)[0].method.hyper()["seed"] == 7
-    assert plan(["random"], (8,))[0].method.hyper()["seed"] == 0
-    inside = plan(["visionzip+autoprune"], (8,), defaults=stated)[0].method.hyper()
+    assert plan(cases(["random"], (8,), {"seed": 7}, seed=5))[0].method.hyper()["seed"] == 7
+    assert plan(cases(["random"], (8,)))[0].method.hyper()["seed"] == 0
+    inside = plan(cases(["visionzip+autoprune"], (8,), defaults=stated))[0].method.hyper()
     assert inside["k0"] == 0.1 and inside["vision_tokens"] == 20
 
 
 def test_hyper_parameters_that_fix_the_counts() -> None:
     """The method that has them runs without a budget, the others with one."""
-    runs = plan(["fastv", "random"], (64, 8), {"keep": 100})
+    runs = plan(cases(["fastv", "random"], (64, 8), {"keep": 100}))
     assert labels(runs) == [("fastv", None), ("random-64", 64), ("random-8", 8)]
     assert runs[0].method.hyper()["keep"] == 100 and runs[0].method.hyper()["tokens"] is None
 
@@ -94,7 +94,7 @@ def test_hyper_parameters_that_fix_the_counts() -> None:
 )  # fmt: skip
 def test_refused(names: list[str], budgets: tuple[int, ...], args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        plan(names, budgets, args)
+        plan(cases(names, budgets, args))
     assert "\n" not in str(caught.value)
 
 
@@ -106,13 +106,13 @@ def test_equal_labels_are_refused(clean_registry: None) -> None:
     class Other(llava_prune.Method):
         """A method whose name is another's label."""
 
-    assert [r.label for r in plan(["fastv-paper"], (8,))] == ["fastv-paper"]
+    assert [r.label for r in plan(cases(["fastv-paper"], (8,)))] == ["fastv-paper"]
     with pytest.raises(ValueError, match="fastv:paper and fastv-paper have the same label, 'fastv-paper'"):
-        plan(["fastv:paper", "fastv-paper"], (8,))
+        plan(cases(["fastv:paper", "fastv-paper"], (8,)))
 
 
 def test_budgets_above_the_visual_tokens() -> None:
-    runs = plan(["autoprune", "fastv:paper"], (17,))
+    runs = plan(cases(["autoprune", "fastv:paper"], (17,)))
     check_budgets(runs, 17)
     with pytest.raises(ValueError, match="TOKENS=17: .* 16 visual tokens .* give 16 or fewer"):
         check_budgets(runs, 16)

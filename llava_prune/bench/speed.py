@@ -22,7 +22,7 @@ from ..handle import pruned
 from ..methods.base import Method
 from ..methods.checks import integer
 from ..methods.checks import seed as check_seed
-from ..methods.planner import Run, plan
+from ..methods.planner import Run, cases, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
 from ..ops.counts import layer_flops
@@ -96,12 +96,12 @@ class Settings:
 
 
 def plan_runs(settings: Settings) -> list[Run]:
-    """Build every method at every budget once; see `planner.plan`.
+    """Build every method at every budget once; see `planner.cases`.
 
     Raises:
         ValueError: for unknown methods, hyper-parameters that no method has, or values out of range.
     """
-    return plan(settings.methods, settings.tokens, settings.method_args, seed=settings.seed)
+    return plan(cases(settings.methods, settings.tokens, settings.method_args, seed=settings.seed))
 
 
 def load(settings: Settings) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import DATA, TINY
-from ..methods.planner import Run, plan
+from ..methods.planner import Run, cases, plan
 from ..methods.registry import names
 from .task import Task
 
@@ -80,7 +80,7 @@ def model_defaults(model: str) -> dict[str, dict[str, Any]]:
 
 
 def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
-    """Build every method at every budget once, the reference first; see `planner.plan`.
+    """Build every method at every budget once, the reference first; see `planner.cases`.
 
     Hyper-parameters are those of the method, of the benchmark's official runner, of the checkpoint, and of METHOD_ARGS;
     the later ones override the earlier.
@@ -93,11 +93,13 @@ def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
         ValueError: for unknown methods, hyper-parameters that no method has, or values out of range.
     """
     shared, own = {} if task is None else task.method_args, model_defaults(settings.model)
-    return plan(
+    defaults = {name: {**shared, **own.get(name, {})} for name in {*names(), *own}}
+    found = cases(
         settings.methods,
         settings.tokens,
         settings.method_args,
         seed=settings.seed,
-        defaults={name: {**shared, **own.get(name, {})} for name in {*names(), *own}},
+        defaults=defaults,
         reference=settings.reference,
     )
+    return plan(found)

@@ -315,14 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("tokens", "64", "visual token budget", type=arguments.positive)
     flag("batch", "1,8,auto", "batch size, or a list", type=_batches)
     flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.positive)
-    flag("repeats", "3", "number of rounds", type=int)
+    flag("repeats", "3", "number of rounds", type=arguments.positive)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
     flag("threads", None, "CPU threads; default torch's choice", type=arguments.positive)
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=arguments.positive,
         default=None,
         help="largest number of new tokens of an answer; default the benchmark's own",
     )

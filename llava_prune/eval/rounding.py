@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     flag = functools.partial(arguments.flag, parser, os.environ)
-    flag("step", "0.05", "slopes are rounded to multiples of STEP", type=float)
+    flag("step", "0.05", "slopes are rounded to multiples of STEP", type=arguments.number(1e-9, 1))
     flag("task", "gqa", "benchmark")
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("data", DATA, "folder with the benchmark's files")

@@ -114,21 +114,12 @@ def cases(
     return out
 
 
-def plan(
-    given: Iterable[str],
-    budgets: Sequence[int],
-    method_args: Mapping[str, Any] | None = None,
-    *,
-    seed: int | None = None,
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    reference: bool = False,
-) -> list[Run]:
-    """Build every method at every budget; see `cases` for the arguments.
+def plan(found: Iterable[Case]) -> list[Run]:
+    """Build every case; see `cases`.
 
     Raises:
-        ValueError: as `cases`, and for a hyper-parameter out of range.
+        ValueError: for a hyper-parameter out of range.
     """
-    found = cases(given, budgets, method_args, seed=seed, defaults=defaults, reference=reference)
     return [Run(c.label, c.name, c.tokens, _built(c)) for c in found]
 
 
