@@ -90,7 +90,7 @@ def _stored_settings(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ValueError(f"{path} is broken, so nothing says how the answers beside it were made; {WAY_OUT}")
 
@@ -109,7 +109,7 @@ def _difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Iterabl
     for name in dict.fromkeys([*new, *old]):
         mine, theirs = new.get(name, absent), old.get(name, absent)
         if mine != theirs and name not in free:
-            shown = ["not stated" if v is absent else f"{v!r}" for v in (theirs, mine)]
+            shown = ["not stated" if v is absent else f"{v!r:.100}" for v in (theirs, mine)]
             return f"made with {name}={shown[0]}, now it is {shown[1]}"
     return None
 

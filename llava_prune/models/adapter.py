@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import is_adapter, read_json, tensors, tensors_of
+from .files import ADAPTER, PROJECTOR, is_adapter, read_json, refuse_integers, tensors, tensors_of
 
-PROJECTOR, TRAINED, ADAPTER = "mm_projector.bin", "non_lora_trainables.bin", "adapter_config.json"
+TRAINED = "non_lora_trainables.bin"
 LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-REFUSED = (
-    "use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices",
-    "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config",
-)  # fmt: skip
-"""Entries of an adapter_config.json that ask for more than a plain LoRA."""
+KNOWN = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
+}  # fmt: skip
+"""Entries of an adapter_config.json that a plain LoRA has; any other that is set asks for more."""
+PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Initialisations of a LoRA that leave the weights of the base as they are."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Source:
             return
         for name in (PROJECTOR, TRAINED):
             if (self.folder / name).is_file():
-                for key, value in tensors_of(self.folder / name):
+                for key, value in _floating(self.folder / name):
                     yield _stripped(key), value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -60,6 +64,13 @@ class Source:
         extra = dict(self.extra())
         yield from ((name, value) for name, value in tensors(self.weights) if name not in extra)
         yield from extra.items()
+
+
+def _floating(file: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, value in tensors_of(file):
+        if not value.is_floating_point():
+            refuse_integers([name], file)
+        yield name, value
 
 
 def _stripped(name: str) -> str:
@@ -117,7 +128,9 @@ def add_lora(model: nn.Module, source: Source, rename: Callable[[str], str] = st
 
 def _lora_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
-    asked = [name for name in REFUSED if config.get(name)]
+    asked = [name for name, value in config.items() if value and name not in KNOWN]
+    if config.get("init_lora_weights", True) not in PLAIN:
+        asked.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base,")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or asked:
         what = ", ".join(asked) or f"peft_type {config.get('peft_type')!r}, bias {config.get('bias', 'none')!r}"
         raise ValueError(
@@ -134,7 +147,7 @@ def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     if not found:
         raise ValueError(f"{folder}: no adapter_model.safetensors or adapter_model.bin beside {ADAPTER}")
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors_of(found[0]):
+    for name, value in _floating(found[0]):
         match = LORA.fullmatch(name)
         if match is None:
             raise ValueError(f"{found[0]}: {name} is not a part of a plain LoRA, which is all that is supported")

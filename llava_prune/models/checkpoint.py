@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Source, add_lora
-from .files import ATTENTION, image_processor, refuse_integers, tensors, tower_folder
+from .base import block_index
+from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
+from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+from .tower import check_crop, check_vision, load_tower, tower_config, tower_processor
 
 TOWER = "model.vision_tower."
 """Start of the names of a vision tower's tensors in LLaVA's format."""
@@ -36,22 +39,9 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
         if places[name].is_floating_point() != value.is_floating_point():
             raise ValueError(f"{source}: {name} holds {value.dtype}, the model has floating-point weights there")
         filled[name] = value.to(dtype) if value.is_floating_point() else value
-    missing = sorted(n for n, _ in model.named_parameters() if n not in filled)
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-    _refuse_spare(spare, source)
+    refuse_missing((n for n, _ in model.named_parameters() if n not in filled), source)
+    refuse_spare(spare, source)
     model.load_state_dict(filled, strict=False, assign=True)
-
-
-def _refuse_spare(names: Iterable[str], source: str, tower: bool = False) -> None:
-    """Weights that the model has no place for, as attention biases; those of a `tower` where they are read as well."""
-    spare = [n for n in names if not n.endswith(("inv_freq", "position_ids"))]
-    spare = sorted(n for n in spare if tower or "vision_tower" not in n)
-    if spare:
-        raise ValueError(
-            f"{source}: {len(spare)} tensors have no place in a LLaVA with a Llama language model, first {spare[0]}; "
-            "this is a checkpoint of another architecture, which is not supported"
-        )
 
 
 def _from_pretrained(
@@ -65,18 +55,6 @@ def _from_pretrained(
     return model, info
 
 
-def _refuse_sizes(mismatched: Iterable[Any], source: str) -> None:
-    """Tensors of another size than the config asks for: (name, shape in the file, shape in the model) each."""
-    for name, found, wanted in sorted(mismatched):
-        raise ValueError(f"{source}: {name} has shape {tuple(found)}, the config asks for {tuple(wanted)}")
-
-
-def _refuse_missing(names: Iterable[str], source: str) -> None:
-    missing = sorted(names)
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-
-
 def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into the `llava` package's class."""
     try:
@@ -85,36 +63,39 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
         raise ValueError(
             f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
         ) from error
-    refuse_integers(source.weights)
-    tower = tower_folder(source.folders, config["mm_vision_tower"])
+    stored, base = shapes(source.weights), str(source.weights)
     options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-    options.mm_vision_tower = tower
+    place = tower_folder(source.folders, options.mm_vision_tower)
+    vision = tower_config(place, options.mm_vision_select_layer)
+    processor = tower_processor(place, vision)
+    options.mm_vision_tower = place
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
+    check_depth(stored, options.num_hidden_layers, base, tower=False)
+    check_elements(LlavaLlamaForCausalLM, options, stored, base)
     model, info = _from_pretrained(LlavaLlamaForCausalLM, source.weights, dtype, attn, config=options)
     extra = dict(source.extra())
-    _refuse_sizes(info["mismatched_keys"], str(source.weights))
-    _refuse_missing(set(info["missing_keys"]) - extra.keys(), str(source.weights))
-    _refuse_spare(info["unexpected_keys"], str(source.weights))
+    refuse_sizes((m for m in info["mismatched_keys"] if m[0] not in extra), base)
+    refuse_missing(set(info["missing_keys"]) - extra.keys(), base)
+    refuse_spare((n for n in info["unexpected_keys"] if not n.startswith(TOWER)), base)
     _copy(model, extra, str(source.folder))
-    vision = model.get_vision_tower()
-    vision.load_model()
-    vision.image_processor = image_processor(tower)
-    vision.to(dtype=dtype)
+    tower = model.get_vision_tower()
+    tower.vision_tower = load_tower(place, vision, dtype).requires_grad_(False)
+    tower.image_processor, tower.is_loaded = processor, True
     if unfrozen:
-        _overlay(vision, chain(tensors(source.weights), extra.items()), str(source.weights))
+        _overlay(tower, chain(tensors(source.weights), extra.items()), base)
     add_lora(model, source)
-    return model, vision.image_processor
+    return model, processor
 
 
 def _copy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy the tensors that an adapter brings along; those of the vision tower are read later."""
-    own = {n: v for n, v in state.items() if "vision_tower" not in n}
+    own = {n: v for n, v in state.items() if not n.startswith(TOWER)}
     try:
         found = model.load_state_dict(own, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())[:300]}") from error
-    _refuse_spare(found.unexpected_keys, source)
+    refuse_spare(found.unexpected_keys, source)
 
 
 def _overlay(vision: Any, state: Iterable[tuple[str, Tensor]], source: str) -> None:
@@ -126,10 +107,8 @@ def _overlay(vision: Any, state: Iterable[tuple[str, Tensor]], source: str) -> N
     own = vision.vision_tower.state_dict()
     found = {_in_tower(name, own): value for name, value in state if name.startswith(TOWER)}
     if found:
-        _refuse_missing(
-            set(own) - set(found) - {n for n in own if n.endswith("position_ids")}, f"{source}, vision tower"
-        )
-        _refuse_spare(set(found) - set(own), source, tower=True)
+        refuse_missing(set(own) - set(found), f"{source}, vision tower")
+        refuse_spare(set(found) - set(own), source)
         vision.vision_tower.load_state_dict(found, strict=False)
         vision.vision_tower.requires_grad_(False)
 
@@ -143,8 +122,6 @@ def _in_tower(name: str, own: Any) -> str:
 def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into transformers' class; keys are renamed while reading."""
     from transformers import (
-        CLIPVisionConfig,
-        CLIPVisionModel,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -158,9 +135,16 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
             "only; use family='llava'"
         )
     place = tower_folder(source.folders, config["mm_vision_tower"])
-    vision = CLIPVisionConfig.from_pretrained(place, trust_remote_code=False)
+    vision = tower_config(place, config["mm_vision_select_layer"])
+    processor = tower_processor(place, vision)
+    if config.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+        raise ValueError(
+            f"mm_hidden_size is {config['mm_hidden_size']!r}, and the vision tower {place} has hidden_size "
+            f"{vision.hidden_size}"
+        )
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
     text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
+    check_depth(shapes(source.weights), text.num_hidden_layers, str(source.weights), tower=False)
     text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
     image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
     patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
@@ -183,14 +167,15 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
     extra = {} if attn is None else {"attn_implementation": attn}
     with torch.device("meta"):
         model = build._from_config(full, dtype=dtype, **extra)
-    vision_model = CLIPVisionModel.from_pretrained(place, dtype=dtype)
-    state = _renamed(source, vision_model.state_dict(), bool(config.get("unfreeze_mm_vision_tower")))
+    state = _renamed(
+        source, load_tower(place, vision, dtype).state_dict(), bool(config.get("unfreeze_mm_vision_tower"))
+    )
     _fill(model, state, dtype, str(source.weights))
     _rebuild_buffers(model)
     add_lora(model, source, rename)
     _add_placeholder(model)
     model.generation_config = _generation_config(source.weights, config)
-    return model, image_processor(place)
+    return model, processor
 
 
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
@@ -229,8 +214,7 @@ def _renamed(source: Source, tower: dict[str, Tensor], unfrozen: bool) -> Iterat
             yield rename(name), value
     if not head and embeddings is not None:
         yield "lm_head.weight", embeddings.clone()
-    missing = [n for n in tower if n not in seen and not n.endswith("position_ids")]
-    _refuse_missing(missing if seen else (), f"{source.weights}, vision tower")
+    refuse_missing((n for n in tower if seen and n not in seen), f"{source.weights}, vision tower")
     for short, value in tower.items():
         if short not in seen:
             yield f"model.vision_tower.{short}", value
@@ -283,17 +267,39 @@ def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype
     build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
-    if not config.get("quantization_config"):
-        refuse_integers(folder)
+    full = build.config_class.from_pretrained(str(folder), trust_remote_code=False)
+    _check_transformers(build, full, folder, config)
+    processor = None
+    if (folder / PROCESSOR).is_file():
+        processor = image_processor(str(folder))
+        check_crop(processor, full.vision_config.image_size, str(folder))
     model, info = _from_pretrained(build, folder, dtype, attn)
-    _refuse_missing(info["missing_keys"], str(folder))
-    _refuse_spare(info["unexpected_keys"], str(folder), tower=True)
+    refuse_missing(info["missing_keys"], str(folder))
+    refuse_spare(info["unexpected_keys"], str(folder))
     if past:
         _read_placeholder(model, folder, info["mismatched_keys"])
     else:
-        _refuse_sizes(info["mismatched_keys"], str(folder))
-    has_processor = (folder / "preprocessor_config.json").is_file()
-    return model, image_processor(str(folder)) if has_processor else None
+        refuse_sizes(info["mismatched_keys"], str(folder))
+    return model, processor
+
+
+def _check_transformers(build: Any, full: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a config of transformers' format that does not go with the weights, before a model is built.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    file = folder / "config.json"
+    check_vision(full.vision_config, file)
+    layers = full.vision_feature_layer
+    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+        block_index(layer, full.vision_config.num_hidden_layers)
+    if config.get("quantization_config"):
+        return  # packed as integers
+    stored = shapes(folder)
+    check_depth(stored, full.text_config.num_hidden_layers, str(folder), tower=False)
+    check_depth(stored, full.vision_config.num_hidden_layers, str(folder), tower=True)
+    check_elements(build, full, stored, str(folder))
 
 
 def _read_placeholder(model: Any, folder: Path, mismatched: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+PROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 POINTER = b"version https://git-lfs"
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 """Entries of a config that name the attention backend."""
+ADAPTER, PROJECTOR = "adapter_config.json", "mm_projector.bin"
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -68,12 +70,21 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
     for path in found:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty; fetch it again")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
     from transformers import AutoTokenizer, LlamaConfig
 
     config = {"config": LlamaConfig()} if original else {}
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=False, trust_remote_code=False, **config)
-    except Exception as error:  # tokenizer libraries raise errors of their own
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizer libraries raise errors of their own, a panic of Rust among them
+        if "custom code" in str(error):
+            raise ValueError(
+                f"{folder}: the tokenizer asks for code of its own (auto_map in tokenizer_config.json), which is not run"
+            ) from error
         names = ", ".join(path.name for path in found)
         detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{folder}: the tokenizer ({names}) cannot be read ({detail}); fetch it again") from error
@@ -87,6 +98,11 @@ def shards(folder: Path) -> list[Path]:
             file.
     """
     listed = {index: _listed(folder, index) for _, index in WEIGHTS if (folder / index).is_file()}
+    if (folder / ADAPTER).is_file() and not is_adapter(folder):
+        raise ValueError(
+            f"{folder}: an adapter ({ADAPTER}) beside the weights of a whole model, which transformers would add and "
+            "package llava would not; move one of them to a folder of its own"
+        )
     for single, index in WEIGHTS:
         if (folder / single).is_file():
             return [folder / single]
@@ -104,7 +120,7 @@ def is_adapter(folder: Path) -> bool:
     """Whether a folder has a LoRA adapter or a projector, and no weights of a whole model."""
     if any((folder / name).is_file() for names in WEIGHTS for name in names):
         return False
-    return any((folder / name).is_file() for name in ("adapter_config.json", "mm_projector.bin"))
+    return any((folder / name).is_file() for name in (ADAPTER, PROJECTOR))
 
 
 def _listed(folder: Path, index: str) -> list[Path]:
@@ -152,22 +168,37 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     yield from found.items()
 
 
-def refuse_integers(folder: Path) -> None:
-    """Refuse integer weights, which would be taken for floating-point numbers.
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint, which are floating-point numbers.
 
     Raises:
-        ValueError: naming file and tensor.
+        ValueError: naming file and tensor for integers, which would be taken for weights.
     """
+    out: dict[str, tuple[int, ...]] = {}
     for file in shards(folder):
         if file.suffix == ".safetensors":
             with _reading(file), safe_open(file, framework="pt") as handle:
-                kinds = {name: str(handle.get_slice(name).get_dtype()) for name in handle.keys()}  # noqa: SIM118
-            found = [n for n, kind in kinds.items() if not kind.startswith(("F", "BF"))]
+                heads = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                found = {name: (str(h.get_dtype()), tuple(h.get_shape())) for name, h in heads.items()}
+            integers = [n for n, (kind, _) in found.items() if not kind.startswith(("F", "BF"))]
+            out |= {name: shape for name, (_, shape) in found.items()}
         else:
-            found = [name for name, value in tensors_of(file) if not value.is_floating_point()]
-        found = [n for n in found if not n.endswith("position_ids")]
-        if found:
-            raise ValueError(f"{file}: {found[0]} holds integers, and the model has floating-point weights there")
+            stored = dict(tensors_of(file))
+            integers = [name for name, value in stored.items() if not value.is_floating_point()]
+            out |= {name: tuple(value.shape) for name, value in stored.items()}
+        refuse_integers(integers, file)
+    return out
+
+
+def refuse_integers(names: Iterable[str], file: Path) -> None:
+    """Refuse tensors of a weight file that hold integers, except position numbers.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    found = [n for n in names if not n.endswith("position_ids")]
+    if found:
+        raise ValueError(f"{file}: {found[0]} holds integers, and the model has floating-point weights there")
 
 
 MORE = "holds more than tensors, so it is not loaded; save the state dict alone"
@@ -217,5 +248,11 @@ def processor_class() -> Any:
 
 
 def image_processor(source: str) -> Any:
-    """The processor of a tower's folder or hub id."""
+    """The processor of a tower's folder or hub id.
+
+    Raises:
+        ValueError: for a broken preprocessor_config.json.
+    """
+    if (Path(source) / PROCESSOR).is_file():
+        read_json(Path(source) / PROCESSOR)
     return processor_class().from_pretrained(source)

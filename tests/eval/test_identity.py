@@ -264,7 +264,7 @@ def test_journal_rows_of_no_question(tmp_path: Path, number: Any) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("content", [None, "", "[]", "5", '{"task": "g'])
+@pytest.mark.parametrize("content", [None, "", "[]", "5", '{"task": "g', "[" * 100_000])
 def test_answers_without_settings(tmp_path: Path, finished: bool, content: str | None) -> None:
     fill(tmp_path, finish=finished)
     (tmp_path / SETTINGS).unlink()
