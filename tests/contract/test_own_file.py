@@ -97,7 +97,7 @@ def test_eval_command(
 @pytest.mark.parametrize(
     ("text", "named", "message"),
     [
-        (None, "", "could not be run: FileNotFoundError"),
+        (None, "", "cannot be read (No such file or directory)"),
         ("import nothing_of_that_name", "", "could not be run: ModuleNotFoundError"),
         ("x = 1", "", "registers no method"),
         (MINE, ":yours", "registers mine; write"),

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava_prune.cli import main
 from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, RESULT
+from llava_prune.eval.finite import Logits
 from llava_prune.eval.identity import vision_tower
 from llava_prune.eval.plan import Settings
 from llava_prune.models.load import Loaded
@@ -111,3 +113,17 @@ def test_finite_logits_are_not_flagged(loaded: Loaded, tmp_path: Path) -> None:
     results = run.evaluate(settings(loaded, tmp_path / "out"), loaded=loaded)
     assert all(r["figure"] is not None and r["why_no_figure"] is None for r in results)
     assert not any("not_finite" in r for label in ("full", "autoprune-8") for r in rows(tmp_path / "out" / label))
+
+
+def test_one_step_is_enough() -> None:
+    """Logits of any new token count, and a request does not leave its flags to the next."""
+    seen = Logits()
+    steps = [[[0.0, float("inf")], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]  # (step, sample, vocabulary)
+    for step in steps:
+        seen.see(None, None, torch.tensor(step)[:, None])
+    assert seen.take() == [True, False] and seen.take() == []
+    seen.see(None, None, torch.tensor(steps[1])[:, None])
+    assert seen.take() == [False, False]
+    padded = torch.tensor([[[float("nan")] * 2, [0.0, 1.0]]])  # a position before the last does not count
+    seen.see(None, None, padded)
+    assert seen.take() == [False]

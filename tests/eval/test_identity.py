@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -334,6 +335,30 @@ def test_the_journal_is_locked_until_the_result_is_written(nine: Path, tmp_path:
     finally:
         run.dump = before
     assert len(refused) == 2
+
+
+def test_chunks_are_joined_and_scored_under_a_lock(nine: Path, tmp_path: Path, stand_in: Any) -> None:
+    stand_in()
+    parts = [settings(nine, tmp_path, num_chunks=2, chunk_idx=i, methods=("full",)) for i in range(2)]
+    run.evaluate(parts[0])
+    waited: list[bool] = []
+    before = run.dump
+
+    def dump(result: Any) -> str:
+        with open(tmp_path / "full" / store.LOCK, "ab") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                waited.append(False)
+            except BlockingIOError:
+                waited.append(True)
+        return before(result)
+
+    run.dump = dump
+    try:
+        run.evaluate(parts[1])
+    finally:
+        run.dump = before
+    assert waited == [True]
 
 
 def chunks(folder: Path, count: int = 2, **more: Any) -> None:
