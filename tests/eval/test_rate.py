@@ -83,13 +83,12 @@ def test_arms_take_turns(monkeypatch: Any, tmp_path: Path) -> None:
     assert found["rows"][0]["per_second"]["median"] == 200 and found["rows"][0]["times_llava"]["q1"] == 4
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [(["--repeats", "0"], "repeats=0"), (["--model", "no/such/model/here"], "no such checkpoint")],
-)
-def test_refused(args: list[str], message: str, capsys: Any) -> None:
-    assert rate.main(args) == 1
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_refused(capsys: Any) -> None:
+    assert rate.main(["--model", "no/such/model/here"]) == 1
+    assert "no such checkpoint" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        rate.main(["--repeats", "0"])
+    assert "must be a positive integer" in capsys.readouterr().err
 
 
 def test_batches() -> None:
