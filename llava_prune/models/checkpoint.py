@@ -73,6 +73,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
     check_depth(stored, options.num_hidden_layers, base, tower=False)
     check_elements(LlavaLlamaForCausalLM, options, stored, base)
+    encoder = load_tower(place, vision, dtype).requires_grad_(False)
     model, info = _from_pretrained(LlavaLlamaForCausalLM, source.weights, dtype, attn, config=options)
     extra = dict(source.extra())
     refuse_sizes((m for m in info["mismatched_keys"] if m[0] not in extra), base)
@@ -80,8 +81,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     refuse_spare((n for n in info["unexpected_keys"] if not n.startswith(TOWER)), base)
     _copy(model, extra, str(source.folder))
     tower = model.get_vision_tower()
-    tower.vision_tower = load_tower(place, vision, dtype).requires_grad_(False)
-    tower.image_processor, tower.is_loaded = processor, True
+    tower.vision_tower, tower.image_processor, tower.is_loaded = encoder, processor, True
     if unfrozen:
         _overlay(tower, chain(tensors(source.weights), extra.items()), base)
     add_lora(model, source)
@@ -142,6 +142,7 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
             f"mm_hidden_size is {config['mm_hidden_size']!r}, and the vision tower {place} has hidden_size "
             f"{vision.hidden_size}"
         )
+    tower = load_tower(place, vision, dtype).state_dict()
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
     text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
     check_depth(shapes(source.weights), text.num_hidden_layers, str(source.weights), tower=False)
@@ -159,6 +160,11 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
     }
     anyres = config.get("image_aspect_ratio") == "anyres"
     if anyres:
+        if config.get("mm_patch_merge_type", "flat") != "spatial_unpad":
+            raise ValueError(
+                f"mm_patch_merge_type is {config.get('mm_patch_merge_type', 'flat')!r}, and transformers has "
+                "'spatial_unpad' only; use family='llava'"
+            )
         points = [(h, w) for w, h in config["image_grid_pinpoints"]]
         full: Any = LlavaNextConfig(**common, image_grid_pinpoints=points)
         build: Any = LlavaNextForConditionalGeneration
@@ -167,9 +173,7 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
     extra = {} if attn is None else {"attn_implementation": attn}
     with torch.device("meta"):
         model = build._from_config(full, dtype=dtype, **extra)
-    state = _renamed(
-        source, load_tower(place, vision, dtype).state_dict(), bool(config.get("unfreeze_mm_vision_tower"))
-    )
+    state = _renamed(source, tower, bool(config.get("unfreeze_mm_vision_tower")))
     _fill(model, state, dtype, str(source.weights))
     _rebuild_buffers(model)
     add_lora(model, source, rename)

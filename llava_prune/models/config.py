@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from .files import ATTENTION, read_json
 
 BACKENDS = ("eager", "sdpa", "flash_attention_2")
+PROJECTORS = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
+MERGES = ("flat", "spatial", "spatial_unpad")
 SMALL = 1 << 30
 """Bytes of weight files below which half precision is computed in float32 on a CPU."""
 
@@ -33,6 +36,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if is_original(config):
         check_original(file, config)
+    elif not isinstance(config["text_config"], dict):
+        raise ValueError(f"{file}: text_config is {config['text_config']!r}; it must be the language model's config")
     return config
 
 
@@ -73,11 +78,32 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
             f"{file}: mm_vision_select_layer is {config.get('mm_vision_select_layer')!r}; give the layer of the vision "
             "tower that the model was trained with (LLaVA-1.5: -2)"
         )
-    if config.get("image_aspect_ratio") == "anyres" and not config.get("image_grid_pinpoints"):
+    projector = config.get("mm_projector_type", "linear")
+    if not isinstance(projector, str) or not PROJECTORS.fullmatch(projector):
+        raise ValueError(f"{file}: mm_projector_type {projector!r} is not supported; it must be linear or mlp2x_gelu")
+    limit = config.get("tokenizer_model_max_length")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"{file}: tokenizer_model_max_length is {limit!r}; it must be a positive integer")
+    if config.get("image_aspect_ratio") == "anyres":
+        _check_anyres(file, config)
+
+
+def _check_anyres(file: Path, config: dict[str, Any]) -> None:
+    points, merge = config.get("image_grid_pinpoints"), config.get("mm_patch_merge_type", "flat")
+    if not points:
         raise ValueError(
             f"{file}: image_aspect_ratio is 'anyres' and image_grid_pinpoints is missing; add the resolutions that the "
             "model was trained with (LLaVA-NeXT: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])"
         )
+    if not isinstance(points, list) or not all(_is_size(p) for p in points):
+        raise ValueError(f"{file}: image_grid_pinpoints is {points!r}; it must be a list of [width, height]")
+    if merge not in MERGES:
+        raise ValueError(f"{file}: mm_patch_merge_type is {merge!r}; it must be one of {', '.join(MERGES)}")
+
+
+def _is_size(point: Any) -> bool:
+    whole = isinstance(point, list) and len(point) == 2
+    return whole and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in point)
 
 
 def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
@@ -118,11 +144,20 @@ def pick_device(device: Any) -> torch.device:
         ValueError: for an unknown device, one that holds no data, or one that this machine does not have.
     """
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(device if device not in (None, "") else ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not known; give cuda, cuda:1 or cpu") from error
     if found.type == "meta":
         raise ValueError("device='meta' holds no weights; give cuda, cuda:1 or cpu")
+    if found.type == "cpu" and found.index:
+        raise ValueError(f"device={str(device)!r} is not known; there is one cpu")
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=found)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise ValueError(
+                f"device={str(device)!r}: this machine does not have it; give cuda, cuda:1 or cpu"
+            ) from error
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (found.index or 0) >= count:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-PROCESSOR = "preprocessor_config.json"
+PROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 POINTER = b"version https://git-lfs"
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -33,12 +33,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: for anything else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected one JSON object, found a {type(value).__name__}")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def refuse_pointers(folder: Path) -> None:
@@ -83,7 +87,7 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
     except BaseException as error:  # tokenizer libraries raise errors of their own, a panic of Rust among them
         if "custom code" in str(error):
             raise ValueError(
-                f"{folder}: the tokenizer asks for code of its own (auto_map in tokenizer_config.json), which is not run"
+                f"{folder}: the tokenizer needs code of its own (auto_map in tokenizer_config.json), which is not run"
             ) from error
         names = ", ".join(path.name for path in found)
         detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

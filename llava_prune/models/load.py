@@ -23,7 +23,7 @@ from .adapter import Source, check_base
 from .base import Family, peel
 from .config import is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
-from .files import MORE, load_tokenizer, refuse_pointers
+from .files import GENERATION, MORE, load_tokenizer, read_json, refuse_pointers
 from .hf import is_next
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit
@@ -285,7 +285,8 @@ def load(
 
 def _message(path: str | Path, where: torch.device, error: Exception) -> str:
     """One line for an error of loading, which names the checkpoint."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"{path} does not fit into the memory of {where}; use a smaller dtype, or another device"
@@ -314,6 +315,8 @@ def _load(
     attn = pick_attention(attn, config, source.folder / "config.json")
     kind = pick_dtype(dtype, config, where, weight_bytes(source.weights))
     build = (load_original if family == "llava" else load_converted) if original else load_transformers
+    if (source.weights / GENERATION).is_file():
+        read_json(source.weights / GENERATION)
     tokenizer = load_tokenizer(source.weights, original)
     torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
     model, processor = build(source, config, kind, attn)

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "tower outside": (config(mm_vision_tower="../llava-tiny/clip"), "'../llava-tiny/clip' is neither a folder inside"),
     "tower's config": (file("clip/config.json", b"{"), "cannot be loaded: .*config.json"),
     "tower's pointer": (file("clip/model.safetensors", POINTER), "clip/model.safetensors is a Git LFS pointer"),
-    "tower's code": (pickled_tower, "the vision tower's weight file holds more than tensors"),
+    "tower's code": (pickled_tower, "clip/pytorch_model.bin: holds more than tensors"),
     "half a tower": (half_a_tower, "vision tower: 1 tensors are missing, first .*class_embedding"),
     "left over": (weights(lambda w: w.update({"x.y": torch.ones(2)})), "1 tensors have no place in .*, first .*x.y"),
     "missing": (weights(lambda w: w.pop(NAME)), f"1 tensors are missing, first .*{NAME[6:]}"),

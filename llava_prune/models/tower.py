@@ -1,0 +1,110 @@
+"""The vision tower of a checkpoint in LLaVA's format, which is a CLIP of its own: a folder or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import block_index
+from .files import ATTENTION, image_processor, shapes
+from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+
+KINDS = ("clip", "clip_vision_model")
+OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+"""Starts of the names of what a whole CLIP holds beside its vision tower."""
+
+
+def tower_config(place: str, layer: int) -> Any:
+    """The config of a tower, which is refused when it is not a CLIP's or has no `layer`.
+
+    Entries that name an attention backend are dropped: nothing depends on them, and transformers would download some.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    from transformers import CLIPVisionConfig
+
+    raw, _ = CLIPVisionConfig.get_config_dict(place)
+    file = Path(place) / "config.json"
+    if raw.get("model_type") not in KINDS:
+        raise ValueError(
+            f"{file}: model_type {raw.get('model_type')!r} is not supported; the vision tower must be a CLIP"
+        )
+    inner = raw.get("vision_config") if raw["model_type"] == "clip" else raw
+    if not isinstance(inner, dict):
+        raise ValueError(f"{file}: vision_config is {inner!r}; it must be an object")
+    config = CLIPVisionConfig.from_dict({k: v for k, v in inner.items() if k not in ATTENTION})
+    check_vision(config, file)
+    block_index(layer, config.num_hidden_layers)
+    return config
+
+
+def check_vision(config: Any, file: Path) -> None:
+    """Refuse sizes of a vision tower that no tower has.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    for name in ("num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_size"):
+        value = getattr(config, name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{file}: {name} of the vision tower is {value!r}; it must be a positive integer")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{file}: hidden_size {config.hidden_size} of the vision tower is not a multiple of num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+
+
+def load_tower(place: str, config: Any, dtype: torch.dtype) -> Any:
+    """The vision model, every weight of which is in the tower's files.
+
+    Raises:
+        ValueError: for weights that are missing, left over, integers or of another size.
+    """
+    from transformers import CLIPVisionModel
+
+    build: Any = CLIPVisionModel
+    if Path(place).is_dir():
+        stored = {n: s for n, s in shapes(Path(place)).items() if not n.startswith(OTHER_PARTS)}
+        check_depth(stored, config.num_hidden_layers, place)
+        check_elements(build, config, stored, place)
+    options: dict[str, Any] = {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "attn_implementation": "sdpa",
+    }
+    model, info = build.from_pretrained(place, config=config, dtype=dtype, **options)
+    refuse_sizes(info["mismatched_keys"], place)
+    refuse_missing(info["missing_keys"], place)
+    refuse_spare((n for n in info["unexpected_keys"] if not n.startswith(OTHER_PARTS)), place, "a CLIP vision tower")
+    return model
+
+
+def tower_processor(place: str, config: Any) -> Any:
+    """The image processor of a tower.
+
+    Raises:
+        ValueError: when it makes images of another size than the tower takes.
+    """
+    processor = image_processor(place)
+    check_crop(processor, config.image_size, place)
+    return processor
+
+
+def check_crop(processor: Any, size: int, where: str) -> None:
+    """Refuse an image processor that makes images of another size than the vision tower takes.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    crop = getattr(processor, "crop_size", None)
+    if not getattr(processor, "do_center_crop", True) or crop is None:
+        return
+    if (crop["height"], crop["width"]) != (size, size):
+        raise ValueError(
+            f"{where}: the image processor crops to {crop['height']} x {crop['width']} pixels, and the vision tower "
+            f"takes {size} x {size}; put the tower's own preprocessor_config.json beside it"
+        )
