@@ -75,7 +75,8 @@ def _floating(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _stripped(name: str) -> str:
     """The base's name of a tensor that was trained beside a LoRA."""
-    name = name.removeprefix("base_model.")
+    if name.startswith("base_model."):
+        return name.removeprefix("base_model.").removeprefix("model.")
     return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 

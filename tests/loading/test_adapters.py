@@ -124,6 +124,48 @@ def test_a_projector_with_its_base(family: str, whole: Any, base: Path, trained:
     assert loaded.tokenizer("What color is it?").input_ids == want and len(want) > 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["adapter", "base"])
+def test_a_tower_inside_the_adapter_or_its_base(
+    family: str, where: str, whole: Any, tiny_path: Path, trained: Path, tmp_path: Path
+) -> None:
+    """A relative name is looked for in both folders, in the adapter's first."""
+    folder = projector(whole, tmp_path / "pretrain")
+    place = Path(shutil.copytree(tiny_path, tmp_path / "base"))
+    (place / "clip").rename(place / "eyes")
+    if where == "adapter":
+        shutil.copytree(place / "eyes", folder / "eyes")
+        (place / "eyes" / "model.safetensors").write_bytes(b"not read")
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**table, "mm_vision_tower": "eyes"}))
+    assert logits(load(folder, family, model_base=place)).equal(logits(load(trained, family)))
+
+
+def test_new_tokens_beside_a_lora(whole: Any, tiny_path: Path, trained: Path, tmp_path: Path) -> None:
+    """Embeddings of a larger vocabulary take the place of the base's; both packages agree."""
+    folder, more = lora(whole, tmp_path / "llava-tiny-lora"), 3
+    weights, config = whole
+    size, beside = config["vocab_size"] + more, torch.load(folder / "non_lora_trainables.bin")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        last = weights[name][:more] * 2
+        beside[f"base_model.model.{name}"] = torch.cat([weights[name], last])
+    torch.save(beside, folder / "non_lora_trainables.bin")
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
+    one, other = (logits(load(folder, family, model_base=tiny_path)) for family in FAMILIES)
+    assert one.shape[-1] == size
+    torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(one[..., -more:], 2 * one[..., :more], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_beside_a_whole_model(family: str, whole: Any, trained: Path, tmp_path: Path) -> None:
+    """transformers would add it to the weights, and a reader of the weight files would not."""
+    folder = Path(shutil.copytree(trained, tmp_path / "llava-tiny"))
+    shutil.copy(lora(whole, tmp_path / "lora") / "adapter_config.json", folder)
+    with pytest.raises(ValueError, match="llava-tiny: an adapter .adapter_config.json. beside the weights"):
+        load(folder, family)
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys", "ignore::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
@@ -162,6 +204,22 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fan in": (lambda f: stated(f, fan_in_fan_out=True), "fan_in_fan_out is not a plain LoRA"),
     "bias": (lambda f: stated(f, bias="all"), "bias 'all' is not a plain LoRA"),
     "kind": (lambda f: stated(f, peft_type="IA3"), "peft_type 'IA3'"),
+    "pissa": (lambda f: stated(f, init_lora_weights="pissa"), "init_lora_weights 'pissa', which changes the base,"),
+    "later peft": (lambda f: stated(f, kasa_config={"a": 1}), "kasa_config is not a plain LoRA"),
+    "integers": (
+        lambda f: resaved(f, lambda w: {k: v.int() for k, v in w.items()}),
+        "adapter_model.bin: .* holds integers",
+    ),
+    "integers beside": (
+        lambda f: torch.save(
+            {"base_model.model.lm_head.weight": torch.ones(2, dtype=int)}, f / "non_lora_trainables.bin"
+        ),
+        "non_lora_trainables.bin: .*lm_head.weight holds integers",
+    ),
+    "size beside": (
+        lambda f: torch.save({"base_model.model.lm_head.weight": torch.ones(2, 2)}, f / "non_lora_trainables.bin"),
+        "lm_head.weight|tensors are missing",
+    ),
     "alpha": (lambda f: stated(f, lora_alpha=None), "lora_alpha is null; it must be a number"),
     "rank": (lambda f: stated(f, r=16), "has rank 16, the weights have 4"),
     "json": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: broken JSON"),
