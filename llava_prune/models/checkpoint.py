@@ -14,7 +14,7 @@ from .adapter import Source, add_lora
 from .base import block_index
 from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
-from .tower import check_crop, check_vision, load_tower, tower_config, tower_processor
+from .tower import check_vision, load_tower, tower_config
 
 TOWER = "model.vision_tower."
 """Start of the names of a vision tower's tensors in LLaVA's format."""
@@ -67,7 +67,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     place = tower_folder(source.folders, options.mm_vision_tower)
     vision = tower_config(place, options.mm_vision_select_layer)
-    processor = tower_processor(place, vision)
+    processor = image_processor(place)
     options.mm_vision_tower = place
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
@@ -136,7 +136,7 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
         )
     place = tower_folder(source.folders, config["mm_vision_tower"])
     vision = tower_config(place, config["mm_vision_select_layer"])
-    processor = tower_processor(place, vision)
+    processor = image_processor(place)
     if config.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
             f"mm_hidden_size is {config['mm_hidden_size']!r}, and the vision tower {place} has hidden_size "
@@ -273,10 +273,7 @@ def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
     full = build.config_class.from_pretrained(str(folder), trust_remote_code=False)
     _check_transformers(build, full, folder, config)
-    processor = None
-    if (folder / PROCESSOR).is_file():
-        processor = image_processor(str(folder))
-        check_crop(processor, full.vision_config.image_size, str(folder))
+    processor = image_processor(str(folder)) if (folder / PROCESSOR).is_file() else None
     model, info = _from_pretrained(build, folder, dtype, attn)
     refuse_missing(info["missing_keys"], str(folder))
     refuse_spare(info["unexpected_keys"], str(folder))

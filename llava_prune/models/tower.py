@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .base import block_index
-from .files import ATTENTION, image_processor, shapes
+from .files import ATTENTION, shapes
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
 
 KINDS = ("clip", "clip_vision_model")
@@ -81,30 +81,3 @@ def load_tower(place: str, config: Any, dtype: torch.dtype) -> Any:
     refuse_missing(info["missing_keys"], place)
     refuse_spare((n for n in info["unexpected_keys"] if not n.startswith(OTHER_PARTS)), place, "a CLIP vision tower")
     return model
-
-
-def tower_processor(place: str, config: Any) -> Any:
-    """The image processor of a tower.
-
-    Raises:
-        ValueError: when it makes images of another size than the tower takes.
-    """
-    processor = image_processor(place)
-    check_crop(processor, config.image_size, place)
-    return processor
-
-
-def check_crop(processor: Any, size: int, where: str) -> None:
-    """Refuse an image processor that makes images of another size than the vision tower takes.
-
-    Raises:
-        ValueError: with both sizes.
-    """
-    crop = getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", True) or crop is None:
-        return
-    if (crop["height"], crop["width"]) != (size, size):
-        raise ValueError(
-            f"{where}: the image processor crops to {crop['height']} x {crop['width']} pixels, and the vision tower "
-            f"takes {size} x {size}; put the tower's own preprocessor_config.json beside it"
-        )
