@@ -82,9 +82,9 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
     config = {"config": LlamaConfig()} if original else {}
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=False, trust_remote_code=False, **config)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # tokenizer libraries raise errors of their own, a panic of Rust among them
+    except BaseException as error:  # tokenizer libraries raise errors of their own, and those in Rust panic
         if "custom code" in str(error):
             raise ValueError(
                 f"{folder}: the tokenizer needs code of its own (auto_map in tokenizer_config.json), which is not run"

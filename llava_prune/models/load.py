@@ -279,11 +279,13 @@ def load(
     where = pick_device(device)
     try:
         return _load(path, family, dtype, where, attn, model_base)
-    except Exception as error:  # transformers, tokenizers and torch raise errors of their own
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # libraries raise errors of their own, and those in Rust panic
         raise ValueError(_message(path, where, error)) from error
 
 
-def _message(path: str | Path, where: torch.device, error: Exception) -> str:
+def _message(path: str | Path, where: torch.device, error: BaseException) -> str:
     """One line for an error of loading, which names the checkpoint."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())

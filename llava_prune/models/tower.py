@@ -51,11 +51,6 @@ def check_vision(config: Any, file: Path) -> None:
         value = getattr(config, name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{file}: {name} of the vision tower is {value!r}; it must be a positive integer")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{file}: hidden_size {config.hidden_size} of the vision tower is not a multiple of num_attention_heads "
-            f"{config.num_attention_heads}"
-        )
 
 
 def load_tower(place: str, config: Any, dtype: torch.dtype) -> Any:

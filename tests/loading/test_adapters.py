@@ -212,7 +212,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "integers beside": (
         lambda f: torch.save(
-            {"base_model.model.lm_head.weight": torch.ones(2, dtype=int)}, f / "non_lora_trainables.bin"
+            {"base_model.model.lm_head.weight": torch.ones(2, dtype=torch.int64)}, f / "non_lora_trainables.bin"
         ),
         "non_lora_trainables.bin: .*lm_head.weight holds integers",
     ),

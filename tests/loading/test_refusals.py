@@ -86,6 +86,13 @@ def half_a_tower(folder: Path) -> None:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DEEP = '{"model_type": "llava_llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+CLIP, EYES = "clip/model.safetensors", "clip/config.json"
+FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+ANYRES = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[168, 336], [336, 168]],
+    "mm_patch_merge_type": "spatial_unpad",
+}
 NAME = "model.layers.0.mlp.up_proj.weight"
 CASES: dict[str, tuple[Edit, str]] = {
     "mistral": (config(model_type="llava_mistral"), "model_type 'llava_mistral' is not supported"),
@@ -103,6 +110,29 @@ CASES: dict[str, tuple[Edit, str]] = {
     "tower's config": (file("clip/config.json", b"{"), "cannot be loaded: .*config.json"),
     "tower's pointer": (file("clip/model.safetensors", POINTER), "clip/model.safetensors is a Git LFS pointer"),
     "tower's code": (pickled_tower, "clip/pytorch_model.bin: holds more than tensors"),
+    "tower's cut": (weights(lambda w: w.pop(FC1), CLIP), "clip: 1 tensors are missing, first .*fc1.weight"),
+    "tower's more": (
+        weights(lambda w: w.update({"x.y": torch.ones(2)}), CLIP),
+        "clip: 1 tensors have no place in a CLIP",
+    ),
+    "tower's integers": (weights(lambda w: w.update({FC1: w[FC1].int()}), CLIP), f"{FC1} holds integers"),
+    "tower's shape": (
+        weights(lambda w: w.update({FC1: torch.ones(3)}), CLIP),
+        r"fc1.weight has shape \(3,\), the config",
+    ),
+    "tower's depth": (config(EYES, num_hidden_layers=10**30), "num_hidden_layers is 1000.* weights have 5 layers"),
+    "tower's heads": (config(EYES, num_attention_heads=-1), "num_attention_heads of the vision tower is -1"),
+    "tower's width": (config(EYES, num_attention_heads=3), "cannot be loaded: .*128.* is not a multiple of"),
+    "tower's size": (config(EYES, intermediate_size=10**7), "the config asks for .* parameters, the weight files hold"),
+    "tower's kind": (config(EYES, model_type="siglip_vision_model"), "must be a CLIP"),
+    "tower's parts": (config(EYES, model_type="clip"), "vision_config is None; it must be an object"),
+    "tower's index": (
+        file("clip/model.safetensors.index.json", b'{"weight_map": {"a": "../model.safetensors"}}'),
+        "clip/model.safetensors.index.json: '../model.safetensors' in weight_map",
+    ),
+    "tower's processor": (file("clip/preprocessor_config.json", b"{"), "clip/preprocessor_config.json: broken JSON"),
+    "layer of no block": (config(mm_vision_select_layer=99), "vision feature layer 99 is not the output of any"),
+    "width of features": (config(mm_hidden_size=7), r"mm_hidden_size is 7|the config asks for \(128, 7\)"),
     "half a tower": (half_a_tower, "vision tower: 1 tensors are missing, first .*class_embedding"),
     "left over": (weights(lambda w: w.update({"x.y": torch.ones(2)})), "1 tensors have no place in .*, first .*x.y"),
     "missing": (weights(lambda w: w.pop(NAME)), f"1 tensors are missing, first .*{NAME[6:]}"),
@@ -112,6 +142,14 @@ CASES: dict[str, tuple[Edit, str]] = {
     ),
     "integers": (weights(lambda w: w.update({NAME: w[NAME].int()})), "up_proj.weight holds .*int"),
     "not a dict": (legacy_list, "pytorch_model.bin: holds more than tensors"),
+    "depth": (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000 in the config, .* 12 layers"),
+    "no number": (file("config.json", b'{"model_type": "llava", "a": NaN}'), "config.json: broken JSON .NaN is not"),
+    "projector": (config(mm_projector_type="mlp999999x_gelu"), "mm_projector_type 'mlp999999x_gelu' is not supported"),
+    "projector number": (config(mm_projector_type=5), "mm_projector_type 5 is not supported"),
+    "context": (config(tokenizer_model_max_length=[1]), r"tokenizer_model_max_length is \[1\]; it must be a positive"),
+    "crops text": (config(**ANYRES | {"image_grid_pinpoints": "[[1, 2]]"}), "must be a list of .width, height."),
+    "crops of three": (config(**ANYRES | {"image_grid_pinpoints": [[1, 2, 3]]}), "must be a list of .width, height."),
+    "crops merged": (config(**ANYRES | {"mm_patch_merge_type": "x"}), "mm_patch_merge_type is 'x'; it must be one of"),
     "index broken": (index("{"), "index.json: broken JSON"),
     "index list": (index([]), "index.json: expected one JSON object, found a list"),
     "index deep": (index("[" * 100_000), "index.json: broken JSON"),
@@ -130,7 +168,12 @@ CASES: dict[str, tuple[Edit, str]] = {
     "tokenizer empty": (file("tokenizer.model", b""), "tokenizer.model is empty; fetch it again"),
     "tokenizer garbage": (file("tokenizer.model", b"garbage" * 9), r"the tokenizer \(tokenizer.model\) cannot be read"),
     "tokenizer.json": (file("tokenizer.json", b"{}"), r"\(tokenizer.model, tokenizer.json\) cannot be read"),
+    "tokenizer_config": (file("tokenizer_config.json", b""), "/tokenizer_config.json: broken JSON"),
+    "special tokens": (file("special_tokens_map.json", b"[]"), "/special_tokens_map.json: expected one JSON object"),
+    "added tokens": (file("added_tokens.json", b"{"), "/added_tokens.json: broken JSON"),
     "tokenizer pointer": (file("tokenizer.model", POINTER), "tokenizer.model is a Git LFS pointer"),
+    "generation broken": (file("generation_config.json", b"{"), "/generation_config.json: broken JSON"),
+    "escapes": (weights(lambda w: w.update({"x\x1b[2J\x07\n": torch.ones(1)})), "1 tensors have no place"),
     "generation": (config("generation_config.json", max_new_tokens=-5), "max_new_tokens"),
     "vocabulary": (config(vocab_size=7), "embed_tokens.weight has shape|lm_head.weight has shape"),
     "negative size": (config(hidden_size=-128), "."),
@@ -161,6 +204,61 @@ def test_a_kernel_in_the_config_gives_way_to_attn(family: str, tiny_path: Path, 
     assert _backend(load(folder, family)) == "eager" and _backend(load(folder, family, attn="sdpa")) == "sdpa"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_as_they_are_published(family: str, tiny_path: Path, tmp_path: Path) -> None:
+    """A whole CLIP with its text model, and a tower whose config names a kernel, which is not fetched."""
+    folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
+    table = json.loads((folder / EYES).read_text())
+    inner = {k: v for k, v in table.items() if k != "model_type"} | {"attn_implementation": "some/kernel"}
+    (folder / EYES).write_text(json.dumps({"model_type": "clip", "vision_config": inner, "text_config": {}}))
+    text = {"logit_scale": torch.ones(1), "text_model.encoder.layers.11.mlp.fc1.weight": torch.ones(2)}
+    weights(
+        lambda w: w.update({**text, "vision_model.embeddings.position_ids": torch.ones(1, dtype=torch.int64)}), CLIP
+    )(folder)
+    one, other = load(folder, family), load(tiny_path, family)
+    assert all(a.equal(b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": 5}, "text_config is 5; it must be"),
+        ({"text_config": {}}, "num_hidden_layers is 32 in the config, the weights have 12 layers"),
+        ({"text_config": {"num_hidden_layers": 12}}, r"the config asks for [\d,]+ parameters, the weight files hold"),
+        ({"vision_feature_layer": 7}, "vision feature layer 7 is not the output"),
+        ({"vision_feature_layer": [-2, 9]}, "vision feature layer 9 is not the output"),
+        ({"vision_config": {}}, "num_hidden_layers is 12 in the config, the weights have 5 layers"),
+        ({"attn_implementation": "some/kernel"}, "attn_implementation='some/kernel' is not supported"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "cannot be loaded: .*bitsandb",
+        ),
+    ],
+)
+def test_configs_of_transformers_format(change: dict[str, Any], message: str, converted: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "llava-hf"))
+    config(**change)(folder)
+    with pytest.raises(ValueError, match=message) as refused:
+        load(folder, "hf")
+    assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_path: Path, tmp_path_factory: Any) -> Path:
+    """The miniature in transformers' format."""
+    folder = Path(tmp_path_factory.mktemp("converted"))
+    load(tiny_path, "hf").model.save_pretrained(folder)
+    return folder
+
+
+def test_crops_that_transformers_packs_otherwise(tiny_path: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
+    config(**ANYRES | {"mm_patch_merge_type": None})(folder)
+    assert load(folder, "llava").family == "llava"
+    with pytest.raises(ValueError, match="mm_patch_merge_type is 'flat', and transformers .* use family='llava'"):
+        load(folder, "hf")
+
+
 def _backend(loaded: Any) -> str:
     text = getattr(loaded.model.config, "text_config", None) or loaded.model.config
     return str(text._attn_implementation)
@@ -172,6 +270,8 @@ def _backend(loaded: Any) -> str:
         ({"device": "foo"}, "device='foo' is not known; give cuda, cuda:1 or cpu"),
         ({"device": "meta"}, "device='meta' holds no weights"),
         ({"device": "cpu:x"}, "is not known"),
+        ({"device": "cpu:3"}, "device='cpu:3' is not known; there is one cpu"),
+        ({"device": "hpu"}, "device='hpu': this machine does not have it"),
         ({"device": 5.5}, "device=5.5 is not known"),
         ({"attn": "foo"}, "attn='foo' is not supported; choose eager, sdpa, flash_attention_2"),
         ({"dtype": "int8"}, "dtype='int8': choose float32, float16 or bfloat16"),
@@ -209,6 +309,23 @@ def test_a_lack_of_memory(error: Exception, tiny_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr(checkpoint, "load_converted", full)
     with pytest.raises(ValueError, match="llava-tiny does not fit into the memory of cpu; use a smaller dtype"):
+        load(tiny_path, "hf")
+
+
+class Panic(BaseException):
+    """As Rust's in Python, which are no Exception."""
+
+
+def test_panics_and_interrupts(tiny_path: Path, monkeypatch: Any) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load_converted", fails)
+    error: BaseException = Panic("called\n`unwrap()`")
+    with pytest.raises(ValueError, match="llava-tiny cannot be loaded: Panic: called `unwrap"):
+        load(tiny_path, "hf")
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
         load(tiny_path, "hf")
 
 
