@@ -310,13 +310,12 @@ def _read_placeholder(model: Any, folder: Path, mismatched: Any) -> None:
         ValueError: when anything else has a size that the config does not ask for.
     """
     last = "embed_tokens.weight"
-    names = sorted(str(m[0] if isinstance(m, tuple) else m) for m in mismatched)
+    refuse_sizes((m for m in mismatched if not m[0].endswith(last)), str(folder))
     _add_placeholder(model)
     weight = model.get_input_embeddings().weight
     stored = [v for n, v in tensors(folder) if n.endswith(last)]
-    wrong = [n for n in names if not n.endswith(last)]
-    if wrong or len(stored) != 1 or stored[0].shape[1] != weight.shape[1] or len(weight) - len(stored[0]) not in (0, 1):
+    if len(stored) != 1 or stored[0].shape[1] != weight.shape[1] or len(weight) - len(stored[0]) not in (0, 1):
         shapes = [tuple(v.shape) for v in stored]
-        raise ValueError(f"{folder}: {wrong or last} have other sizes than the config asks for (embeddings {shapes})")
+        raise ValueError(f"{folder}: {last} has the shapes {shapes}, the config asks for {tuple(weight.shape)}")
     with torch.no_grad():
         weight[: len(stored[0])] = stored[0].to(weight)

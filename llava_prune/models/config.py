@@ -34,11 +34,33 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint with a Llama language model "
             "(llava_llama, llava or llava_next)"
         )
+    for name in ("torch_dtype", "dtype"):
+        if config.get(name) is not None and not _is_float(config[name]):
+            raise ValueError(f"{file}: {name} is {config[name]!r}; it must be float32, float16 or bfloat16")
     if is_original(config):
         check_original(file, config)
     elif not isinstance(config["text_config"], dict):
         raise ValueError(f"{file}: text_config is {config['text_config']!r}; it must be the language model's config")
     return config
+
+
+def _is_float(name: Any) -> bool:
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    return isinstance(found, torch.dtype) and found.is_floating_point
+
+
+def check_generation(file: Path) -> None:
+    """Refuse a broken generation_config.json, which transformers would leave out without a word.
+
+    Raises:
+        ValueError: naming the file, and the entry.
+    """
+    if not file.is_file():
+        return
+    for name, value in read_json(file).items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and not all(type(i) is int for i in ids):
+            raise ValueError(f"{file}: {name} is {value!r}; it must be a token id, or a list of them")
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -81,6 +103,12 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
     projector = config.get("mm_projector_type", "linear")
     if not isinstance(projector, str) or not PROJECTORS.fullmatch(projector):
         raise ValueError(f"{file}: mm_projector_type {projector!r} is not supported; it must be linear or mlp2x_gelu")
+    merge = config.get("mm_patch_merge_type", "flat")
+    if merge not in MERGES:
+        raise ValueError(f"{file}: mm_patch_merge_type is {merge!r}; it must be one of {', '.join(MERGES)}")
+    for name in ("sliding_window", "is_encoder_decoder"):
+        if config.get(name):
+            raise ValueError(f"{file}: {name} is {config[name]!r}, which a Llama language model does not have")
     limit = config.get("tokenizer_model_max_length")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{file}: tokenizer_model_max_length is {limit!r}; it must be a positive integer")
@@ -89,7 +117,7 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
 
 
 def _check_anyres(file: Path, config: dict[str, Any]) -> None:
-    points, merge = config.get("image_grid_pinpoints"), config.get("mm_patch_merge_type", "flat")
+    points = config.get("image_grid_pinpoints")
     if not points:
         raise ValueError(
             f"{file}: image_aspect_ratio is 'anyres' and image_grid_pinpoints is missing; add the resolutions that the "
@@ -97,8 +125,6 @@ def _check_anyres(file: Path, config: dict[str, Any]) -> None:
         )
     if not isinstance(points, list) or not all(_is_size(p) for p in points):
         raise ValueError(f"{file}: image_grid_pinpoints is {points!r}; it must be a list of [width, height]")
-    if merge not in MERGES:
-        raise ValueError(f"{file}: mm_patch_merge_type is {merge!r}; it must be one of {', '.join(MERGES)}")
 
 
 def _is_size(point: Any) -> bool:

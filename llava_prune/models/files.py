@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-PROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
+PROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 POINTER = b"version https://git-lfs"
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -34,7 +34,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected one JSON object, found a {type(value).__name__}")

@@ -21,9 +21,9 @@ from ..runtime.sizes import checked_sizes
 from ..runtime.state import HostPrompts, hinting
 from .adapter import Source, check_base
 from .base import Family, peel
-from .config import is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
+from .config import check_generation, is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
-from .files import GENERATION, MORE, load_tokenizer, read_json, refuse_pointers
+from .files import MORE, load_tokenizer, refuse_pointers
 from .hf import is_next
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit
@@ -317,8 +317,7 @@ def _load(
     attn = pick_attention(attn, config, source.folder / "config.json")
     kind = pick_dtype(dtype, config, where, weight_bytes(source.weights))
     build = (load_original if family == "llava" else load_converted) if original else load_transformers
-    if (source.weights / GENERATION).is_file():
-        read_json(source.weights / GENERATION)
+    check_generation(source.weights / "generation_config.json")
     tokenizer = load_tokenizer(source.weights, original)
     torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
     model, processor = build(source, config, kind, attn)

@@ -88,7 +88,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DEEP = '{"model_type": "llava_llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
 CLIP, EYES = "clip/model.safetensors", "clip/config.json"
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
-ANYRES = {
+ANYRES: dict[str, Any] = {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": [[168, 336], [336, 168]],
     "mm_patch_merge_type": "spatial_unpad",
@@ -172,6 +172,14 @@ CASES: dict[str, tuple[Edit, str]] = {
     "special tokens": (file("special_tokens_map.json", b"[]"), "/special_tokens_map.json: expected one JSON object"),
     "added tokens": (file("added_tokens.json", b"{"), "/added_tokens.json: broken JSON"),
     "tokenizer pointer": (file("tokenizer.model", POINTER), "tokenizer.model is a Git LFS pointer"),
+    "generation ids": (
+        config("generation_config.json", eos_token_id="x"),
+        "eos_token_id is 'x'; it must be a token id",
+    ),
+    "dtype number": (config(torch_dtype=-1), "torch_dtype is -1; it must be float32, float16 or bfloat16"),
+    "dtype text": (config(dtype="linear"), "dtype is 'linear'; it must be float32, float16 or bfloat16"),
+    "merge": (config(mm_patch_merge_type=False), "mm_patch_merge_type is False; it must be one of"),
+    "window": (config(sliding_window=4096), "sliding_window is 4096, which a Llama language model does not have"),
     "generation broken": (file("generation_config.json", b"{"), "/generation_config.json: broken JSON"),
     "escapes": (weights(lambda w: w.update({"x\x1b[2J\x07\n": torch.ones(1)})), "1 tensors have no place"),
     "generation": (config("generation_config.json", max_new_tokens=-5), "max_new_tokens"),
