@@ -66,7 +66,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     stored, base = shapes(source.weights), str(source.weights)
     options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     place = tower_folder(source.folders, options.mm_vision_tower)
-    vision = tower_config(place, options.mm_vision_select_layer)
+    vision = tower_config(place, config)
     processor = image_processor(place)
     options.mm_vision_tower = place
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
@@ -121,55 +121,17 @@ def _in_tower(name: str, own: Any) -> str:
 
 def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into transformers' class; keys are renamed while reading."""
-    from transformers import (
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-    )
-
     if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
         raise ValueError(
             f"mm_projector_type is {config.get('mm_projector_type', 'linear')!r}, and transformers has 'mlp2x_gelu' "
             "only; use family='llava'"
         )
     place = tower_folder(source.folders, config["mm_vision_tower"])
-    vision = tower_config(place, config["mm_vision_select_layer"])
+    vision = tower_config(place, config)
     processor = image_processor(place)
-    if config.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-        raise ValueError(
-            f"mm_hidden_size is {config['mm_hidden_size']!r}, and the vision tower {place} has hidden_size "
-            f"{vision.hidden_size}"
-        )
     tower = load_tower(place, vision, dtype).state_dict()
-    drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
-    text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
-    check_depth(shapes(source.weights), text.num_hidden_layers, str(source.weights), tower=False)
-    text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
-    image_id = config["vocab_size"]  # one past the vocabulary: logits keep their width
-    patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
-    common: dict[str, Any] = {
-        "vision_config": vision,
-        "text_config": text,
-        "image_token_id": image_id,
-        "vision_feature_layer": config["mm_vision_select_layer"],
-        "vision_feature_select_strategy": "default" if patches_only else "full",
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-    }
-    anyres = config.get("image_aspect_ratio") == "anyres"
-    if anyres:
-        if config.get("mm_patch_merge_type", "flat") != "spatial_unpad":
-            raise ValueError(
-                f"mm_patch_merge_type is {config.get('mm_patch_merge_type', 'flat')!r}, and transformers has "
-                "'spatial_unpad' only; use family='llava'"
-            )
-        points = [(h, w) for w, h in config["image_grid_pinpoints"]]
-        full: Any = LlavaNextConfig(**common, image_grid_pinpoints=points)
-        build: Any = LlavaNextForConditionalGeneration
-    else:
-        full, build = LlavaConfig(**common), LlavaForConditionalGeneration
+    build, full = _converted_config(config, vision)
+    check_depth(shapes(source.weights), full.text_config.num_hidden_layers, str(source.weights), tower=False)
     extra = {} if attn is None else {"attn_implementation": attn}
     with torch.device("meta"):
         model = build._from_config(full, dtype=dtype, **extra)
@@ -180,6 +142,40 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
     _add_placeholder(model)
     model.generation_config = _generation_config(source.weights, config)
     return model, processor
+
+
+def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
+    """transformers' class and config for a config.json of haotian-liu/LLaVA's format and its tower's config."""
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
+
+    drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
+    text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
+    text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
+    patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": config["vocab_size"],  # one past the vocabulary: logits keep their width
+        "vision_feature_layer": config["mm_vision_select_layer"],
+        "vision_feature_select_strategy": "default" if patches_only else "full",
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+    }
+    if config.get("image_aspect_ratio") != "anyres":
+        return LlavaForConditionalGeneration, LlavaConfig(**common)
+    if config.get("mm_patch_merge_type", "flat") != "spatial_unpad":
+        raise ValueError(
+            f"mm_patch_merge_type is {config.get('mm_patch_merge_type', 'flat')!r}, and transformers has "
+            "'spatial_unpad' only; use family='llava'"
+        )
+    points = [(h, w) for w, h in config["image_grid_pinpoints"]]
+    return LlavaNextForConditionalGeneration, LlavaNextConfig(**common, image_grid_pinpoints=points)
 
 
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}

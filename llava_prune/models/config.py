@@ -110,7 +110,7 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
         if config.get(name):
             raise ValueError(f"{file}: {name} is {config[name]!r}, which a Llama language model does not have")
     limit = config.get("tokenizer_model_max_length")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+    if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"{file}: tokenizer_model_max_length is {limit!r}; it must be a positive integer")
     if config.get("image_aspect_ratio") == "anyres":
         _check_anyres(file, config)

@@ -16,8 +16,8 @@ OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_s
 """Starts of the names of what a whole CLIP holds beside its vision tower."""
 
 
-def tower_config(place: str, layer: int) -> Any:
-    """The config of a tower, which is refused when it is not a CLIP's or has no `layer`.
+def tower_config(place: str, model: dict[str, Any]) -> Any:
+    """The config of a tower, which is refused when it is not a CLIP's or not the one of a `model`'s config.
 
     Entries that name an attention backend are dropped: nothing depends on them, and transformers would download some.
 
@@ -37,7 +37,12 @@ def tower_config(place: str, layer: int) -> Any:
         raise ValueError(f"{file}: vision_config is {inner!r}; it must be an object")
     config = CLIPVisionConfig.from_dict({k: v for k, v in inner.items() if k not in ATTENTION})
     check_vision(config, file)
-    block_index(layer, config.num_hidden_layers)
+    block_index(model["mm_vision_select_layer"], config.num_hidden_layers)
+    if model.get("mm_hidden_size") != config.hidden_size:
+        raise ValueError(
+            f"mm_hidden_size is {model.get('mm_hidden_size')}, and the vision tower {place} has hidden_size "
+            f"{config.hidden_size}"
+        )
     return config
 
 
