@@ -99,7 +99,7 @@ def test_embeddings_of_another_size_are_refused(tmp_path: Path) -> None:
     other = copy.deepcopy(model_of("hf"))
     other.set_input_embeddings(torch.nn.Embedding(models.VOCAB + 5, models.WIDTH))
     other.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="other sizes than the config"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has the shapes .*, the config asks for"):
         llava_prune.load(tmp_path / "saved", dtype="float32", device="cpu")
 
 
