@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.base import peel
+from ..models.family import family_of
+
 TOWER, PROJECTOR = "the vision tower", "the projector"
 
 
@@ -65,9 +68,8 @@ def _finite(states: Any) -> bool:
 
 
 def _modules(loaded: Any) -> Iterator[tuple[str, Any]]:
-    model = loaded.model
-    inner = model.model
-    language = inner if loaded.family == "llava" else inner.language_model
-    yield PROJECTOR, inner.mm_projector if loaded.family == "llava" else inner.multi_modal_projector
-    for number, layer in enumerate(language.layers):
+    model = peel(loaded.model)
+    family = family_of(model)
+    yield PROJECTOR, family.projector(model)
+    for number, layer in enumerate(family.language_model(model).layers):
         yield f"layer {number} of the language model", layer

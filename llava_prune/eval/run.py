@@ -97,7 +97,19 @@ def chunk_of(total: int, count: int, index: int) -> range:
     return range(index * size, min(total, (index + 1) * size))
 
 
-def settings_of(settings: Settings, run: Run, bench: Bench, model: dict[str, Any], images: str) -> dict[str, Any]:
+def checksums(bench: Bench) -> dict[str, str]:
+    """Checksums of the questions, the prompts' token ids and the images, which all runs share."""
+    sources, questions = bench.files.sources, bench.files.questions
+    return {
+        "questions": sources.versions["questions"]["sha256"],
+        "prompts": identity.prompts(bench.rows),
+        "images": identity.images(sources.image_files(questions)),
+    }
+
+
+def settings_of(
+    settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str]
+) -> dict[str, Any]:
     """Everything that may change an answer.
 
     Args:
@@ -105,7 +117,7 @@ def settings_of(settings: Settings, run: Run, bench: Bench, model: dict[str, Any
         run: method and budget.
         bench: model and questions.
         model: see `identity.of_model`.
-        images: checksum of the images.
+        data: see `checksums`.
     """
     return {
         "task": bench.task.name,
@@ -117,9 +129,7 @@ def settings_of(settings: Settings, run: Run, bench: Bench, model: dict[str, Any
         "max_new_tokens": bench.task.max_new_tokens,
         "limit": settings.limit,
         "seed": settings.seed,
-        "questions": bench.files.sources.versions["questions"]["sha256"],
-        "prompts": identity.prompts(bench.rows),
-        "images": images,
+        **data,
         "pad": bench.pad,
         "batch": settings.batch,
     }
@@ -219,8 +229,8 @@ def evaluate(
     torch.manual_seed(settings.seed)
     bench = prepare(settings, bench_task, files, runs, loaded)
     model = model or identity.of_model(bench.loaded, settings.model, settings.model_base)
-    images = identity.images(files.sources.image_files(files.questions))
-    wanted = [settings_of(settings, run, bench, model, images) for run in runs]
+    data = checksums(bench)
+    wanted = [settings_of(settings, run, bench, model, data) for run in runs]
     check_first(place, runs, wanted, bench, settings.restart)
     results: list[dict[str, Any]] = []
     with (

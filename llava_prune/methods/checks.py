@@ -28,18 +28,23 @@ def integer(name: str, value: Any, low: int = 0, high: int = LARGEST, *, none: b
         raise ValueError(f"{name}={shown(value)}: must be {kind}{f', at most {high}' if above else ''}")
 
 
+def _items(name: str, values: Iterable[Any] | None, what: str) -> tuple[Any, ...] | None:
+    """A list as a tuple; None passes."""
+    if values is None:
+        return None
+    if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={shown(values)}: must be a list of {what}")
+    return tuple(values)
+
+
 def integers(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int, ...] | None:
     """A list of integers of at least `low` as a tuple; None passes.
 
     Raises:
         ValueError: naming value and limit.
     """
-    if values is None:
-        return None
-    if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}={shown(values)}: must be a list of integers, as [8, 16]")
-    out = tuple(values)
-    for n in out:
+    out = _items(name, values, "integers, as [8, 16]")
+    for n in out or ():
         integer(name, n, low, none=False)
     return out
 
@@ -63,12 +68,8 @@ def reals(name: str, values: Iterable[Any] | None, low: float = -FAR, high: floa
     Raises:
         ValueError: naming value and limits.
     """
-    if values is None:
-        return None
-    if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}={shown(values)}: must be a list of numbers, as [0.5, 0.25]")
-    out = tuple(values)
-    for x in out:
+    out = _items(name, values, "numbers, as [0.5, 0.25]")
+    for x in out or ():
         real(name, x, low, high, none=False)
     return out
 
