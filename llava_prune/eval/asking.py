@@ -19,6 +19,9 @@ import llava_prune
 from ..methods.planner import Run, check_budgets
 from ..models.config import is_original, read_config
 from ..models.load import resolve
+from ..models.parallel import smallest
+from ..models.placement import devices
+from ..runtime.patching import execution_device
 from .finite import Logits, locate
 from .identity import vision_tower
 from .images import pixels
@@ -83,6 +86,10 @@ def load_model(settings: Settings) -> Any:
         device=settings.device,
         attn=settings.attn,
         model_base=settings.model_base,
+        device_map=settings.device_map,
+        load_8bit=settings.load_8bit,
+        load_4bit=settings.load_4bit,
+        engine=settings.engine,
     )
 
 
@@ -116,17 +123,17 @@ def pads(model: str) -> bool:
 
 
 def auto_batch(loaded: Any, longest: int) -> int:
-    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU)."""
+    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
+
+    The card with the least free memory decides, over all processes of an engine.
+    """
     size, width = loaded.size, next(loaded.model.parameters()).element_size()
     n = longest + size.visual
     cost = n * (2 * size.layers * size.hidden * width + 12 * size.hidden * 4 + 3 * size.intermediate * 4)
     cost += n * loaded.model.get_input_embeddings().num_embeddings * 4
-    device = loaded.model.device
-    if device.type == "cuda":
-        free, cap = torch.cuda.mem_get_info(device)[0], 64
-    else:
-        free, cap = _free_memory(), 16
-    fit = max(1, int(free / 2 / cost))
+    cards = [d for d in devices(loaded.model) if d.type == "cuda"]
+    free, cap = (min(torch.cuda.mem_get_info(d)[0] for d in cards), 64) if cards else (_free_memory(), 16)
+    fit = max(1, smallest(int(free / 2 / cost)))
     return min(cap, 1 << (fit.bit_length() - 1))
 
 
@@ -218,12 +225,12 @@ def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
     """Add the time spent in the vision tower to `bench.tower`."""
-    model, tower = bench.loaded.model, vision_tower(bench.loaded)
-    began = [0.0]
+    tower = vision_tower(bench.loaded)
+    device, began = execution_device(tower, bench.loaded.device), [0.0]
 
     def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def before(*_: Any) -> None:

@@ -1,0 +1,142 @@
+"""Tensor parallelism: the processes that torchrun starts hold a part of every layer of the language model each.
+
+Vision tower and projector are whole in every process. Scores are computed from the attention of all heads, which
+`runtime.attention.all_heads` gathers, so every process keeps the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..runtime.compat import split_by_plan
+from .base import Family
+
+ENGINES = ("deepspeed", "tp")
+
+
+def check_engine(engine: str, others: dict[str, Any]) -> None:
+    """Refuse an unknown engine, one that is not installed, or other ways of placing the model beside it.
+
+    Args:
+        engine: see `llava_prune.load`.
+        others: those ways by argument name, None where they are not asked for.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not known; choose {' or '.join(ENGINES)}, or leave it out")
+    for name, value in others.items():
+        if value not in (None, ""):
+            raise ValueError(
+                f"engine={engine!r} with {name}={value!r} is not supported: each process takes the card of its "
+                "LOCAL_RANK, or the CPU; leave out one of them"
+            )
+    if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("engine='deepspeed' needs the package deepspeed (pip install deepspeed); or use engine='tp'")
+
+
+def join() -> torch.device:
+    """Join the processes that torchrun started, unless that has happened; the device of this one.
+
+    Raises:
+        ValueError: when there is no card for this process, or the others are not found.
+    """
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK is {local}, and this machine has {torch.cuda.device_count()} CUDA devices; start one "
+                "process a card (torchrun --nproc_per_node)"
+            )
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the process group cannot be joined ({error}); start the processes by torchrun"
+            ) from error
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def processes() -> int:
+    """Number of processes in the group, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
+    """Leave this process its part of the language model's layers and of the head; changed in place.
+
+    Args:
+        model: whole, on the CPU.
+        family: its package.
+        engine: "deepspeed" for deepspeed.init_inference without kernel injection, "tp" for transformers' `tp_plan`.
+        dtype: of the model.
+
+    Raises:
+        ValueError: when the heads cannot be divided among the processes.
+    """
+    lm, world = family.language_model(model), processes()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(lm.config, name)
+        if heads % world:
+            raise ValueError(f"{name} is {heads}, which {world} processes cannot share; start a number that divides it")
+    if engine == "deepspeed":
+        _deepspeed(model, type(lm.layers[0]), dtype, world)
+    elif world > 1:
+        split_by_plan(model, world)
+
+
+def _deepspeed(model: Any, layer: type, dtype: torch.dtype, world: int) -> None:
+    options: dict[str, Any] = {"tensor_parallel": {"tp_size": world}, "replace_with_kernel_inject": False}
+    if world > 1:
+        options["injection_policy"] = {layer: ("self_attn.o_proj", "mlp.down_proj")}  # their outputs are summed
+    with contextlib.redirect_stdout(sys.stderr):  # where its log goes, which is set up on import
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        if get_accelerator().device_name() == "cpu":
+            # its own all-reduce is compiled on first use, and crashes without the LOCAL_SIZE of its own launcher
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_inference(model, dtype=dtype, **options)
+
+
+def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the whole model from this process' part of it. Every process must call it.
+
+    Args:
+        model: of either engine, or any other.
+        name: of the tensor.
+        tensor: what this process has.
+    """
+    if hasattr(tensor, "full_tensor"):
+        full: Tensor = tensor.full_tensor()
+        return full
+    if processes() == 1:
+        return tensor
+    module = model.get_submodule(name.rpartition(".")[0])
+    group = getattr(module, "mp_group", None)
+    if group is None or tensor.ndim < 2:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, 0 if type(module).__name__ == "LinearLayer" else 1)
+
+
+def smallest(value: int) -> int:
+    """The smallest of a value over all processes."""
+    if processes() == 1:
+        return value
+    cuda = dist.get_backend() == "nccl"
+    box = torch.tensor(value, device=torch.device("cuda", torch.cuda.current_device()) if cuda else None)
+    dist.all_reduce(box, op=dist.ReduceOp.MIN)
+    return int(box)
