@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..runtime.attention import head_group
 from ..runtime.compat import split_by_plan
-from .base import Family
+from .base import Family, encoder_blocks
 
 ENGINES = ("deepspeed", "tp")
 
@@ -110,6 +111,26 @@ def _deepspeed(model: Any, layer: type, dtype: torch.dtype, world: int) -> None:
         deepspeed.init_inference(model, dtype=dtype, **options)
 
 
+def check_split(family: Family, model: Any, accelerated: bool) -> None:
+    """Refuse a model whose heads are split unevenly over processes, and acceleration of a model that is split.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    for blocks in (family.language_model(model).layers, encoder_blocks(family.encoder(model))):
+        attention = getattr(blocks[0], "self_attn", None) if len(blocks) else None
+        group = None if attention is None else head_group(attention)
+        if group is None:
+            continue
+        world, heads = dist.get_world_size(group), attention.config.num_attention_heads
+        if heads % world:
+            raise ValueError(f"{heads} heads are split over {world} processes; start a number that divides them")
+        if accelerated:
+            raise ValueError(
+                "graphs and fused are not supported on a model that is split over processes; leave them out"
+            )
+
+
 def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A tensor of the whole model from this process' part of it. Every process must call it.
 
@@ -124,12 +145,18 @@ def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if processes() == 1:
         return tensor
     module = model.get_submodule(name.rpartition(".")[0])
-    group = getattr(module, "mp_group", None)
-    if group is None or tensor.ndim < 2:
+    group, by_rows = getattr(module, "mp_group", None), type(module).__name__ == "LinearLayer"
+    if group is None or not (by_rows or name.endswith("weight")):
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, 0 if type(module).__name__ == "LinearLayer" else 1)
+    dim, world = 0 if by_rows else 1, dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.full_like(sizes[0], tensor.shape[dim]), group=group)
+    widths = torch.cat(sizes).tolist()  # the head is divided by 64 columns
+    padded = tensor.new_zeros([max(widths) if d == dim else n for d, n in enumerate(tensor.shape)])
+    padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, widths, strict=True)], dim)
 
 
 def smallest(value: int) -> int:
