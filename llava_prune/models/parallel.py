@@ -118,7 +118,7 @@ def check_split(family: Family, model: Any, accelerated: bool) -> None:
         ValueError: with the way out.
     """
     for blocks in (family.language_model(model).layers, encoder_blocks(family.encoder(model))):
-        attention = getattr(blocks[0], "self_attn", None) if len(blocks) else None
+        attention: Any = getattr(blocks[0], "self_attn", None) if len(blocks) else None
         group = None if attention is None else head_group(attention)
         if group is None:
             continue
