@@ -159,14 +159,14 @@ def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
     return {
         "model": name,
         "model_base": base,
+        "bits": loaded.bits,
+        "engine": None if loaded.engine is None else f"{loaded.engine}, {processes()} processes",
         "weights": weights(loaded.model),
         "config": configs(loaded),
         "tokenizer": tokenizer(loaded.tokenizer),
         "family": loaded.family,
         "device": loaded.device.type,
         "dtype": dtype,
-        "bits": loaded.bits,
-        "engine": None if loaded.engine is None else f"{loaded.engine}, {processes()} processes",
         "attn": getattr(text, "_attn_implementation", None),
         "versions": versions(*more),
     }

@@ -100,15 +100,16 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
     tower = type(family.tower(model)).__name__
     found = _computed(model, device_map, max_memory, tower) if isinstance(device_map, str) else dict(device_map)
     _check_map(model, found)
-    if "" in found:  # accelerate finds nothing to offload under this name
-        rest = found.pop("")
-        found = {**{name: rest for name, _ in model.named_children()}, **found}
+    found = {n: d for name, child in model.named_children() for n, d in _disjoint(child, name, found).items()}
     folder = None
     if "disk" in found.values():
         folder = tempfile.mkdtemp(prefix="llava-prune-")
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     # the tower's class asks for its own device, so its weights come all at once
     dispatch_model(model, found, offload_dir=folder, preload_module_classes=[tower])
+    for name, parameter in model.named_parameters():
+        if name in found:  # accelerate places modules alone
+            parameter.data = parameter.data.to(execution_device(model, parameter.device))
     if family.name == "llava" and model.get_input_embeddings().weight.is_meta:
         raise ValueError(
             "package llava needs the device of the input embeddings, and device_map has them on disk or beside the "
@@ -144,6 +145,18 @@ def _check_map(model: nn.Module, found: Mapping[str, Any]) -> None:
     left = [n for n, _ in model.named_parameters() if n not in found and not n.startswith(places)]
     if left:
         raise ValueError(f"device_map has no device for {left[0]}; add its module, or '' for all that is left")
+
+
+def _disjoint(module: nn.Module, name: str, found: Mapping[str, Any], above: Any = None) -> dict[str, Any]:
+    """The part of a map below a module, as names of which none is inside another; the longest name counts."""
+    here = found.get(name, found.get("") if above is None else above)
+    if not any(key.startswith(f"{name}.") for key in found):
+        return {name: here}
+    own = [f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)]
+    out = {key: found.get(key, here) for key in own}
+    for n, child in module.named_children():
+        out |= _disjoint(child, f"{name}.{n}", found, here)
+    return out
 
 
 def devices(model: Any) -> list[torch.device]:
