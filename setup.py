@@ -35,7 +35,8 @@ setup(
         # what importing haotian-liu/LLaVA (llava-torch, installed with --no-deps) takes beyond the above
         "llava": ["accelerate", "requests", "tqdm"],
         "flash": ["flash-attn>=2.5"],
-        "deepspeed": ["deepspeed>=0.15", "accelerate"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "quant": ["bitsandbytes>=0.50"],
         "lmms-eval": ["lmms-eval>=0.7"],
         "plot": ["matplotlib>=3.7"],
         "dev": [
@@ -46,6 +47,9 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.7",
             "peft>=0.17",
+            "accelerate",
+            "bitsandbytes>=0.50",
+            "deepspeed>=0.19",
             "fastapi",
             "uvicorn",
         ],

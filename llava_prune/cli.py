@@ -246,7 +246,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from .bench.plot import plot
     from .bench.show import speed_tables
-    from .bench.speed import Settings, out_folder, speed
+    from .bench.speed import Settings, first, out_folder, speed
 
     err = _stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
@@ -254,6 +254,8 @@ def _bench(args: argparse.Namespace) -> int:
     settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
     _quiet()
     result = speed(settings, lambda what: err.print(what, markup=False), shlex.join(["llava-prune", *args.argv]))
+    if not first():
+        return 0
     try:
         plot(result, out_folder(settings) / "bench.png")
     except ValueError as error:

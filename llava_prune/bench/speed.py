@@ -25,6 +25,7 @@ from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, cases, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
+from ..models.parallel import first
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, ragged_padding
@@ -127,7 +128,7 @@ def load(settings: Settings) -> Any:
 
 
 def speed(settings: Settings, progress: Progress = lambda _: None, command: str = "") -> dict[str, Any]:
-    """Measure, and write bench.json and the traces.
+    """Measure, and write bench.json and the traces. Of several processes of an engine the first one writes.
 
     Args:
         settings: what to measure.
@@ -168,9 +169,10 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
         },
         "rows": rows,
     }
-    folder = out_folder(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if first():
+        folder = out_folder(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -301,6 +303,8 @@ def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool)
         asked.prefill()
         with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
             asked.prefill()
+    if not first():
+        return
     profile.export_chrome_trace(f"{stem}.json")
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=40)

@@ -74,6 +74,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
     """Leave this process its part of the language model's layers and of the head; changed in place.
 

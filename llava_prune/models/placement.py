@@ -73,7 +73,7 @@ def pick_bits(load_8bit: bool, load_4bit: bool, attended: Mapping[str, Any]) -> 
         if value is not None:
             raise ValueError(f"{BITS[bits]} with {name}={value!r} is not supported; leave out one of them")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{BITS[bits]} needs the package bitsandbytes (pip install 'bitsandbytes>=0.49')")
+        raise ValueError(f"{BITS[bits]} needs the package bitsandbytes (pip install 'bitsandbytes>=0.50')")
     return bits
 
 
