@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,9 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     flag("seed", "0", "random seed of sampling, and of methods that draw", type=arguments.seed)
     flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
     flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
+    flag("gpus", None, "GPUs, each with a process of its own; default all visible ones", type=arguments.positive)
+    flag("procs", None, "processes on the CPU; default one", type=arguments.positive)
+    flag("max-restarts", "0", "times that all processes start again when one fails", type=arguments.natural)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
@@ -202,24 +206,53 @@ def _quiet() -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if "RANK" in os.environ:  # started by torchrun, or by `launch`
+        return _evaluate(args)
+    from .eval.launch import launch, process_count
+
+    count = process_count(args.gpus, args.procs, args.device is not None)
+    return launch(count, args.argv, args.max_restarts) if count > 1 else _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """One process of an evaluation."""
     from .eval.plan import Settings, model_defaults
-    from .eval.result import public
-    from .eval.run import evaluate_all, out_folder
-    from .eval.show import Bars, results_table, summary_table
-    from .eval.task import load_task
+    from .eval.ranks import Ranks
+    from .eval.run import evaluate_all
+    from .eval.show import Bars
 
     err = _stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, reference=not args.no_reference)
-    if settings.data == "" or settings.model == "":
-        raise ValueError("MODEL and DATA must not be empty")
-    defaults = model_defaults(settings.model)
-    if defaults:
-        err.print(f"hyper-parameters from {settings.model}: {json.dumps(defaults)}", markup=False)
     _quiet()
-    with Bars(err) as bars:
-        results, failed = evaluate_all(settings, bars.of, shlex.join(["llava-prune", *args.argv]))
+    ranks = Ranks.of(os.environ)
+    command = shlex.join(["llava-prune", *args.argv])
+    try:
+        if settings.data == "" or settings.model == "":
+            raise ValueError("MODEL and DATA must not be empty")
+        defaults = model_defaults(settings.model)
+        if not ranks.first:
+            evaluate_all(settings, lambda _: lambda *_: None, command, ranks)
+            return 0
+        if defaults:
+            err.print(f"hyper-parameters from {settings.model}: {json.dumps(defaults)}", markup=False, soft_wrap=True)
+        with Bars(err) as bars:
+            results, failed = evaluate_all(settings, bars.of, command, ranks)
+        return _show_results(args, settings, results, failed)
+    except ValueError as error:
+        if ranks.speaks(str(error)):
+            raise
+        time.sleep(1)  # the end of this process ends the one that prints the message
+        return 1
+
+
+def _show_results(args: argparse.Namespace, settings: Any, results: dict[str, Any], failed: dict[str, str]) -> int:
+    from .eval.place import out_folder
+    from .eval.result import public
+    from .eval.show import results_table, summary_table
+    from .eval.task import load_task
+
     if args.json:
         _emit([public(r) for runs in results.values() for r in runs])
     else:
@@ -410,10 +443,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, ValueError) as error:
         message, status = str(error) or "out of memory; use a smaller batch or model", 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        kind = type(error).__name__
+        if kind in ("DistNetworkError", "DistStoreError"):
+            message, status = "the first process is gone; run the same command to resume", 1
+        elif kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
+        else:
             raise
-        message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
-    err.print(f"llava-prune: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"process {rank}: "
+    err.print(f"llava-prune: {where}{message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     return status
 
 

@@ -249,7 +249,7 @@ def test_what_an_interruption_leaves_is_cut_off(tmp_path: Path, tail: bytes) -> 
     before = path.read_bytes()
     path.write_bytes(before + tail)
     with Answers(tmp_path, MADE, QUESTIONS) as answers:
-        assert sorted(answers.rows) == [0, 1]
+        assert sorted(answers.done) == [0, 1]
         assert path.read_bytes() == before, "half a line was kept"
         answers.add([row(2), row(3)])
         assert [r["question_id"] for r in answers.finish()] == list("0123")
@@ -274,7 +274,7 @@ def test_answers_without_settings(tmp_path: Path, finished: bool, content: str |
     with pytest.raises(ValueError, match="so nothing says how .*--restart"):
         Answers(tmp_path, MADE, QUESTIONS)
     with Answers(tmp_path, MADE, QUESTIONS, restart=True) as answers:
-        assert not answers.rows
+        assert not answers.done
 
 
 @pytest.mark.parametrize("batch", [None, 0, "2", True, 1.5])
@@ -375,7 +375,7 @@ def test_joined_chunks_have_settings(tmp_path: Path) -> None:
     rows, _ = merge(tmp_path, 2, "2_0", {})
     assert rows is not None and len(rows) == 4
     with Answers(tmp_path, MADE, QUESTIONS) as answers:  # an ordinary run takes them for its own
-        assert answers.complete and len(answers.rows) == 4
+        assert answers.complete and len(answers.done) == 4
     with pytest.raises(ValueError, match=r"made with hyper.k0=0.4, now it is 0.7"):
         Answers(tmp_path, {**MADE, "hyper": {"k0": 0.7}}, QUESTIONS)
     with pytest.raises(ValueError, match=r"made with hyper.k0=0.4, now it is 0.7"):  # nor does a chunk overwrite them
