@@ -52,6 +52,7 @@ def launch(count: int, argv: Sequence[str], restarts: int) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of the store come with C++ stack traces
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # reports of the agent, for each process
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(

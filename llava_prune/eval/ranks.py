@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,8 @@ class Ranks:
             store, *_ = next(iter(rendezvous("env://", timeout=FOREVER)))
         except RuntimeError as error:
             raise ValueError(f"the other processes cannot be reached ({str(error).splitlines()[0]})") from error
-        return cls(store, *(int(env[n]) for n in names))
+        rank, count, local, locals = (int(env[n]) for n in names)
+        return cls(_fresh(store, rank, count), rank, count, local, locals)
 
     @property
     def first(self) -> bool:
@@ -88,6 +90,28 @@ class Ranks:
         """What the processes say to each other about one benchmark. All of them must ask for the same ones in turn."""
         self._tasks += 1
         return SharedTask(PrefixStore(f"{self._tasks}/{name}", self._store), self.rank, self.count)
+
+
+def _fresh(store: Store, rank: int, count: int) -> Store:
+    """A part of the store that is empty.
+
+    torchrun keeps the store when it starts all processes again, with what the earlier ones have written.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("job", mine)
+        for other in range(1, count):
+            while not store.check([f"{mine}/{other}"]):
+                time.sleep(PAUSE)
+            store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "")
+        return PrefixStore(mine, store)
+    while True:
+        if store.check(["job"]):
+            job = store.get("job").decode()  # perhaps of an earlier attempt, which nobody answers for any more
+            store.set(f"{job}/{rank}", mine)
+            if store.check([f"{job}/{mine}"]):
+                return PrefixStore(job, store)
+        time.sleep(PAUSE)
 
 
 class SharedTask:
