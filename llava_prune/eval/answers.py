@@ -20,7 +20,7 @@ from .rows import JOURNAL_ONLY, WAY_OUT, Row, read_finished, read_journal, seal
 from .task import Question
 
 ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
-RESULT = "result.json"
+RESULT, TIMING = "result.json", "timing.jsonl"
 LOCK = ".lock"
 STAGES = {"images": "image_seconds", "tower": "tower_seconds", "generate": "seconds"}
 """Stage of a run -> field of a journal row: waiting for images, vision tower, and the rest of generation."""
@@ -109,53 +109,50 @@ def difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Iterable
 # chunks -----------------------------------------------------------------------------------------------------------
 
 
-def merge(
-    folder: Path, count: int, stem: str, seconds: dict[str, float]
-) -> tuple[list[dict[str, Any]] | None, dict[str, float]]:
+def merge(folder: Path, count: int, stem: str) -> bool:
     """Join the chunks of a run in order, when all are complete. Call it while the folder is `locked`.
 
     Args:
         folder: folder of the run.
         count: number of chunks.
         stem: stem of the current chunk, whose settings the others must have.
-        seconds: seconds of the current chunk.
 
     Returns:
-        All rows, which are also written to the answer file with the settings beside it, and the seconds of all chunks;
-        None and the given seconds while a chunk is missing.
+        Whether answer file and timing file were written, with the settings beside them; False while a chunk is missing.
 
     Raises:
         ValueError: for chunks made with different settings, or broken files.
     """
     stems = [f"{count}_{i}" for i in range(count)]
     if not all((folder / named(ANSWERS, s)).is_file() for s in stems):
-        return None, seconds
+        return False
     mine = _stored_settings(folder / named(SETTINGS, stem))
     for name in stems:
         found = difference(_stored_settings(folder / named(SETTINGS, name)), mine, free=("batch",))
         if found:
             raise ValueError(f"chunk {name} in {folder} was {found} in chunk {stem}; run it again with --restart")
-    text, times = "", []
-    for name in stems:
-        part = (folder / named(ANSWERS, name)).read_text(encoding="utf-8")
-        text += part if part.endswith("\n") else part + "\n"
-        times.append(_seconds(folder / named(RESULT, name)))
-    _sweep(folder, (ANSWERS, SETTINGS, RESULT))
+    _sweep(folder, (ANSWERS, SETTINGS, RESULT, TIMING))
     write_whole(folder / SETTINGS, json.dumps(mine, indent=2) + "\n")
-    write_whole(folder / ANSWERS, text)
+    for file in (TIMING, ANSWERS):
+        parts = [folder / named(file, name) for name in stems]
+        texts = [p.read_text(encoding="utf-8") for p in parts if file == ANSWERS or p.is_file()]
+        write_whole(folder / file, "".join(t if t.endswith("\n") else t + "\n" for t in texts))
+    return True
+
+
+def read_timing(path: Path) -> list[dict[str, float]]:
+    """Seconds of each answer by stage; none where the file is missing or broken, since no figure depends on them."""
     try:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"a chunk in {folder} has a line that is not JSON; run it again with --restart") from error
-    return rows, {k: sum(t.get(k, 0.0) for t in times) for k in STAGES}
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [{k: float(row[name]) for k, name in STAGES.items()} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
-def _seconds(path: Path) -> dict[str, float]:
-    """Seconds of a result file; none where it is missing or broken, since no figure depends on them."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        old = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return {k: float(old[k]) for k in STAGES}
-    return {}
+def total_seconds(path: Path) -> dict[str, float]:
+    """Seconds of all answers in a timing file, by stage."""
+    rows = read_timing(path)
+    return {k: sum(r[k] for r in rows) for k in STAGES}
 
 
 def _sweep(folder: Path, names: Iterable[str]) -> None:
@@ -256,11 +253,11 @@ class Answers(AnswerWriter):
         self.folder, self.questions, self._stem = folder, dict(questions), stem
         folder.mkdir(parents=True, exist_ok=True)
         self._final, self._settings = folder / named(ANSWERS, stem), folder / named(SETTINGS, stem)
-        self._result = folder / named(RESULT, stem)
+        self._timing = folder / named(TIMING, stem)
         self.seconds: dict[str, float] = {}
         super().__init__(rank_journal(folder, 0, stem), settings)
         try:
-            _sweep(folder, (self._final.name, self._settings.name, self._result.name))
+            _sweep(folder, (self._final.name, self._settings.name, self._timing.name, *(() if stem else (RESULT,))))
             if restart:
                 self._discard()
             self.complete = self._final.exists()
@@ -282,16 +279,15 @@ class Answers(AnswerWriter):
 
     def _discard(self) -> None:
         """Remove earlier answers; those of a chunk and what was joined from it."""
-        for path in (self._final, self._result, self._settings):
+        for path in (self._final, self._timing, self._settings):
             path.unlink(missing_ok=True)
         for path in self._others():
             with contextlib.closing(Journal(path)) as other:
                 other.truncate(0)  # and removed when it is closed
         self.journal.truncate(0)
-        if self._stem:
-            with locked(self.folder):
-                for name in (ANSWERS, RESULT, SETTINGS):
-                    (self.folder / name).unlink(missing_ok=True)
+        with locked(self.folder) if self._stem else contextlib.nullcontext():  # what chunks were joined to, too
+            for name in (ANSWERS, RESULT, SETTINGS, TIMING):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _agree(self, settings: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of the answers: those stored beside earlier ones, which must be the same, or the given."""
@@ -345,14 +341,14 @@ class Answers(AnswerWriter):
                 other.truncate(0)  # and removed when it is closed
 
     def finish(self) -> list[Row]:
-        """Write the answer file in question order and empty the journal; sets `seconds`.
+        """Write answer file and timing file in question order and empty the journal; sets `seconds`.
 
         Raises:
             ValueError: when an answer is missing.
             OSError: when answers could not be written.
         """
         if self.complete:
-            self.seconds = _seconds(self._result)
+            self.seconds = total_seconds(self._timing)
             return read_finished(self._final, list(self.questions.values()), self.settings)
         self.journal.flush()
         missing = len(self.questions.keys() - self.done)
@@ -361,11 +357,11 @@ class Answers(AnswerWriter):
                 f"{missing} of {len(self.questions)} questions have no answer; run the same command to resume"
             )
         found = {r["row"]: r for r in read_journal(self.journal.path, self.questions, self.settings)[0]}
-        self.seconds = {k: sum(r.get(name, 0.0) for r in found.values()) for k, name in STAGES.items()}
         rows = [{k: v for k, v in found[q].items() if k not in JOURNAL_ONLY} for q in self.questions]
-        if self._stem:  # the joined result needs the seconds of a chunk
-            write_whole(self._result, json.dumps({"seconds": self.seconds}) + "\n")
+        times = [{name: found[q].get(name, 0.0) for name in STAGES.values()} for q in self.questions]
+        write_whole(self._timing, "".join(json.dumps(t) + "\n" for t in times))
         write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        self.seconds = total_seconds(self._timing)
         self.journal.truncate(0)
         self.complete = True
         return rows

@@ -61,6 +61,11 @@ class Place:
     piece: int
     everything: list[Question]
 
+    @staticmethod
+    def stem_of(count: int, index: int) -> str:
+        """Stem of the files of a chunk; "" for the whole benchmark."""
+        return "" if count == 1 else f"{count}_{index}"
+
     def open(self, run: Run, wanted: dict[str, Any], batch: int, restart: bool) -> Answers:
         """The answers of a run; see `Answers`."""
         return Answers(self.out / run.label, wanted, self.questions, restart, {"batch": batch}, self.stem)
@@ -77,7 +82,7 @@ def find_place(settings: Settings, task: Task, files: Files) -> Place:
         ValueError: for a chunk out of range.
     """
     part = chunk_of(len(files.questions), settings.num_chunks, settings.chunk_idx)
-    stem = "" if settings.num_chunks == 1 else f"{settings.num_chunks}_{settings.chunk_idx}"
+    stem = Place.stem_of(settings.num_chunks, settings.chunk_idx)
     questions = {i: files.questions[i] for i in part}
     piece = piece_size(len(questions), settings.batch)
     return Place(out_folder(settings, task.name), questions, stem, settings.num_chunks, piece, files.questions)

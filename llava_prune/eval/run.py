@@ -13,7 +13,7 @@ import torch
 
 from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
-from .answers import ANSWERS, RESULT, locked, merge, model_id, write_whole
+from .answers import ANSWERS, RESULT, TIMING, locked, merge, model_id, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finite import watched
 from .place import Place, find_place
@@ -82,6 +82,22 @@ def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
     }
 
 
+def known(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
+    """Those of `settings_of` that need no model."""
+    return {
+        "task": task.name,
+        "model": settings.model,
+        "model_base": settings.model_base,
+        "method": run.name,
+        "tokens": run.tokens,
+        "hyper": identity.plain(run.method.hyper()),
+        "method_source": identity.source(run),
+        "max_new_tokens": task.max_new_tokens,
+        "limit": settings.limit,
+        "seed": settings.seed,
+    }
+
+
 def settings_of(
     settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str | None]
 ) -> dict[str, Any]:
@@ -94,20 +110,7 @@ def settings_of(
         model: see `identity.of_model`.
         data: see `checksums`.
     """
-    return {
-        "task": bench.task.name,
-        **model,
-        "method": run.name,
-        "tokens": run.tokens,
-        "hyper": identity.plain(run.method.hyper()),
-        "method_source": identity.source(run),
-        "max_new_tokens": bench.task.max_new_tokens,
-        "limit": settings.limit,
-        "seed": settings.seed,
-        **data,
-        "pad": bench.pad,
-        "batch": settings.batch,
-    }
+    return {**known(settings, bench.task, run), **model, **data, "pad": bench.pad, "batch": settings.batch}
 
 
 def evaluate(
@@ -216,10 +219,9 @@ def join(
     """`finish` for a run in chunks, one process at a time; empty while a chunk is missing."""
     folder = place.out / run.label
     with locked(folder):
-        joined, seconds = merge(folder, place.count, place.stem, seconds)
-        if joined is None:
+        if not merge(folder, place.count, place.stem):
             return []
-        rows = read_finished(folder / ANSWERS, place.everything, settings)
+        rows, seconds = read_finished(folder / ANSWERS, place.everything, settings), total_seconds(folder / TIMING)
         return finish(bench, run, place, rows, settings, seconds, command, before)
 
 
