@@ -358,7 +358,10 @@ class Answers(AnswerWriter):
             )
         found = {r["row"]: r for r in read_journal(self.journal.path, self.questions, self.settings)[0]}
         rows = [{k: v for k, v in found[q].items() if k not in JOURNAL_ONLY} for q in self.questions]
-        times = [{name: found[q].get(name, 0.0) for name in STAGES.values()} for q in self.questions]
+        times = [
+            {"piece": found[q].get("piece"), **{n: found[q].get(n, 0.0) for n in STAGES.values()}}
+            for q in self.questions
+        ]
         write_whole(self._timing, "".join(json.dumps(t) + "\n" for t in times))
         write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         self.seconds = total_seconds(self._timing)

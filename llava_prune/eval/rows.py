@@ -12,8 +12,9 @@ import shortuuid
 
 from .task import Question
 
-JOURNAL_ONLY = ("row", "seconds", "tower_seconds", "image_seconds")
-"""Fields of a journal row that the answer file does not have; `row` is the number of the question."""
+JOURNAL_ONLY = ("row", "piece", "seconds", "tower_seconds", "image_seconds")
+"""Fields of a journal row that the answer file does not have; `row` is the number of the question and
+`piece` that of its piece."""
 WAY_OUT = "set OUT to another folder, or discard the answers in this one with --restart"
 Row = dict[str, Any]
 

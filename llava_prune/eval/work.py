@@ -121,7 +121,7 @@ class Work:
                         continue
                     rows = answer(bench, handle, some, job.run, name)  # a whole batch, as without an interruption
                     for row in rows:
-                        row.update({k: row[k] + v / len(rows) for k, v in ahead.items()})
+                        row.update({k: row[k] + v / len(rows) for k, v in ahead.items()}, piece=number)
                     ahead = {}
                     self.shared.answered(job.run.label, job.writer.add(rows))
                     self.report(progress)
