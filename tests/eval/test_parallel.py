@@ -57,6 +57,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert status == 0, text
     rows = [json.loads(x) for x in (out / "sqa" / "full" / ANSWERS).read_text().splitlines()]
     assert {r["kept"]["entering"][0] for r in rows} == {0, 576}, "questions with an image and without one"
+    seconds = json.loads((out / "gqa" / "full" / RESULT).read_text())["seconds"]
+    assert 0 < seconds["images"] < 0.05 * (seconds["tower"] + seconds["generate"]), "the model waits for images"
     return out
 
 
