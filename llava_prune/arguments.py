@@ -32,6 +32,28 @@ def flag(group: Any, env: Mapping[str, str], name: str, default: str | None, tex
     group.add_argument(f"--{name}", default=value, help=text + shown, **kw)
 
 
+def switch(group: Any, env: Mapping[str, str], name: str, text: str) -> None:
+    """A flag without a value; the environment variable of the same name in capitals is 1 or 0."""
+    added = group.add_argument(f"--{name}", action="store_true", help=text)
+    added.default, added.type = env.get(name.upper().replace("-", "_")) or "0", _switched
+
+
+def _switched(text: str) -> bool:
+    """Whether an environment variable turns a flag on."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or 0")
+    return text == "1"
+
+
+def add_placement(group: Any, env: Mapping[str, str]) -> None:
+    """Flags for models larger than a card."""
+    what = "spread over cards, memory and disk: auto, balanced, balanced_low_0 or sequential"
+    flag(group, env, "device-map", None, what)
+    switch(group, env, "load-8bit", "quantise to 8 bit (bitsandbytes)")
+    switch(group, env, "load-4bit", "quantise to 4 bit (bitsandbytes, nf4)")
+    flag(group, env, "engine", None, "split over the processes of torchrun: deepspeed or tp (transformers' own)")
+
+
 # methods ----------------------------------------------------------------------------------------------------------
 
 

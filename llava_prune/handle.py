@@ -10,6 +10,7 @@ from .methods.base import Method
 from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
+from .models.parallel import check_split
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
 from .runtime.record import Record
@@ -116,6 +117,7 @@ def attach(
     family = family_of(model)
     for part in (family.language_model(model), family.tower(model)):
         refuse_wrappers(part)
+    check_split(family, model, bool(graphs or fused))
     active = attached_handle(model)
     if active is not None:
         raise ValueError(

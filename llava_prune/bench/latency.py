@@ -17,6 +17,7 @@ import torch
 
 from ..handle import pruned
 from ..models.family import family_of
+from ..runtime.patching import execution_device
 
 STAGES = ("vision", "prefill", "decode", "total")
 Ask = Callable[[], Any]
@@ -74,7 +75,7 @@ class Probe:
 def probing(model: Any, layers: bool = False) -> Iterator[Probe]:
     """Install the hooks of a `Probe`. Enter it before `pruned`, so that its hooks run first."""
     lm = family_of(model).language_model(model)
-    probe = Probe(Clock(next(model.parameters()).device))
+    probe = Probe(Clock(execution_device(model, torch.device("cpu"))))
     hooks = [lm.register_forward_pre_hook(probe.enter), lm.register_forward_hook(probe.leave)]
     for layer in lm.layers if layers else ():
         hooks += [layer.register_forward_pre_hook(probe.layer), layer.register_forward_hook(probe.layer)]

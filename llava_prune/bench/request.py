@@ -67,7 +67,7 @@ def _side(loaded: Any) -> int:
 
 def _random_pixels(loaded: Any, size: tuple[int, ...], draw: torch.Generator) -> Tensor:
     parameter = next(loaded.model.parameters())
-    return torch.randn(size, generator=draw).to(device=parameter.device, dtype=parameter.dtype)
+    return torch.randn(size, generator=draw).to(device=loaded.device, dtype=parameter.dtype)
 
 
 def _plain(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:
@@ -92,7 +92,7 @@ def _next(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Calla
     side, batch = _side(loaded), ids.shape[0]
     visual, crops = _crops(loaded)
     images = ids.new_full((batch, visual), loaded.model.config.image_token_id)
-    whole = torch.cat([ids[:, :before], images, ids[:, before:]], 1).to(loaded.model.device)
+    whole = torch.cat([ids[:, :before], images, ids[:, before:]], 1).to(loaded.device)
     given = {
         "input_ids": whole,
         "attention_mask": torch.ones_like(whole),

@@ -54,6 +54,7 @@ class Settings:
         warmup: pairs that run before them.
         family, device, dtype, attn: see `llava_prune.load`; None for its default (for a random model float32 on a CPU
             and bfloat16 on a GPU).
+        device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; for a checkpoint only.
         threads: CPU threads; None for torch's default. They hold for pruned and unpruned requests.
         method_args: hyper-parameters for every method that has them.
         seed: random seed of weights, prompts and images, and of methods that draw.
@@ -79,6 +80,10 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     attn: str | None = None
+    device_map: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+    engine: str | None = None
     threads: int | None = None
     method_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -106,11 +111,15 @@ def plan_runs(settings: Settings) -> list[Run]:
 
 def load(settings: Settings) -> Any:
     """Load or make the model to measure."""
+    placed = {name: getattr(settings, name) for name in ("device_map", "load_8bit", "load_4bit", "engine")}
     if settings.model is not None:
         family: Any = settings.family
         return llava_prune.load(
-            settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn
+            settings.model, family=family, dtype=settings.dtype, device=settings.device, attn=settings.attn, **placed
         )
+    asked = [name for name, value in placed.items() if value]
+    if asked:
+        raise ValueError(f"{asked[0]} is for checkpoints, not for the random model of a shape; give model (--model)")
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype = pick_dtype(settings.dtype or default, {}, device)
@@ -145,14 +154,13 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
         torch.set_num_threads(settings.threads)
     progress(f"loading {settings.name}")
     loaded = load(settings)
-    parameter = next(loaded.model.parameters())
     rows = list(_rows(settings, loaded, runs, progress))
     result = {
         "command": command,
         "settings": {**dataclasses.asdict(settings), "family": loaded.family},
         "machine": {
-            "device": _device_name(parameter.device),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": _device_name(loaded.device),
+            "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -183,8 +191,8 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
         for text in settings.texts:
             asked = request(loaded, batch, text, settings.new, settings.seed)
             size = _size(loaded, asked)
-            parameter = next(loaded.model.parameters())
-            machine = measure_machine(parameter.device, parameter.dtype, batch * (asked.visual + text), size)
+            dtype = next(loaded.model.parameters()).dtype
+            machine = measure_machine(loaded.device, dtype, batch * (asked.visual + text), size)
             for run in runs:
                 head: dict[str, Any] = {"label": run.label, "method": run.name, "tokens": run.tokens}
                 head |= {"hyper": _plain(run.method.hyper()), "batch": batch, "text": text, "visual": asked.visual}
@@ -226,7 +234,7 @@ def measure(
         "memory": see `memory.peaks`, both models.
     """
     model, text = loaded.model, asked.text
-    graphs, warmup = _graphs(settings, method, model.device)
+    graphs, warmup = _graphs(settings, method, loaded.device)
     plain, cut, last = alternate(model, asked.ask, method, settings.repeats, warmup, graphs, settings.fused)
     times = stages(plain, cut)
     visual = [[asked.visual] * size.layers] * asked.batch if last is None else last.tokens_in.tolist()
@@ -258,7 +266,7 @@ def measure(
         },
     }
     if settings.memory:
-        row["memory"] = _memory(model, method, asked, settings.fused)
+        row["memory"] = _memory(loaded, method, asked, settings.fused)
     return row
 
 
@@ -271,12 +279,13 @@ def _graphs(settings: Settings, method: Method, device: torch.device) -> tuple[A
     return Graphs(method, device, settings.text_step), max(settings.warmup, RECORDED)
 
 
-def _memory(model: Any, method: Method, asked: Request, fused: bool) -> dict[str, dict[str, int]]:
-    """Peak bytes of unpruned and pruned prefills."""
+def _memory(loaded: Any, method: Method, asked: Request, fused: bool) -> dict[str, dict[str, int]]:
+    """Peak bytes of unpruned and pruned prefills, on the device that takes the inputs."""
+    model, device = loaded.model, loaded.device
     lm = family_of(model).language_model(model)
-    full = peaks(asked.prefill, lm, model.device)
+    full = peaks(asked.prefill, lm, device)
     with pruned(model, method, fused=fused):
-        return {"full": full, "pruned": peaks(asked.prefill, lm, model.device)}
+        return {"full": full, "pruned": peaks(asked.prefill, lm, device)}
 
 
 def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
@@ -286,7 +295,7 @@ def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
 def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool) -> None:
     """Write a Chrome trace of one pruned prefill, and a table of its operators by time."""
     activity = torch.profiler.ProfilerActivity
-    cuda = loaded.model.device.type == "cuda"
+    cuda = loaded.device.type == "cuda"
     stem.parent.mkdir(parents=True, exist_ok=True)
     with pruned(loaded.model, method, fused=fused):
         asked.prefill()

@@ -212,6 +212,32 @@ class AnswerWriter:
         self.done.update(r["row"] for r in fresh)
         return len(fresh)
 
+    def flush(self) -> None:
+        """Wait until all answers are on disk.
+
+        Raises:
+            OSError: when they could not be written.
+        """
+        self.journal.flush()
+
+
+class Unwritten(AnswerWriter):
+    """The answers of a process that answers the same questions as the first: nothing is written."""
+
+    def __init__(self, settings: Mapping[str, Any], done: Iterable[int]) -> None:
+        self.settings, self.done = dict(settings), set(done)
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Note which questions have an answer; returns 0."""
+        self.done.update(r["row"] for r in rows)
+        return 0
+
+    def flush(self) -> None:
+        """Nothing is left to write."""
+
 
 def rank_journal(folder: Path, rank: int, stem: str = "") -> Path:
     """The journal of a process; that of the first is `JOURNAL`."""

@@ -19,6 +19,9 @@ import llava_prune
 from ..methods.planner import Run, check_budgets
 from ..models.config import is_original, read_config
 from ..models.load import resolve
+from ..models.parallel import smallest
+from ..models.placement import devices
+from ..runtime.patching import execution_device
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
@@ -82,6 +85,10 @@ def load_model(settings: Settings) -> Any:
         device=settings.device,
         attn=settings.attn,
         model_base=settings.model_base,
+        device_map=settings.device_map,
+        load_8bit=settings.load_8bit,
+        load_4bit=settings.load_4bit,
+        engine=settings.engine,
     )
 
 
@@ -115,17 +122,17 @@ def pads(model: str) -> bool:
 
 
 def auto_batch(loaded: Any, longest: int) -> int:
-    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU)."""
+    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
+
+    The card with the least free memory decides, over all processes of an engine.
+    """
     size, width = loaded.size, next(loaded.model.parameters()).element_size()
     n = longest + size.visual
     cost = n * (2 * size.layers * size.hidden * width + 12 * size.hidden * 4 + 3 * size.intermediate * 4)
     cost += n * loaded.model.get_input_embeddings().num_embeddings * 4
-    device = loaded.model.device
-    if device.type == "cuda":
-        free, cap = torch.cuda.mem_get_info(device)[0], 64
-    else:
-        free, cap = _free_memory(), 16
-    fit = max(1, int(free / 2 / cost))
+    cards = [d for d in devices(loaded.model) if d.type == "cuda"]
+    free, cap = (min(torch.cuda.mem_get_info(d)[0] for d in cards), 64) if cards else (_free_memory(), 16)
+    fit = max(1, smallest(int(free / 2 / cost)))
     return min(cap, 1 << (fit.bit_length() - 1))
 
 
@@ -218,12 +225,12 @@ def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
     """Add the time spent in the vision tower to `bench.tower`."""
-    model, tower = bench.loaded.model, vision_tower(bench.loaded)
-    began = [0.0]
+    tower = vision_tower(bench.loaded)
+    device, began = execution_device(tower, bench.loaded.device), [0.0]
 
     def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def before(*_: Any) -> None:
@@ -302,6 +309,11 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     except (MemoryError, RuntimeError) as error:
         if len(numbers) == 1 or not out_of_memory(error):
             raise
+        if bench.loaded.engine is not None:  # the other processes would wait for this one
+            raise ValueError(
+                f"out of memory at batch size {len(numbers)}, which is not halved with engine={bench.loaded.engine!r}; "
+                "give a smaller --batch"
+            ) from error
         bench.batch = max(1, len(numbers) // 2)
         log.warning("out of memory at batch size %d; continuing with %d", len(numbers), bench.batch)
         new = None

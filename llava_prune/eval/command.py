@@ -37,13 +37,13 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"--rate {args.rate:g} is for --dry-run")
     if "RANK" in os.environ:  # started by torchrun, or by `launch`
         return _one_process(args, settings)
-    count = process_count(args.gpus, args.procs, args.device is not None)
+    count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     return launch(count, args.argv, args.max_restarts) if count > 1 else _one_process(args, settings)
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
-    count = args.gpus or args.procs or process_count(None, None, args.device is not None)
-    rows, failed = forecast(settings, count, args.rate)
+    count = args.gpus or args.procs or process_count(None, None, bool(args.device or args.device_map))
+    rows, failed = forecast(settings, 1 if settings.engine else count, args.rate)
     if args.json:
         emit(rows)
     else:
@@ -56,7 +56,7 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
 def _one_process(args: argparse.Namespace, settings: Settings) -> int:
     """This process's part of an evaluation; the first one reports."""
     err = stderr()
-    ranks = Ranks.of(os.environ)
+    ranks = Ranks.of(os.environ, settings.engine is not None)
     command = shlex.join(["llava-prune", *args.argv])
     try:
         if settings.data == "" or settings.model == "":

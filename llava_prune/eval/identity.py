@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..methods.planner import Run
+from ..models.parallel import processes, whole
+from ..models.placement import stored_tensors
 
 PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "pillow", "numpy")
 """Packages whose release can change an answer."""
@@ -29,10 +31,10 @@ _ELSEWHERE = ("torch_dtype", "dtype", "_attn_implementation", "_attn_implementat
 """Entries of a config that have a setting of their own."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that an answer depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the packages that an answer depends on, and of `more`."""
     out = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -45,8 +47,8 @@ def _sha(value: Any) -> str:
 
 
 def _tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and buffers, sorted by name."""
-    return sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0])
+    """Parameters and buffers of the whole model sorted by name, wherever they are."""
+    return ((name, whole(model, name, t)) for name, t in stored_tensors(model))
 
 
 def not_finite(model: Any) -> list[str]:
@@ -62,8 +64,9 @@ def not_finite(model: Any) -> list[str]:
 def weights(model: Any) -> str:
     """sha256 of every parameter and buffer of a model: name, dtype, shape and all bytes, sorted by name.
 
-    The same weights have the same checksum on every device and however a checkpoint splits them into files. It takes
-    about 8 seconds for a model of 7B parameters in half precision.
+    The same weights have the same checksum on every device, with every device map, split over processes, and however a
+    checkpoint splits them into files. It takes about 8 seconds for a model of 7B parameters in half precision. All
+    processes of an engine have to call it.
     """
     h = hashlib.sha256()
     with torch.inference_mode():
@@ -152,6 +155,7 @@ def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
             "checkpoint again, or give another --dtype"
         )
     text = getattr(loaded.model.config, "text_config", None) or loaded.model.config
+    more = [name for name, used in (("bitsandbytes", loaded.bits), ("deepspeed", loaded.engine == "deepspeed")) if used]
     return {
         "model": name,
         "model_base": base,
@@ -159,10 +163,12 @@ def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
         "config": configs(loaded),
         "tokenizer": tokenizer(loaded.tokenizer),
         "family": loaded.family,
-        "device": parameter.device.type,
+        "device": loaded.device.type,
         "dtype": dtype,
+        "bits": loaded.bits,
+        "engine": None if loaded.engine is None else f"{loaded.engine}, {processes()} processes",
         "attn": getattr(text, "_attn_implementation", None),
-        "versions": versions(),
+        "versions": versions(*more),
     }
 
 

@@ -28,7 +28,8 @@ class Settings:
         methods: names, in order; "all" is every registered method.
         tokens: visual token budgets, in order.
         data: folder with the benchmark's files, laid out as LLaVA's playground/data/eval.
-        family, device, dtype, attn: see `llava_prune.load`; None for its default.
+        family, device, dtype, attn, device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; None for its
+            default.
         batch: batch size; None chooses one by free memory.
         out: folder for the results; None for playground/results/<task>/<model>.
         limit: number of questions, counted from the first; None for all.
@@ -52,6 +53,10 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     attn: str | None = None
+    device_map: str | None = None
+    load_8bit: bool = False
+    load_4bit: bool = False
+    engine: str | None = None
     out: str | None = None
     limit: int | None = None
     max_new_tokens: int | None = None

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.distributed import HashStore, PrefixStore, Store
 
+from ..models.parallel import start_group
+
 PAUSE = 0.05
 """Seconds between two looks at the store."""
 FOREVER = datetime.timedelta(days=365)
@@ -29,16 +31,30 @@ class Ranks:
     Attributes:
         rank, count: number of this process, and of all.
         local, locals: the same among the processes of this machine.
+        together: whether each process has a part of the model (tensor parallelism), so that all of them answer the same
+            questions; otherwise each answers questions of its own.
     """
 
-    def __init__(self, store: Store | None = None, rank: int = 0, count: int = 1, local: int = 0, locals: int = 1):
+    def __init__(
+        self,
+        store: Store | None = None,
+        rank: int = 0,
+        count: int = 1,
+        local: int = 0,
+        locals: int = 1,
+        together: bool = False,
+    ) -> None:
         self._store = store or HashStore()
-        self.rank, self.count, self.local, self.locals = rank, count, local, locals
+        self.rank, self.count, self.local, self.locals, self.together = rank, count, local, locals, together
         self._tasks = 0
 
     @classmethod
-    def of(cls, env: Mapping[str, str]) -> Ranks:
+    def of(cls, env: Mapping[str, str], together: bool = False) -> Ranks:
         """The processes that torchrun, or a launcher with its environment variables, has started.
+
+        Args:
+            env: environment variables.
+            together: see `Ranks`; the processes then have a process group, too.
 
         Raises:
             ValueError: when the variables are incomplete, or the store cannot be reached.
@@ -56,7 +72,10 @@ class Ranks:
         except RuntimeError as error:
             raise ValueError(f"the other processes cannot be reached ({str(error).splitlines()[0]})") from error
         rank, count, local, locals = (int(env[n]) for n in names)
-        return cls(_fresh(store, rank, count), rank, count, local, locals)
+        store = _fresh(store, rank, count)
+        if together:
+            start_group(store, rank, count, local)
+        return cls(store, rank, count, local, locals, together)
 
     @property
     def first(self) -> bool:
@@ -71,7 +90,7 @@ class Ranks:
         """
         import torch
 
-        if self.count == 1 or given == "cpu" or (given is None and not torch.cuda.is_available()):
+        if self.together or self.count == 1 or given == "cpu" or (given is None and not torch.cuda.is_available()):
             return given
         if given not in (None, "cuda"):
             raise ValueError(f"device={given!r}: {self.count} processes take a device each; give cuda or cpu")
@@ -89,7 +108,7 @@ class Ranks:
     def task(self, name: str) -> SharedTask:
         """What the processes say to each other about one benchmark. All of them must ask for the same ones in turn."""
         self._tasks += 1
-        return SharedTask(PrefixStore(f"{self._tasks}/{name}", self._store), self.rank, self.count)
+        return SharedTask(PrefixStore(f"{self._tasks}/{name}", self._store), self.rank, self.count, self.together)
 
 
 def _fresh(store: Store, rank: int, count: int) -> Store:
@@ -117,9 +136,10 @@ def _fresh(store: Store, rank: int, count: int) -> Store:
 class SharedTask:
     """One benchmark that several processes evaluate. Use as a context manager: the others hear of a failure."""
 
-    def __init__(self, store: Store, rank: int, count: int) -> None:
-        self._store, self.rank, self.count = store, rank, count
+    def __init__(self, store: Store, rank: int, count: int, together: bool = False) -> None:
+        self._store, self.rank, self.count, self.together = store, rank, count, together
         self._left = self._published = False
+        self._claimed = 0
 
     @property
     def first(self) -> bool:
@@ -156,8 +176,12 @@ class SharedTask:
         return plan
 
     def claim(self) -> int:
-        """Number of a piece that no other process has: 0, 1, 2 ..., past the last when all are taken."""
-        return self._store.add("claimed", 1) - 1
+        """Number of a piece: 0, 1, 2 ..., past the last when all are taken.
+
+        No other process gets it, unless all answer the same (`Ranks.together`).
+        """
+        self._claimed += 1
+        return self._claimed - 1 if self.together else self._store.add("claimed", 1) - 1
 
     def answered(self, label: str, count: int = 0) -> int:
         """Add to the number of new answers of a run; returns that of all processes."""

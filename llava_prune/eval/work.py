@@ -11,7 +11,7 @@ from typing import Any
 import llava_prune
 
 from ..methods.planner import Run
-from .answers import Answers, AnswerWriter, difference
+from .answers import Answers, AnswerWriter, Unwritten, difference
 from .asking import Bench, answer, encode
 from .pieces import batches, pieces
 from .place import Place
@@ -78,7 +78,7 @@ class Work:
                 self.bench.images.clear()
             self.bench.feed.drop(self._images(number))
         for job in self.jobs:
-            job.writer.journal.flush()
+            job.writer.flush()
 
     def wait(self, progress: Progress) -> None:
         """Wait until the other processes have left."""
@@ -156,7 +156,7 @@ def opened(
             shared.publish({"jobs": [_told(job, parts) for job in jobs]})
         else:
             jobs = [
-                _joined(run, values, told, place, shared.rank, stack)
+                _joined(run, values, told, place, shared, stack)
                 for run, values, told in zip(runs, wanted, shared.receive()["jobs"], strict=True)
             ]
         yield Work(bench, parts, shared, jobs)
@@ -168,14 +168,19 @@ def _told(job: Job, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
 
 
-def _joined(run: Run, mine: dict[str, Any], told: dict[str, Any], place: Place, rank: int, stack: ExitStack) -> Job:
+def _joined(
+    run: Run, mine: dict[str, Any], told: dict[str, Any], place: Place, shared: SharedTask, stack: ExitStack
+) -> Job:
     """The job of another process than the first."""
     settings = told["settings"]
     unknown = [k for k, v in mine.items() if v is None and k in ("batch", "images")]
     found = difference(settings, mine, free=unknown)
     if found:
         raise ValueError(f"the first process would have its answers {found} here; give all machines the same files")
-    writer = stack.enter_context(AnswerWriter(place.journal(run, rank), settings, told["done"]))
+    if shared.together:
+        writer: AnswerWriter = Unwritten(settings, told["done"])
+    else:
+        writer = stack.enter_context(AnswerWriter(place.journal(run, shared.rank), settings, told["done"]))
     return Job(run, writer, told["before"], set(told["todo"]), settings["batch"])
 
 

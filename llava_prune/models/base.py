@@ -97,9 +97,11 @@ def refuse_wrappers(model: Any) -> None:
 
 
 def peel(model: Any) -> Any:
-    """The LLaVA inside a PeftModel or a compiled model; any other model as it is."""
+    """The LLaVA inside a PeftModel, a compiled model or DeepSpeed's inference engine; any other model as it is."""
     if type(model).__name__ == "OptimizedModule":
         return peel(model._orig_mod)
+    if type(model).__name__ == "InferenceEngine":
+        return peel(model.module)
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return peel(model.get_base_model())
     return model

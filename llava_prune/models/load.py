@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.counts import Size
+from ..runtime.patching import execution_device
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import HostPrompts, hinting
 from .adapter import Source, check_base
@@ -27,6 +28,8 @@ from .files import MORE, load_tokenizer, refuse_pointers
 from .hf import is_next
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit
+from .parallel import check_engine, join, split
+from .placement import DeviceMap, dispatch, pick_bits, pick_map, quantise
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
@@ -43,6 +46,9 @@ class Loaded:
         image_processor: the vision tower's CLIP image processor.
         family: "llava" or "hf".
         path: where it came from.
+        bits: "8bit" or "4bit" where the weights are quantised, else None.
+        engine: "deepspeed" or "tp" where this process has a part of the model, else None. Every process then makes
+            the same calls in the same order.
     """
 
     model: Any
@@ -50,6 +56,13 @@ class Loaded:
     image_processor: Any
     family: str
     path: str
+    bits: str | None = None
+    engine: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go. A model that is spread over devices or offloaded moves them on by itself."""
+        return execution_device(self.model, torch.device("cpu"))
 
     @property
     def _family(self) -> Family:
@@ -118,10 +131,9 @@ class Loaded:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         pad = self.model.generation_config.pad_token_id
         options.setdefault("pad_token_id", 0 if pad is None else pad)
-        device = self.model.device
         if pixels is not None:
             tower = self._family.tower(self.model)
-            pixels = pixels.to(device=device, dtype=next(tower.parameters()).dtype)
+            pixels = pixels.to(device=self.device, dtype=next(tower.parameters()).dtype)
         call = _ask_llava if self.family == "llava" else _ask_hf
         sizes = None if sizes is None else checked_sizes(sizes)
         out = call(self, [list(r) for r in rows], pixels, sizes, keys, options)
@@ -165,7 +177,7 @@ def _ask_llava(
     loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
 ) -> Any:
     model = loaded.model
-    ids, mask = _padded(rows, options["pad_token_id"], model.device)
+    ids, mask = _padded(rows, options["pad_token_id"], loaded.device)
     prompts = HostPrompts(rows, IMAGE, loaded.n_visual)
     if pixels is None:
         with hinting(prompts=prompts, image_keys=None, image_sizes=None, explicit=True):
@@ -209,7 +221,7 @@ def _ask_hf(
         )
     image, n = model.config.image_token_id, loaded.n_visual
     spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
-    ids, mask = _padded(spread, options["pad_token_id"], model.device)
+    ids, mask = _padded(spread, options["pad_token_id"], loaded.device)
     extra = {} if pixels is None else {"pixel_values": pixels}
     known = {"prompts": HostPrompts(rows, IMAGE, n), "image_keys": None if keys is None else list(keys)}
     with hinting(**known, image_sizes=sizes, explicit=True):
@@ -249,6 +261,11 @@ def load(
     device: Any = None,
     attn: str | None = None,
     model_base: str | Path | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: dict[Any, Any] | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    engine: str | None = None,
 ) -> Loaded:
     """Load a LLaVA.
 
@@ -262,6 +279,13 @@ def load(
         attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
         model_base: checkpoint that an adapter in LLaVA's format (a LoRA folder, or a folder with a mm_projector.bin)
             was trained on, folder or hub id. The config is the adapter's, tokenizer and language model are the base's.
+        device_map: spreads a model over several cards, main memory and disk: "auto", "balanced", "balanced_low_0" or
+            "sequential" by free memory, or a dict of module and device ("cpu" beside a card, or "disk", is offloaded).
+        max_memory: with the name of a device map, device -> bytes or "10GiB" that weights may take.
+        load_8bit: quantise the linear layers of language model and projector to 8 bit (bitsandbytes' LLM.int8()).
+        load_4bit: quantise them to 4 bit (nf4 with double quantisation).
+        engine: splits the language model over the processes of torchrun, "deepspeed" or "tp" (transformers' own);
+            joins the process group, and LOCAL_RANK chooses the card.
 
     Returns:
         Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
@@ -269,16 +293,27 @@ def load(
         vocabulary where the checkpoint has none.
 
     Raises:
-        ValueError: for a missing, truncated or foreign checkpoint, a family that cannot read it, a device, dtype or
-            attention backend that is not there, or a lack of memory. The message names the checkpoint.
+        ValueError: for a missing, truncated or foreign checkpoint, a family that cannot read it, a device, dtype,
+            attention backend or package that is not there, ways of placing a model that do not go together, or a lack
+            of memory. The message names the checkpoint.
 
     Source: adapters as llava/model/builder.py of package llava; LoRA is added in float32.
     """
     if family not in ("auto", "llava", "hf"):
         raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
-    where = pick_device(device)
+    beside = {"device_map": device_map, "engine": engine}
+    bits = pick_bits(load_8bit, load_4bit, beside)
+    if max_memory is not None and not isinstance(device_map, str):
+        raise ValueError("max_memory goes with the name of a device map, such as device_map='auto'")
+    if engine is not None:
+        check_engine(engine, {"device": device, "device_map": device_map})
+        where = join()
+    else:
+        where = pick_device(device) if device_map is None else pick_map(device_map, device)
     try:
-        return _load(path, family, dtype, where, attn, model_base)
+        loaded = _load(path, family, dtype, where, attn, model_base)
+        _place(loaded, where, device_map, max_memory, bits, engine)
+        return loaded
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # libraries raise errors of their own, and those in Rust panic
@@ -321,7 +356,29 @@ def _load(
     tokenizer = load_tokenizer(source.weights, original)
     torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
     model, processor = build(source, config, kind, attn)
-    return Loaded(model.to(where).eval(), tokenizer, processor, family, str(path))
+    return Loaded(model.eval(), tokenizer, processor, family, str(path))
+
+
+def _place(
+    loaded: Loaded,
+    where: torch.device,
+    device_map: DeviceMap | None,
+    max_memory: Any,
+    bits: str | None,
+    engine: str | None,
+) -> None:
+    """Bring a model from main memory to where it computes; at most one of the three ways is asked for."""
+    model, family = loaded.model, loaded._family
+    if device_map is not None:
+        return dispatch(model, family, device_map, max_memory)
+    if bits is not None:
+        if getattr(model, "is_quantized", False):
+            raise ValueError(f"{loaded.path} is a quantised checkpoint; leave out load_{bits}")
+        quantise(model, family, bits, where)
+    elif engine is not None:
+        split(model, family, engine, next(model.parameters()).dtype)
+    model.to(where)
+    loaded.bits, loaded.engine = bits, engine
 
 
 def _has_llava() -> bool:

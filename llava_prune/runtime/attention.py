@@ -14,10 +14,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops.selection import Positions
 from .compat import repeat_kv, rotate_half
+
+
+def head_group(attention: Any) -> Any:
+    """The processes that an attention module's heads are split over (tensor parallelism), None where it has them all.
+
+    Both engines say so at the projection: transformers' by a weight that is a DTensor, DeepSpeed by a layer of its own.
+    """
+    projection = attention.k_proj
+    mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)
+    return getattr(projection, "mp_group", None) if mesh is None else mesh.get_group()
+
+
+def all_heads(attention: Any, values: Tensor) -> Tensor:
+    """(B, H, ...) of all heads from those of this process, in the order of the whole model."""
+    group = head_group(attention)
+    if group is None:
+        return values
+    values = values.contiguous()
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return torch.cat(parts, 1)
 
 
 def decoder_attention(
@@ -60,7 +82,7 @@ def decoder_attention(
     if kernels is not None and isinstance(positions, slice) and not queries.requires_grad:
         query = kernels.turned(queries, cos[:, positions], sin[:, positions], queries.shape[2] // attn.head_dim)
         attention: Tensor = kernels.attention(query @ transposed, attn.scaling, positions.start, valid)
-        return attention
+        return all_heads(attn, attention)
     query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, Q, dh)
     score = (_rotate(query, cos[:, positions], sin[:, positions]) @ transposed).mul_(attn.scaling)  # (B, H, Q, L)
     lowest = torch.finfo(score.dtype).min
@@ -72,7 +94,7 @@ def decoder_attention(
         score.masked_fill_(torch.arange(length, device=positions.device) > positions[:, None], lowest)
     if valid is not None:
         score.masked_fill_(~valid[:, None, None], lowest)
-    return score.softmax(-1, dtype=torch.float32)
+    return all_heads(attn, score.softmax(-1, dtype=torch.float32))
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,7 +155,7 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
     keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, 1 + T, dh)
     query = attn.q_proj(states[:, positions]).view(n, len(positions), -1, attn.head_dim).transpose(1, 2)
     attention = (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32)
-    return RecordedAttention(attention, keys, query)
+    return RecordedAttention(attention, keys, query).map(functools.partial(all_heads, attn))
 
 
 def catch_mlp_input(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:

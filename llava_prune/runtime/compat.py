@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from packaging.version import Version
 from transformers.cache_utils import DynamicCache
@@ -18,6 +20,30 @@ CAUSAL = ("sdpa", "flash_attention_2")
 """Backends that are causal by themselves when no mask is given, and take a mask of theirs without `create_causal_mask`:
 bool (B, 1, q, keys) or (B, keys)."""
 
+
+def split_by_plan(model: Any, processes: int) -> None:
+    """Leave this process its part of a model in memory, by the model's own plan (`tp_plan="auto"`); in place.
+
+    Raises:
+        ValueError: for a release that splits models only while it reads them.
+    """
+    from torch.distributed import get_backend
+    from torch.distributed.device_mesh import init_device_mesh
+
+    try:
+        from transformers.distributed import DistributedConfig
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+        plan = model._resolve_parallel_plans(DistributedConfig(tp_size=processes, tp_plan="auto"))[0]
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"engine='tp' is not supported with transformers {transformers.__version__} (tested with 5.23.0); upgrade "
+            "it, or use engine='deepspeed'"
+        ) from error
+    mesh = init_device_mesh("cuda" if get_backend() == "nccl" else "cpu", (processes,), mesh_dim_names=("tp",))
+    apply_tensor_parallelism(model, mesh, plan)
+
+
 __all__ = [
     "CAUSAL",
     "BaseModelOutputWithPast",
@@ -26,4 +52,5 @@ __all__ = [
     "create_causal_mask",
     "repeat_kv",
     "rotate_half",
+    "split_by_plan",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..methods.base import Method
 from ..ops.merging import Merge, merge_tokens
+from .attention import all_heads
 
 
 @dataclass
@@ -107,5 +108,5 @@ def merging_block(layer: Any, method: Method, count: int, state: Merging, hidden
     mixed = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attn.scale)
     hidden = hidden + attn.out_proj(mixed.transpose(1, 2).flatten(2))
     if count:
-        hidden = state.apply(method.merge(keys, count), hidden)
+        hidden = state.apply(method.merge(all_heads(attn, keys), count), hidden)
     return hidden + layer.mlp(layer.layer_norm2(hidden))

@@ -80,8 +80,9 @@ def replace_method(owner: Any, name: str, function: Callable[..., Any], *args: A
 def execution_device(module: Any, default: torch.device) -> torch.device:
     """Where a module computes: as accelerate's hook says, else where its weights are."""
     hook = module.__dict__.get("_hf_hook")
-    device = getattr(hook, "execution_device", None)
-    if device is not None:
-        return torch.device(device)
+    for one in getattr(hook, "hooks", (hook,)):  # several in one, or one, or none
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     parameter = next(module.parameters(), None)
     return default if parameter is None or parameter.is_meta else parameter.device

@@ -7,6 +7,8 @@ the business of `decode.py`.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
-from .attention import catch_mlp_input, catch_queries, decoder_attention
+from .attention import catch_mlp_input, catch_queries, decoder_attention, head_group
 from .decode import DecodeState, Stage
 from .layout import check_cut, lay_out, moved_ids, patch_table
 from .masks import Masks, Rotary
@@ -175,7 +177,10 @@ class Prefill:
         score = _Attention(layer, before, rope, attended, self._keys(i), queries, self.kernels)
         if i + 1 == len(layers):
             if prunes_inside(type(self.method)):
-                self.trace.final = _LastCut(self.method, i, score, wanted, self._view(None))
+                final: Callable[[], tuple[Tensor, Tensor]] = _LastCut(self.method, i, score, wanted, self._view(None))
+                if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
+                    final = functools.partial(_given, final())
+                self.trace.final = final
             return None
         following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
         attention = None if wanted is None else score(wanted)
@@ -300,3 +305,7 @@ class _LastCut:
         if cut is None:
             return view.ids, view.visual
         return moved_ids(view.ids, cut)
+
+
+def _given(value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return value

@@ -42,6 +42,7 @@ class Model:
     """Answers by the length of the prompt; `fail` is raised at its n-th call."""
 
     family, n_visual, tokenizer = "hf", 16, Tokenizer()
+    bits, engine, device = None, None, torch.device("cpu")
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
     image_processor = SimpleNamespace(image_mean=[0.5] * 3, to_dict=dict)
 
@@ -52,6 +53,8 @@ class Model:
             generation_config=None,
             named_parameters=weight.named_parameters,
             named_buffers=weight.named_buffers,
+            named_modules=weight.named_modules,
+            modules=weight.modules,
             get_output_embeddings=torch.nn.Identity,
             device=torch.device("cpu"),
             parameters=lambda: iter([weight.weight]),

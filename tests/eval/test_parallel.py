@@ -118,6 +118,21 @@ def test_processes_that_start_again(alone: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == files(alone) and not left(tmp_path)
 
 
+@pytest.mark.parametrize("flags", [("--engine", "tp", "--procs", "2"), ("--device-map", "auto")])
+def test_models_larger_than_a_card(flags: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
+    """A model that is split over processes, or dispatched: the same answers and kept tokens."""
+    status, text = ended(start(tmp_path, *flags))
+    assert status == 0 and text.count("answers and results") == len(TASKS), text
+    assert not left(tmp_path)
+    for task in TASKS:
+        for label in LABELS:
+            mine, theirs = (
+                [json.loads(x) for x in (p / task / label / ANSWERS).read_text().splitlines()]
+                for p in (tmp_path, alone)
+            )
+            assert [(r["text"], r["kept"]) for r in mine] == [(r["text"], r["kept"]) for r in theirs]
+
+
 def test_a_message_is_printed_once(tmp_path: Path) -> None:
     status, text = ended(start(tmp_path, "--procs", "2", "--model", str(tmp_path / "none")))
     assert status == 1 and text.count("no such checkpoint folder") == 1

@@ -217,21 +217,18 @@ def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> N
     assert asking.auto_batch(loaded, 2 * 128 + models.PATCHES) == 2, "prompts of twice the length, half the batch"
 
 
-def test_auto_batch_on_a_gpu(tiny_models: Any, monkeypatch: Any) -> None:
-    from types import SimpleNamespace
-
+def test_auto_batch_on_gpus(tiny_models: Any, monkeypatch: Any) -> None:
+    """The GPU with the least free memory decides."""
     from llava_prune.eval import asking
     from tests import models
 
     loaded = models.loaded(tiny_models["hf"])
-    inner = loaded.model
-    model = SimpleNamespace(
-        device=torch.device("cuda:1"), parameters=inner.parameters, get_input_embeddings=inner.get_input_embeddings
-    )
-    card = SimpleNamespace(model=model, size=loaded.size)
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (1 << 40, 1 << 41))[1])
-    assert asking.auto_batch(card, 128) == 64 and asked == [torch.device("cuda:1")]
+    free = {torch.device("cuda:0"): 1 << 40, torch.device("cuda:1"): 1 << 40}
+    monkeypatch.setattr(asking, "devices", lambda _: [*free, torch.device("cpu")])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 1 << 41))
+    assert asking.auto_batch(loaded, 128) == 64
+    free[torch.device("cuda:1")] = 1 << 20
+    assert asking.auto_batch(loaded, 128) < 64
 
 
 def test_two_writers(tmp_path: Path) -> None:

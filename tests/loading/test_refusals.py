@@ -239,8 +239,8 @@ def test_towers_as_they_are_published(family: str, tiny_path: Path, tmp_path: Pa
         ({"vision_config": {}}, "num_hidden_layers is 12 in the config, the weights have 5 layers"),
         ({"attn_implementation": "some/kernel"}, "attn_implementation='some/kernel' is not supported"),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "cannot be loaded: .*bitsandb",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "cannot be loaded: .*GPTQ",
         ),
     ],
 )

@@ -1,0 +1,221 @@
+"""Models larger than a card: device maps of accelerate, and weights in 8 or 4 bit by bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.patching import execution_device
+from .base import Family
+from .config import pick_device
+
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Names of device maps, as in transformers; "auto" is "balanced"."""
+SHARE = 0.9
+"""Share of a card's free memory that weights may take; the rest is for activations and the KV cache."""
+WHOLE = {"LlamaDecoderLayer", "CLIPEncoderLayer"}
+"""Classes whose modules are not split over devices; the vision tower is not split either."""
+BITS = {"8bit": "load_8bit", "4bit": "load_4bit"}
+
+DeviceMap = str | Mapping[str, Any]
+
+
+# arguments --------------------------------------------------------------------------------------------------------
+
+
+def pick_map(device_map: Any, device: Any) -> torch.device:
+    """The device that a model with this device map computes on first, which decides its dtype.
+
+    Raises:
+        ValueError: for an unknown map, a device that is not there, a `device` beside it, or without accelerate.
+    """
+    if device not in (None, ""):
+        raise ValueError(f"device={str(device)!r} and device_map go against each other; give one of them")
+    if isinstance(device_map, str):
+        if device_map not in MAPS:
+            raise ValueError(
+                f"device_map={device_map!r} is not known; choose {', '.join(MAPS)}, or give a dict of module and device"
+            )
+        values: list[Any] = [None]
+    elif isinstance(device_map, Mapping) and device_map:
+        values = [v for v in device_map.values() if v not in ("disk", "cpu")]
+    else:
+        raise ValueError(f"device_map={device_map!r} must be a name or a dict of module and device")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError("device_map needs the package accelerate (pip install accelerate)")
+    found = [pick_device(v) for v in values]
+    return found[0] if found else torch.device("cpu")
+
+
+def pick_bits(load_8bit: bool, load_4bit: bool, attended: Mapping[str, Any]) -> str | None:
+    """ "8bit", "4bit", or None for weights as they are.
+
+    Args:
+        load_8bit, load_4bit: see `llava_prune.load`.
+        attended: other ways of placing a model by argument name, None where they are not asked for.
+
+    Raises:
+        ValueError: for both at once, with another way of placing a model, or without bitsandbytes.
+    """
+    if not (load_8bit or load_4bit):
+        return None
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit go against each other; give one of them")
+    bits = "8bit" if load_8bit else "4bit"
+    for name, value in attended.items():
+        if value is not None:
+            raise ValueError(f"{BITS[bits]} with {name}={value!r} is not supported; leave out one of them")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{BITS[bits]} needs the package bitsandbytes (pip install 'bitsandbytes>=0.49')")
+    return bits
+
+
+# device maps ------------------------------------------------------------------------------------------------------
+
+
+def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any = None) -> None:
+    """Spread a model over devices, and over main memory and disk what does not fit; it is changed in place.
+
+    Layers and the vision tower are not split. What is on disk is in a temporary folder (TMPDIR), which is removed with
+    the model.
+
+    Args:
+        model: on the CPU.
+        family: its package.
+        device_map: see `llava_prune.load`.
+        max_memory: device -> bytes or "10GiB" that weights may take; None for `SHARE` of what is free.
+
+    Raises:
+        ValueError: for a map that does not cover the model, or names what it does not have.
+    """
+    from accelerate import dispatch_model
+
+    tower = type(family.tower(model)).__name__
+    found = _computed(model, device_map, max_memory, tower) if isinstance(device_map, str) else dict(device_map)
+    _check_map(model, found)
+    if "" in found:  # accelerate finds nothing to offload under this name
+        rest = found.pop("")
+        found = {**{name: rest for name, _ in model.named_children()}, **found}
+    folder = None
+    if "disk" in found.values():
+        folder = tempfile.mkdtemp(prefix="llava-prune-")
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    # the tower's class asks for its own device, so its weights come all at once
+    dispatch_model(model, found, offload_dir=folder, preload_module_classes=[tower])
+    if family.name == "llava" and model.get_input_embeddings().weight.is_meta:
+        raise ValueError(
+            "package llava needs the device of the input embeddings, and device_map has them on disk or beside the "
+            "card; put model.embed_tokens on the card, or use family='hf'"
+        )
+
+
+def _computed(model: Any, name: str, max_memory: Any, tower: str) -> dict[str, Any]:
+    """Module -> device by memory, as transformers does for the same name."""
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    whole = [*WHOLE, tower]
+    limit = max_memory
+    if name != "sequential":
+        low = name == "balanced_low_0"
+        limit = get_balanced_memory(model, limit, no_split_module_classes=whole, low_zero=low)
+    limit = get_max_memory(limit)
+    if max_memory is None:
+        limit = {k: v if k in ("cpu", "disk") else int(SHARE * v) for k, v in limit.items()}
+    found: dict[str, Any] = infer_auto_device_map(model, limit, no_split_module_classes=whole)
+    return found
+
+
+def _check_map(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Refuse names that a model does not have, and parts of it that no name covers."""
+    known = {"", *(n for n, _ in model.named_modules()), *(n for n, _ in model.named_parameters())}
+    known |= {n for n, _ in model.named_buffers()}
+    strange = [name for name in found if name not in known]
+    if strange:
+        raise ValueError(f"device_map: this model has no module {strange[0]!r}; print(model) shows their names")
+    places = tuple(f"{name}." if name else "" for name in found)
+    left = [n for n, _ in model.named_parameters() if n not in found and not n.startswith(places)]
+    if left:
+        raise ValueError(f"device_map has no device for {left[0]}; add its module, or '' for all that is left")
+
+
+def devices(model: Any) -> list[torch.device]:
+    """Devices that the modules of a model compute on, the one that takes its inputs first."""
+    first = execution_device(model, torch.device("cpu"))
+    found = [execution_device(m, first) for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    return list(dict.fromkeys([first, *found]))
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all parameters and buffers sorted by name, those that accelerate has offloaded included.
+
+    Of quantised weights, the scales as well. One offloaded tensor is read at a time.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):  # a layout for the CPU is undone, too
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name in sorted(tensors):
+        yield name, _offloaded(model, name) if tensors[name].is_meta else tensors[name]
+
+
+def _offloaded(model: nn.Module, name: str) -> Tensor:
+    """A tensor that is on the meta device, as the hook of the module that holds it has it."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        hook = model.get_submodule(".".join(parts[:i])).__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            table = getattr(one, "weights_map", None)
+            if table is not None:
+                found: Tensor = table[".".join(parts[i:])]
+                return found
+    raise ValueError(f"{name} has no values (it is on the meta device); load the model again")
+
+
+# 8 and 4 bit ------------------------------------------------------------------------------------------------------
+
+
+def quantise(model: Any, family: Family, bits: str, device: torch.device) -> None:
+    """Turn the linear layers of language model and projector into bitsandbytes' on a device, one after the other.
+
+    The head (lm_head) and the vision tower stay as they are. 8 bit is LLM.int8() with outliers above 6; 4 bit is nf4
+    with double quantisation, computed in the model's dtype.
+
+    Source: what haotian-liu/LLaVA's builder.py quantises with load_8bit and load_4bit.
+    """
+    tower = set(family.tower(model).modules())  # inside the language model in package llava
+    for part in (family.language_model(model), family.projector(model)):
+        for module in list(part.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear and child not in tower:
+                    setattr(module, name, _quantised(child, bits).to(device))
+
+
+def _quantised(linear: nn.Linear, bits: str) -> Any:
+    """bitsandbytes' layer for a linear one; its weights are quantised when it is moved to a device."""
+    import bitsandbytes as bnb
+
+    made: Any = None
+    size, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    with torch.device("meta"):
+        if bits == "8bit":
+            made = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, threshold=6.0)
+        else:
+            made = bnb.nn.Linear4bit(
+                *size, bias=bias, compute_dtype=linear.weight.dtype, compress_statistics=True, quant_type="nf4"
+            )
+    if bits == "8bit":
+        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        made.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
+        )
+    made.bias = linear.bias
+    return made.requires_grad_(False)
