@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import logging
 import os
 import shlex
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, arguments
 from .arguments import DATA, MOST, RESULTS, TINY
+from .console import emit, stderr, stdout
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
-    from rich.console import Console
     from rich.table import Table
 
 ENVIRONMENT = "The flags under 'settings' can also be set by environment variables of the same name in capitals."
@@ -55,9 +54,15 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     flag("seed", "0", "random seed of sampling, and of methods that draw", type=arguments.seed)
     flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
     flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
+    flag("gpus", None, "GPUs, each with a process of its own; default all visible ones", type=arguments.positive)
+    flag("procs", None, "processes on the CPU; default one", type=arguments.positive)
+    flag("max-restarts", "0", "times that all processes start again when one fails", type=arguments.natural)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
+    p.add_argument("--dry-run", action="store_true", help="show what would run, what is answered already and the time")
+    text = "answers per second of a process, for --dry-run; default as measured in OUT"
+    p.add_argument("--rate", type=arguments.number(1e-6, MOST), help=text)
     _add_json(p)
     p.set_defaults(run=_eval)
 
@@ -178,23 +183,6 @@ def _add_size(p: argparse.ArgumentParser) -> None:
 # commands ---------------------------------------------------------------------------------------------------------
 
 
-def _stdout() -> Console:
-    """A console for tables, wide enough in files and pipes too."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _quiet() -> None:
     """Turn off the progress bars and hints of transformers; the terminal shows our own."""
     from transformers.utils import logging as theirs
@@ -204,43 +192,10 @@ def _quiet() -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from .eval.plan import Settings, model_defaults
-    from .eval.result import public
-    from .eval.run import evaluate_all, out_folder
-    from .eval.show import Bars, results_table, summary_table
-    from .eval.task import load_task
+    from .eval import command
 
-    err = _stderr()
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    given = {k: v for k, v in vars(args).items() if k in fields}
-    settings = Settings(**given, methods=args.method, reference=not args.no_reference)
-    if settings.data == "" or settings.model == "":
-        raise ValueError("MODEL and DATA must not be empty")
-    defaults = model_defaults(settings.model)
-    if defaults:
-        err.print(f"hyper-parameters from {settings.model}: {json.dumps(defaults)}", markup=False)
     _quiet()
-    with Bars(err) as bars:
-        results, failed = evaluate_all(settings, bars.of, shlex.join(["llava-prune", *args.argv]))
-    if args.json:
-        _emit([public(r) for runs in results.values() for r in runs])
-    else:
-        console = _stdout()
-        for name, runs in results.items():
-            task = load_task(name)
-            if runs:
-                console.print(results_table(runs, task.title, task.figure, task.columns))
-            else:
-                console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, other chunks are missing")
-            for note in [*task.notes(runs), *dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"])]:
-                console.print(f"{name}: {note}", markup=False, soft_wrap=True)
-            console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
-        if len(results) > 1:
-            console.print(summary_table(results))
-    failed |= {n: r["why_no_figure"] for n, runs in results.items() for r in runs if r["details"].get("not_finite")}
-    if failed:
-        raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
-    return 0
+    return command.evaluate(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -248,7 +203,7 @@ def _bench(args: argparse.Namespace) -> int:
     from .bench.show import speed_tables
     from .bench.speed import Settings, first, out_folder, speed
 
-    err = _stderr()
+    err = stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
@@ -261,9 +216,9 @@ def _bench(args: argparse.Namespace) -> int:
     except ValueError as error:
         err.print(f"no plot: {error}", markup=False)
     if args.json:
-        _emit(result)
+        emit(result)
         return 0
-    console = _stdout()
+    console = stdout()
     for table in speed_tables(result):
         console.print(table)
     console.print(f"results: {out_folder(settings)}", markup=False, soft_wrap=True)
@@ -277,7 +232,7 @@ def _score(args: argparse.Namespace) -> int:
     result, written, warnings = score_files(
         args.task, args.answers, args.data, args.questions, args.annotations, args.export
     )
-    err = _stderr()
+    err = stderr()
     for text in warnings:
         err.print(f"note: {text}", markup=False, soft_wrap=True)
     if written:
@@ -285,9 +240,9 @@ def _score(args: argparse.Namespace) -> int:
     if result["figure"] is None:
         raise ValueError(result["why"])
     if args.json:
-        _emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
+        emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
     else:
-        _stdout().print(score_table(result))
+        stdout().print(score_table(result))
     return 0
 
 
@@ -299,15 +254,15 @@ def _data(args: argparse.Namespace) -> int:
     names = task_names() if args.task == "all" else [load_task(args.task).name]
     by_hand: list[str] = []
     if args.download:
-        with Bars(_stderr(), "MB") as bars:
+        with Bars(stderr(), "MB") as bars:
             for name in names:
                 left = download(load_task(name), args.data, lambda u, n, t: bars(u, n >> 20, (t or n) >> 20))[1]
                 by_hand += [f"{name}: {kind}" for kind in left]
     reports = [inspect(name, args.data) for name in names]
     if args.json:
-        _emit(reports)
+        emit(reports)
     else:
-        console = _stdout()
+        console = stdout()
         for report in reports:
             console.print(data_table(report))
             for problem in report["problems"]:
@@ -325,10 +280,10 @@ def _methods(args: argparse.Namespace) -> int:
     size = Size(args.layers, args.hidden, args.intermediate, args.visual)
     rows = table(args.tokens, size, args.text, args.method)
     if args.json:
-        _emit([dataclasses.asdict(r) for r in rows])
+        emit([dataclasses.asdict(r) for r in rows])
         return 0
     for shown in methods_tables(rows, size, args.text):
-        _stdout().print(shown)
+        stdout().print(shown)
     return 0
 
 
@@ -366,10 +321,10 @@ def _flops(args: argparse.Namespace) -> int:
     size = Size(args.layers, args.hidden, args.intermediate, args.visual)
     rows = [dataclasses.asdict(r) for r in table(args.tokens, args.slope, size, args.text, args.published)]
     if args.json:
-        _emit(rows)
+        emit(rows)
         return 0
     title = f"equation (2), {args.layers} layers, {args.visual} visual tokens, {args.text:g} text tokens"
-    _stdout().print(_flops_table(rows, title, bool(args.published)))
+    stdout().print(_flops_table(rows, title, bool(args.published)))
     return 0
 
 
@@ -400,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(os.environ).parse_args(argv)
     args.argv = argv
-    err = _stderr()
+    err = stderr()
     try:
         with _logging():
             return int(args.run(args))
@@ -414,10 +369,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, ValueError) as error:
         message, status = str(error) or "out of memory; use a smaller batch or model", 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        kind = type(error).__name__
+        if kind in ("DistNetworkError", "DistStoreError"):
+            message, status = "the first process is gone; run the same command to resume", 1
+        elif kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
+        else:
             raise
-        message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
-    err.print(f"llava-prune: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"process {rank}: "
+    err.print(f"llava-prune: {where}{message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     return status
 
 

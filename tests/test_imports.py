@@ -95,9 +95,10 @@ ALLOWED = {
     "experimental": {"experimental", "runtime", "methods", "ops"},
     "arguments": {"methods"},
     "bench": {"bench", "experimental", "arguments", "", *CORE},
-    "eval": {"eval", "bench", "experimental", "arguments", "", *CORE},
+    "eval": {"eval", "bench", "experimental", "arguments", "console", "", *CORE},
     "llava_programs": {*CORE},
-    "cli": {"eval", "bench", "arguments", "llava_programs", ""},
+    "cli": {"eval", "bench", "arguments", "console", "llava_programs", ""},
+    "console": set(),
     "__main__": {"cli"},
     "": set(),
 }
@@ -168,7 +169,7 @@ def ours(name: str) -> bool:
 def test_the_reader_finds_imports() -> None:
     """The rules below would hold of nothing if imports were not found."""
     assert ("llava_prune.methods.base", False) in imports("llava_prune.methods.planner")
-    assert ("llava_prune.eval.run", True) in imports("llava_prune.cli")
+    assert ("llava_prune.eval.command", True) in imports("llava_prune.cli")
     assert ("llava_prune.arguments", False) in imports("llava_prune.cli")
     assert any(lazy and "experimental" in name for name, lazy in imports("llava_prune.handle"))
     assert not any(ours(name) for name, _ in imports("llava_prune"))

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..models.load import resolve
 from ..models.parallel import smallest
 from ..models.placement import devices
 from ..runtime.patching import execution_device
+from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
 from .images import pixels
@@ -53,8 +54,7 @@ class Bench:
         load: seconds that loading took.
         tower: seconds spent in the vision tower so far.
         images: cache of the tower's outputs, see `Loaded.remember_images`.
-        sizes: (width, height) of the images opened so far.
-        shape: (3, H, W) of the tower's input.
+        feed: reads images.
         logits: watches the logits for NaN and infinite values, see `finite.watched`; None where nothing does.
     """
 
@@ -65,10 +65,9 @@ class Bench:
     rows: list[list[int]]
     batch: int
     load: float
+    feed: ImageFeed
     tower: float = 0.0
     images: Any = None
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    shape: tuple[int, ...] = ()
     logits: Logits | None = None
 
 
@@ -165,7 +164,21 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
-    return Bench(loaded, task, files, pad, rows, batch, seconds)
+    feed = ImageFeed(functools.partial(read_image, files.sources, loaded.image_processor, pad))
+    return Bench(loaded, task, files, pad, rows, batch, seconds, feed)
+
+
+def read_image(sources: Sources, processor: Any, pad: bool, name: str) -> Prepared:
+    """Decode and preprocess an image.
+
+    Raises:
+        ValueError: naming the image, when it cannot be read or is too large.
+    """
+    image = sources.image(name)
+    try:
+        return pixels(image, processor, pad), image.size
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_crops(loaded: Any, where: str) -> None:
@@ -209,19 +222,6 @@ def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:
     return out
 
 
-def batches(bench: Bench, numbers: Sequence[int]) -> list[list[int]]:
-    """Question numbers in batches of similar length, longest first; a resumed run has the same batches.
-
-    Questions without an image are in batches of their own.
-    """
-    out = []
-    for plain in (False, True):
-        some = [i for i in numbers if (bench.files.questions[i].image is None) == plain]
-        some.sort(key=lambda i: (-len(bench.rows[i]), i))
-        out += [some[i : i + bench.batch] for i in range(0, len(some), bench.batch)]
-    return out
-
-
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
     """Add the time spent in the vision tower to `bench.tower`."""
@@ -252,29 +252,29 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
+    """Encode images ahead of their questions, `size` at a time.
+
+    Returns:
+        Seconds in the vision tower and of waiting for images, as in the rows of `answer`.
+    """
+    tower, waited = bench.tower, bench.feed.waited
+    if bench.images is not None:
+        for at in range(0, len(names), size):
+            some = names[at : at + size]
+            bench.images.encode(some, torch.stack([bench.feed.get(name)[0] for name in some]))
+    return {"tower_seconds": bench.tower - tower, "image_seconds": bench.feed.waited - waited}
+
+
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     """(B, new) long: new token ids for a batch of questions."""
-    values, sizes, keys = [], [], []
-    for name in (bench.files.questions[i].image for i in numbers):
-        if name is None:
-            continue
-        if bench.images is not None and bench.images.holds(name, method):  # needs no pixels
-            values.append(torch.zeros(bench.shape))
-        else:
-            image = bench.files.sources.image(name)
-            try:
-                values.append(pixels(image, bench.loaded.image_processor, bench.pad))  # (3, H, W)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            bench.shape = tuple(values[-1].shape)
-            bench.sizes[name] = image.size
-        sizes.append(bench.sizes[name])
-        keys.append(name)
+    names = [q.image for q in (bench.files.questions[i] for i in numbers) if q.image is not None]
+    found = [bench.feed.get(name) for name in names]
     return bench.loaded.generate(
         [bench.rows[i] for i in numbers],
-        torch.stack(values) if values else None,
-        sizes=sizes or None,
-        keys=keys or None,
+        torch.stack([image for image, _ in found]) if found else None,
+        sizes=[size for _, size in found] or None,
+        keys=names or None,
         max_new_tokens=bench.task.max_new_tokens,
     )
 
@@ -303,12 +303,17 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     if len(numbers) > bench.batch:
         parts = [numbers[i : i + bench.batch] for i in range(0, len(numbers), bench.batch)]
         return [row for part in parts for row in answer(bench, handle, part, run, name)]
-    start, tower = time.perf_counter(), bench.tower
+    start, tower, waited = time.perf_counter(), bench.tower, bench.feed.waited
     try:
         new = ask(bench, run.method, numbers)
     except (MemoryError, RuntimeError) as error:
         if len(numbers) == 1 or not out_of_memory(error):
             raise
+        if bench.loaded.engine is not None:  # the other processes would wait for this one
+            raise ValueError(
+                f"out of memory at batch size {len(numbers)}, which is not halved with engine={bench.loaded.engine!r}; "
+                "give a smaller --batch"
+            ) from error
         bench.batch = max(1, len(numbers) // 2)
         log.warning("out of memory at batch size %d; continuing with %d", len(numbers), bench.batch)
         new = None
@@ -317,8 +322,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             torch.cuda.empty_cache()
         return answer(bench, handle, numbers, run, name)
     bad = bench.logits.take() if bench.logits is not None else []
-    tower = bench.tower - tower
-    seconds = time.perf_counter() - start - tower
+    tower, waited = bench.tower - tower, bench.feed.waited - waited
+    seconds = time.perf_counter() - start - tower - waited
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
     with_image = bench.files.questions[numbers[0]].image is not None  # all or none of a batch
     none = [[0] * bench.loaded.size.layers] * len(numbers)
@@ -343,5 +348,6 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "row": i,
             "seconds": seconds / len(numbers),
             "tower_seconds": tower / len(numbers),
+            "image_seconds": waited / len(numbers),
         })  # fmt: skip
     return out

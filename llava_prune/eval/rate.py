@@ -30,7 +30,8 @@ from ..bench.flops import ragged_padding
 from ..bench.latency import quartiles
 from ..methods.planner import Run, expand
 from .answers import ANSWERS, SETTINGS
-from .asking import Bench, batches, load_model, prepare
+from .asking import Bench, load_model, prepare
+from .pieces import all_batches
 from .plan import Settings, plan_runs
 from .run import evaluate, read_files
 from .show import finish
@@ -201,9 +202,10 @@ def _texts(path: Path) -> list[str]:
 
 def _padding(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
     entering = {i: row["kept"]["entering"] for i, row in enumerate(answers)}  # answers are in question order
+    asked = {i: bench.files.questions[i] for i in entering}
     return ragged_padding(
         [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]
-        for numbers in batches(bench, sorted(entering))
+        for numbers in all_batches(asked, [len(r) for r in bench.rows], bench.batch)
     )
 
 

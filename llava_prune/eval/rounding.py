@@ -23,7 +23,8 @@ import llava_prune
 from .. import arguments
 from ..arguments import DATA, TINY
 from ..methods.planner import Run
-from .asking import Bench, answer, batches, prepare
+from .asking import Bench, answer, prepare
+from .pieces import all_batches
 from .plan import Settings, plan_runs
 from .run import read_files
 from .show import finish
@@ -50,9 +51,9 @@ class Seen:
 def watch(bench: Bench, run: Run, **options: Any) -> Seen:
     """Ask every question with an image, and record the answers and the kept tokens; `options` go to `pruned`."""
     seen = Seen()
-    numbers = [i for i, q in enumerate(bench.files.questions) if q.image is not None]
+    asked = {i: q for i, q in enumerate(bench.files.questions) if q.image is not None}
     with llava_prune.pruned(bench.loaded.model, run.method, **options) as handle:
-        for some in batches(bench, numbers):
+        for some in all_batches(asked, [len(r) for r in bench.rows], bench.batch):
             rows = answer(bench, handle, some, run, bench.task.name)
             record = handle.last
             if record is None or record.tokens_out.shape[0] != len(some):

@@ -11,32 +11,21 @@ from typing import Any
 
 import torch
 
-import llava_prune
-
-from ..arguments import RESULTS
 from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
-from .answers import ANSWERS, RESULT, Answers, locked, merge, model_id, read_finished, write_whole
-from .asking import Bench, Files, answer, batches, load_model, prepare, tower_clock
+from .answers import ANSWERS, RESULT, TIMING, locked, merge, model_id, total_seconds, write_whole
+from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finite import watched
+from .place import Place, find_place
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
+from .ranks import Ranks, SharedTask
 from .result import Facts, compare, dump, make_result
-from .task import (
-    Question,
-    Sources,
-    Task,
-    check_images,
-    check_questions,
-    load_task,
-    open_images,
-    questions_of,
-    task_names,
-)
+from .rows import Row, read_finished
+from .task import Sources, Task, check_images, check_questions, load_task, open_images, questions_of, task_names
+from .work import Progress, Work, collected, opened
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-"""Called with (label of the run, answers done, answers in all)."""
 
 
 def read_files(task: Task, settings: Settings) -> Files:
@@ -80,35 +69,37 @@ def tasks_of(settings: Settings) -> list[str]:
     return names
 
 
-def chunk_of(total: int, count: int, index: int) -> range:
-    """Question numbers of a chunk: a contiguous block of ceil(total / count), as in LLaVA.
+def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
+    """Checksums of the questions, the prompts' token ids and the images, which all runs share.
 
-    Raises:
-        ValueError: for an index out of range, or an empty chunk.
+    One process of a machine reads the images; None in the others.
     """
-    if not 0 <= index < count:
-        raise ValueError(f"CHUNK_IDX={index} is outside 0..{count - 1}")
-    size = -(-total // count)
-    if index * size >= total:
-        raise ValueError(
-            f"CHUNK_IDX={index}: {total} questions in {count} chunks of {size} leave it empty; "
-            f"use NUM_CHUNKS={-(-total // size)}"
-        )
-    return range(index * size, min(total, (index + 1) * size))
-
-
-def checksums(bench: Bench) -> dict[str, str]:
-    """Checksums of the questions, the prompts' token ids and the images, which all runs share."""
     sources, questions = bench.files.sources, bench.files.questions
     return {
         "questions": sources.versions["questions"]["sha256"],
         "prompts": identity.prompts(bench.rows),
-        "images": identity.images(sources.image_files(questions)),
+        "images": identity.images(sources.image_files(questions)) if ranks.local == 0 else None,
+    }
+
+
+def known(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
+    """Those of `settings_of` that need no model."""
+    return {
+        "task": task.name,
+        "model": settings.model,
+        "model_base": settings.model_base,
+        "method": run.name,
+        "tokens": run.tokens,
+        "hyper": identity.plain(run.method.hyper()),
+        "method_source": identity.source(run),
+        "max_new_tokens": task.max_new_tokens,
+        "limit": settings.limit,
+        "seed": settings.seed,
     }
 
 
 def settings_of(
-    settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str]
+    settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str | None]
 ) -> dict[str, Any]:
     """Everything that may change an answer.
 
@@ -119,78 +110,7 @@ def settings_of(
         model: see `identity.of_model`.
         data: see `checksums`.
     """
-    return {
-        "task": bench.task.name,
-        **model,
-        "method": run.name,
-        "tokens": run.tokens,
-        "hyper": identity.plain(run.method.hyper()),
-        "method_source": identity.source(run),
-        "max_new_tokens": bench.task.max_new_tokens,
-        "limit": settings.limit,
-        "seed": settings.seed,
-        **data,
-        "pad": bench.pad,
-        "batch": settings.batch,
-    }
-
-
-def run_method(bench: Bench, run: Run, answers: Answers, progress: Progress, name: str) -> None:
-    """Answer those questions of a chunk that have no answer yet."""
-    part = list(answers.questions)
-    progress(run.label, len(answers.rows), len(part))
-    if answers.complete or len(answers.rows) >= len(part):
-        return
-    with llava_prune.pruned(bench.loaded.model, run.method) as handle:
-        for numbers in batches(bench, part):
-            if all(i in answers.rows for i in numbers):
-                continue
-            answers.add(answer(bench, handle, numbers, run, name))  # whole batches, as in a run without interruption
-            progress(run.label, len(answers.rows), len(part))
-
-
-def out_folder(settings: Settings, task: str) -> Path:
-    """Folder for a benchmark's results: OUT (OUT/<task> for several), or playground/results/<task>/<model>."""
-    if settings.out:
-        out = Path(settings.out).expanduser()
-        return out / task if settings.task == ALL or "," in settings.task else out
-    part = "" if settings.limit is None else f"-first{settings.limit}"
-    return Path(RESULTS) / task / (model_id(settings.model) + part)
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the answers of an evaluation go, and which of the questions they are to.
-
-    Attributes:
-        out: folder of all runs.
-        questions: number -> question, of the chunk.
-        stem: stem of a chunk's files; "" for the whole benchmark.
-        count: number of chunks.
-        everything: all questions of the benchmark, in order.
-    """
-
-    out: Path
-    questions: dict[int, Question]
-    stem: str
-    count: int
-    everything: list[Question]
-
-    def open(self, run: Run, wanted: dict[str, Any], batch: int, restart: bool) -> Answers:
-        """The answers of a run; see `Answers`."""
-        return Answers(self.out / run.label, wanted, self.questions, restart, {"batch": batch}, self.stem)
-
-
-def find_place(settings: Settings, task: Task, files: Files) -> Place:
-    """See `Place`.
-
-    Raises:
-        ValueError: for a chunk out of range.
-    """
-    part = chunk_of(len(files.questions), settings.num_chunks, settings.chunk_idx)
-    stem = "" if settings.num_chunks == 1 else f"{settings.num_chunks}_{settings.chunk_idx}"
-    questions = {i: files.questions[i] for i in part}
-    return Place(out_folder(settings, task.name), questions, stem, settings.num_chunks, files.questions)
+    return {**known(settings, bench.task, run), **model, **data, "pad": bench.pad, "batch": settings.batch}
 
 
 def evaluate(
@@ -200,6 +120,7 @@ def evaluate(
     loaded: Any = None,
     task: str = "",
     model: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Run every method at every budget, and write the answers, the official formats and the result of each run.
 
@@ -212,42 +133,59 @@ def evaluate(
         loaded: a loaded model.
         task: benchmark, where it differs from `settings.task`.
         model: what is known of the loaded model, see `identity.of_model`.
+        ranks: the processes that evaluate together; default this one.
 
     Returns:
-        The results, the reference first; see `result.make_result`. Empty while other chunks are missing.
+        The results, the reference first; see `result.make_result`. Empty while other chunks are missing, and in other
+        processes than the first.
 
     Raises:
         ValueError: for bad input; answers so far stay on disk.
         OSError: when the disk is full or not writable.
     """
+    ranks = ranks or Ranks()
     bench_task = load_task(task or settings.task)
     if settings.max_new_tokens is not None:
         bench_task = dataclasses.replace(bench_task, max_new_tokens=settings.max_new_tokens)
-    runs = plan_runs(settings, bench_task)
-    files = read_files(bench_task, settings)
-    place = find_place(settings, bench_task, files)
-    torch.manual_seed(settings.seed)
-    bench = prepare(settings, bench_task, files, runs, loaded)
-    model = model or identity.of_model(bench.loaded, settings.model, settings.model_base)
-    data = checksums(bench)
-    wanted = [settings_of(settings, run, bench, model, data) for run in runs]
-    check_first(place, runs, wanted, bench, settings.restart)
-    results: list[dict[str, Any]] = []
+    with ranks.task(bench_task.name) as shared:
+        runs = plan_runs(settings, bench_task)
+        files = read_files(bench_task, settings)
+        place = find_place(settings, bench_task, files)
+        torch.manual_seed(settings.seed)
+        bench = prepare(settings, bench_task, files, runs, loaded)
+        model = model or identity.of_model(bench.loaded, settings.model, settings.model_base)
+        data = checksums(bench, ranks)
+        wanted = [settings_of(settings, run, bench, model, data) for run in runs]
+        if shared.first:
+            check_first(place, runs, wanted, bench, settings.restart)
+        with opened(bench, place, runs, wanted, shared, settings.restart) as work:
+            answer_all(bench, work, runs, progress, model_id(settings.model))
+            if shared.first:
+                work.wait(progress)
+                return finish_all(bench, work, place, shared, command)
+        shared.leave()
+    return []
+
+
+def answer_all(bench: Bench, work: Work, runs: Sequence[Run], progress: Progress, name: str) -> None:
+    """Answer this process's share of the questions; see `Work.do`."""
+    work.report(progress)
     with (
+        bench.feed,
         bench.loaded.remember_images([r.method for r in runs]) as bench.images,
         tower_clock(bench),
         watched(bench.loaded) as bench.logits,
     ):
-        for run, values in zip(runs, wanted, strict=True):
-            with place.open(run, values, bench.batch, settings.restart) as answers:
-                bench.batch = answers.settings["batch"]
-                run_method(bench, run, answers, progress, model_id(settings.model))
-                seconds = answers.seconds()
-                rows = answers.finish()
-                if not place.stem:
-                    results.append(finish(bench, run, place, rows, answers.settings, seconds, command, results))
-            if place.stem:
-                results += join(bench, run, place, answers.settings, seconds, command, results)
+        work.do(progress, name)
+
+
+def finish_all(bench: Bench, work: Work, place: Place, shared: SharedTask, command: str) -> list[dict[str, Any]]:
+    """Write answer files and results of all runs, from the answers of all processes."""
+    results: list[dict[str, Any]] = []
+    for run, answers in collected(work, shared.errors()):
+        rows = answers.finish()
+        finishing = join if place.stem else finish
+        results += finishing(bench, run, place, rows, answers.settings, answers.seconds, command, results)
     return results
 
 
@@ -269,28 +207,34 @@ def check_first(place: Place, runs: Sequence[Run], wanted: Sequence[Any], bench:
 
 
 def join(
-    bench: Bench, run: Run, place: Place, settings: Any, seconds: dict[str, float], command: str, before: Sequence[Any]
+    bench: Bench,
+    run: Run,
+    place: Place,
+    rows: Sequence[Row],
+    settings: Any,
+    seconds: dict[str, float],
+    command: str,
+    before: Sequence[Any],
 ) -> list[dict[str, Any]]:
-    """Join the chunks of a run, and score and export them, one process at a time; empty while a chunk is missing."""
+    """`finish` for a run in chunks, one process at a time; empty while a chunk is missing."""
     folder = place.out / run.label
     with locked(folder):
-        joined, seconds = merge(folder, place.count, place.stem, seconds)
-        if joined is None:
+        if not merge(folder, place.count, place.stem):
             return []
-        rows = read_finished(folder / ANSWERS, place.everything, settings)
-        return [finish(bench, run, place, rows, settings, seconds, command, before)]
+        rows, seconds = read_finished(folder / ANSWERS, place.everything, settings), total_seconds(folder / TIMING)
+        return finish(bench, run, place, rows, settings, seconds, command, before)
 
 
 def finish(
     bench: Bench,
     run: Run,
     place: Place,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     settings: Any,
     seconds: dict[str, float],
     command: str,
     before: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Score a complete run, and write the formats of the official tools and the result.
 
     Args:
@@ -299,7 +243,7 @@ def finish(
         place: where the files go.
         rows: rows of the answer file.
         settings: of the answers.
-        seconds: stage -> seconds.
+        seconds: stage -> seconds, summed over processes.
         command: recorded in the result.
         before: results of earlier runs; the first is compared with where it is the reference.
     """
@@ -314,11 +258,11 @@ def finish(
     result = {**result, "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
     write_whole(folder / RESULT, dump(result))
-    return result
+    return [result]
 
 
 def evaluate_all(
-    settings: Settings, progress: Callable[[str], Progress], command: str = ""
+    settings: Settings, progress: Callable[[str], Progress], command: str = "", ranks: Ranks | None = None
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """Run several benchmarks with one loaded model; a failure of one does not stop the others.
 
@@ -326,6 +270,7 @@ def evaluate_all(
         settings: what to run; see `tasks_of`.
         progress: gives the progress callback of a benchmark.
         command: recorded in the results.
+        ranks: the processes that evaluate together; default this one.
 
     Returns:
         Results by benchmark, and the messages of those that failed.
@@ -333,24 +278,47 @@ def evaluate_all(
     Raises:
         ValueError: when the only benchmark fails or the model cannot be loaded.
     """
-    names = tasks_of(settings)
+    ranks = ranks or Ranks()
+    settings = dataclasses.replace(settings, device=ranks.device(settings.device))
+    names = _agreed_tasks(settings, ranks)
     if len(names) == 1:
-        return {names[0]: evaluate(settings, progress(names[0]), command, task=names[0])}, {}
+        return {names[0]: evaluate(settings, progress(names[0]), command, task=names[0], ranks=ranks)}, {}
     plan_runs(settings)  # raises before the model is loaded
-    results, failed = {}, {}
+    failed = _unreadable(names, settings) if ranks.first else {}
+    loaded = load_model(settings)
+    model = identity.of_model(loaded, settings.model, settings.model_base)
+    results = {}
+    for name in names:
+        try:
+            if name in failed:
+                with ranks.task(name):  # tells the other processes
+                    raise ValueError(failed[name])
+            results[name] = evaluate(settings, progress(name), command, loaded, name, model, ranks)
+        except ValueError as error:
+            failed[name] = str(error)
+    return results, failed
+
+
+def _agreed_tasks(settings: Settings, ranks: Ranks) -> list[str]:
+    """The benchmarks that the first process finds.
+
+    Raises:
+        ValueError: see `tasks_of`.
+    """
+    with ranks.task("benchmarks") as shared:
+        if shared.first:
+            shared.publish({"names": tasks_of(settings)})
+        names: list[str] = shared.receive()["names"]
+    return names
+
+
+def _unreadable(names: Sequence[str], settings: Settings) -> dict[str, str]:
+    """Messages of benchmarks whose files are missing or broken."""
+    failed = {}
     for name in names:
         try:
             read_files(load_task(name), settings)
         except ValueError as error:
             failed[name] = str(error)
             log.warning("%s is left out: %s", name, error)
-    loaded = load_model(settings)
-    model = identity.of_model(loaded, settings.model, settings.model_base)
-    for name in names:
-        if name in failed:
-            continue
-        try:
-            results[name] = evaluate(settings, progress(name), command, loaded, name, model)
-        except ValueError as error:
-            failed[name] = str(error)
-    return results, failed
+    return failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Method
 from ..runtime.attention import RecordedAttention
 from ..runtime.compat import BaseModelOutputWithPooling
-from ..runtime.merging import Merging, Tower, variant_of
-from ..runtime.patching import replace_method
-from ..runtime.state import TowerPass, hints, innermost, recording, tower_pass
+from ..runtime.merging import Merging
+from ..runtime.patching import execution_device, replace_method
+from ..runtime.state import TowerPass, hinting, hints, innermost, recording, tower_pass
 from ..runtime.vision import record_attention
 from .base import Family, encoder_blocks
 
@@ -68,20 +67,34 @@ class ImageCache:
         size: bytes held.
     """
 
-    def __init__(self, queries: dict[int, list[int]], layer: int | None, tower: Tower, limit: int = LIMIT) -> None:
+    def __init__(self, queries: dict[int, list[int]], layer: int | None, tower: Any, limit: int = LIMIT) -> None:
         self.queries = queries
         self.limit = limit
         self.size = 0
         self.layer = layer  # transformers: index into hidden_states; llava: None, the tower returns features
-        self.tower = tower
+        self._tower = tower
         self.table: dict[tuple[Hashable, Hashable], CachedImage] = {}
         self.passes = 0
         self.hits = 0
         self._lock = threading.Lock()
 
-    def holds(self, key: Hashable, method: Method | None = None) -> bool:
-        """Whether an image needs no pixels any more when `method` (None: one that leaves the tower as it is) runs."""
-        return (None if method is None else variant_of(method, self.tower), key) in self.table
+    def encode(self, keys: Sequence[Hashable], pixels: Tensor) -> None:
+        """Run the tower on images that are not known, ahead of the requests that will need them.
+
+        Args:
+            keys: N image identities.
+            pixels: (N, 3, H, W).
+        """
+        dtype = next(self._tower.parameters()).dtype
+        extra = {} if self.layer is None else {"output_hidden_states": True}
+        with torch.inference_mode(), hinting(image_keys=list(keys)):
+            self._tower(pixels.to(execution_device(self._tower, pixels.device), dtype), **extra)
+
+    def clear(self) -> None:
+        """Forget all images."""
+        with self._lock:
+            self.table.clear()
+            self.size = 0
 
     def add(self, fresh: dict[tuple[Hashable, Hashable], CachedImage], asked: int) -> None:
         """Keep new images, if they fit, and count those that were `asked` for."""
@@ -117,7 +130,7 @@ def cached_images(model: Any, family: Family, methods: list[Any], limit: int = L
                 raise ValueError(f"methods need different query positions of tower block {block}; run them one by one")
     queries = {b: r for b, r in queries.items() if b < facts.depth}
     layer = None if family.name == "llava" else model.config.vision_feature_layer
-    cache = ImageCache(queries, layer, facts, limit)
+    cache = ImageCache(queries, layer, family.tower(model), limit)
     undo = record_attention(encoder_blocks(family.encoder(model)), queries, facts.feature_layer)
     undo.append(replace_method(family.tower(model), "forward", _forward, cache, model))
     try:

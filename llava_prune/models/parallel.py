@@ -45,6 +45,26 @@ def check_engine(engine: str, others: dict[str, Any]) -> None:
         raise ValueError("engine='deepspeed' needs the package deepspeed (pip install deepspeed); or use engine='tp'")
 
 
+def start_group(store: Any, rank: int, count: int, local: int) -> None:
+    """Start the process group of processes that share a store already.
+
+    Raises:
+        ValueError: when there is no card for this process.
+    """
+    if torch.cuda.is_available():
+        _take_card(local)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=count)
+
+
+def _take_card(local: int) -> None:
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local}, and this machine has {torch.cuda.device_count()} CUDA devices; start one "
+            "process a card (torchrun --nproc_per_node)"
+        )
+    torch.cuda.set_device(local)
+
+
 def join() -> torch.device:
     """Join the processes that torchrun started, unless that has happened; the device of this one.
 
@@ -53,12 +73,7 @@ def join() -> torch.device:
     """
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda:
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"LOCAL_RANK is {local}, and this machine has {torch.cuda.device_count()} CUDA devices; start one "
-                "process a card (torchrun --nproc_per_node)"
-            )
-        torch.cuda.set_device(local)
+        _take_card(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if cuda else "gloo")

@@ -67,9 +67,13 @@ class Model:
         self.fail = fail or {}
 
     def remember_images(self, methods: Any) -> Any:
-        seen: set[str] = set()
-        self.seen = seen
-        return nullcontext(SimpleNamespace(holds=lambda key, method: key in seen))
+        self.seen: set[str] = set()
+        return nullcontext(SimpleNamespace(encode=self.encode, clear=self.seen.clear))
+
+    def encode(self, keys: list[str], pixels: torch.Tensor) -> None:
+        assert len(keys) == len(pixels)
+        self.fresh += [k for k in keys if k not in self.seen]
+        self.seen |= set(keys)
 
     def generate(self, rows: Any, pixels: Any, sizes: Any, keys: Any, max_new_tokens: int) -> torch.Tensor:
         self.calls.append([len(r) for r in rows])
@@ -80,8 +84,7 @@ class Model:
             assert not any(-200 in r for r in rows)
             return torch.tensor([[len(r) % 2] for r in rows])
         assert sizes == [(6, 4)] * len(rows)
-        self.fresh += [k for k, p in zip(keys, pixels, strict=True) if p.any() and k not in self.seen]
-        self.seen |= set(keys)
+        assert self.seen >= set(keys), "a question was asked before its image was encoded"
         return torch.tensor([[len(r) % 2] for r in rows])
 
 
@@ -91,7 +94,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     def pruned(model: Any, method: Any) -> Any:
         kept = [[getattr(method, "tokens", 16)] * 2] * 64
         yield SimpleNamespace(
-            last=SimpleNamespace(tokens_in=torch.tensor(kept), tokens_out=torch.tensor(kept), stats={"mi1": [1.0] * 64})
+            last=SimpleNamespace(
+                tokens_in=torch.tensor(kept), tokens_out=torch.tensor(kept), stats={"mi1": [1.0] * 64}
+            ),
+            vision=SimpleNamespace(variant=None),
         )
 
     monkeypatch.setattr(llava_prune, "pruned", pruned)

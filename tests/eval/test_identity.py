@@ -21,8 +21,20 @@ from PIL import Image
 from llava_prune.cli import main
 from llava_prune.eval import answers as store
 from llava_prune.eval import identity, run
-from llava_prune.eval.answers import ANSWERS, JOURNAL, RESULT, SETTINGS, Answers, merge, named, write_whole
+from llava_prune.eval.answers import (
+    ANSWERS,
+    JOURNAL,
+    RESULT,
+    SETTINGS,
+    TIMING,
+    Answers,
+    merge,
+    named,
+    total_seconds,
+    write_whole,
+)
 from llava_prune.eval.plan import Settings
+from llava_prune.eval.rows import read_finished
 from llava_prune.eval.task import Question
 from tests import models
 
@@ -249,7 +261,7 @@ def test_what_an_interruption_leaves_is_cut_off(tmp_path: Path, tail: bytes) -> 
     before = path.read_bytes()
     path.write_bytes(before + tail)
     with Answers(tmp_path, MADE, QUESTIONS) as answers:
-        assert sorted(answers.rows) == [0, 1]
+        assert sorted(answers.done) == [0, 1]
         assert path.read_bytes() == before, "half a line was kept"
         answers.add([row(2), row(3)])
         assert [r["question_id"] for r in answers.finish()] == list("0123")
@@ -274,7 +286,7 @@ def test_answers_without_settings(tmp_path: Path, finished: bool, content: str |
     with pytest.raises(ValueError, match="so nothing says how .*--restart"):
         Answers(tmp_path, MADE, QUESTIONS)
     with Answers(tmp_path, MADE, QUESTIONS, restart=True) as answers:
-        assert not answers.rows
+        assert not answers.done
 
 
 @pytest.mark.parametrize("batch", [None, 0, "2", True, 1.5])
@@ -372,10 +384,9 @@ def chunks(folder: Path, count: int = 2, **more: Any) -> None:
 
 def test_joined_chunks_have_settings(tmp_path: Path) -> None:
     chunks(tmp_path)
-    rows, _ = merge(tmp_path, 2, "2_0", {})
-    assert rows is not None and len(rows) == 4
+    assert merge(tmp_path, 2, "2_0")
     with Answers(tmp_path, MADE, QUESTIONS) as answers:  # an ordinary run takes them for its own
-        assert answers.complete and len(answers.rows) == 4
+        assert answers.complete and len(answers.done) == 4
     with pytest.raises(ValueError, match=r"made with hyper.k0=0.4, now it is 0.7"):
         Answers(tmp_path, {**MADE, "hyper": {"k0": 0.7}}, QUESTIONS)
     with pytest.raises(ValueError, match=r"made with hyper.k0=0.4, now it is 0.7"):  # nor does a chunk overwrite them
@@ -388,22 +399,24 @@ def test_chunks_with_other_settings_do_not_join(tmp_path: Path, mine: str, other
     """In both directions: a setting that only one of them has counts as well."""
     chunks(tmp_path, settings1=other)
     with pytest.raises(ValueError, match=r"chunk 2_. in .* was made with (hyper.k0|seed)=.* in chunk"):
-        merge(tmp_path, 2, mine, {})
+        merge(tmp_path, 2, mine)
     assert not (tmp_path / ANSWERS).exists()
 
 
 def test_chunks_of_any_batch_size_join(tmp_path: Path) -> None:
     chunks(tmp_path, settings1={"batch": 8})
-    rows, _ = merge(tmp_path, 2, "2_0", {})
-    assert rows is not None and [r["question_id"] for r in rows] == list("0123")
+    assert merge(tmp_path, 2, "2_0")
+    rows = read_finished(tmp_path / ANSWERS, list(QUESTIONS.values()), MADE)
+    assert [r["question_id"] for r in rows] == list("0123")
+    assert total_seconds(tmp_path / TIMING)["generate"] == 4
 
 
 def test_a_chunk_without_its_last_newline_joins_whole(tmp_path: Path) -> None:
     chunks(tmp_path)
     part = tmp_path / named(ANSWERS, "2_0")
     part.write_bytes(part.read_bytes()[:-1])
-    rows, _ = merge(tmp_path, 2, "2_0", {})
-    assert rows is not None and len(rows) == 4
+    assert merge(tmp_path, 2, "2_0")
+    assert len(read_finished(tmp_path / ANSWERS, list(QUESTIONS.values()), MADE)) == 4
 
 
 def test_an_edited_chunk_is_not_scored(nine: Path, tmp_path: Path, stand_in: Any) -> None:
@@ -416,15 +429,15 @@ def test_an_edited_chunk_is_not_scored(nine: Path, tmp_path: Path, stand_in: Any
         run.evaluate(parts[1])
 
 
-@pytest.mark.parametrize("name", [named(SETTINGS, "2_1"), named(RESULT, "2_1")])
+@pytest.mark.parametrize("name", [named(SETTINGS, "2_1"), named(TIMING, "2_1")])
 def test_broken_files_of_a_chunk(tmp_path: Path, name: str) -> None:
     chunks(tmp_path)
     (tmp_path / name).write_text("[")
     if "settings" in name:
         with pytest.raises(ValueError, match=f"{name} is broken"):
-            merge(tmp_path, 2, "2_0", {})
+            merge(tmp_path, 2, "2_0")
     else:  # seconds only
-        assert merge(tmp_path, 2, "2_0", {})[0] is not None
+        assert merge(tmp_path, 2, "2_0") and total_seconds(tmp_path / TIMING)["generate"] == 0
 
 
 def test_the_message_on_the_command_line(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:

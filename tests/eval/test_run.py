@@ -17,6 +17,7 @@ from llava_prune.arguments import parse_args
 from llava_prune.cli import main
 from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
+from llava_prune.eval.journal import Journal
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.result import flops_figures
 from llava_prune.ops.counts import Size
@@ -216,21 +217,18 @@ def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> N
     assert asking.auto_batch(loaded, 2 * 128 + models.PATCHES) == 2, "prompts of twice the length, half the batch"
 
 
-def test_auto_batch_on_a_gpu(tiny_models: Any, monkeypatch: Any) -> None:
-    from types import SimpleNamespace
-
+def test_auto_batch_on_gpus(tiny_models: Any, monkeypatch: Any) -> None:
+    """The GPU with the least free memory decides."""
     from llava_prune.eval import asking
     from tests import models
 
     loaded = models.loaded(tiny_models["hf"])
-    inner = loaded.model
-    model = SimpleNamespace(
-        device=torch.device("cuda:1"), parameters=inner.parameters, get_input_embeddings=inner.get_input_embeddings
-    )
-    card = SimpleNamespace(model=model, size=loaded.size)
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (1 << 40, 1 << 41))[1])
-    assert asking.auto_batch(card, 128) == 64 and asked == [torch.device("cuda:1")]
+    free = {torch.device("cuda:0"): 1 << 40, torch.device("cuda:1"): 1 << 40}
+    monkeypatch.setattr(asking, "devices", lambda _: [*free, torch.device("cpu")])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 1 << 41))
+    assert asking.auto_batch(loaded, 128) == 64
+    free[torch.device("cuda:1")] = 1 << 20
+    assert asking.auto_batch(loaded, 128) < 64
 
 
 def test_two_writers(tmp_path: Path) -> None:
@@ -247,14 +245,14 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 def test_full_disk(data: Path, tmp_path: Path, stand_in: Any, capsys: Any, monkeypatch: Any) -> None:
     stand_in()
-    before = Answers.add
+    before = Journal._write
 
-    def add(self: Answers, new: Any) -> None:
-        if len(self.rows) >= 4:
+    def write(self: Journal, rest: bytes, earlier: Any) -> None:
+        if self.path.read_bytes().count(b"\n") >= 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        before(self, new)
+        before(self, rest, earlier)
 
-    monkeypatch.setattr(Answers, "add", add)
+    monkeypatch.setattr(Journal, "_write", write)
     argv = [
         "eval",
         "gqa",
@@ -270,7 +268,7 @@ def test_full_disk(data: Path, tmp_path: Path, stand_in: Any, capsys: Any, monke
     status, err = call(capsys, *argv)
     assert status == 1 and "no space left" in err
     assert len((tmp_path / "o" / "full" / JOURNAL).read_text().splitlines()) == 4
-    monkeypatch.setattr(Answers, "add", before)
+    monkeypatch.setattr(Journal, "_write", before)
     assert main([*argv, "--json"]) == 0
     assert [r["label"] for r in json.loads(capsys.readouterr().out)] == ["full", "autoprune-4"]
 

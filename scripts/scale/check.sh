@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Run an evaluation in 1, 2 and 4 processes on this machine, in turn, and compare with the simulation of it:
+#   bash scripts/scale/check.sh gqa
+#   bash scripts/scale/check.sh all --procs 2,4 --repeats 3
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+VENV="${VENV:-$PWD/.venv}"
+export VENV
+bash scripts/setup.sh
+exec "$VENV/bin/python" -m llava_prune.eval.scale check "$@"
