@@ -8,6 +8,7 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def bytearray_of(file: Path) -> Any:
 def test_remembered_images_and_the_tower_clock(family: str, stored: Path, temporary: Path) -> None:
     whole = load(stored, family, device="cpu")
     spread = load(stored, family, device_map={"": "cpu", TOWER: "disk"})
-    bench: Any = asking.Bench(spread, None, None, True, [], 1, 0.0)
+    bench: Any = SimpleNamespace(loaded=spread, tower=0.0)
     methods = [llava_prune.build("visionzip", tokens=12)]
     with spread.remember_images(methods), asking.tower_clock(bench), llava_prune.pruned(spread.model, methods[0]):
         asked = [spread.generate(ROWS, models.pixels(2), keys=["a", "b"], max_new_tokens=3).tolist() for _ in range(2)]
