@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,7 +107,9 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
         folder = tempfile.mkdtemp(prefix="llava-prune-")
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     # the tower's class asks for its own device, so its weights come all at once
-    dispatch_model(model, found, offload_dir=folder, preload_module_classes=[tower])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")  # those of parameters
+        dispatch_model(model, found, offload_dir=folder, preload_module_classes=[tower])
     for name, parameter in model.named_parameters():
         if name in found:  # accelerate places modules alone
             parameter.data = parameter.data.to(execution_device(model, parameter.device))
