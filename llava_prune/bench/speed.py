@@ -25,7 +25,7 @@ from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, cases, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
-from ..models.parallel import first
+from ..models.parallel import first, processes
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, ragged_padding
@@ -202,6 +202,8 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
                 try:
                     row = {**head, **measure(settings, loaded, run.method, asked, size, machine)}
                 except torch.OutOfMemoryError:
+                    if processes() > 1:  # the others would wait for this one
+                        raise
                     log.warning("%s, batch %d: out of memory", run.label, batch)
                     row = {**head, "error": "out of memory"}
                 if settings.profile and "error" not in row:
