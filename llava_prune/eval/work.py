@@ -57,8 +57,8 @@ class Work:
         self._left = sorted(set().union(*(job.todo for job in jobs)))
 
     def report(self, progress: Progress) -> None:
-        """Call `progress` with the answers of all processes."""
-        for job in self.jobs:
+        """Call `progress` with the answers of all processes, in the first one."""
+        for job in self.jobs if self.shared.first else ():
             progress(job.run.label, job.before + self.shared.answered(job.run.label), self.total)
 
     def do(self, progress: Progress, name: str) -> None:
