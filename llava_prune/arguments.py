@@ -46,8 +46,8 @@ def _switched(text: str) -> bool:
 
 
 def add_placement(group: Any, env: Mapping[str, str]) -> None:
-    """Flags for models larger than a card."""
-    what = "spread over cards, memory and disk: auto, balanced, balanced_low_0 or sequential"
+    """Flags for models larger than a GPU."""
+    what = "spread over GPUs, memory and disk: auto, balanced, balanced_low_0 or sequential"
     flag(group, env, "device-map", None, what)
     switch(group, env, "load-8bit", "quantise to 8 bit (bitsandbytes)")
     switch(group, env, "load-4bit", "quantise to 4 bit (bitsandbytes, nf4)")

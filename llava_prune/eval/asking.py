@@ -124,14 +124,14 @@ def pads(model: str) -> bool:
 def auto_batch(loaded: Any, longest: int) -> int:
     """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
 
-    The card with the least free memory decides, over all processes of an engine.
+    The GPU with the least free memory decides, over all processes of an engine.
     """
     size, width = loaded.size, next(loaded.model.parameters()).element_size()
     n = longest + size.visual
     cost = n * (2 * size.layers * size.hidden * width + 12 * size.hidden * 4 + 3 * size.intermediate * 4)
     cost += n * loaded.model.get_input_embeddings().num_embeddings * 4
-    cards = [d for d in devices(loaded.model) if d.type == "cuda"]
-    free, cap = (min(torch.cuda.mem_get_info(d)[0] for d in cards), 64) if cards else (_free_memory(), 16)
+    gpus = [d for d in devices(loaded.model) if d.type == "cuda"]
+    free, cap = (min(torch.cuda.mem_get_info(d)[0] for d in gpus), 64) if gpus else (_free_memory(), 16)
     fit = max(1, smallest(int(free / 2 / cost)))
     return min(cap, 1 << (fit.bit_length() - 1))
 

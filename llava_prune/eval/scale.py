@@ -246,7 +246,7 @@ def predict(
     rates: dict[str, float],
     fixed: float,
     cluster: Cluster,
-    cards: Sequence[int],
+    gpus: Sequence[int],
     slow: float,
 ) -> dict[str, Any]:
     """Hours of the paper's tables by number of GPUs.
@@ -256,7 +256,7 @@ def predict(
         rates: model -> answers per second of the unpruned model on one GPU.
         fixed: see `pieces_of`.
         cluster: start, between and failures of the processes.
-        cards: numbers of GPUs.
+        gpus: numbers of GPUs.
         slow: speed of one GPU among them; 1 for none that is slow.
     """
     rows = []
@@ -264,7 +264,7 @@ def predict(
         draw = random.Random(number)
         work = [pieces_of(t, table, rates[table.model], fixed, relative, draw) for t in table.tasks]
         hours = {}
-        for n in cards:
+        for n in gpus:
             speeds = [slow if n > 1 and rank == 0 else 1.0 for rank in range(n)]
             found = makespan(work, Cluster(speeds, cluster.start, cluster.between, cluster.failures), draw)
             hours[str(n)] = found / 3600
@@ -293,8 +293,8 @@ def _tables_table(result: dict[str, Any]) -> Table:
     rates = ", ".join(f"{k} {v:g}" for k, v in result["rates"].items())
     text = f"predicted, not measured: {rates} answers/s a GPU unpruned, {100 * result['fixed']:g} % of it not shortened"
     out = Table(title="hours for the paper's tables by number of GPUs", caption=text)
-    cards = list(result["rows"][0]["hours"])
-    for name in ("table", "model", "answers", *cards):
+    gpus = list(result["rows"][0]["hours"])
+    for name in ("table", "model", "answers", *gpus):
         out.add_column(name, justify="right")
     for r in result["rows"]:
         hours = (f"{h:.2f}" if h < 10 else f"{h:.1f}" for h in r["hours"].values())
@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--limit", type=arguments.positive, help="evaluate the first LIMIT questions only")
     q = commands.add_parser("tables", help="predict the hours of the paper's tables")
     q.add_argument("timed", type=Path, help="OUT of a finished evaluation, whose answers' times are drawn from")
-    q.add_argument("--cards", type=arguments.counts, default=[1, 2, 4, 8, 16, 32, 64], help="numbers of GPUs")
+    q.add_argument("--gpus", type=arguments.counts, default=[1, 2, 4, 8, 16, 32, 64], help="numbers of GPUs")
     number = arguments.number
     q.add_argument("--rate-7b", type=number(1e-3, 1e6), required=True, help="unpruned answers per second of a GPU")
     q.add_argument("--rate-13b", type=number(1e-3, 1e6), required=True, help="the same for LLaVA-1.5-13B")
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finish(MODULE, argv, measure, _check_table, args.out, args.json)
     rates = {"7b": args.rate_7b, "13b": args.rate_13b}
     cluster = Cluster((), args.start, args.between, args.failures)
-    made = lambda: predict(spread(args.timed), rates, args.fixed, cluster, args.cards, args.slow)  # noqa: E731
+    made = lambda: predict(spread(args.timed), rates, args.fixed, cluster, args.gpus, args.slow)  # noqa: E731
     return finish(MODULE, argv, made, _tables_table, args.out, args.json)
 
 

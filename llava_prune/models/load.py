@@ -279,13 +279,13 @@ def load(
         attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
         model_base: checkpoint that an adapter in LLaVA's format (a LoRA folder, or a folder with a mm_projector.bin)
             was trained on, folder or hub id. The config is the adapter's, tokenizer and language model are the base's.
-        device_map: spreads a model over several cards, main memory and disk: "auto", "balanced", "balanced_low_0" or
-            "sequential" by free memory, or a dict of module and device ("cpu" beside a card, or "disk", is offloaded).
+        device_map: spreads a model over several GPUs, CPU memory and disk: "auto", "balanced", "balanced_low_0" or
+            "sequential" by free memory, or a dict of module and device ("cpu" beside a GPU, or "disk", is offloaded).
         max_memory: with the name of a device map, device -> bytes or "10GiB" that weights may take.
         load_8bit: quantise the linear layers of language model and projector to 8 bit (bitsandbytes' LLM.int8()).
         load_4bit: quantise them to 4 bit (nf4 with double quantisation).
         engine: splits the language model over the processes of torchrun, "deepspeed" or "tp" (transformers' own);
-            joins the process group, and LOCAL_RANK chooses the card.
+            joins the process group, and LOCAL_RANK chooses the GPU.
 
     Returns:
         Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
@@ -367,7 +367,7 @@ def _place(
     bits: str | None,
     engine: str | None,
 ) -> None:
-    """Bring a model from main memory to where it computes; at most one of the three ways is asked for."""
+    """Bring a model from CPU memory to where it computes; at most one of the three ways is asked for."""
     model, family = loaded.model, loaded._family
     if device_map is not None:
         return dispatch(model, family, device_map, max_memory)

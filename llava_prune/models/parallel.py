@@ -38,7 +38,7 @@ def check_engine(engine: str, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if value not in (None, ""):
             raise ValueError(
-                f"engine={engine!r} with {name}={value!r} is not supported: each process takes the card of its "
+                f"engine={engine!r} with {name}={value!r} is not supported: each process takes the GPU of its "
                 "LOCAL_RANK, or the CPU; leave out one of them"
             )
     if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
@@ -49,18 +49,18 @@ def start_group(store: Any, rank: int, count: int, local: int) -> None:
     """Start the process group of processes that share a store already.
 
     Raises:
-        ValueError: when there is no card for this process.
+        ValueError: when there is no GPU for this process.
     """
     if torch.cuda.is_available():
-        _take_card(local)
+        _take_gpu(local)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=count)
 
 
-def _take_card(local: int) -> None:
+def _take_gpu(local: int) -> None:
     if local >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK is {local}, and this machine has {torch.cuda.device_count()} CUDA devices; start one "
-            "process a card (torchrun --nproc_per_node)"
+            "process for each of them (torchrun --nproc_per_node)"
         )
     torch.cuda.set_device(local)
 
@@ -69,11 +69,11 @@ def join() -> torch.device:
     """Join the processes that torchrun started, unless that has happened; the device of this one.
 
     Raises:
-        ValueError: when there is no card for this process, or the others are not found.
+        ValueError: when there is no GPU for this process, or the others are not found.
     """
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda:
-        _take_card(local)
+        _take_gpu(local)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if cuda else "gloo")

@@ -1,4 +1,4 @@
-"""Models larger than a card: device maps of accelerate, and weights in 8 or 4 bit by bitsandbytes."""
+"""Models larger than a GPU: device maps of accelerate, and weights in 8 or 4 bit by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import pick_device
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of device maps, as in transformers; "auto" is "balanced"."""
 SHARE = 0.9
-"""Share of a card's free memory that weights may take; the rest is for activations and the KV cache."""
+"""Share of a GPU's free memory that weights may take; the rest is for activations and the KV cache."""
 WHOLE = {"LlamaDecoderLayer", "CLIPEncoderLayer"}
 """Classes whose modules are not split over devices; the vision tower is not split either."""
 BITS = {"8bit": "load_8bit", "4bit": "load_4bit"}
@@ -82,7 +82,7 @@ def pick_bits(load_8bit: bool, load_4bit: bool, attended: Mapping[str, Any]) -> 
 
 
 def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any = None) -> None:
-    """Spread a model over devices, and over main memory and disk what does not fit; it is changed in place.
+    """Spread a model over devices, and over CPU memory and disk what does not fit; it is changed in place.
 
     Layers and the vision tower are not split. What is on disk is in a temporary folder (TMPDIR), which is removed with
     the model.
@@ -116,7 +116,7 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
     if family.name == "llava" and model.get_input_embeddings().weight.is_meta:
         raise ValueError(
             "package llava needs the device of the input embeddings, and device_map has them on disk or beside the "
-            "card; put model.embed_tokens on the card, or use family='hf'"
+            "GPU; put model.embed_tokens on the GPU, or use family='hf'"
         )
 
 

@@ -121,7 +121,7 @@ def test_processes_that_start_again(alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [("--engine", "tp", "--procs", "2"), ("--device-map", "auto")])
-def test_models_larger_than_a_card(flags: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
+def test_models_larger_than_a_gpu(flags: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
     """A model that is split over processes, or dispatched: the same answers and kept tokens."""
     status, text = ended(start(tmp_path, *flags))
     assert status == 0 and text.count("answers and results") == len(TASKS), text

@@ -22,7 +22,7 @@ from tests.loading.parallel_worker import answers
 
 WORKER = "tests.loading.parallel_worker"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would take cards")
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would take GPUs")
 
 
 def launch(root: Path, processes: int, *argv: str) -> subprocess.CompletedProcess[str]:

@@ -72,14 +72,14 @@ def same(one: Loaded, other: Loaded, atol: float = 1e-5) -> None:
 def maps(family: str) -> dict[str, dict[str, Any]]:
     """Arguments of `load` that spread the small models, whose layers take about 160 kB each.
 
-    A torch.device is a card to accelerate, so that "cpu" beside it is offloaded.
+    A torch.device is a GPU to accelerate, so that "cpu" beside it is offloaded.
     """
-    layers, card = LAYERS[family], torch.device("cpu")
+    layers, gpu = LAYERS[family], torch.device("cpu")
     return {
         "by memory": {"device_map": "auto", "max_memory": {"cpu": 1_500_000}},
         "tower and some layers on disk": {"device_map": {"": "cpu", TOWER: "disk", f"{layers}.3": "disk"}},
-        "a card and main memory": {"device_map": {"": card, **{f"{layers}.{i}": "cpu" for i in (3, 4, 5)}}},
-        "main memory and a card": {"device_map": {"": "cpu", EMBEDDINGS[family]: card, f"{layers}.4": card}},
+        "a GPU and CPU memory": {"device_map": {"": gpu, **{f"{layers}.{i}": "cpu" for i in (3, 4, 5)}}},
+        "CPU memory and a GPU": {"device_map": {"": "cpu", EMBEDDINGS[family]: gpu, f"{layers}.4": gpu}},
     }
 
 
@@ -186,7 +186,7 @@ def test_refusals(family: str, given: dict[str, Any], message: str, stored: Path
 
 
 def test_package_llava_needs_its_embeddings(stored: Path, temporary: Path) -> None:
-    with pytest.raises(ValueError, match=r"put model\.embed_tokens on the card, or use family='hf'"):
+    with pytest.raises(ValueError, match=r"put model\.embed_tokens on the GPU, or use family='hf'"):
         load(stored, "llava", device_map={"": "disk"})
     same(load(stored, "hf", device_map={"": "disk"}), load(stored, "hf", device="cpu"))
 
