@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +140,23 @@ def merge(folder: Path, count: int, stem: str) -> bool:
     return True
 
 
-def read_timing(path: Path) -> list[dict[str, float]]:
-    """Seconds of each answer by stage; none where the file is missing or broken, since no figure depends on them."""
+def read_timing(path: Path) -> list[dict[str, Any]]:
+    """Piece and seconds of each answer; none where the file is missing or broken, since no figure depends on them."""
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return [{k: float(row[name]) for k, name in STAGES.items()} for row in rows]
+        return [{"piece": row["piece"], **{n: float(row[n]) for n in STAGES.values()}} for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
 def total_seconds(path: Path) -> dict[str, float]:
     """Seconds of all answers in a timing file, by stage."""
-    rows = read_timing(path)
-    return {k: sum(r[k] for r in rows) for k in STAGES}
+    return _by_stage(read_timing(path))
+
+
+def _by_stage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of answers, by stage."""
+    return {k: sum(r[name] for r in rows) for k, name in STAGES.items()}
 
 
 def _sweep(folder: Path, names: Iterable[str]) -> None:
@@ -390,7 +394,7 @@ class Answers(AnswerWriter):
         ]
         write_whole(self._timing, "".join(json.dumps(t) + "\n" for t in times))
         write_whole(self._final, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        self.seconds = total_seconds(self._timing)
+        self.seconds = _by_stage(times)
         self.journal.truncate(0)
         self.complete = True
         return rows

@@ -70,6 +70,11 @@ class Bench:
     images: Any = None
     logits: Logits | None = None
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Prompt length of each question."""
+        return [len(r) for r in self.rows]
+
 
 def load_model(settings: Settings) -> Any:
     """`llava_prune.load` with the settings of an evaluation.
@@ -259,10 +264,9 @@ def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
         Seconds in the vision tower and of waiting for images, as in the rows of `answer`.
     """
     tower, waited = bench.tower, bench.feed.waited
-    if bench.images is not None:
-        for at in range(0, len(names), size):
-            some = names[at : at + size]
-            bench.images.encode(some, torch.stack([bench.feed.get(name)[0] for name in some]))
+    for at in range(0, len(names), size):
+        some = names[at : at + size]
+        bench.images.encode(some, torch.stack([bench.feed.get(name)[0] for name in some]))
     return {"tower_seconds": bench.tower - tower, "image_seconds": bench.feed.waited - waited}
 
 

@@ -43,11 +43,21 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     count = args.gpus or args.procs or process_count(None, None, bool(args.device or args.device_map))
-    rows, failed = forecast(settings, 1 if settings.engine else count, args.rate)
+    count = 1 if settings.engine else count  # all processes answer the same questions
+    rows, failed = forecast(settings, count, args.rate)
     if args.json:
         emit(rows)
     else:
         stdout().print(forecast_table(rows, count))
+    return _status(failed)
+
+
+def _status(failed: dict[str, str]) -> int:
+    """0 where no benchmark failed.
+
+    Raises:
+        ValueError: with the messages of those that did.
+    """
     if failed:
         raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
     return 0
@@ -99,6 +109,4 @@ def _show_results(args: argparse.Namespace, settings: Settings, results: dict[st
         if len(results) > 1:
             console.print(summary_table(results))
     failed |= {n: r["why_no_figure"] for n, runs in results.items() for r in runs if r["details"].get("not_finite")}
-    if failed:
-        raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
-    return 0
+    return _status(failed)

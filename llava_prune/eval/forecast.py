@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from ..methods.planner import Run
 from .answers import ANSWERS, SETTINGS, STAGES, TIMING, difference, named, total_seconds
 from .place import Place, chunk_of, out_folder
 from .plan import Settings, plan_runs
-from .run import known, read_files, tasks_of
-from .task import Task, load_task
+from .run import known, read_files, task_of, tasks_of
+from .task import Task
 
 
 def forecast(
@@ -40,9 +39,7 @@ def forecast(
     """
     rows, failed = [], {}
     for name in tasks_of(settings):
-        task = load_task(name)
-        if settings.max_new_tokens is not None:
-            task = replace(task, max_new_tokens=settings.max_new_tokens)
+        task = task_of(settings, name)
         runs = plan_runs(settings, task)
         try:
             questions = read_files(task, settings).questions

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.distributed import HashStore, PrefixStore, Store
 
 from ..models.parallel import start_group
@@ -88,8 +89,6 @@ class Ranks:
         Raises:
             ValueError: for one GPU for several processes, or more processes than GPUs.
         """
-        import torch
-
         if self.together or self.count == 1 or given == "cpu" or (given is None and not torch.cuda.is_available()):
             return given
         if given not in (None, "cuda"):

@@ -205,7 +205,7 @@ def _padding(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
     asked = {i: bench.files.questions[i] for i in entering}
     return ragged_padding(
         [[n + len(bench.rows[i]) - 1 for n in entering[i]] for i in numbers]
-        for numbers in all_batches(asked, [len(r) for r in bench.rows], bench.batch)
+        for numbers in all_batches(asked, bench.lengths, bench.batch)
     )
 
 

@@ -53,7 +53,7 @@ def watch(bench: Bench, run: Run, **options: Any) -> Seen:
     seen = Seen()
     asked = {i: q for i, q in enumerate(bench.files.questions) if q.image is not None}
     with llava_prune.pruned(bench.loaded.model, run.method, **options) as handle:
-        for some in all_batches(asked, [len(r) for r in bench.rows], bench.batch):
+        for some in all_batches(asked, bench.lengths, bench.batch):
             rows = answer(bench, handle, some, run, bench.task.name)
             record = handle.last
             if record is None or record.tokens_out.shape[0] != len(some):

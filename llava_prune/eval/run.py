@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -67,6 +68,16 @@ def tasks_of(settings: Settings) -> list[str]:
     if not names:
         raise ValueError(f"DATA={data} holds no benchmark's files; see llava-prune data {ALL}")
     return names
+
+
+def task_of(settings: Settings, name: str) -> Task:
+    """A benchmark with the number of new tokens that the settings ask for.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    task, limit = load_task(name), settings.max_new_tokens
+    return task if limit is None else dataclasses.replace(task, max_new_tokens=limit)
 
 
 def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
@@ -144,9 +155,7 @@ def evaluate(
         OSError: when the disk is full or not writable.
     """
     ranks = ranks or Ranks()
-    bench_task = load_task(task or settings.task)
-    if settings.max_new_tokens is not None:
-        bench_task = dataclasses.replace(bench_task, max_new_tokens=settings.max_new_tokens)
+    bench_task = task_of(settings, task or settings.task)
     with ranks.task(bench_task.name) as shared:
         runs = plan_runs(settings, bench_task)
         files = read_files(bench_task, settings)
@@ -183,9 +192,14 @@ def finish_all(bench: Bench, work: Work, place: Place, shared: SharedTask, comma
     """Write answer files and results of all runs, from the answers of all processes."""
     results: list[dict[str, Any]] = []
     for run, answers in collected(work, shared.errors()):
-        rows = answers.finish()
-        finishing = join if place.stem else finish
-        results += finishing(bench, run, place, rows, answers.settings, answers.seconds, command, results)
+        folder, rows, seconds = place.out / run.label, answers.finish(), answers.seconds
+        with locked(folder) if place.stem else contextlib.nullcontext():  # one chunk at a time joins and scores
+            if place.stem:
+                if not merge(folder, place.count, place.stem):
+                    continue
+                rows = read_finished(folder / ANSWERS, place.everything, answers.settings)
+                seconds = total_seconds(folder / TIMING)
+            results.append(finish(bench, run, folder, rows, answers.settings, seconds, command, results))
     return results
 
 
@@ -206,48 +220,29 @@ def check_first(place: Place, runs: Sequence[Run], wanted: Sequence[Any], bench:
         open_images(bench.files.questions, bench.files.sources)
 
 
-def join(
-    bench: Bench,
-    run: Run,
-    place: Place,
-    rows: Sequence[Row],
-    settings: Any,
-    seconds: dict[str, float],
-    command: str,
-    before: Sequence[Any],
-) -> list[dict[str, Any]]:
-    """`finish` for a run in chunks, one process at a time; empty while a chunk is missing."""
-    folder = place.out / run.label
-    with locked(folder):
-        if not merge(folder, place.count, place.stem):
-            return []
-        rows, seconds = read_finished(folder / ANSWERS, place.everything, settings), total_seconds(folder / TIMING)
-        return finish(bench, run, place, rows, settings, seconds, command, before)
-
-
 def finish(
     bench: Bench,
     run: Run,
-    place: Place,
+    folder: Path,
     rows: Sequence[Row],
     settings: Any,
     seconds: dict[str, float],
     command: str,
     before: Sequence[dict[str, Any]],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Score a complete run, and write the formats of the official tools and the result.
 
     Args:
         bench: model and questions.
         run: method and budget.
-        place: where the files go.
+        folder: where the files go.
         rows: rows of the answer file.
         settings: of the answers.
         seconds: stage -> seconds, summed over processes.
         command: recorded in the result.
         before: results of earlier runs; the first is compared with where it is the reference.
     """
-    start, scorer, folder = time.perf_counter(), bench.task.scorer, place.out / run.label
+    start, scorer = time.perf_counter(), bench.task.scorer
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
     if hasattr(scorer, "export"):
         scorer.export(rows, bench.files.labels, folder, run.label)
@@ -258,7 +253,7 @@ def finish(
     result = {**result, "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
     write_whole(folder / RESULT, dump(result))
-    return [result]
+    return result
 
 
 def evaluate_all(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import os
 import random
 import statistics
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from .. import arguments
 from ..bench.flops import Size, percent_with_text
-from .answers import STAGES, TIMING
+from .answers import STAGES, TIMING, read_timing
 from .pieces import piece_size
 from .show import finish
 
@@ -128,6 +127,19 @@ def _work(pieces: list[float], speeds: Sequence[float], limit: float | None) -> 
 # real runs --------------------------------------------------------------------------------------------------------
 
 
+def _timings(out: Path) -> dict[Path, list[tuple[int, float]]]:
+    """Folder of each run of a finished evaluation -> (piece, seconds) of its answers.
+
+    Raises:
+        ValueError: when there is no timing file.
+    """
+    stages = STAGES.values()
+    found = {p.parent: [(r["piece"], sum(r[k] for k in stages)) for r in read_timing(p)] for p in out.rglob(TIMING)}
+    if not any(found.values()):
+        raise ValueError(f"{out}: no {TIMING} below it; give OUT of a finished evaluation")
+    return dict(sorted(found.items()))
+
+
 def measured(out: Path) -> list[list[float]]:
     """Seconds of the pieces of each benchmark of a finished evaluation, all runs together.
 
@@ -135,12 +147,9 @@ def measured(out: Path) -> list[list[float]]:
         ValueError: when there is no timing file.
     """
     found: dict[Path, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for path in sorted(out.rglob(TIMING)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found[path.parent.parent][row["piece"]] += sum(row[k] for k in STAGES.values())
-    if not found:
-        raise ValueError(f"{out}: no {TIMING} below it; give OUT of a finished evaluation")
+    for folder, answers in _timings(out).items():
+        for piece, seconds in answers:
+            found[folder.parent][piece] += seconds
     return [[seconds for _, seconds in sorted(pieces.items())] for pieces in found.values()]
 
 
@@ -150,13 +159,10 @@ def spread(out: Path) -> list[float]:
     Raises:
         ValueError: see `measured`.
     """
-    measured(out)
     relative: list[float] = []
-    for path in sorted(out.rglob(TIMING)):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        seconds = [sum(row[k] for k in STAGES.values()) for row in rows]
-        mean = statistics.fmean(seconds)
-        relative += [s / mean for s in seconds]
+    for answers in filter(None, _timings(out).values()):
+        mean = statistics.fmean(seconds for _, seconds in answers)
+        relative += [seconds / mean for _, seconds in answers]
     return relative
 
 

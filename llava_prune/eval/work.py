@@ -53,7 +53,6 @@ class Work:
     def __init__(self, bench: Bench, parts: list[list[int]], shared: SharedTask, jobs: list[Job]) -> None:
         self.bench, self.shared, self.jobs, self._pieces = bench, shared, jobs, parts
         self.total = sum(map(len, parts))
-        self._lengths = [len(r) for r in bench.rows]
         self._left = sorted(set().union(*(job.todo for job in jobs)))
 
     def report(self, progress: Progress) -> None:
@@ -74,8 +73,7 @@ class Work:
         """
         for number in self._claims():
             self._answer(number, progress, name)
-            if self.bench.images is not None:
-                self.bench.images.clear()
+            self.bench.images.clear()
             self.bench.feed.drop(self._images(number))
         for job in self.jobs:
             job.writer.flush()
@@ -116,7 +114,7 @@ class Work:
                 ahead: dict[str, float] = {}
                 if images and handle.vision.variant is None:
                     ahead, images = encode(bench, images, TOWER_BATCH), []
-                for some in batches(numbers, self._lengths, job.writer.settings["batch"]):
+                for some in batches(numbers, bench.lengths, job.writer.settings["batch"]):
                     if job.writer.done.issuperset(some):
                         continue
                     rows = answer(bench, handle, some, job.run, name)  # a whole batch, as without an interruption
@@ -145,7 +143,7 @@ def opened(
     Raises:
         ValueError: see `Answers`; in the other processes also for settings that differ from those of the first.
     """
-    parts = pieces(place.questions, [len(r) for r in bench.rows], place.piece)
+    parts = pieces(place.questions, bench.lengths, place.piece)
     with ExitStack() as stack:
         if shared.first:
             jobs = []
@@ -180,8 +178,8 @@ def _joined(
     if shared.together:
         writer: AnswerWriter = Unwritten(settings, told["done"])
     else:
-        writer = stack.enter_context(AnswerWriter(place.journal(run, shared.rank), settings, told["done"]))
-    return Job(run, writer, told["before"], set(told["todo"]), settings["batch"])
+        writer = AnswerWriter(place.journal(run, shared.rank), settings, told["done"])
+    return Job(run, stack.enter_context(writer), told["before"], set(told["todo"]), settings["batch"])
 
 
 def collected(work: Work, errors: Sequence[str]) -> Iterator[tuple[Run, Answers]]:

@@ -58,9 +58,8 @@ def test_table(result: Any) -> None:
 def test_ragged_padding_by_hand() -> None:
     """Two samples of 10 text tokens whose second layer has 2 and 0 visual tokens, and a batch of one."""
     questions = [SimpleNamespace(image="a")] * 3
-    bench: Any = SimpleNamespace(
-        rows=[[0] * 11, [0] * 11, [0] * 6], batch=2, files=SimpleNamespace(questions=questions)
-    )
+    rows, files = [[0] * 11, [0] * 11, [0] * 6], SimpleNamespace(questions=questions)
+    bench: Any = SimpleNamespace(rows=rows, lengths=[11, 11, 6], batch=2, files=files)
     counts = [[4, 2], [4, 0], [3, 1]]
     answers = [{"kept": {"entering": n}} for n in counts]
     assert rate._padding(bench, answers) == pytest.approx((2 * (14 + 12) + 8 + 6) / (14 + 12 + 14 + 10 + 8 + 6) - 1)

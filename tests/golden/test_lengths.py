@@ -19,7 +19,7 @@ STAGES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
     "pdrop": ({}, [650] * 8 + [362] * 8 + [218] * 8 + [146] * 8, []),
     "sparsevlm": ({"tokens": 192}, [650] * 3 + [383] * 4 + [278] * 9 + [187] * 16, []),
 }
-"""Arguments, cache of each layer behind the prompt, position of the first new token (none: the cache's length)."""
+"""Arguments, cache of each layer after the prompt, position of the first new token (none: the cache's length)."""
 
 
 @pytest.mark.parametrize("name", STAGES)

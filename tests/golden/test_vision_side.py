@@ -63,7 +63,7 @@ def compare(model: Any, run: str, name: str, hyper: dict[str, Any], kept: list[i
 def patches(name: str, run: str, chosen: list[int]) -> list[int]:
     """What the record shows: tokens that stand for no patch are -1."""
     if name.startswith("visionzip"):
-        return [-1, *chosen, *[-1] * (20 if "b128" in run else 10)]  # class token, then contextual tokens behind
+        return [-1, *chosen, *[-1] * (20 if "b128" in run else 10)]  # class token, then contextual tokens after them
     return [*chosen, -1] if name.startswith("prumerge") else chosen
 
 

@@ -37,7 +37,7 @@ ROW = st.lists(st.sampled_from("tvV."), min_size=1, max_size=10)
 @given(st.lists(st.tuples(ROW, st.integers(0, 3)), min_size=1, max_size=4))
 @settings(max_examples=80)
 def test_assemble_is_a_list_comprehension(samples: list[tuple[list[str], int]]) -> None:
-    """Kept rows in order, merged ones behind the last visual place, all at the right end."""
+    """Kept rows in order, merged ones after the last visual place, all at the right end."""
     width = max(len(r) for r, _ in samples)
     rows = ["." * (width - len(r)) + "".join(r) for r, _ in samples]
     counts = [c if set(r) & {"v", "V"} else 0 for r, c in samples]
