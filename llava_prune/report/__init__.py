@@ -1,0 +1,1 @@
+"""Reports on finished runs: the store of results, tables, figures. Reads files only."""
