@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import DATA, TINY
-from ..methods.planner import Run, cases, plan
+from ..methods.budgets import Budget
+from ..methods.planner import REFERENCE, Request, Run, cases_of, plan
 from ..methods.registry import names
+from ..models.load import read_size
 from .task import Task
 
 MODEL_DEFAULTS = "llava_prune.json"
@@ -26,7 +28,8 @@ class Settings:
         model: checkpoint folder or hub id.
         model_base: checkpoint that `model`, an adapter, was trained on; None for a complete checkpoint.
         methods: names, in order; "all" is every registered method.
-        tokens: visual token budgets, in order.
+        tokens: budgets, in order: visual tokens, or shares of the model's visual tokens or FLOPs.
+        requests: what to run in place of `methods` at `tokens`.
         data: folder with the benchmark's files, laid out as LLaVA's playground/data/eval.
         family, device, dtype, attn, device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; None for its
             default.
@@ -46,7 +49,8 @@ class Settings:
     model: str = TINY
     model_base: str | None = None
     methods: Sequence[str] = ("autoprune",)
-    tokens: Sequence[int] = (64,)
+    tokens: Sequence[Budget] = (64,)
+    requests: Sequence[Request] = ()
     data: str = DATA
     family: str = "auto"
     batch: int | None = None
@@ -85,10 +89,10 @@ def model_defaults(model: str) -> dict[str, dict[str, Any]]:
 
 
 def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
-    """Build every method at every budget once, the reference first; see `planner.cases`.
+    """Build every method at every budget once, the reference first; see `planner.cases_of`.
 
-    Hyper-parameters are those of the method, of the benchmark's official runner, of the checkpoint, and of METHOD_ARGS;
-    the later ones override the earlier.
+    Hyper-parameters are those of the method, of the benchmark's official runner, of the checkpoint, of METHOD_ARGS, and
+    of a request; the later ones override the earlier.
 
     Args:
         settings: what to run.
@@ -99,12 +103,9 @@ def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
     """
     shared, own = {} if task is None else task.method_args, model_defaults(settings.model)
     defaults = {name: {**shared, **own.get(name, {})} for name in {*names(), *own}}
-    found = cases(
-        settings.methods,
-        settings.tokens,
-        settings.method_args,
-        seed=settings.seed,
-        defaults=defaults,
-        reference=settings.reference,
-    )
-    return plan(found)
+    requests = [*(settings.requests or [Request(settings.methods, settings.tokens)])]
+    if settings.reference:
+        requests.insert(0, Request([REFERENCE], [1]))
+    sized = any(not isinstance(b, int) for r in requests for b in r.budgets)
+    size = read_size(settings.model, settings.model_base) if sized else None
+    return plan(cases_of(requests, settings.method_args, seed=settings.seed, defaults=defaults, size=size))

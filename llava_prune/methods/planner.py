@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
+from ..ops.counts import Size
 from .base import Method
+from .budgets import Budget, tokens_for
 from .registry import build, names, resolve, takes_budget
 
 ALL = "all"
 """In place of a name: every registered method."""
 REFERENCE = "full"
 """The unpruned model."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Some methods at some budgets.
+
+    Attributes:
+        methods: names; see `expand`.
+        budgets: each method runs at each of them.
+        hyper: hyper-parameters of this request alone; they are a part of the labels.
+    """
+
+    methods: Sequence[str]
+    budgets: Sequence[Budget]
+    hyper: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,12 +88,13 @@ def expand(given: Iterable[str], reference: bool = False) -> list[str]:
 
 def cases(
     given: Iterable[str],
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     method_args: Mapping[str, Any] | None = None,
     *,
     seed: int | None = None,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     reference: bool = False,
+    size: Size | None = None,
 ) -> list[Case]:
     """Every method at every budget.
 
@@ -87,31 +108,79 @@ def cases(
         seed: for every method that draws and is not given another.
         defaults: method name -> hyper-parameters; those of its parts hold in a composition, too.
         reference: put the unpruned model first.
+        size: of the model, for budgets that depend on it.
 
     Raises:
         ValueError: for an unknown method or preset, a hyper-parameter that none of the methods has, no method, no
-            budget, or two cases with the same label.
+            budget, a budget that a method cannot have, or two cases with the same label.
     """
-    chosen, values, stated = expand(given, reference), dict(method_args or {}), defaults or {}
-    if not budgets:
+    requests = [Request(expand(given, reference), budgets)]
+    return cases_of(requests, method_args, seed=seed, defaults=defaults, size=size)
+
+
+def cases_of(
+    requests: Iterable[Request],
+    method_args: Mapping[str, Any] | None = None,
+    *,
+    seed: int | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    size: Size | None = None,
+) -> list[Case]:
+    """The cases of several requests, each once; see `cases`. Hyper-parameters of a request override `method_args`."""
+    requests, shared = list(requests), dict(method_args or {})
+    _check_known("METHOD_ARGS", [n for r in requests for n in expand(r.methods)], shared)
+    out: dict[str, Case] = {}
+    for request in requests:
+        for case in _cases(request, shared, seed, defaults or {}, size):
+            other = out.setdefault(case.label, case)
+            if other != case:
+                raise ValueError(
+                    f"{other.name} and {case.name} have the same label, {case.label!r}, which names the folder of "
+                    "results; run them one by one, with another OUT each"
+                )
+    return list(out.values())
+
+
+def _cases(
+    request: Request,
+    shared: dict[str, Any],
+    seed: int | None,
+    stated: Mapping[str, Mapping[str, Any]],
+    size: Size | None,
+) -> Iterable[Case]:
+    if not request.budgets:
         raise ValueError("no budget given; TOKENS is a number of visual tokens or a list, e.g. 192,128,64")
-    if "tokens" in values:
-        raise ValueError(f"METHOD_ARGS tokens={values['tokens']!r}: the budget has a flag of its own; use TOKENS")
-    resolved = {name: resolve(name) for name in chosen}
-    _check_known(chosen, [cls for cls, _ in resolved.values()], values)
-    out: list[Case] = []
-    for name, (cls, preset) in resolved.items():
+    chosen = expand(request.methods)
+    _check_known("hyper-parameters", chosen, request.hyper)
+    for name in chosen:
+        cls, preset = resolve(name)
         known = inspect.signature(cls).parameters
         tables = [stated.get(part.name, {}) for part in (*getattr(cls, "parts", ()), cls)]
-        hyper = {k: v for table in (*tables, values) for k, v in table.items() if k in known and k != "tokens"}
+        base = {k: v for table in (*tables, shared) for k, v in table.items() if k in known and k != "tokens"}
         if seed is not None and "seed" in known:
-            hyper.setdefault("seed", seed)
-        own: list[int | None] = [preset["tokens"]] if "tokens" in preset else [*dict.fromkeys(budgets)]
-        for tokens in own if takes_budget(cls, {**preset, **hyper}) else [None]:
-            label = name.replace(":", "-") + ("" if tokens is None else f"-{tokens}")
-            out.append(Case(label, name, tokens, dict(hyper)))
-    _check_labels(out)
-    return out
+            base.setdefault("seed", seed)
+        before = {**{k: p.default for k, p in known.items()}, **preset, **base}
+        named = {k: v for k, v in request.hyper.items() if k in known and before[k] != v}
+        hyper = {**base, **named}
+        own: Sequence[int | None] = [None]
+        if takes_budget(cls, {**preset, **hyper}):
+            own = [preset["tokens"]] if "tokens" in preset else _budgets(request.budgets, name, hyper, size)
+        for tokens in own:
+            yield Case(_label(name, tokens, named), name, tokens, dict(hyper))
+
+
+def _budgets(given: Sequence[Budget], name: str, hyper: Mapping[str, Any], size: Size | None) -> list[int]:
+    return [*dict.fromkeys(tokens_for(budget, name, hyper, size) for budget in given)]
+
+
+def _label(name: str, tokens: int | None, hyper: Mapping[str, Any]) -> str:
+    """Label of a case, which a file system takes: "autoprune-64" or "autoprune-64,gamma=0.1"."""
+    parts = [name.replace(":", "-") + ("" if tokens is None else f"-{tokens}")]
+    parts += [f"{k}={json.dumps(v, default=repr)}" for k, v in hyper.items()]
+    label = ",".join(parts).replace('"', "").replace(" ", "")
+    if len(label) <= 100 and re.fullmatch(r"[\w.,=+\-\[\]]+", label[len(parts[0]) :] or "-"):
+        return label
+    return f"{parts[0]},{sha256(label.encode()).hexdigest()[:8]}"
 
 
 def plan(found: Iterable[Case]) -> list[Run]:
@@ -141,22 +210,19 @@ def _built(case: Case) -> Method:
     return build(case.name, **{**case.hyper, **budget})
 
 
-def _check_known(chosen: Sequence[str], classes: Sequence[type[Method]], values: Mapping[str, Any]) -> None:
+def _check_known(where: str, chosen: Sequence[str], values: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that none of the methods has.
+
+    Raises:
+        ValueError: naming them, and `where` they were given.
+    """
+    classes = [resolve(name)[0] for name in chosen]
+    if "tokens" in values:
+        raise ValueError(f"{where} tokens={values['tokens']!r}: the budget has a flag of its own; use TOKENS")
     known = sorted({k for cls in classes for k in inspect.signature(cls).parameters} - {"tokens"})
     stray = sorted(set(values) - set(known))
     if stray:
         raise ValueError(
-            f"METHOD_ARGS: none of {', '.join(chosen)} has a hyper-parameter {', '.join(stray)}; "
+            f"{where}: none of {', '.join(dict.fromkeys(chosen))} has a hyper-parameter {', '.join(stray)}; "
             f"known are {', '.join(known) or 'none'}"
         )
-
-
-def _check_labels(found: Sequence[Case]) -> None:
-    seen: dict[str, Case] = {}
-    for case in found:
-        other = seen.setdefault(case.label, case)
-        if other is not case:
-            raise ValueError(
-                f"{other.name} and {case.name} have the same label, {case.label!r}, which names the folder of results; "
-                "run them one by one, with another OUT each"
-            )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Source, add_lora
 from .base import block_index
+from .config import is_original
 from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
 from .tower import check_vision, load_tower, tower_config
@@ -176,6 +177,22 @@ def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
         )
     points = [(h, w) for w, h in config["image_grid_pinpoints"]]
     return LlavaNextForConditionalGeneration, LlavaNextConfig(**common, image_grid_pinpoints=points)
+
+
+def read_full_config(source: Source, config: dict[str, Any]) -> Any:
+    """transformers' config of a checkpoint of either format, without reading weights.
+
+    Args:
+        source: folders of the checkpoint.
+        config: content of its config.json.
+    """
+    from transformers import LlavaConfig, LlavaNextConfig
+
+    if is_original(config):
+        vision = tower_config(tower_folder(source.folders, config["mm_vision_tower"]), config)
+        return _converted_config(config, vision)[1]
+    kind = LlavaConfig if config["model_type"] == "llava" else LlavaNextConfig
+    return kind.from_pretrained(str(source.folder), trust_remote_code=False)
 
 
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}

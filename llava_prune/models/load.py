@@ -254,6 +254,29 @@ def resolve(path: str | Path) -> Path:
         raise ValueError(f"{path}: not a local folder, and no hub repository can be reached ({error})") from error
 
 
+def read_size(path: str | Path, model_base: str | Path | None = None) -> Size:
+    """Sizes of a checkpoint as `Loaded.size` gives them, from its config files alone.
+
+    Args:
+        path: folder or hub id.
+        model_base: checkpoint that `path`, an adapter, was trained on.
+
+    Raises:
+        ValueError: for a missing or foreign checkpoint.
+    """
+    from .checkpoint import read_full_config
+
+    source = Source(resolve(path), None if model_base is None else resolve(model_base))
+    try:
+        full = read_full_config(source, read_config(source.folder))
+    except Exception as error:  # of other libraries
+        raise ValueError(_message(path, torch.device("cpu"), error)) from error
+    text, vision = full.text_config, full.vision_config
+    whole = full.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return Size(text.num_hidden_layers, text.hidden_size, text.intermediate_size, patches + whole)
+
+
 def load(
     path: str | Path,
     family: FamilyName = "auto",
