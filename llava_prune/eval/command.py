@@ -17,7 +17,7 @@ from .place import out_folder
 from .plan import Settings, model_defaults
 from .ranks import Ranks
 from .result import public
-from .run import evaluate_all
+from .run import evaluate_all, finished
 from .show import Bars, results_table, summary_table
 from .task import load_task
 
@@ -37,6 +37,9 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"--rate {args.rate:g} is for --dry-run")
     if "RANK" in os.environ:  # started by torchrun, or by `launch`
         return _one_process(args, settings)
+    done = finished(settings)
+    if done is not None:
+        return _show_results(args, settings, done, {})
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     return launch(count, args.argv, args.max_restarts) if count > 1 else _one_process(args, settings)
 

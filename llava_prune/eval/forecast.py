@@ -13,9 +13,10 @@ from rich.table import Table
 
 from ..methods.planner import Run
 from .answers import ANSWERS, SETTINGS, STAGES, TIMING, difference, named, total_seconds
-from .place import Place, chunk_of, out_folder
+from .identity import chosen
+from .place import Place, chunk_of, folders_of, out_folder
 from .plan import Settings, plan_runs
-from .run import known, read_files, task_of, tasks_of
+from .run import read_files, task_of, tasks_of
 from .task import Task
 
 
@@ -52,9 +53,11 @@ def forecast(
 
 
 def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, rate: float | None) -> dict[str, Any]:
-    folder = out_folder(settings, task.name) / run.label
+    out, now = out_folder(settings, task.name), chosen(settings, task, run)
+    folder = next(folders_of(settings, out, run.label, now), out / run.label)
     stem = Place.stem_of(settings.num_chunks, settings.chunk_idx)
-    note = None if settings.restart else _conflict(folder / named(SETTINGS, stem), known(settings, task, run))
+    note = None if settings.restart else _conflict(folder / named(SETTINGS, stem), now)
+    note = note if note is None or settings.out else note.replace("refused: the answers in OUT", "anew: other answers")
     answered, measured = (0, None) if settings.restart or note else _found(folder, stem)
     per_second = rate if rate is not None else measured
     left = max(0, total - answered)

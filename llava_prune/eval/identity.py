@@ -20,6 +20,8 @@ from torch import Tensor
 from ..methods.planner import Run
 from ..models.parallel import processes, whole
 from ..models.placement import stored_tensors
+from .plan import Settings
+from .task import Task
 
 PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "pillow", "numpy")
 """Packages whose release can change an answer."""
@@ -133,6 +135,22 @@ def source(run: Run) -> str | None:
     if cls.__module__.split(".")[0] == __name__.split(".")[0]:
         return None
     return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+
+
+def chosen(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
+    """The settings of a run that are known without a model: the first part of `run.settings_of`."""
+    return {
+        "task": task.name,
+        "model": settings.model,
+        "model_base": settings.model_base,
+        "method": run.name,
+        "tokens": run.tokens,
+        "hyper": plain(run.method.hyper()),
+        "method_source": source(run),
+        "max_new_tokens": task.max_new_tokens,
+        "limit": settings.limit,
+        "seed": settings.seed,
+    }
 
 
 def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..arguments import RESULTS
 from ..methods.planner import ALL, Run
-from .answers import Answers, model_id, rank_journal
+from .answers import SETTINGS, Answers, difference, model_id, rank_journal
 from .asking import Files
 from .pieces import piece_size
 from .plan import Settings
 from .task import Question, Task
+
+log = logging.getLogger(__name__)
 
 
 def chunk_of(total: int, count: int, index: int) -> range:
@@ -41,6 +47,49 @@ def out_folder(settings: Settings, task: str) -> Path:
     return Path(RESULTS) / task / (model_id(settings.model) + part)
 
 
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """Settings of the answers in a folder, whole or of a chunk; None where there are none that can be read."""
+    for path in (folder / SETTINGS, *sorted(folder.glob(f"*.{SETTINGS}"))):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def folders_of(settings: Settings, out: Path, label: str, now: Mapping[str, Any]) -> Iterator[Path]:
+    """Folders whose answers agree with settings of which some are known.
+
+    A run is in OUT/<label>. Without OUT, results go to a store that any number of runs of the same method share: every
+    folder there is looked at.
+
+    Args:
+        settings: of the evaluation.
+        out: see `out_folder`.
+        label: of the run.
+        now: settings that must be equal.
+    """
+    plain = json.loads(json.dumps(now))
+    places = [out / label] if settings.out else sorted(out.glob("*/"), key=lambda p: (p.name != label, p.name))
+    for folder in places:
+        stored = _settings_in(folder)
+        if stored is not None and difference({k: stored.get(k) for k in plain}, plain) is None:
+            yield folder
+
+
+def _free_folder(out: Path, label: str, now: Mapping[str, Any]) -> Path:
+    """A folder of the store for a run that has none: OUT/<label>, or beside the run that is there."""
+    stored = _settings_in(out / label)
+    if stored is None:
+        return out / label
+    plain = json.loads(json.dumps(now))
+    folder = out / f"{label}-{hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]}"
+    log.warning("%s: the earlier answers were %s; the new ones go to %s", label, difference(stored, plain), folder.name)
+    return folder
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where the answers of an evaluation go, and which of the questions they are to.
@@ -52,6 +101,7 @@ class Place:
         count: number of chunks.
         piece: questions of a piece, see `pieces.pieces`.
         everything: all questions of the benchmark, in order.
+        folders: label of a run -> its folder, where that is not OUT/<label>; see `find_folders`.
     """
 
     out: Path
@@ -60,6 +110,24 @@ class Place:
     count: int
     piece: int
     everything: list[Question]
+    folders: dict[str, Path] = dataclasses.field(default_factory=dict)
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.folders.get(run.label, self.out / run.label)
+
+    def find_folders(self, settings: Settings, runs: Sequence[Run], wanted: Sequence[Mapping[str, Any]]) -> None:
+        """In the store, find the folder of every run by its settings, or a new one.
+
+        Args:
+            settings: of the evaluation; with OUT, nothing is looked for.
+            runs: methods and budgets.
+            wanted: all settings of each.
+        """
+        for run, values in zip(runs, wanted, strict=True) if not settings.out else ():
+            now = {k: v for k, v in values.items() if k != "batch" or v is not None}
+            found = next(folders_of(settings, self.out, run.label, now), None)
+            self.folders[run.label] = found or _free_folder(self.out, run.label, now)
 
     @staticmethod
     def stem_of(count: int, index: int) -> str:
@@ -68,11 +136,11 @@ class Place:
 
     def open(self, run: Run, wanted: dict[str, Any], batch: int, restart: bool) -> Answers:
         """The answers of a run; see `Answers`."""
-        return Answers(self.out / run.label, wanted, self.questions, restart, {"batch": batch}, self.stem)
+        return Answers(self.folder(run), wanted, self.questions, restart, {"batch": batch}, self.stem)
 
     def journal(self, run: Run, rank: int) -> Path:
         """Where a process writes its answers."""
-        return rank_journal(self.out / run.label, rank, self.stem)
+        return rank_journal(self.folder(run), rank, self.stem)
 
 
 def find_place(settings: Settings, task: Task, files: Files) -> Place:

@@ -16,8 +16,9 @@ from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
 from .answers import ANSWERS, RESULT, TIMING, locked, merge, model_id, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
+from .finished import Stamp, file_sha, stamps, stored_result
 from .finite import watched
-from .place import Place, find_place
+from .place import Place, find_place, folders_of, out_folder
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
@@ -93,22 +94,6 @@ def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
     }
 
 
-def known(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
-    """Those of `settings_of` that need no model."""
-    return {
-        "task": task.name,
-        "model": settings.model,
-        "model_base": settings.model_base,
-        "method": run.name,
-        "tokens": run.tokens,
-        "hyper": identity.plain(run.method.hyper()),
-        "method_source": identity.source(run),
-        "max_new_tokens": task.max_new_tokens,
-        "limit": settings.limit,
-        "seed": settings.seed,
-    }
-
-
 def settings_of(
     settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str | None]
 ) -> dict[str, Any]:
@@ -121,7 +106,7 @@ def settings_of(
         model: see `identity.of_model`.
         data: see `checksums`.
     """
-    return {**known(settings, bench.task, run), **model, **data, "pad": bench.pad, "batch": settings.batch}
+    return {**identity.chosen(settings, bench.task, run), **model, **data, "pad": bench.pad, "batch": settings.batch}
 
 
 def evaluate(
@@ -166,12 +151,14 @@ def evaluate(
         data = checksums(bench, ranks)
         wanted = [settings_of(settings, run, bench, model, data) for run in runs]
         if shared.first:
+            stamp = stamps(settings, bench_task)
+            place.find_folders(settings, runs, wanted)
             check_first(place, runs, wanted, bench, settings.restart)
         with opened(bench, place, runs, wanted, shared, settings.restart) as work:
             answer_all(bench, work, runs, progress, model_id(settings.model))
             if shared.first:
                 work.wait(progress)
-                return finish_all(bench, work, place, shared, command)
+                return finish_all(bench, work, place, shared, command, stamp)
         shared.leave()
     return []
 
@@ -188,18 +175,20 @@ def answer_all(bench: Bench, work: Work, runs: Sequence[Run], progress: Progress
         work.do(progress, name)
 
 
-def finish_all(bench: Bench, work: Work, place: Place, shared: SharedTask, command: str) -> list[dict[str, Any]]:
+def finish_all(
+    bench: Bench, work: Work, place: Place, shared: SharedTask, command: str, stamp: Stamp
+) -> list[dict[str, Any]]:
     """Write answer files and results of all runs, from the answers of all processes."""
     results: list[dict[str, Any]] = []
     for run, answers in collected(work, shared.errors()):
-        folder, rows, seconds = place.out / run.label, answers.finish(), answers.seconds
+        folder, rows, seconds = place.folder(run), answers.finish(), answers.seconds
         with locked(folder) if place.stem else contextlib.nullcontext():  # one chunk at a time joins and scores
             if place.stem:
                 if not merge(folder, place.count, place.stem):
                     continue
                 rows = read_finished(folder / ANSWERS, place.everything, answers.settings)
                 seconds = total_seconds(folder / TIMING)
-            results.append(finish(bench, run, folder, rows, answers.settings, seconds, command, results))
+            results.append(finish(bench, run, folder, rows, answers.settings, seconds, command, results, stamp(run)))
     return results
 
 
@@ -211,7 +200,7 @@ def check_first(place: Place, runs: Sequence[Run], wanted: Sequence[Any], bench:
     """
     complete = not restart
     for run, values in zip(runs, wanted, strict=True):
-        if restart or not (place.out / run.label).is_dir():
+        if restart or not place.folder(run).is_dir():
             complete = False
             continue
         with place.open(run, values, bench.batch, False) as answers:
@@ -229,8 +218,9 @@ def finish(
     seconds: dict[str, float],
     command: str,
     before: Sequence[dict[str, Any]],
+    stamp: str | None,
 ) -> dict[str, Any]:
-    """Score a complete run, and write the formats of the official tools and the result.
+    """Score a complete run, and write the formats of the official tools and the result, unless they are there.
 
     Args:
         bench: model and questions.
@@ -241,19 +231,46 @@ def finish(
         seconds: stage -> seconds, summed over processes.
         command: recorded in the result.
         before: results of earlier runs; the first is compared with where it is the reference.
+        stamp: see `finished.stamps`.
     """
     start, scorer = time.perf_counter(), bench.task.scorer
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
-    if hasattr(scorer, "export"):
-        scorer.export(rows, bench.files.labels, folder, run.label)
     seconds = {"load": bench.load, **seconds, "score": time.perf_counter() - start}
     text = [sum(i != IMAGE_ID for i in r) for r in bench.rows]
     facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, settings)
     result = make_result(facts, run.label, score, rows, text, seconds)
     result = {**result, "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
+    stored = stored_result(folder, stamp)
+    if stored is not None and stored.get("difference_to_full") == result.get("difference_to_full"):
+        return {**result, **stored}
+    if hasattr(scorer, "export"):
+        scorer.export(rows, bench.files.labels, folder, run.label)
+    result |= {"stamp": stamp, "answers_sha256": file_sha(folder / ANSWERS)}
     write_whole(folder / RESULT, dump(result))
     return result
+
+
+def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
+    """The results of an evaluation by benchmark where every one is there already, else None; loads no model.
+
+    Raises:
+        ValueError: for unknown benchmarks, methods or hyper-parameters.
+    """
+    if settings.restart or settings.num_chunks > 1:
+        return None
+    out = {}
+    for name in tasks_of(settings):
+        task = task_of(settings, name)
+        stamp, runs, folder = stamps(settings, task), plan_runs(settings, task), out_folder(settings, name)
+        found = []
+        for run in runs:
+            places = folders_of(settings, folder, run.label, identity.chosen(settings, task, run))
+            found += list(filter(None, (stored_result(place, stamp(run)) for place in places)))[:1]
+        if len(found) < len(runs):
+            return None
+        out[name] = found
+    return out
 
 
 def evaluate_all(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llava_prune
@@ -151,7 +152,8 @@ def opened(
                 answers = stack.enter_context(place.open(run, values, bench.batch, restart))
                 todo = {n for n, part in enumerate(parts) if not answers.done.issuperset(part)}
                 jobs.append(Job(run, answers, len(answers.done), todo, answers.settings["batch"]))
-            shared.publish({"jobs": [_told(job, parts) for job in jobs]})
+            told = [{**_told(job, parts), "folder": str(place.folder(job.run))} for job in jobs]
+            shared.publish({"jobs": told})
         else:
             jobs = [
                 _joined(run, values, told, place, shared, stack)
@@ -171,6 +173,7 @@ def _joined(
 ) -> Job:
     """The job of another process than the first."""
     settings = told["settings"]
+    place.folders[run.label] = Path(told["folder"])
     unknown = [k for k, v in mine.items() if v is None and k in ("batch", "images")]
     found = difference(settings, mine, free=unknown)
     if found:

@@ -1,0 +1,99 @@
+"""Budgets that depend on the model: a share of the visual tokens, or of the FLOPs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..ops.counts import Size, layer_flops
+from .registry import build
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """A budget in percent of the visual tokens of an image, in (0, 100]."""
+
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+@dataclass(frozen=True)
+class FlopsShare:
+    """A budget in percent of the FLOPs of the unpruned model, in (0, 100]; see `tokens_for`."""
+
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}% of the FLOPs"
+
+
+Budget = int | TokenShare | FlopsShare
+
+
+def tokens_for(budget: Budget, name: str, hyper: Mapping[str, Any], size: Size | None) -> int:
+    """The number of visual tokens that a budget is for a method.
+
+    A share of the FLOPs becomes the number of tokens whose share is nearest; the larger one of two. FLOPs follow
+    equation (2) of the paper with n_i the visual tokens that enter layer i, as its text defines n_i. Where a question
+    decides the counts, `Method.example` stands for it.
+
+    Args:
+        budget: what is given.
+        name: of the method, with its preset.
+        hyper: hyper-parameters besides the budget.
+        size: of the model; an integer does not need it.
+
+    Raises:
+        ValueError: for a method whose counts are not known in advance, or a share below the smallest it can have.
+    """
+    if isinstance(budget, int):
+        return budget
+    if size is None:
+        raise ValueError(f"a budget of {budget} depends on the model, whose size is not known here; give a number")
+    if isinstance(budget, TokenShare):
+        return max(1, round(budget.percent / 100 * size.visual))
+    return _nearest(lambda n: flops_percent(name, {**hyper, "tokens": n}, size), budget, name, size.visual)
+
+
+def flops_percent(name: str, hyper: Mapping[str, Any], size: Size) -> float:
+    """FLOPs of a method in percent of the unpruned model's; see `tokens_for`.
+
+    Raises:
+        ValueError: for hyper-parameters out of range, or counts that depend on the image.
+    """
+    found = build(name, **hyper).example(size.visual, size.layers)
+    if found is None:
+        raise ValueError(f"{name} keeps a number of tokens that depends on the image, so its FLOPs are not known ahead")
+    return flops_of(found[0], size)
+
+
+def flops_of(entering: Sequence[float], size: Size) -> float:
+    """Equation (2) on the visual tokens entering each layer, in percent of the unpruned model's."""
+    used = sum(layer_flops(n, size.hidden, size.intermediate) for n in entering)
+    return 100 * used / (len(entering) * layer_flops(size.visual, size.hidden, size.intermediate))
+
+
+def _nearest(percent: Callable[[int], float], budget: FlopsShare, name: str, most: int) -> int:
+    """The number of tokens whose share, which grows with it, is nearest to a budget."""
+    percent(most)  # raises where no budget has known counts
+
+    def share(n: int) -> float:
+        try:
+            return percent(n)
+        except ValueError:
+            return -1.0  # too few tokens for this method
+
+    counts = range(1, most + 1)
+    least = counts[bisect.bisect_left(counts, 0.0, key=share)]
+    above = counts[min(bisect.bisect_left(counts, budget.percent, key=share), most - 1)]
+    below = max(above - 1, least)
+    nearest = below if budget.percent - share(below) < share(above) - budget.percent else above
+    if nearest == least and share(least) > budget.percent + 1:
+        raise ValueError(
+            f"{name} cannot go down to {budget}: the fewest tokens it takes, {least}, are {share(least):.1f}%"
+        )
+    return nearest
