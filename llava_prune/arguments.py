@@ -10,6 +10,7 @@ from typing import Any
 
 from .methods.checks import seed as check_seed
 from .methods.checks import shown
+from .ops.counts import FlopsShare, TokenShare
 
 TINY = "playground/models/llava-tiny"
 """The checkpoint that is part of the repository."""
@@ -17,6 +18,8 @@ DATA = "playground/data/mini"
 """The benchmark files that are part of the repository."""
 RESULTS = "playground/results"
 """Folder of all results."""
+FORMATS = ("text", "markdown", "latex", "csv")
+"""Formats of tables."""
 _OPENING, _CLOSING = "[({", "])}"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -74,9 +77,14 @@ def method(text: str) -> str:
     return name
 
 
+def words(text: str) -> list[str]:
+    """Names of a list a,b."""
+    return [p.strip() for p in text.split(",") if p.strip()]
+
+
 def names(text: str) -> list[str]:
     """Methods of a list a,b, see `method`."""
-    out = [method(p.strip()) for p in text.split(",") if p.strip()]
+    out = [method(p) for p in words(text)]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
     return out
@@ -252,6 +260,24 @@ floats = _list(number(0, MOST), "0,0.1,0.2")
 """Numbers of a list 0,0.1,0.2."""
 percents = _list(number(0, 100), "42.9,33.7,23.2")
 """Percentages of a list."""
+
+
+def _share(text: str) -> float:
+    """A percentage above 0, with its sign."""
+    value = number(0, 100)(text.strip().removesuffix("%"))
+    if not text.strip().endswith("%") or value == 0:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a percentage above 0, written as 49%")
+    return value
+
+
+def _budget(text: str) -> int | TokenShare:
+    return TokenShare(_share(text)) if text.strip().endswith("%") else positive(text)
+
+
+budgets = _list(_budget, "192,128,64")
+"""Budgets of a list 192,11%: numbers of visual tokens, or percentages of them."""
+flops_budgets = _list(lambda text: FlopsShare(_share(text)), "49%,25%")
+"""Budgets of a list 49%,25%: percentages of the unpruned model's FLOPs."""
 
 
 def seed(text: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, arguments
-from .arguments import DATA, MOST, RESULTS, TINY
+from .arguments import DATA, FORMATS, MOST, RESULTS, TINY
 from .console import emit, stderr, stdout
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
@@ -36,35 +36,66 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     )
     p.add_argument("task", help="benchmark, a list a,b, or all for every benchmark whose data are present")
     e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
+    text = "budget in visual tokens or percent of them, or a list 192,128,11%%"
+    flag("tokens", "64", text, type=arguments.budgets)
+    text = "budget in percent of the unpruned model's FLOPs, or a list 49%%,25%%; instead of TOKENS"
+    flag("flops", None, text, type=arguments.flops_budgets)
+    flag("out", None, f"folder for the results; default {RESULTS}/TASK/MODEL")
+    flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
+    flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
+    p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
+    _add_evaluation(p, e, env)
+    _add_json(p)
+    p.set_defaults(run=_eval)
 
+
+def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) -> None:
+    """Flags of every command that evaluates: model, data, processes, --dry-run."""
     flag = functools.partial(arguments.flag, e, env)
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, a LoRA folder or a lone mm_projector.bin, was trained on")
-    flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
-    flag("tokens", "64", "visual token budget, or a list 192,128,64", type=arguments.counts)
-    flag("data", DATA, "folder with the benchmark's files, e.g. LLaVA's playground/data/eval")
+    flag("data", DATA, "folder with the benchmarks' files, e.g. LLaVA's playground/data/eval")
     flag("family", "auto", "auto, llava or hf")
     flag("batch", "auto", "batch size, halved when memory runs out; auto chooses by free memory", type=arguments.batch)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
     arguments.add_placement(e, env)
-    flag("out", None, f"folder for the results; default {RESULTS}/TASK/MODEL")
     flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.any_length)
     flag("seed", "0", "random seed of sampling, and of methods that draw", type=arguments.seed)
-    flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
-    flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
     flag("gpus", None, "GPUs, each with a process of its own; default all visible ones", type=arguments.positive)
     flag("procs", None, "processes on the CPU; default one", type=arguments.positive)
     flag("max-restarts", "0", "times that all processes start again when one fails", type=arguments.natural)
-    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
-    p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
-    p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
     p.add_argument("--dry-run", action="store_true", help="show what would run, what is answered already and the time")
-    text = "answers per second of a process, for --dry-run; default as measured in OUT"
+    text = "answers per second of a process, for --dry-run; default as measured in earlier answers"
     p.add_argument("--rate", type=arguments.number(1e-6, MOST), help=text)
+
+
+def _add_table(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "table",
+        help="run what a table of the paper needs, and print it beside the published one",
+        description="Runs that are finished already are not repeated; cells that were not run stay empty.",
+        epilog=ENVIRONMENT,
+    )
+    p.add_argument("table", help="1, 2, 3, 4 or next7b")
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    flag("store", RESULTS, "folder of all results")
+    p.add_argument("--task", type=arguments.words, default=[], help="run these benchmarks only, a list a,b")
+    p.add_argument("--method", type=arguments.words, default=[], help="run these methods only, a list a,b")
+    p.add_argument("--tokens", type=arguments.counts, default=[], help="run the rows with these budgets only")
+    p.add_argument("--published", action="store_true", help="print the published table alone")
+    p.add_argument("--no-run", action="store_true", help="run nothing, print what the store has")
+    p.add_argument("--intervals", action="store_true", help="add the 95 %% intervals")
+    p.add_argument("--format", choices=FORMATS, default="text", help="default text, for the terminal")
+    _add_evaluation(p, e, env)
     _add_json(p)
-    p.set_defaults(run=_eval)
+    p.set_defaults(run=_table)
 
 
 def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
@@ -157,6 +188,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llava-prune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_eval(commands, env)
+    _add_table(commands, env)
     _add_bench(commands, env)
     _add_data(commands, env)
     _add_methods(commands)
@@ -196,6 +228,20 @@ def _eval(args: argparse.Namespace) -> int:
 
     _quiet()
     return command.evaluate(args)
+
+
+def _table(args: argparse.Namespace) -> int:
+    from .report.published import read_table
+    from .report.show import show_table
+    from .report.tables import published_table
+
+    if args.published:
+        show_table(published_table(read_table(args.table)), args.format, args.json)
+        return 0
+    from .eval import tables
+
+    _quiet()
+    return tables.table(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

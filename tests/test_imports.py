@@ -93,7 +93,7 @@ ALLOWED = {
     "models": {"models", "runtime", "methods", "ops"},
     "handle": {"models", "runtime", "methods", "ops"},  # and experimental inside a function
     "experimental": {"experimental", "runtime", "methods", "ops"},
-    "arguments": {"methods"},
+    "arguments": {"methods", "ops"},
     "bench": {"bench", "experimental", "arguments", "", *CORE},
     "eval": {"eval", "bench", "report", "stats", "experimental", "arguments", "console", "", *CORE},
     "report": {"report", "arguments", "console", "stats"},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shlex
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..console import emit, stderr, stdout
@@ -21,27 +23,46 @@ from .run import evaluate_all, finished
 from .show import Bars, results_table, summary_table
 from .task import load_task
 
+Show = Callable[[dict[str, list[dict[str, Any]]], dict[str, str]], None]
+"""Prints results by benchmark; the messages of benchmarks that failed are printed afterwards."""
+
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit status.
+    """Run `llava-prune eval`; returns its exit status.
 
     Raises:
         ValueError: for bad input, or benchmarks that failed.
     """
+    settings = settings_of(args, methods=args.method, tokens=args.flops or args.tokens, reference=not args.no_reference)
+    return evaluate_settings(args, settings, functools.partial(_show_results, args, settings))
+
+
+def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
+    """The settings of an evaluation: those flags that name one, and what is `given` instead."""
     fields = {f.name for f in dataclasses.fields(Settings)}
-    given = {k: v for k, v in vars(args).items() if k in fields}
-    settings = Settings(**given, methods=args.method, reference=not args.no_reference)
+    return Settings(**{**{k: v for k, v in vars(args).items() if k in fields}, **given})
+
+
+def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) -> int:
+    """Evaluate in as many processes as `args` ask for, and show the results in the first; returns the exit status.
+
+    Where every run is finished already, no model is loaded. With --dry-run, what would run is shown.
+
+    Raises:
+        ValueError: for bad input, or benchmarks that failed.
+    """
     if args.dry_run:
         return _dry_run(args, settings)
     if args.rate is not None:
         raise ValueError(f"--rate {args.rate:g} is for --dry-run")
     if "RANK" in os.environ:  # started by torchrun, or by `launch`
-        return _one_process(args, settings)
+        return _one_process(args, settings, show)
     done = finished(settings)
     if done is not None:
-        return _show_results(args, settings, done, {})
+        show(done, {})
+        return _status(_without_figure(done))
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
-    return launch(count, args.argv, args.max_restarts) if count > 1 else _one_process(args, settings)
+    return launch(count, args.argv, args.max_restarts) if count > 1 else _one_process(args, settings, show)
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
@@ -55,6 +76,12 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
     return _status(failed)
 
 
+def _without_figure(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Messages of benchmarks with a run whose logits were not finite."""
+    found = ((name, r) for name, runs in results.items() for r in runs)
+    return {name: r["why_no_figure"] for name, r in found if r["details"].get("not_finite")}
+
+
 def _status(failed: dict[str, str]) -> int:
     """0 where no benchmark failed.
 
@@ -66,7 +93,7 @@ def _status(failed: dict[str, str]) -> int:
     return 0
 
 
-def _one_process(args: argparse.Namespace, settings: Settings) -> int:
+def _one_process(args: argparse.Namespace, settings: Settings, show: Show) -> int:
     """This process's part of an evaluation; the first one reports."""
     err = stderr()
     ranks = Ranks.of(os.environ, settings.engine is not None)
@@ -82,7 +109,8 @@ def _one_process(args: argparse.Namespace, settings: Settings) -> int:
             err.print(f"hyper-parameters from {settings.model}: {json.dumps(defaults)}", markup=False, soft_wrap=True)
         with Bars(err) as bars:
             results, failed = evaluate_all(settings, bars.of, command, ranks)
-        return _show_results(args, settings, results, failed)
+        show(results, failed)
+        return _status(failed | _without_figure(results))
     except ValueError as error:
         if ranks.speaks(str(error)):
             raise
@@ -90,12 +118,10 @@ def _one_process(args: argparse.Namespace, settings: Settings) -> int:
         return 1
 
 
-def _show_results(args: argparse.Namespace, settings: Settings, results: dict[str, Any], failed: dict[str, str]) -> int:
-    """Print the results, or their JSON.
-
-    Raises:
-        ValueError: for benchmarks that failed.
-    """
+def _show_results(
+    args: argparse.Namespace, settings: Settings, results: dict[str, list[dict[str, Any]]], failed: dict[str, str]
+) -> None:
+    """Print the results, or their JSON."""
     if args.json:
         emit([public(r) for runs in results.values() for r in runs])
     else:
@@ -111,5 +137,3 @@ def _show_results(args: argparse.Namespace, settings: Settings, results: dict[st
             console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
         if len(results) > 1:
             console.print(summary_table(results))
-    failed |= {n: r["why_no_figure"] for n, runs in results.items() for r in runs if r["details"].get("not_finite")}
-    return _status(failed)

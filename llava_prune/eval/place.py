@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import RESULTS
 from ..methods.planner import ALL, Run
 from .answers import SETTINGS, Answers, difference, model_id, rank_journal
 from .asking import Files
@@ -39,12 +38,12 @@ def chunk_of(total: int, count: int, index: int) -> range:
 
 
 def out_folder(settings: Settings, task: str) -> Path:
-    """Folder for a benchmark's results: OUT (OUT/<task> for several), or playground/results/<task>/<model>."""
+    """Folder for a benchmark's results: OUT (OUT/<task> for several), or <store>/<task>/<model>."""
     if settings.out:
         out = Path(settings.out).expanduser()
         return out / task if settings.task == ALL or "," in settings.task else out
     part = "" if settings.limit is None else f"-first{settings.limit}"
-    return Path(RESULTS) / task / (model_id(settings.model) + part)
+    return Path(settings.store).expanduser() / task / (model_id(settings.model) + part)
 
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DATA, TINY
+from ..arguments import DATA, RESULTS, TINY
 from ..methods.budgets import Budget
 from ..methods.planner import REFERENCE, Request, Run, cases_of, plan
 from ..methods.registry import names
@@ -34,7 +34,8 @@ class Settings:
         family, device, dtype, attn, device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; None for its
             default.
         batch: batch size; None chooses one by free memory.
-        out: folder for the results; None for playground/results/<task>/<model>.
+        out: folder for the results; None for <store>/<task>/<model>.
+        store: folder of the store of results.
         limit: number of questions, counted from the first; None for all.
         max_new_tokens: largest number of new tokens of an answer; None for the benchmark's own.
         seed: random seed of sampling, and of methods that draw.
@@ -62,6 +63,7 @@ class Settings:
     load_4bit: bool = False
     engine: str | None = None
     out: str | None = None
+    store: str = RESULTS
     limit: int | None = None
     max_new_tokens: int | None = None
     seed: int = 0

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ..ops.counts import Size, layer_flops
+from ..ops.counts import FlopsShare, Size, TokenShare, layer_flops
 from .registry import build
-
-
-@dataclass(frozen=True)
-class TokenShare:
-    """A budget in percent of the visual tokens of an image, in (0, 100]."""
-
-    percent: float
-
-    def __str__(self) -> str:
-        return f"{self.percent:g}%"
-
-
-@dataclass(frozen=True)
-class FlopsShare:
-    """A budget in percent of the FLOPs of the unpruned model, in (0, 100]; see `tokens_for`."""
-
-    percent: float
-
-    def __str__(self) -> str:
-        return f"{self.percent:g}% of the FLOPs"
-
 
 Budget = int | TokenShare | FlopsShare
 

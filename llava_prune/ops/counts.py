@@ -23,6 +23,26 @@ class Size:
     visual: int = 576
 
 
+@dataclass(frozen=True)
+class TokenShare:
+    """A budget in percent of the visual tokens of an image, in (0, 100]."""
+
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+@dataclass(frozen=True)
+class FlopsShare:
+    """A budget in percent of the FLOPs of the unpruned model, in (0, 100]; see `methods.budgets.tokens_for`."""
+
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}% of the FLOPs"
+
+
 def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: int) -> int:
     """Visual tokens in the remaining layers for a mean of `tokens` entering, when `full` layers see all `n_visual`.
 

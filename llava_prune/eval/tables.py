@@ -1,0 +1,92 @@
+"""`llava-prune table`: run what a table of the paper needs, and print it beside the published one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..methods.planner import REFERENCE, Request
+from ..ops.counts import FlopsShare
+from ..report.published import PublishedTable, Row, read_table
+from ..report.show import show_table
+from ..report.store import StoredRun, read_result
+from ..report.tables import measured_table
+from . import identity
+from .answers import RESULT
+from .command import evaluate_settings, settings_of
+from .place import folders_of, out_folder
+from .plan import Settings, plan_runs
+from .run import task_of
+from .task import load_task
+
+
+def table(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit status.
+
+    Raises:
+        ValueError: for bad input, or benchmarks that failed.
+    """
+    published = read_table(args.table)
+    if not published.evaluated:
+        raise ValueError(
+            f"table {published.name}: {published.model} has a protocol that the evaluation does not cover yet; "
+            "--published prints what was published"
+        )
+    rows = _chosen(published.rows, args.method, args.tokens)
+    tasks = [t for t in published.tasks if not args.task or t in args.task]
+    if not rows or not tasks:
+        raise ValueError(f"table {published.name} has no such row or benchmark; it has {_contents(published)}")
+    settings = settings_of(args, task=f"{','.join(tasks)},", requests=[request_of(row) for row in rows])
+
+    def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
+        show_table(filled(published, settings), args.format, args.json, args.intervals)
+
+    if args.no_run:
+        show({}, {})
+        return 0
+    return evaluate_settings(args, settings, show)
+
+
+def _chosen(rows: Sequence[Row], methods: Sequence[str], tokens: Sequence[int]) -> list[Row]:
+    """The rows of some methods at some budgets; all where none is named."""
+    return [
+        row
+        for row in rows
+        if (not methods or row.run["method"] in methods) and (not tokens or row.avg_tokens in tokens)
+    ]
+
+
+def _contents(published: PublishedTable) -> str:
+    methods = dict.fromkeys(row.run["method"] for row in published.rows)
+    budgets = dict.fromkeys(str(row.avg_tokens) for row in published.rows if row.avg_tokens is not None)
+    parts = {"methods": methods, "tokens": budgets, "benchmarks": published.tasks}
+    return "; ".join(f"{name} {', '.join(values)}" for name, values in parts.items() if values)
+
+
+def request_of(row: Row) -> Request:
+    """What measures a row of a table."""
+    budget = FlopsShare(row.run["flops"]) if "flops" in row.run else row.run["tokens"]
+    return Request([row.run["method"]], [budget])
+
+
+def filled(published: PublishedTable, settings: Settings) -> dict[str, Any]:
+    """A table with every run of it that the store has, also those that `settings` do not ask for."""
+    full = _runs(published, settings, Request([REFERENCE], [1]))
+    return measured_table(published, full, [_runs(published, settings, request_of(row)) for row in published.rows])
+
+
+def _runs(published: PublishedTable, settings: Settings, request: Request) -> dict[str, StoredRun]:
+    """The newest stored run of a request on each benchmark."""
+    out = {}
+    alone = dataclasses.replace(settings, requests=[request], reference=False)
+    for name in published.tasks:
+        task = task_of(settings, name)
+        run = plan_runs(alone, load_task(name))[0]
+        now, place = identity.chosen(settings, task, run), out_folder(settings, name)
+        found = [f for f in folders_of(settings, place, run.label, now) if (f / RESULT).is_file()]
+        if found:
+            newest = max(found, key=lambda f: (f / RESULT).stat().st_mtime)
+            out[name] = StoredRun(newest, read_result(newest / RESULT))
+    return out

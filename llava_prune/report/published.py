@@ -1,0 +1,134 @@
+"""The published tables: published/<name>.yaml, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "published"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of scores.
+
+    Attributes:
+        name: heading, as published.
+        tasks: benchmark, or several whose mean it is.
+        figure: dotted path into a result: "figure" (the headline) or one of its details.
+        percent: whether the figure is a number of questions, shown in percent of them.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    figure: str = "figure"
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row.
+
+    Attributes:
+        method: as published.
+        venue: where the method was published, as the table says; "" for the unpruned model.
+        avg_tokens: average number of visual tokens; None where the table gives FLOPs.
+        run: what measures it: "method", and "tokens" or "flops" (percent); empty for the unpruned model.
+        scores: one for each column.
+        ratio: published average of the ratios to the unpruned model, in percent; None where the table has none.
+        flops: published FLOPs in percent of the unpruned model's; None where the table has none.
+    """
+
+    method: str
+    venue: str
+    avg_tokens: int | None
+    run: dict[str, Any]
+    scores: tuple[float, ...]
+    ratio: float | None
+    flops: float | None
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """A table of the paper.
+
+    Attributes:
+        name: "1" to "4", or "next7b".
+        title: what it shows.
+        source: where it is published.
+        model: hub id of the checkpoint.
+        columns: columns of scores.
+        baseline: the unpruned model.
+        rows: the pruned ones.
+        counting: how FLOPs are counted where the table has them, see `StoredRun.flops_percent`; None where it has none.
+        evaluated: whether the evaluation covers the model.
+    """
+
+    name: str
+    title: str
+    source: str
+    model: str
+    columns: tuple[Column, ...]
+    baseline: Row
+    rows: tuple[Row, ...]
+    counting: str | None
+    evaluated: bool
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the benchmarks, in the order of the columns."""
+        return list(dict.fromkeys(task for column in self.columns for task in column.tasks))
+
+
+def table_names() -> list[str]:
+    """Names of the published tables."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+
+def read_table(name: str) -> PublishedTable:
+    """A published table.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    import yaml
+
+    if name not in table_names():
+        raise ValueError(f"unknown table {name!r}; known are {', '.join(table_names())}")
+    raw = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return PublishedTable(
+        name=name,
+        title=raw["title"],
+        source=raw["source"],
+        model=raw["model"],
+        columns=tuple(_column(key, value) for key, value in raw["columns"].items()),
+        baseline=_row({"venue": "", "run": {}, **raw["baseline"]}),
+        rows=tuple(_row(r) for r in raw["rows"]),
+        counting=raw.get("flops"),
+        evaluated=raw.get("evaluated", True),
+    )
+
+
+def _column(name: str, raw: dict[str, Any]) -> Column:
+    tasks = [raw["task"]] if isinstance(raw["task"], str) else raw["task"]
+    return Column(name, tuple(tasks), raw.get("figure", "figure"), raw.get("percent", False))
+
+
+def _row(raw: dict[str, Any]) -> Row:
+    return Row(**{**raw, "scores": tuple(raw["scores"])})
+
+
+def ratio(scores: Sequence[float | None], full: Sequence[float | None]) -> float | None:
+    """Mean over benchmarks of the score in percent of the unpruned model's, as the Ratio column of the paper.
+
+    Args:
+        scores: one for each benchmark.
+        full: those of the unpruned model.
+
+    Returns:
+        None where a score is missing, or one of the unpruned model is 0.
+    """
+    pairs = [(s, f) for s, f in zip(scores, full, strict=True) if s is not None and f]
+    return 100 * sum(s / f for s, f in pairs) / len(pairs) if len(pairs) == len(scores) else None
