@@ -231,12 +231,13 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    from .report.published import read_table
-    from .report.show import show_table
-    from .report.tables import published_table
-
     if args.published:
-        show_table(published_table(read_table(args.table)), args.format, args.json)
+        from .report.formats import show
+        from .report.published import read_table
+        from .report.tables import published_table, sheet
+
+        found = published_table(read_table(args.table))
+        show(sheet(found), args.format, args.json, found)
         return 0
     from .eval import tables
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..methods.planner import REFERENCE, Request
 from ..ops.counts import FlopsShare
+from ..report import formats
 from ..report.published import PublishedTable, Row, read_table
-from ..report.show import show_table
 from ..report.store import StoredRun, read_result
-from ..report.tables import measured_table
+from ..report.tables import measured_table, sheet
 from . import identity
 from .answers import RESULT
 from .command import evaluate_settings, settings_of
@@ -41,7 +41,8 @@ def table(args: argparse.Namespace) -> int:
     settings = settings_of(args, task=f"{','.join(tasks)},", requests=[request_of(row) for row in rows])
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
-        show_table(filled(published, settings), args.format, args.json, args.intervals)
+        found = filled(published, settings)
+        formats.show(sheet(found, args.intervals), args.format, args.json, found)
 
     if args.no_run:
         show({}, {})

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from .formats import Line, Sheet, number
 from .published import Column, PublishedTable, Row, ratio
 from .store import StoredRun
 
@@ -109,3 +110,98 @@ def _interval(column: Column, runs: Runs) -> list[float] | None:
         parts.append([_scale(run, column) * gap for gap in (run.figure - low, high - run.figure)])
     below, above = (math.hypot(*gaps) / len(parts) for gaps in zip(*parts, strict=True))
     return None if value is None else [value - below, value + above]
+
+
+# as text ----------------------------------------------------------------------------------------------------------
+
+KINDS = {"measured": "measured", "scores": "published", "difference": "difference"}
+"""Key of a row -> what its line is called."""
+HEADINGS = {"MMB_CN": "MMB-CN", "MMB_cn_en": "MMB(cn,en)"}
+"""Headings that differ from the names of columns."""
+Cells = list[dict[str, Any]]
+
+
+def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
+    """A table to be shown: a line a row, or three for what was measured, what was published and the difference.
+
+    Args:
+        table: see `measured_table` and `published_table`.
+        intervals: add two lines for the limits of the 95 % intervals.
+    """
+    measured = "measured" in table["baseline"]
+    ends = [end for end in ("ratio", "flops") if any(r[f"{end}_published"] is not None for r in table["rows"])]
+    head = ["method", "tokens", *([""] if measured else []), *(HEADINGS.get(c, c) for c in table["columns"])]
+    head += ["ratio", *([] if measured else ["ratio*"])] if "ratio" in ends else []
+    head += ["FLOPs"] if "flops" in ends else []
+    rows = [table["baseline"], *table["rows"]]
+    draw = _measured_lines if measured else _published_lines
+    budgets = [row["avg_tokens"] for row in rows]
+    return Sheet(
+        title=f"Table {table['table']}: {table['title']}",
+        head=head,
+        rows=[draw(row, [_digits(table, i) for i in range(len(table["columns"]))], ends, intervals) for row in rows],
+        left=(0, 2) if measured else (0,),
+        rules=[i for i in range(1, len(rows)) if budgets[i] != budgets[i - 1]],
+        notes=_notes(table, ends, measured),
+        cells=_cells(table, ends),
+    )
+
+
+def _digits(table: Mapping[str, Any], column: int) -> int:
+    """Decimals of a column: none where all published scores are integers."""
+    whole = all(isinstance(row["scores"][column], int) for row in (table["baseline"], *table["rows"]))
+    return 0 if whole else 1
+
+
+def _published_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequence[str], _: bool) -> list[Line]:
+    names = {"ratio": ("ratio_published", "ratio_recomputed"), "flops": ("flops_published",)}
+    values = [number(row[name]) for end in ends for name in names[end]]
+    return [[row["method"], _budget(row["avg_tokens"]), *map(number, row["scores"], digits), *values]]
+
+
+def _budget(tokens: float | None) -> str:
+    return number(tokens, 0)
+
+
+def _measured_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequence[str], intervals: bool) -> list[Line]:
+    out = []
+    tokens = row["tokens_measured"] if row["avg_tokens"] is None else row["avg_tokens"]
+    for kind, name in KINDS.items():
+        cells = [number(v, n, kind == "difference") for v, n in zip(row[kind], digits, strict=True)]
+        head = [row["method"] if row["venue"] else "unpruned", _budget(tokens)] if kind == "measured" else ["", ""]
+        out.append([*head, name, *cells, *(number(row.get(f"{end}_{name}")) for end in ends)])
+    for at, name in enumerate(("95 % from", "95 % to") if intervals else ()):
+        cells = ["" if v is None else number(v[at], n) for v, n in zip(row["intervals"], digits, strict=True)]
+        out.append(["", "", name, *cells, *[""] * len(ends)])
+    return out
+
+
+def _notes(table: Mapping[str, Any], ends: Sequence[str], measured: bool) -> list[str]:
+    out = [f"published: {table['source']}, {table['model']}"]
+    if measured:
+        out.append(f"measured: {table['measured_model'] or 'nothing yet'}")
+        if table["measured_model"] and table["measured_model"] != table["model"]:
+            out.append("the models differ, so the differences say nothing about the reproduction")
+    if "ratio" in ends:
+        text = "ratio: mean over the columns of the score in percent of the unpruned model's"
+        out.append(text if measured else f"{text}; ratio*: the same, from the scores of this table")
+    if "flops" in ends:
+        out.append("FLOPs: percent of the unpruned model's, counted as docs/reproduction.md says")
+    return out
+
+
+def _cells(table: Mapping[str, Any], ends: Sequence[str]) -> Cells:
+    """One object for each cell, with table, method, avg_tokens, column, published, measured, low, high, difference."""
+    out = []
+    for row in (table["baseline"], *table["rows"]):
+        start = {"table": table["table"], "method": row["method"], "avg_tokens": row["avg_tokens"]}
+        for i, column in enumerate(table["columns"]):
+            cell = {**start, "column": column, "published": row["scores"][i]}
+            if "measured" in row:
+                low, high = row["intervals"][i] or (None, None)
+                cell |= {"measured": row["measured"][i], "low": low, "high": high, "difference": row["difference"][i]}
+            out.append(cell)
+        for end in ends:
+            cell = {**start, "column": end, "published": row[f"{end}_published"]}
+            out.append(cell | ({"measured": row[f"{end}_measured"]} if "measured" in row else {}))
+    return out
