@@ -191,6 +191,22 @@ def _loader() -> Any:
     return Loader
 
 
+def load_yaml(text: str) -> Any:
+    """The content of a YAML file, numbers being read as in `parse_args`.
+
+    Raises:
+        ValueError: naming the line, where it cannot be read.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _loader())
+    except Exception as error:  # yaml's own, and what its constructors raise
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        raise ValueError(f"{where}is not YAML ({' '.join(str(error).split())[:200]})") from error
+
+
 def _value(part: str, text: str) -> Any:
     import yaml
 

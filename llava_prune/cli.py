@@ -92,10 +92,25 @@ def _add_table(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("--published", action="store_true", help="print the published table alone")
     p.add_argument("--no-run", action="store_true", help="run nothing, print what the store has")
     p.add_argument("--intervals", action="store_true", help="add the 95 %% intervals")
-    p.add_argument("--format", choices=FORMATS, default="text", help="default text, for the terminal")
+    _add_format(p)
     _add_evaluation(p, e, env)
-    _add_json(p)
     p.set_defaults(run=_table)
+
+
+def _add_sweep(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "sweep",
+        help="evaluate every combination of some hyper-parameters",
+        description="Runs that are finished already are not repeated. docs/ablations.md describes the file.",
+        epilog=ENVIRONMENT,
+    )
+    p.add_argument("file", type=Path, help="YAML file: tasks, methods, tokens, grid or list, seeds")
+    e = p.add_argument_group("settings")
+    arguments.flag(e, env, "store", RESULTS, "folder of all results")
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_format(p)
+    _add_evaluation(p, e, env)
+    p.set_defaults(run=_sweep)
 
 
 def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
@@ -189,6 +204,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_eval(commands, env)
     _add_table(commands, env)
+    _add_sweep(commands, env)
     _add_bench(commands, env)
     _add_data(commands, env)
     _add_methods(commands)
@@ -198,6 +214,11 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
 
 def _add_json(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
+
+
+def _add_format(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--format", choices=FORMATS, default="text", help="default text, for the terminal")
+    _add_json(p)
 
 
 def _add_size(p: argparse.ArgumentParser) -> None:
@@ -243,6 +264,13 @@ def _table(args: argparse.Namespace) -> int:
 
     _quiet()
     return tables.table(args)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from .eval.sweep import sweep
+
+    _quiet()
+    return sweep(args)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,10 @@ from ..methods.planner import REFERENCE, Request
 from ..ops.counts import FlopsShare
 from ..report import formats
 from ..report.published import PublishedTable, Row, read_table
-from ..report.store import StoredRun, read_result
 from ..report.tables import measured_table, sheet
-from . import identity
-from .answers import RESULT
 from .command import evaluate_settings, settings_of
-from .place import folders_of, out_folder
-from .plan import Settings, plan_runs
-from .run import task_of
-from .task import load_task
+from .plan import Settings
+from .stored import stored_runs
 
 
 def table(args: argparse.Namespace) -> int:
@@ -74,20 +68,6 @@ def request_of(row: Row) -> Request:
 
 def filled(published: PublishedTable, settings: Settings) -> dict[str, Any]:
     """A table with every run of it that the store has, also those that `settings` do not ask for."""
-    full = _runs(published, settings, Request([REFERENCE], [1]))
-    return measured_table(published, full, [_runs(published, settings, request_of(row)) for row in published.rows])
-
-
-def _runs(published: PublishedTable, settings: Settings, request: Request) -> dict[str, StoredRun]:
-    """The newest stored run of a request on each benchmark."""
-    out = {}
-    alone = dataclasses.replace(settings, requests=[request], reference=False)
-    for name in published.tasks:
-        task = task_of(settings, name)
-        run = plan_runs(alone, load_task(name))[0]
-        now, place = identity.chosen(settings, task, run), out_folder(settings, name)
-        found = [f for f in folders_of(settings, place, run.label, now) if (f / RESULT).is_file()]
-        if found:
-            newest = max(found, key=lambda f: (f / RESULT).stat().st_mtime)
-            out[name] = StoredRun(newest, read_result(newest / RESULT))
-    return out
+    requests = [Request([REFERENCE], [1]), *map(request_of, published.rows)]
+    full, *rows = (stored_runs(settings, request, published.tasks)[0][1] for request in requests)
+    return measured_table(published, full, rows)

@@ -1,0 +1,137 @@
+"""`llava-prune sweep`: a method under every combination of some hyper-parameters."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import budgets, flops_budgets, load_yaml
+from ..methods.planner import Request
+from ..report import formats
+from ..report.sweeps import Point, sweep_sheet, sweep_table
+from .command import evaluate_settings, settings_of
+from .plan import Settings
+from .stored import stored_runs
+from .task import load_task
+
+KEYS = ("title", "tasks", "methods", "tokens", "flops", "grid", "list", "seeds")
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file.
+
+    Attributes:
+        title: heading of the table.
+        tasks: benchmarks.
+        requests: what to run: one for each combination and seed.
+    """
+
+    title: str
+    tasks: list[str]
+    requests: list[Request]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file: YAML with the keys `KEYS`.
+
+    `grid` (hyper-parameter -> values) gives every combination, `list` (hyper-parameters -> value, several times) these
+    one after another; `seeds` repeats each for the methods that draw.
+
+    Raises:
+        ValueError: for a missing or broken file, unknown keys or values that cannot be.
+    """
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give a sweep file, see docs/ablations.md"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError(f"{path}: a sweep is an object with the keys {', '.join(KEYS)}")
+    unknown = [str(k) for k in raw if k not in KEYS]
+    if unknown:
+        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(KEYS)}")
+    try:
+        return _sweep(path, raw)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _sweep(path: Path, raw: Mapping[str, Any]) -> Sweep:
+    methods = _names(raw.get("methods", ["autoprune"]), "methods")
+    tasks = [load_task(name).name for name in _names(raw.get("tasks", ["gqa"]), "tasks")]
+    if "tokens" in raw and "flops" in raw:
+        raise ValueError("tokens and flops are both given; a sweep has one of them")
+    kind, read = ("flops", flops_budgets) if "flops" in raw else ("tokens", budgets)
+    given = read(",".join(_texts(raw.get(kind, [64]), kind)))
+    seeds = [{SEED: s} for s in _list(raw["seeds"], "seeds")] if "seeds" in raw else [{}]
+    requests = [Request(methods, given, {**hyper, **seed}) for hyper in _combinations(raw) for seed in seeds]
+    return Sweep(str(raw.get("title", path.stem)), tasks, requests)
+
+
+def _combinations(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Hyper-parameters of each point; one point without any where there is neither a grid nor a list."""
+    grid = raw.get("grid") or {}
+    if not isinstance(grid, dict):
+        raise ValueError(f"grid is {grid!r}; write hyper-parameter: [values]")
+    if grid or "list" not in raw:
+        values = [_list(v, f"grid.{name}") for name, v in grid.items()]
+        for combination in itertools.product(*values):
+            yield dict(zip(map(str, grid), combination, strict=True))
+    for point in _list(raw.get("list", []), "list", empty=True):
+        if not isinstance(point, dict):
+            raise ValueError(f"list has {point!r}; each entry is an object of hyper-parameter: value")
+        yield {str(k): v for k, v in point.items()}
+
+
+def _list(value: Any, name: str, empty: bool = False) -> list[Any]:
+    if not isinstance(value, list) or not (value or empty):
+        raise ValueError(f"{name} is {value!r}; give a list with at least one value")
+    return value
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    return [str(v) for v in _list(value, name)]
+
+
+def _names(value: Any, name: str) -> list[str]:
+    return _texts([value] if isinstance(value, str) else value, name)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit status.
+
+    Raises:
+        ValueError: for bad input, or benchmarks that failed.
+    """
+    found = read_sweep(args.file)
+    settings = settings_of(args, task=f"{','.join(found.tasks)},", requests=found.requests)
+
+    def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
+        table = sweep_table(found.title, found.tasks, _points(found, settings))
+        formats.show(sweep_sheet(table), args.format, args.json, table)
+
+    return evaluate_settings(args, settings, show)
+
+
+def _points(found: Sweep, settings: Settings) -> Iterator[Point]:
+    """The points of a sweep with their runs; those that differ in their seed only are one."""
+    points: dict[str, Point] = {}
+    names = dict.fromkeys(name for request in found.requests for name in request.hyper if name != SEED)
+    for request in found.requests:
+        for run, runs in stored_runs(settings, request, found.tasks):
+            known = run.method.hyper()
+            hyper = {k: known[k] for k in names if k in known}
+            point = points.setdefault(f"{run.name} {run.tokens} {hyper!r}", Point(run.name, run.tokens, hyper, {}))
+            for task, stored in runs.items():
+                if stored not in point.runs.setdefault(task, []):
+                    point.runs[task].append(stored)
+    return iter(points.values())
