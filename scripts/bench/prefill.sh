@@ -4,9 +4,5 @@
 #   SHAPE=300m METHOD=autoprune,autoprune-flash TOKENS=192,128,64 bash scripts/bench/prefill.sh
 #   bash scripts/bench/prefill.sh --model liuhaotian/llava-v1.5-7b --batch 1,8 --profile
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-VENV="${VENV:-$PWD/.venv}"
-export VENV
 export METHOD="${METHOD:-autoprune,autoprune-flash}"
-bash scripts/setup.sh
-exec "$VENV/bin/python" -m llava_prune bench "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune bench "$@"

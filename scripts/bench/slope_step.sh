@@ -2,8 +2,4 @@
 # AutoPrune's slope rounded to a step against the exact slope: number of schedules, kept tokens, answers and accuracy.
 #   STEP=0.05 METHOD=autoprune TOKENS=192,128,64 bash scripts/bench/slope_step.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-VENV="${VENV:-$PWD/.venv}"
-export VENV
-bash scripts/setup.sh
-exec "$VENV/bin/python" -m llava_prune.eval.rounding "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune.eval.rounding "$@"

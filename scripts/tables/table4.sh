@@ -4,4 +4,4 @@
 #   MODEL=liuhaotian/llava-v1.5-13b DATA=playground/data/eval bash scripts/tables/table4.sh
 # Every setting is an environment variable or the flag of the same name; docs/reproduction.md describes them.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/_run.sh" 4 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune table 4 "$@"
