@@ -204,7 +204,8 @@ def load_yaml(text: str) -> Any:
     except Exception as error:  # yaml's own, and what its constructors raise
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
-        raise ValueError(f"{where}is not YAML ({' '.join(str(error).split())[:200]})") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}is not YAML ({problem})") from error
 
 
 def _value(part: str, text: str) -> Any:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from .. import arguments
 from ..bench.flops import Size, percent_with_text
+from ..report.published import read_table, table_names
 from .answers import STAGES, TIMING, read_timing
 from .pieces import piece_size
 from .show import finish
@@ -55,14 +56,15 @@ class Tables:
     budgets: tuple[int, ...]
 
 
-SEVEN = ("gqa", "sqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn")
-PAPER = {
-    1: Tables("7b", SEVEN, (576, *[128] * 7, *[64] * 7)),
-    2: Tables("7b", ("sqa", "mmbench", "mmbench_cn", "pope", "ocrbench"), (576, *[288] * 3)),
-    3: Tables("7b", ("mme", "mmbench", "sqa", "gqa", "textvqa"), (576, *[192] * 3, *[128] * 3, *[64] * 3)),
-    4: Tables("13b", ("vqav2", "gqa", "textvqa", "pope", "mme"), (576, *[288] * 4, *[144] * 4, *[58] * 4)),
-}
-"""The runs of the paper's tables by their budgets; 288 tokens stand for the half of the FLOPs of table 2."""
+def paper(name: str) -> Tables:
+    """The runs of a table of the paper; 288 tokens stand for half of the FLOPs."""
+    table = read_table(name)
+    budgets = (table.baseline.avg_tokens, *(row.run.get("tokens", 288) for row in table.rows))
+    return Tables(table.model.rpartition("-")[2], tuple(table.tasks), budgets)
+
+
+PAPER = {int(name): paper(name) for name in table_names() if read_table(name).evaluated}
+"""The runs of the paper's tables."""
 
 
 # simulation -------------------------------------------------------------------------------------------------------

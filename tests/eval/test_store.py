@@ -1,0 +1,135 @@
+"""The store of results: runs are found by their settings, finished ones are not repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_prune.cli import main
+from llava_prune.eval.plan import Settings
+from llava_prune.eval.run import evaluate_all, finished
+from llava_prune.methods.planner import Request
+
+
+def nothing(*_: Any) -> Any:
+    return lambda *_: None
+
+
+@pytest.fixture
+def settings(nine: Path, tmp_path: Path) -> Settings:
+    """GQA and POPE under two methods, results in a store."""
+    model = tmp_path / "some-model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    store = str(tmp_path / "store")
+    return Settings(
+        "gqa,pope", str(model), methods=("autoprune", "random"), tokens=(4,), data=str(nine), batch=2, store=store
+    )
+
+
+def files(settings: Settings) -> dict[str, int]:
+    """Result and answer files -> time of modification."""
+    found = (p for name in ("result.json", "answers.jsonl") for p in Path(settings.store).rglob(name))
+    return {p.relative_to(settings.store).as_posix(): p.stat().st_mtime_ns for p in found}
+
+
+def test_a_second_call_loads_nothing(settings: Settings, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in()
+    assert finished(settings) is None
+    first, failed = evaluate_all(settings, nothing)
+    assert not failed and len(files(settings)) == 12
+    before = files(settings)
+    monkeypatch.setattr("llava_prune.eval.run.load_model", lambda _: pytest.fail("a model was loaded"))
+    found = finished(settings)
+    assert found is not None and list(found) == ["gqa", "pope"] and files(settings) == before
+    for name, runs in found.items():
+        assert [r["label"] for r in runs] == ["full", "autoprune-4", "random-4"]
+        assert [r["figure"] for r in runs] == [r["figure"] for r in first[name]]
+    assert finished(dataclasses.replace(settings, restart=True)) is None
+
+
+@pytest.mark.parametrize("name", ["result.json", "answers.jsonl"])
+def test_one_file_away_repeats_one_run(settings: Settings, stand_in: Any, name: str) -> None:
+    stand_in()
+    evaluate_all(settings, nothing)
+    before = files(settings)
+    gone = f"pope/some-model/random-4/{name}"
+    content = (Path(settings.store) / gone).read_text()
+    (Path(settings.store) / gone).unlink()
+    assert finished(settings) is None
+    model = stand_in()
+    evaluate_all(settings, nothing)
+    assert sum(map(len, model.calls)) == (12 if name == "answers.jsonl" else 0)
+    now = files(settings)
+    assert {k for k in before if now[k] != before[k]} <= {f"pope/some-model/random-4/{n}.{e}" for n, e in (
+        ("result", "json"), ("answers", "jsonl"))}  # fmt: skip
+    if name == "answers.jsonl":
+        assert (Path(settings.store) / gone).read_text() == content
+    assert finished(settings) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"batch": 3}, {"tokens": (5,)}, {"limit": 2}, {"method_args": {"lam": 0.5}}],
+)
+def test_other_settings_are_other_runs(settings: Settings, stand_in: Any, change: dict[str, Any]) -> None:
+    stand_in()
+    evaluate_all(settings, nothing)
+    before = files(settings)
+    assert finished(dataclasses.replace(settings, **change)) is None
+    evaluate_all(dataclasses.replace(settings, **change), nothing)
+    now = files(settings)
+    assert {k: now[k] for k in before} == before, "an earlier run was touched"
+    assert len(now) > len(before) and finished(dataclasses.replace(settings, **change)) is not None
+    assert finished(settings) is not None
+
+
+def test_other_files_are_noticed(settings: Settings, nine: Path, stand_in: Any) -> None:
+    """The stamp changes with any file; the contents then decide."""
+    stand_in()
+    evaluate_all(settings, nothing)
+    (Path(settings.model) / "config.json").write_text("{ }")
+    assert finished(settings) is None
+    model = stand_in()
+    evaluate_all(settings, nothing)
+    assert not model.calls, "the weights are the same"
+    answers = Path(settings.store) / "gqa/some-model/random-4/answers.jsonl"
+    answers.write_text(answers.read_text().replace('"text": "', '"text": "x', 1))
+    assert finished(settings) is None
+    _, failed = evaluate_all(settings, nothing)
+    assert "was edited, or is an answer of another run" in failed["gqa"]
+
+
+def test_a_sweep_and_an_evaluation_share_runs(settings: Settings, stand_in: Any) -> None:
+    stand_in()
+    evaluate_all(dataclasses.replace(settings, requests=[Request(["autoprune"], [4], {"lam": 0.5})]), nothing)
+    assert Path(settings.store, "gqa/some-model/autoprune-4,lam=0.5/result.json").is_file()
+    same = dataclasses.replace(settings, methods=("autoprune",), method_args={"lam": 0.5})
+    found = finished(same)
+    assert found is not None and found["gqa"][1]["settings"]["hyper"]["lam"] == 0.5
+
+
+def test_out_is_a_folder_of_its_own(settings: Settings, tmp_path: Path, stand_in: Any) -> None:
+    """With OUT, other settings are refused as ever."""
+    stand_in()
+    given = dataclasses.replace(settings, out=str(tmp_path / "out"))
+    evaluate_all(given, nothing)
+    assert (tmp_path / "out/gqa/full/result.json").is_file() and finished(given) is not None
+    _, failed = evaluate_all(dataclasses.replace(given, seed=1), nothing)
+    assert "made with seed=0, now it is 1" in failed["gqa"]
+
+
+def test_dry_run_finds_the_runs(settings: Settings, stand_in: Any, capsys: Any) -> None:
+    stand_in()
+    evaluate_all(settings, nothing)
+    evaluate_all(dataclasses.replace(settings, seed=1), nothing)
+    argv = ["--model", settings.model, "--data", settings.data, "--store", settings.store, "--dry-run", "--json"]
+    file = Path(settings.store) / "sweep.yaml"
+    file.write_text("tasks: [gqa]\nmethods: [random]\ntokens: [4, 5]\n")
+    assert main(["sweep", str(file), *argv, "--seed", "1", "--batch", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["label"], r["left"]) for r in rows] == [("full", 0), ("random-4", 0), ("random-5", 4)]
