@@ -59,7 +59,7 @@ class Tables:
 def paper(name: str) -> Tables:
     """The runs of a table of the paper; 288 tokens stand for half of the FLOPs."""
     table = read_table(name)
-    budgets = (table.baseline.avg_tokens, *(row.run.get("tokens", 288) for row in table.rows))
+    budgets = (table.baseline.avg_tokens or SIZES["7b"].visual, *(row.avg_tokens or 288 for row in table.rows))
     return Tables(table.model.rpartition("-")[2], tuple(table.tasks), budgets)
 
 

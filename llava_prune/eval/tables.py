@@ -49,12 +49,17 @@ def _chosen(rows: Sequence[Row], methods: Sequence[str], tokens: Sequence[int]) 
     return [
         row
         for row in rows
-        if (not methods or row.run["method"] in methods) and (not tokens or row.avg_tokens in tokens)
+        if (not methods or {_method(row), row.run["method"]} & {*methods}) and (not tokens or row.avg_tokens in tokens)
     ]
 
 
+def _method(row: Row) -> str:
+    """Name of a row's method, without a preset."""
+    return str(row.run["method"]).partition(":")[0]
+
+
 def _contents(published: PublishedTable) -> str:
-    methods = dict.fromkeys(row.run["method"] for row in published.rows)
+    methods = dict.fromkeys(_method(row) for row in published.rows)
     budgets = dict.fromkeys(str(row.avg_tokens) for row in published.rows if row.avg_tokens is not None)
     parts = {"methods": methods, "tokens": budgets, "benchmarks": published.tasks}
     return "; ".join(f"{name} {', '.join(values)}" for name, values in parts.items() if values)
@@ -62,7 +67,7 @@ def _contents(published: PublishedTable) -> str:
 
 def request_of(row: Row) -> Request:
     """What measures a row of a table."""
-    budget = FlopsShare(row.run["flops"]) if "flops" in row.run else row.run["tokens"]
+    budget = FlopsShare(row.run["flops"]) if "flops" in row.run else row.run.get("tokens", 1)  # 1: it has none
     return Request([row.run["method"]], [budget])
 
 

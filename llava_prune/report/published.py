@@ -35,7 +35,8 @@ class Row:
         method: as published.
         venue: where the method was published, as the table says; "" for the unpruned model.
         avg_tokens: average number of visual tokens; None where the table gives FLOPs.
-        run: what measures it: "method", and "tokens" or "flops" (percent); empty for the unpruned model.
+        run: what measures it: "method", and "tokens" or "flops" (percent) unless a preset fixes the counts; empty for
+            the unpruned model.
         scores: one for each column.
         ratio: published average of the ratios to the unpruned model, in percent; None where the table has none.
         flops: published FLOPs in percent of the unpruned model's; None where the table has none.
