@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
-from .stats import mean_interval, paired_difference
+from ..stats import mean_interval, paired_difference
 
 
 @dataclass(frozen=True)
