@@ -14,14 +14,14 @@ import torch
 
 from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
-from .answers import ANSWERS, RESULT, TIMING, locked, merge, model_id, total_seconds, write_whole
+from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, model_id, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finite import watched
 from .place import Place, find_place
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
-from .result import Facts, compare, dump, make_result
+from .result import Facts, compare, dump, dump_scores, make_result
 from .rows import Row, read_finished
 from .task import Sources, Task, check_images, check_questions, load_task, open_images, questions_of, task_names
 from .work import Progress, Work, collected, opened
@@ -230,7 +230,7 @@ def finish(
     command: str,
     before: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Score a complete run, and write the formats of the official tools and the result.
+    """Score a complete run, and write the formats of the official tools, the scores and the result.
 
     Args:
         bench: model and questions.
@@ -252,6 +252,7 @@ def finish(
     result = make_result(facts, run.label, score, rows, text, seconds)
     result = {**result, "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
+    write_whole(folder / SCORES, dump_scores(rows, score["questions"]))
     write_whole(folder / RESULT, dump(result))
     return result
 
