@@ -82,6 +82,14 @@ def names(text: str) -> list[str]:
     return out
 
 
+def words(text: str) -> list[str]:
+    """Words of a list a,b."""
+    out = [p.strip() for p in text.split(",") if p.strip()]
+    if not out:
+        raise argparse.ArgumentTypeError("give a name or a list a,b")
+    return out
+
+
 # hyper-parameters -------------------------------------------------------------------------------------------------
 
 

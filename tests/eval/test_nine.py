@@ -102,6 +102,26 @@ def test_several_on_one_model(nine: Path, tmp_path: Path, stand_in: Any, capsys:
     assert len(model.calls) >= 18
 
 
+def test_results_of_finished_runs(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    """`llava-prune results` reads what `llava-prune eval` writes."""
+    stand_in()
+    argv = ["eval", "all", "--model=a/b", f"--data={nine}", f"--out={tmp_path}", "--tokens=4", "--json"]
+    assert main(argv) == 0
+    written = {(r["bench"], r["label"]): r for r in json.loads(capsys.readouterr().out)}
+    assert main(["results", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(r["bench"], r["label"]) for r in found] == [(n, x) for n in task_names() for x in ("full", "autoprune-4")]
+    for row in found:
+        result = written[row["bench"], row["label"]]
+        assert row["figure"] == result["figure"] and row["questions"] == result["rows"] and row["model"] == "a/b"
+        assert row["average_leaving"] == result["visual_tokens"]["average_leaving"]
+        assert row["difference_to_full"] == result.get("difference_to_full", {}).get("points")
+    for name in task_names():
+        assert main(["results", str(tmp_path), "--json", "--compare", f"{name}/full", f"{name}/autoprune-4"]) == 0
+        got = json.loads(capsys.readouterr().out)
+        assert got["total"]["questions"] == SIZES[name] and got["flips"] == [] and got["unscored"] == 0
+
+
 def test_one_that_fails_does_not_stop_the_others(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
     stand_in()
     data = tmp_path / "data"
