@@ -116,7 +116,6 @@ def test_nothing_there(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
 
 
 def test_csv(store: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    pytest.importorskip("pandas")
     text = said(capsys, str(store), "--csv", "-")
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [r["label"] for r in rows] == ["full", "autoprune-64", "random-128", "full", "full"]

@@ -55,7 +55,8 @@ def test_rows(store: Path) -> None:
 
 
 def test_frame(store: Path) -> None:
-    pd = pytest.importorskip("pandas")
+    import pandas as pd
+
     found = read_runs([store])
     table = frame(found)
     assert list(table.columns[:8]) == [
