@@ -38,7 +38,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "quant": ["bitsandbytes>=0.50"],
         "lmms-eval": ["lmms-eval>=0.7"],
-        "plot": ["matplotlib>=3.7"],
+        "report": ["matplotlib>=3.7", "pandas>=2.2", "jinja2>=3.1"],
         "dev": [
             "ruff",
             "mypy",
@@ -46,6 +46,8 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "matplotlib>=3.7",
+            "pandas>=2.2",
+            "jinja2>=3.1",
             "peft>=0.17",
             "accelerate",
             "bitsandbytes>=0.50",

@@ -77,14 +77,17 @@ def method(text: str) -> str:
     return name
 
 
-def words(text: str) -> list[str]:
-    """Names of a list a,b."""
-    return [p.strip() for p in text.split(",") if p.strip()]
-
-
 def names(text: str) -> list[str]:
     """Methods of a list a,b, see `method`."""
     out = [method(p) for p in words(text)]
+    if not out:
+        raise argparse.ArgumentTypeError("give a name or a list a,b")
+    return out
+
+
+def words(text: str) -> list[str]:
+    """Words of a list a,b."""
+    out = [p.strip() for p in text.split(",") if p.strip()]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
     return out

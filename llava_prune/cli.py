@@ -185,6 +185,26 @@ def _add_methods(commands: Any) -> None:
     p.set_defaults(run=_flops)
 
 
+def _add_results(commands: Any) -> None:
+    p = commands.add_parser("results", help="list finished runs, or compare two of them question by question")
+    text = f"folder of a run, or one above several (default {RESULTS})"
+    p.add_argument("places", nargs="*", metavar="PLACE", help=text)
+    p.add_argument("--task", type=arguments.words, default=[], help="only these benchmarks, a list a,b")
+    p.add_argument("--method", type=arguments.words, default=[], help="only these methods, a list a,b")
+    text = "only these models: paths, hub ids or their last components, a list a,b"
+    p.add_argument("--model", type=arguments.words, default=[], help=text)
+    p.add_argument("--tokens", type=arguments.counts, default=[], help="only these budgets, a list 192,128,64")
+    p.add_argument("--folders", action="store_true", help="show the folder of each run")
+    text = "compare two runs: folders, or their paths below PLACE such as gqa/llava-tiny/full"
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help=text)
+    text = "flipped questions that --compare lists (default 20)"
+    p.add_argument("--show", type=arguments.natural, default=None, help=text)
+    group = p.add_mutually_exclusive_group()
+    _add_json(group)
+    group.add_argument("--csv", metavar="FILE", help="write a table of all figures to a file; - for stdout")
+    p.set_defaults(run=_results)
+
+
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "run a program of package llava, unchanged, with its model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
@@ -208,11 +228,12 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_bench(commands, env)
     _add_data(commands, env)
     _add_methods(commands)
+    _add_results(commands)
     _add_run(commands, env)
     return parser
 
 
-def _add_json(p: argparse.ArgumentParser) -> None:
+def _add_json(p: Any) -> None:
     p.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
 
 
@@ -360,6 +381,12 @@ def _methods(args: argparse.Namespace) -> int:
     for shown in methods_tables(rows, size, args.text):
         stdout().print(shown)
     return 0
+
+
+def _results(args: argparse.Namespace) -> int:
+    from .report.results import results
+
+    return results(args)
 
 
 def _run(args: argparse.Namespace) -> int:

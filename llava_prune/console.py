@@ -1,9 +1,10 @@
-"""Where commands print: tables and JSON to stdout, everything else to stderr."""
+"""Where commands print (tables and JSON to stdout, everything else to stderr), and figures as text."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
@@ -26,4 +27,28 @@ def stderr() -> Console:
 
 def emit(value: Any) -> None:
     """Print JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write(text: str) -> None:
+    """Print text on stdout as it is."""
+    sys.stdout.write(text)
+
+
+def number_text(value: float | None, digits: int = 1, sign: bool = False, absent: str = "-") -> str:
+    """A number with so many decimals; `absent` for None."""
+    return absent if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def figure_text(result: Mapping[str, Any]) -> str:
+    """The figure of a result with its interval, as ``78.75 [74.5, 82.5]``."""
+    interval = result["interval"]
+    tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return number_text(result["figure"], 2) + tail
+
+
+def difference_text(gap: Mapping[str, Any] | None) -> str:
+    """A difference in points with its interval, as ``-2.50 [-5.6, +0.6]``; "-" where there is none."""
+    if gap is None:
+        return "-"
+    return f"{gap['points']:+.2f}" + ("" if gap["low"] is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]")

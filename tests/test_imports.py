@@ -15,11 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
-COMMANDS = ("eval", "bench", "score", "data", "methods", "flops", "run")
+COMMANDS = ("eval", "bench", "score", "data", "methods", "flops", "results", "run")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib")
+HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2")
 COMPILER = ("torch._dynamo", "torch._inductor")
 RUN = """
 import json, sys
@@ -75,6 +75,13 @@ def test_data_and_score_load_no_torch(tmp_path: Path) -> None:
         assert not below(loaded(*argv), ("torch", "transformers")), argv
     scored = loaded("score", "gqa", "--answers", str(answers), "--data", "playground/data/mini/gqa")
     assert "llava_prune.eval.score" in scored and not below(scored, ("torch", "transformers"))
+
+
+def test_results_load_no_torch(tmp_path: Path) -> None:
+    """tests/report has the same for folders with runs."""
+    modules = loaded("results", str(tmp_path))
+    assert "llava_prune.report.results" in modules
+    assert not below(modules, ("torch", "transformers", "pandas", "llava_prune.eval"))
 
 
 @pytest.mark.parametrize("argv", [["flops"], ["methods"], ["methods", "--method", "visionzip+autoprune", "--json"]])

@@ -31,7 +31,7 @@ def draw(result: Mapping[str, Any]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib; pip install 'llava-prune[plot]'") from error
+        raise ValueError("the plot needs matplotlib; pip install 'llava-prune[report]'") from error
     rows = [r for r in result["rows"] if "error" not in r]
     panels = list(dict.fromkeys((r["batch"], r["visual"], r["text"]) for r in rows))
     figure = Figure(figsize=(4.5 * max(1, len(panels)), 4.2), layout="constrained")

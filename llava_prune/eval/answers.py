@@ -20,7 +20,7 @@ from .rows import JOURNAL_ONLY, WAY_OUT, Row, read_finished, read_journal, seal
 from .task import Question
 
 ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
-RESULT, TIMING = "result.json", "timing.jsonl"
+RESULT, SCORES, TIMING = "result.json", "scores.jsonl", "timing.jsonl"
 LOCK = ".lock"
 STAGES = {"images": "image_seconds", "tower": "tower_seconds", "generate": "seconds"}
 """Stage of a run -> field of a journal row: waiting for images, vision tower, and the rest of generation."""
@@ -131,7 +131,7 @@ def merge(folder: Path, count: int, stem: str) -> bool:
         found = difference(_stored_settings(folder / named(SETTINGS, name)), mine, free=("batch",))
         if found:
             raise ValueError(f"chunk {name} in {folder} was {found} in chunk {stem}; run it again with --restart")
-    _sweep(folder, (ANSWERS, SETTINGS, RESULT, TIMING))
+    _sweep(folder, (ANSWERS, SETTINGS, RESULT, SCORES, TIMING))
     write_whole(folder / SETTINGS, json.dumps(mine, indent=2) + "\n")
     for file in (TIMING, ANSWERS):
         parts = [folder / named(file, name) for name in stems]
@@ -287,7 +287,8 @@ class Answers(AnswerWriter):
         self.seconds: dict[str, float] = {}
         super().__init__(rank_journal(folder, 0, stem), settings)
         try:
-            _sweep(folder, (self._final.name, self._settings.name, self._timing.name, *(() if stem else (RESULT,))))
+            whole = () if stem else (RESULT, SCORES)
+            _sweep(folder, (self._final.name, self._settings.name, self._timing.name, *whole))
             if restart:
                 self._discard()
             self.complete = self._final.exists()
@@ -316,7 +317,7 @@ class Answers(AnswerWriter):
                 other.truncate(0)  # and removed when it is closed
         self.journal.truncate(0)
         with locked(self.folder) if self._stem else contextlib.nullcontext():  # what chunks were joined to, too
-            for name in (ANSWERS, RESULT, SETTINGS, TIMING):
+            for name in (ANSWERS, RESULT, SCORES, SETTINGS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _agree(self, settings: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import llava_prune
 from ..methods.planner import Run
 from ..models.load import resolve
 from . import identity
-from .answers import ANSWERS, RESULT
+from .answers import ANSWERS, RESULT, SCORES
 from .plan import Settings
 from .task import Sources, Task
 
@@ -85,6 +85,7 @@ def stored_result(folder: Path, stamp: str | None) -> dict[str, Any] | None:
     try:
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         same = found["stamp"] == stamp and found["answers_sha256"] == file_sha(folder / ANSWERS)
+        same = same and (folder / SCORES).is_file()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return dict(found) if same else None

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
-from .stats import mean_interval, paired_difference
+from ..stats import mean_interval, paired_difference
+from .task import QuestionScores
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,15 @@ def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None
 def public(result: Mapping[str, Any]) -> dict[str, Any]:
     """A result without the scores of the questions, which follow from the answer file."""
     return {k: v for k, v in result.items() if k not in ("scores", "scale")}
+
+
+def dump_scores(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) -> str:
+    """Text of the file of scores: question_id, score and type of each answer row, one JSON object a line."""
+    lines = (
+        json.dumps({"question_id": row["question_id"], "score": score, "type": kind}, ensure_ascii=False)
+        for row, (score, kind) in zip(rows, questions, strict=True)
+    )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def dump(result: Mapping[str, Any]) -> str:

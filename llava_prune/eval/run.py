@@ -14,7 +14,7 @@ import torch
 
 from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
-from .answers import ANSWERS, RESULT, TIMING, locked, merge, model_id, total_seconds, write_whole
+from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, model_id, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finished import Stamp, file_sha, stamps, stored_result
 from .finite import watched
@@ -22,7 +22,7 @@ from .place import Place, find_place, folders_of, out_folder
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
-from .result import Facts, compare, dump, make_result
+from .result import Facts, compare, dump, dump_scores, make_result
 from .rows import Row, read_finished
 from .task import Sources, Task, check_images, check_questions, load_task, open_images, questions_of, task_names
 from .work import Progress, Work, collected, opened
@@ -220,7 +220,8 @@ def finish(
     before: Sequence[dict[str, Any]],
     stamp: str | None,
 ) -> dict[str, Any]:
-    """Score a complete run, and write the formats of the official tools and the result, unless they are there.
+    """Score a complete run, and write the formats of the official tools, the scores and the result, unless they are
+    there.
 
     Args:
         bench: model and questions.
@@ -247,6 +248,7 @@ def finish(
     if hasattr(scorer, "export"):
         scorer.export(rows, bench.files.labels, folder, run.label)
     result |= {"stamp": stamp, "answers_sha256": file_sha(folder / ANSWERS)}
+    write_whole(folder / SCORES, dump_scores(rows, score["questions"]))
     write_whole(folder / RESULT, dump(result))
     return result
 

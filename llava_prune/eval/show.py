@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from ..console import difference_text, figure_text, number_text
+
 
 class _Rate(ProgressColumn):
     """Answers, or other units, per second."""
@@ -62,23 +64,9 @@ def _interval(share: Mapping[str, Any]) -> str:
     return "-" if share["accuracy"] is None else f"{share['accuracy']:.2f} [{share['low']:.1f}, {share['high']:.1f}]"
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def figure_text(result: Mapping[str, Any]) -> str:
-    """The figure of a result with its interval, as ``78.75 [74.5, 82.5]``."""
-    interval = result["interval"]
-    tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
-    return _number(result["figure"], 2) + tail
-
-
 def gap_text(result: Mapping[str, Any]) -> str:
     """The difference to the unpruned model, as ``-2.50 [-5.6, +0.6]``; "-" where there is none."""
-    gap = result.get("difference_to_full")
-    if gap is None:
-        return "-"
-    return f"{gap['points']:+.2f}" + ("" if gap["low"] is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]")
+    return difference_text(result.get("difference_to_full"))
 
 
 def _look_up(details: Mapping[str, Any], path: str) -> str:
@@ -86,7 +74,7 @@ def _look_up(details: Mapping[str, Any], path: str) -> str:
     value: Any = details
     for part in path.removesuffix("%").split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return _number(100 * value if path.endswith("%") and value is not None else value)
+    return number_text(100 * value if path.endswith("%") and value is not None else value)
 
 
 def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str, columns: Mapping[str, str]) -> Table:
@@ -110,8 +98,8 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
             gap_text(r),
             *(_look_up(r["details"], path) for path in columns.values()),
             f"{tokens['average_entering']:.1f} / {tokens['average_leaving']:.1f}",
-            f"{_number(flops['with_text_entering']['percent_of_full'])}",
-            _number(sum(v for k, v in r["seconds"].items() if k != "load")),
+            f"{number_text(flops['with_text_entering']['percent_of_full'])}",
+            number_text(sum(v for k, v in r["seconds"].items() if k != "load")),
         )
     return table
 
@@ -152,7 +140,9 @@ def _text(value: Any) -> str:
 def score_table(result: Mapping[str, Any]) -> Table:
     """The details of a score, and the releases of the label files."""
     files = "; ".join(f"{n}: {v['version'] or 'unknown release'}" for n, v in result["versions"].items())
-    title = f"{result['bench']}: {result['figure_name']} {_number(result['figure'], 2)} over {result['rows']} questions"
+    title = (
+        f"{result['bench']}: {result['figure_name']} {number_text(result['figure'], 2)} over {result['rows']} questions"
+    )
     table = Table(title=title, caption=files)
     for name in ("group", "value", "rows"):
         table.add_column(name, justify="left" if name == "group" else "right")

@@ -21,6 +21,8 @@ from .reading import read_answers, read_jsonl, shown
 FOLDER = Path(__file__).parent / "tasks"
 WORKERS = 4
 """Threads that decode images; each holds one image."""
+QuestionScores = list[tuple[float | None, str | None]]
+"""(score, type) of each answer row: a score in 0..1, None for a row that does not count, and a group of questions."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..console import emit, stdout
+from ..console import emit, number_text, stdout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX["\\"] = r"\textbackslash{}"
 Line = list[str]
+number = functools.partial(number_text, absent="")
+"""A number as text; a cell without one is empty."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +114,3 @@ def to_csv(sheet: Sheet) -> str:
     writer.writeheader()
     writer.writerows(sheet.cells)
     return out.getvalue()
-
-
-def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """A number with some decimals; "" for None."""
-    return "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def measured_with(interval: Sequence[float] | None, value: float | None) -> str:
-    """A figure with its interval, as ``78.75 [74.5, 82.5]``."""
-    tail = "" if interval is None or value is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
-    return number(value, 2) + tail
-
-
-def difference_of(gap: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, as ``-2.50 [-5.6, +0.6]``."""
-    if gap is None:
-        return ""
-    return number(gap["points"], 2, True) + ("" if gap["low"] is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]")

@@ -11,6 +11,13 @@ from typing import Any
 RESULT, ANSWERS, SCORES = "result.json", "answers.jsonl", "scores.jsonl"
 UNPRUNED = "full"
 """The method that prunes nothing."""
+COUNTINGS = ("visual_only_entering", "visual_only_leaving", "with_text_entering", "with_text_leaving")
+"""Ways of counting the FLOPs of a prefill; see docs/flops.md."""
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "": ("bench", "label", "method", "budget", "figure", "figure_name", "interval", "rows", "visual_tokens", "flops"),
+    "settings": ("model", "hyper"),
+    "seconds": (),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,12 @@ class StoredRun:
         return str(self.result["settings"]["model"])
 
     @property
+    def model_name(self) -> str:
+        """Last component of the checkpoint's path; of a trainer's checkpoint-N also the folder above."""
+        parts = self.model.strip("/").split("/")
+        return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+
+    @property
     def hyper(self) -> dict[str, Any]:
         """Hyper-parameters of the method."""
         return dict(self.result["settings"]["hyper"])
@@ -76,10 +89,44 @@ class StoredRun:
         """FLOPs of a prefill by equation (2) in percent of the unpruned model's.
 
         Args:
-            counting: "visual_only" or "with_text", then "_entering" or "_leaving"; see docs/flops.md.
+            counting: one of COUNTINGS.
         """
         found: float | None = self.result["flops"][counting]["percent_of_full"]
         return found
+
+    def row(self) -> dict[str, Any]:
+        """Everything that tables show of a run, under flat names.
+
+        Returns:
+            bench, model, label, method, tokens, hyper.NAME for each hyper-parameter, figure, figure_name, low and high
+            (95 % interval), difference_to_full, difference_low and difference_high (in the unit of the figure),
+            average_entering, average_leaving, flops_percent.COUNTING for each of COUNTINGS, questions, seconds
+            (without loading the model), and folder.
+        """
+        low, high = self.interval or (None, None)
+        gap = self.result.get("difference_to_full") or {}
+        seconds = sum(float(v) for k, v in self.result["seconds"].items() if k != "load")
+        return {
+            "bench": self.bench,
+            "model": self.model,
+            "label": self.label,
+            "method": self.method,
+            "tokens": self.tokens,
+            **{f"hyper.{name}": value for name, value in self.hyper.items()},
+            "figure": self.figure,
+            "figure_name": self.result["figure_name"],
+            "low": low,
+            "high": high,
+            "difference_to_full": gap.get("points"),
+            "difference_low": gap.get("low"),
+            "difference_high": gap.get("high"),
+            "average_entering": self.average_tokens("entering"),
+            "average_leaving": self.average_tokens("leaving"),
+            **{f"flops_percent.{name}": self.flops_percent(name) for name in COUNTINGS},
+            "questions": int(self.result["rows"]),
+            "seconds": seconds,
+            "folder": str(self.folder),
+        }
 
     def answers(self) -> list[dict[str, Any]]:
         """Rows of the answer file, in question order: question_id, prompt, text, `kept` and `stats`, see `eval.rows`.
@@ -140,11 +187,41 @@ def read_result(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is broken; delete it, and the evaluation writes it again") from error
-    needed = ("bench", "label", "method", "budget", "figure", "interval", "visual_tokens", "flops", "settings")
-    absent = [n for n in needed if not isinstance(result, dict) or n not in result]
+    absent = []
+    for part, names in _NEEDED.items():
+        found = result if not part else result.get(part) if isinstance(result, dict) else None
+        if not isinstance(found, dict):
+            absent += [part] if part else list(names)
+        else:
+            absent += [f"{part}.{n}" if part else n for n in names if n not in found]
     if absent:
         raise ValueError(f"{path} is not the result of an evaluation (it lacks {', '.join(absent)})")
+    try:
+        StoredRun(path.parent, result).row()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not the result of an evaluation ({error!r})") from error
     return dict(result)
+
+
+def find_run(name: str, places: Iterable[str | Path]) -> StoredRun:
+    """A finished run by its folder, or by the path of its folder below one of some places.
+
+    Args:
+        name: for example "playground/results/gqa/llava-tiny/full", or "gqa/llava-tiny/full".
+        places: folders with results.
+
+    Raises:
+        ValueError: when there is no finished run of that name, or its result file is broken.
+    """
+    folders = [Path(name).expanduser(), *(Path(place) / name for place in places)]
+    for folder in folders:
+        if (folder / RESULT).is_file():
+            return StoredRun(folder, read_result(folder / RESULT))
+    below = [run.folder for run in read_runs(folder for folder in folders if folder.is_dir())]
+    if below:
+        raise ValueError(f"{name} holds {len(below)} runs; name one of them, for example {below[0]}")
+    looked = ", ".join(str(f / RESULT) for f in folders)
+    raise ValueError(f"{name}: no finished run, looked for {looked}; llava-prune results --folders lists the runs")
 
 
 def select(
@@ -160,7 +237,7 @@ def select(
         runs: what to choose from.
         bench: names of benchmarks.
         method: names of methods, with preset.
-        model: paths or hub ids of checkpoints, or their last components.
+        model: paths or hub ids of checkpoints, or their names, see `StoredRun.model_name`.
         tokens: budgets.
     """
     return [
@@ -168,6 +245,34 @@ def select(
         for r in runs
         if (not bench or r.bench in bench)
         and (not method or r.method in method)
-        and (not model or r.model in model or Path(r.model).name in model)
+        and (not model or r.model in model or r.model_name in model)
         and (not tokens or r.tokens in tokens)
     ]
+
+
+def frame(runs: Sequence[StoredRun]) -> Any:
+    """A pandas.DataFrame with one row for each run.
+
+    Args:
+        runs: what to tabulate.
+
+    Returns:
+        Columns as in `StoredRun.row`, with a hyper.NAME for every hyper-parameter of any run; cells of runs without it
+        are missing.
+
+    Raises:
+        ValueError: when pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ValueError("a data frame of runs needs pandas; pip install 'llava-prune[report]'") from error
+    rows = [run.row() for run in runs]
+    hyper = sorted({name for row in rows for name in row if name.startswith("hyper.")})
+    names = [name for name in (rows[0] if rows else ()) if not name.startswith("hyper.")]
+    kinds = dict.fromkeys(("bench", "model", "label", "method", *hyper, "figure_name", "folder"), "object")
+    kinds |= {"tokens": "Int64", "questions": "Int64"}
+    columns = [*names[:5], *hyper, *names[5:]]
+    return pd.DataFrame(
+        {name: pd.Series([r.get(name) for r in rows], dtype=kinds.get(name, "float64")) for name in columns}
+    )

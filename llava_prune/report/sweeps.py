@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from .formats import Sheet, difference_of, measured_with, number
+from ..console import difference_text, figure_text
+from .formats import Sheet, number
 from .store import StoredRun
 
 
@@ -80,7 +81,7 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
         for task in tasks:
             score = row["scores"].get(task, {})
             line.append(_figure(score))
-            line += [difference_of(score.get("difference"))] if len(tasks) == 1 else []
+            line += [difference_text(score.get("difference"))] if len(tasks) == 1 else []
             low, high = score.get("interval") or (None, None)
             shown = {"figure": score.get("figure"), "low": low, "high": high, "sd": score.get("sd")}
             cells.append({**start, "task": task, **shown, "seeds": score.get("seeds", 0), "flops": row["flops"]})
@@ -100,4 +101,4 @@ def _real(value: Any) -> bool:
 def _figure(score: Mapping[str, Any]) -> str:
     if score.get("sd") is not None:
         return f"{score['figure']:.2f} ± {score['sd']:.2f} ({score['seeds']} seeds)"
-    return measured_with(score.get("interval"), score.get("figure"))
+    return figure_text({"interval": None, "figure": None, **score})

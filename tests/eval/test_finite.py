@@ -11,7 +11,7 @@ import torch
 
 from llava_prune.cli import main
 from llava_prune.eval import run
-from llava_prune.eval.answers import ANSWERS, RESULT
+from llava_prune.eval.answers import ANSWERS, RESULT, SCORES
 from llava_prune.eval.finite import Logits
 from llava_prune.eval.identity import vision_tower
 from llava_prune.eval.plan import Settings
@@ -87,6 +87,9 @@ def test_the_question_and_the_module_are_named(where: str, loaded: Loaded, tmp_p
         assert list(found) == (marked or [r["question_id"] for r in answered]) and set(found.values()) == {where}
         stored = json.loads((tmp_path / result["label"] / RESULT).read_text())
         json.dumps(stored, allow_nan=False)
+        scores = [json.loads(x) for x in (tmp_path / result["label"] / SCORES).read_text().splitlines()]
+        assert [s["question_id"] for s in scores] == [r["question_id"] for r in answered]
+        assert all(s["score"] in (0.0, 1.0) for s in scores)
         assert stored["figure"] is result["figure"] is None and stored["interval"] is None
         assert stored["details"] == {"not_finite": len(found)}
         assert stored["why_no_figure"].startswith(

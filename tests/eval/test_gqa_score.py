@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_prune.eval.reading import read_jsonl
-from llava_prune.eval.stats import mean_interval, paired_difference, wilson
 from llava_prune.eval.task import Question, Sources, load_task, read_questions
 from llava_prune.eval.tasks.gqa import export, load_labels, prediction, score
+from llava_prune.stats import mean_interval, paired_difference, wilson
 
 
 def label(answer: str, structural: str = "query", group: str | None = "thing", **more: object) -> dict:

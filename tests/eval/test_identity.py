@@ -25,6 +25,7 @@ from llava_prune.eval.answers import (
     ANSWERS,
     JOURNAL,
     RESULT,
+    SCORES,
     SETTINGS,
     TIMING,
     Answers,
@@ -323,10 +324,11 @@ def test_drafts_carry_the_process(tmp_path: Path, monkeypatch: Any) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "1"
     monkeypatch.setattr(store.os, "replace", replace)
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    leftover, living = (tmp_path / f"{RESULT}.{pid}.draft" for pid in (int(dead.stdout), os.getppid()))
-    leftover.write_text("half"), living.write_text("half")
-    fill(tmp_path)
-    assert not leftover.exists() and living.exists()
+    for name in (RESULT, SCORES):
+        leftover, living = (tmp_path / f"{name}.{pid}.draft" for pid in (int(dead.stdout), os.getppid()))
+        leftover.write_text("half"), living.write_text("half")
+        fill(tmp_path)
+        assert not leftover.exists() and living.exists()
 
 
 def test_the_journal_is_locked_until_the_result_is_written(nine: Path, tmp_path: Path, stand_in: Any) -> None:

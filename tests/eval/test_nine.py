@@ -11,7 +11,7 @@ import pytest
 
 from llava_prune.cli import main
 from llava_prune.eval import run
-from llava_prune.eval.answers import ANSWERS
+from llava_prune.eval.answers import ANSWERS, SCORES
 from llava_prune.eval.data import inspect
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.prompt import vicuna_v1
@@ -43,6 +43,23 @@ def answers(folder: Path) -> list[dict]:
     return [json.loads(x) for x in (folder / ANSWERS).read_text(encoding="utf-8").splitlines()]
 
 
+def scores(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / SCORES).read_text(encoding="utf-8").splitlines()]
+
+
+TYPES = {
+    "gqa": {"verify"},
+    "sqa": {"image", "text"},
+    "textvqa": {None},
+    "pope": {"adversarial", "random", "popular"},
+    "mme": {"count", "scene"},
+    "mmbench": {"kind"},
+    "mmbench_cn": {"kind"},
+    "ocrbench": {"Scene Text-centric VQA"},
+    "vqav2": {"yes/no"},
+}
+
+
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_run_and_score_agree(nine: Path, tmp_path: Path, stand_in: Any, name: str) -> None:
     model = stand_in()
@@ -58,6 +75,10 @@ def test_run_and_score_agree(nine: Path, tmp_path: Path, stand_in: Any, name: st
     assert scored["versions"].items() <= full["files"].items()
     if full["figure"] is not None:  # POPE is undefined for these answers
         assert pruned["difference_to_full"]["points"] == 0
+    found = scores(tmp_path / "full")
+    assert [s["question_id"] for s in found] == [r["question_id"] for r in rows]
+    assert all(set(s) == {"question_id", "score", "type"} and 0 <= s["score"] <= 1 for s in found)
+    assert {s["type"] for s in found} == TYPES[name]
     for path in written:
         ours = (
             tmp_path
@@ -79,6 +100,26 @@ def test_several_on_one_model(nine: Path, tmp_path: Path, stand_in: Any, capsys:
         assert (tmp_path / name / "autoprune-4" / ANSWERS).is_file()
         assert load_task(name).title in text
     assert len(model.calls) >= 18
+
+
+def test_results_of_finished_runs(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
+    """`llava-prune results` reads what `llava-prune eval` writes."""
+    stand_in()
+    argv = ["eval", "all", "--model=a/b", f"--data={nine}", f"--out={tmp_path}", "--tokens=4", "--json"]
+    assert main(argv) == 0
+    written = {(r["bench"], r["label"]): r for r in json.loads(capsys.readouterr().out)}
+    assert main(["results", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(r["bench"], r["label"]) for r in found] == [(n, x) for n in task_names() for x in ("full", "autoprune-4")]
+    for row in found:
+        result = written[row["bench"], row["label"]]
+        assert row["figure"] == result["figure"] and row["questions"] == result["rows"] and row["model"] == "a/b"
+        assert row["average_leaving"] == result["visual_tokens"]["average_leaving"]
+        assert row["difference_to_full"] == result.get("difference_to_full", {}).get("points")
+    for name in task_names():
+        assert main(["results", str(tmp_path), "--json", "--compare", f"{name}/full", f"{name}/autoprune-4"]) == 0
+        got = json.loads(capsys.readouterr().out)
+        assert got["total"]["questions"] == SIZES[name] and got["flips"] == [] and got["unscored"] == 0
 
 
 def test_one_that_fails_does_not_stop_the_others(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
@@ -144,7 +185,8 @@ def test_chunks(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
     joined = run.evaluate(parts[1])
     assert [r["figure"] for r in joined] == [r["figure"] for r in whole]
     for label in ("full", "autoprune-4"):
-        assert (tmp_path / "cut" / label / ANSWERS).read_bytes() == (tmp_path / "whole" / label / ANSWERS).read_bytes()
+        for file in (ANSWERS, SCORES):
+            assert (tmp_path / "cut" / label / file).read_bytes() == (tmp_path / "whole" / label / file).read_bytes()
     with pytest.raises(ValueError, match="CHUNK_IDX=3 is outside 0..2"):
         run.evaluate(settings(nine, tmp_path / "x", "pope", num_chunks=3, chunk_idx=3))
     with pytest.raises(ValueError, match="leave it empty; use NUM_CHUNKS=6"):

@@ -16,7 +16,7 @@ import llava_prune
 from llava_prune.arguments import parse_args
 from llava_prune.cli import main
 from llava_prune.eval import run
-from llava_prune.eval.answers import ANSWERS, JOURNAL, Answers, model_id
+from llava_prune.eval.answers import ANSWERS, JOURNAL, RESULT, SCORES, Answers, model_id
 from llava_prune.eval.journal import Journal
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.result import flops_figures
@@ -133,6 +133,22 @@ def test_a_finished_run_is_not_repeated(data: Path, tmp_path: Path, stand_in: An
     assert second[0]["seconds"]["generate"] == first[0]["seconds"]["generate"]
     run.evaluate(settings(data, tmp_path / "out", restart=True))
     assert model.calls
+
+
+def test_scores_are_written_with_the_result_and_removed_by_a_restart(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    stand_in()
+    (full,) = run.evaluate(settings(data, tmp_path, methods=("full",)))
+    path = tmp_path / "full" / SCORES
+    before = path.read_bytes()
+    scores = [json.loads(line)["score"] for line in before.splitlines()]
+    assert 100 * sum(scores) / N == pytest.approx(full["figure"]) and 0 < sum(scores) < N
+    path.unlink()  # a run of an earlier version
+    run.evaluate(settings(data, tmp_path, methods=("full",)))
+    assert path.read_bytes() == before
+    stand_in({1: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(settings(data, tmp_path, methods=("full",), restart=True))
+    assert not path.exists() and not (tmp_path / "full" / RESULT).exists()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...stats import share
 from ..reading import last_by_id, read_json, unanswered
-from ..stats import share
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 
 PREDICTIONS = "testdev_balanced_predictions.json"
 _NO_STEP = ("exist", "query: name", "choose name")
@@ -84,6 +84,21 @@ def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[s
     return total / weight / 100 if weight else 0.0
 
 
+def _questions(
+    answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> QuestionScores:
+    """(score, structural type) of each answer row; the score is None where the question is not scored.
+
+    Of the official tables of types, "structural" is taken: it separates open questions (query) from binary ones.
+    """
+    out: QuestionScores = []
+    for row in answers:
+        key = str(row["question_id"])
+        right = float(prediction(row["text"]) == wanted[key]["answer"]) if key in wanted else None
+        out.append((right, labels[key]["types"]["structural"] if key in labels else None))
+    return out
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -95,12 +110,13 @@ def score(
         asked: the questions of the model, where they are a part of the benchmark; None scores every balanced question.
 
     Returns:
-        figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution)
-        and scores (id -> 0 or 1).
+        figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution),
+        scores (id -> 0 or 1), and questions ((score, structural type) of each answer row).
 
     Raises:
         ValueError: when a balanced question has no answer, or nothing is left to score.
     """
+    answers = list(answers)
     said = {k: prediction(t) for k, t in last_by_id(answers).items()}
     ids = labels if asked is None else {str(q.id) for q in asked}
     wanted = {k: q for k, q in labels.items() if q.get("isBalanced", True) and k in ids}
@@ -140,7 +156,9 @@ def score(
         "distribution": _distribution(gold, ours),
         "answers_without_question": sum(k not in labels for k in said),
     }
-    return {"figure": overall["accuracy"], "rows": len(wanted), "details": details, "scores": correct}
+    questions = _questions(answers, labels, wanted)
+    out = {"figure": overall["accuracy"], "rows": len(wanted), "details": details, "scores": correct}
+    return {**out, "questions": questions}
 
 
 def _order(value: Any) -> tuple[bool, int, str]:

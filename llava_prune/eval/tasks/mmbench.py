@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
+from ...stats import share
 from ..images import open_rgb
 from ..reading import last_by_id, read_table, unanswered
 from ..reading import read_answers as read_lines
-from ..stats import share
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 
 LETTERS = "ABCD"
 CIRCLE = 1_000_000
@@ -142,6 +142,18 @@ def lenient(text: str, row: Row) -> str | None:
     return held[0] if len(held) == 1 else None
 
 
+def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row], ids: Sequence[str]) -> QuestionScores:
+    """(score, category) of each answer row, a single rotation; the score is None where the row has no label."""
+    wanted = set(ids)
+    out: QuestionScores = []
+    for row in answers:
+        key = str(row["question_id"])
+        label = labels.get(key, {})
+        gold = label.get("answer") if key in wanted else None
+        out.append((None if gold is None else float(row["text"].strip() == gold), label.get("category")))
+    return out
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -156,20 +168,23 @@ def score(
         asked: the questions of the model, where they are a part of the benchmark.
 
     Returns:
-        figure (None for a table without answers), rows, details, scores by question.
+        figure (None for a table without answers), rows, details, scores by question, and questions ((score, category)
+        of each answer row).
 
     Raises:
         ValueError: when a row has no answer.
     """
+    answers = list(answers)
     said = last_by_id(answers)
     ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
     missing = [k for k in ids if k not in said]
     if missing:
         raise ValueError(unanswered(missing, len(ids), "rows"))
     details: dict[str, Any] = {"answers_without_question": sum(k not in labels for k in said)}
+    questions = _questions(answers, labels, ids)
     if any(labels[k].get("answer") is None for k in ids):
         why = "the table has no answers, so there is no local figure; send the upload sheet to the server"
-        return {"figure": None, "rows": len(ids), "details": details, "why": why}
+        return {"figure": None, "rows": len(ids), "details": details, "why": why, "questions": questions}
     strict = {k: said[k].strip() == labels[k]["answer"] for k in ids}
     loose = {k: strict[k] or lenient(said[k], labels[k]) == labels[k]["answer"] for k in ids}
     groups: dict[int, list[str]] = defaultdict(list)
@@ -192,7 +207,8 @@ def score(
             by[str(labels[keys[0]].get(column))].append(circular[str(group)])
         if column in labels[ids[0]]:
             details[column] = {k: share(v) for k, v in sorted(by.items())}
-    return {"figure": overall["accuracy"], "rows": len(ids), "details": details, "scores": circular}
+    out = {"figure": overall["accuracy"], "rows": len(ids), "details": details, "scores": circular}
+    return {**out, "questions": questions}
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], folder: Path, name: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..reading import read_answers as read_jsonl_answers
 from ..reading import read_rows, read_text, shown, unanswered
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 from ..task import read_questions as read_lines
 
 PERCEPTION = (
@@ -178,6 +178,19 @@ def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
             )
 
 
+def _questions(
+    answers: Sequence[Mapping[str, Any]], labels: Mapping[Key, str], wanted: Mapping[str, set[Key]]
+) -> QuestionScores:
+    """(score, task) of each answer row; the score is None where the question is not scored."""
+    out: QuestionScores = []
+    for row in answers:
+        key = _known(_key(row, row.get("prompt", "")), labels)
+        counts = key is not None and key in wanted.get(key[0], ())
+        right = float(label_of(row["text"]) == labels[key].lower()) if key is not None and counts else None
+        out.append((right, None if key is None else key[0]))
+    return out
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -188,9 +201,13 @@ def score(
         labels: see `load_labels`.
         asked: the questions of the model, where they are a part of the benchmark.
 
+    Returns:
+        figure, rows, details (perception, cognition, total, tasks), and questions ((score, task) of each answer row).
+
     Raises:
         ValueError: when answers do not belong to the labels one by one, or stand in another order.
     """
+    answers = list(answers)
     said = join(answers, labels)
     wanted: dict[str, set[Key]] = defaultdict(set)
     keys: Iterable[Key | None] = labels
@@ -217,7 +234,8 @@ def score(
     absent = [t for t in (*PERCEPTION, *COGNITION) if t not in tasks]
     if absent:
         details["tasks_without_labels"] = ", ".join(absent)
-    return {"figure": perception, "rows": sum(t["rows"] for t in tasks.values()), "details": details}
+    out = {"figure": perception, "rows": sum(t["rows"] for t in tasks.values()), "details": details}
+    return {**out, "questions": _questions(answers, labels, wanted)}
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], folder: Path, name: str) -> list[Path]:

@@ -93,8 +93,8 @@ def right(text: str, row: Mapping[str, Any]) -> bool:
     return text != "" and any(plain(g) in plain(text) for g in given)
 
 
-def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[str]:
-    """Answer text for each label.
+def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[int]:
+    """Number of the answer row for each label.
 
     question_id may be the row's id (in the file's order, for ids are not unique), its number from 0 or 1, or its
     image. The first reading that gives each row one answer, with the question in its prompt, is taken.
@@ -115,14 +115,15 @@ def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[s
     for reading in readings:
         keys = [reading(i, r) for i, r in enumerate(labels)]
         if keys == ids:
-            ordered = list(answers)
+            order = list(range(len(ids)))
         elif len(set(keys)) == len(keys) and set(keys) == set(ids):
-            by_id = dict(zip(ids, answers, strict=True))
-            ordered = [by_id[k] for k in keys]
+            by_id = {k: i for i, k in enumerate(ids)}
+            order = [by_id[k] for k in keys]
         else:
             continue
-        if all(not a.get("prompt") or r["question"] in a["prompt"] for a, r in zip(ordered, labels, strict=True)):
-            return [a["text"] for a in ordered]
+        pairs = zip((answers[i] for i in order), labels, strict=True)
+        if all(not a.get("prompt") or r["question"] in a["prompt"] for a, r in pairs):
+            return order
     doubled = [k for k, n in Counter(ids).items() if n > 1][:3]
     raise ValueError(
         "the answers do not match OCRBench.json row by row: question_id must be the row's id in the file's order (ids "
@@ -140,12 +141,17 @@ def score(
         labels: see `load_labels`.
         asked: the questions of the model, where they are the first of the benchmark.
 
+    Returns:
+        figure, rows, details (share, groups, types), scores by row, their scale, and questions ((score, type) of each
+        answer row).
+
     Raises:
         ValueError: when answers and rows do not belong together.
     """
     labels = labels if asked is None else labels[: len(asked)]
-    texts = _join(list(answers), labels)
-    hits = [right(t, r) for t, r in zip(texts, labels, strict=True)]
+    answers = list(answers)
+    order = _join(answers, labels)
+    hits = [right(answers[i]["text"], r) for i, r in zip(order, labels, strict=True)]
     types: dict[str, dict[str, int]] = {}
     for hit, row in zip(hits, labels, strict=True):
         entry = types.setdefault(row["type"], {"right": 0, "rows": 0})
@@ -158,4 +164,6 @@ def score(
     }
     details = {"share": sum(hits) / len(hits), "groups": groups, "types": types}
     scores = {str(i): h for i, h in enumerate(hits)}
-    return {"figure": sum(hits), "rows": len(hits), "details": details, "scores": scores, "scale": len(hits)}
+    found = {i: (float(h), r["type"]) for i, h, r in zip(order, hits, labels, strict=True)}
+    out = {"figure": sum(hits), "rows": len(hits), "details": details, "scores": scores, "scale": len(hits)}
+    return {**out, "questions": [found[i] for i in range(len(answers))]}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading import WAY_OUT, read_jsonl, shown
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 
 SPLITS = ("adversarial", "random", "popular")
 _PREFIX = "coco_pope_"
@@ -147,6 +147,16 @@ def _check(name: str, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], lab
             )
 
 
+def _questions(answers: Sequence[Mapping[str, Any]], labels: Labels, golds: Mapping[str, bool]) -> QuestionScores:
+    """(score, split) of each answer row; the score is None where the question is not scored."""
+    out: QuestionScores = []
+    for row in answers:
+        key = str(row["question_id"])
+        right = float(says_yes(row["text"]) == golds[key]) if key in golds else None
+        out.append((right, labels.split[key]))
+    return out
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Labels, asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -159,11 +169,12 @@ def score(
 
     Returns:
         figure (None where a split has no right "yes", for which the official script divides by zero), rows, details
-        (shares, not percent).
+        (shares, not percent), and questions ((score, split) of each answer row).
 
     Raises:
         ValueError: when answers, questions and labels do not belong together row by row.
     """
+    answers = list(answers)
     by_split: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in answers:
         key = str(row["question_id"])
@@ -172,6 +183,7 @@ def score(
         by_split[labels.split[key]].append(row)
     only = None if asked is None else {str(q.id) for q in asked}
     details: dict[str, Any] = {}
+    golds: dict[str, bool] = {}
     for name in [*SPLITS, *sorted(set(labels.rows) - set(SPLITS))]:
         if name not in labels.rows or (only is not None and name not in labels.questions):
             continue
@@ -182,6 +194,7 @@ def score(
             continue
         _check(name, by_split[name], list(gold), labels)
         details[name] = _figures([says_yes(r["text"]) for r in by_split[name]], list(gold.values()))
+        golds |= gold
     if not details:
         raise ValueError("the answers and the question file have no question id in common; give files of one run")
     undefined = [n for n, d in details.items() if d["f1_score"] is None]
@@ -191,4 +204,5 @@ def score(
     mean = None if undefined else sum(d["f1_score"] for d in values) / len(values)
     details |= {"average_f1": mean, "average_accuracy": sum(d["accuracy"] for d in values) / len(values)}
     figure = None if mean is None else 100 * mean
-    return {"figure": figure, "rows": rows, "details": details, "why": why if undefined else None}
+    out = {"figure": figure, "rows": rows, "details": details, "why": why if undefined else None}
+    return {**out, "questions": _questions(answers, labels, golds)}

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stats import share
 from ..prompt import IMAGE_MARK
 from ..reading import check_answers, read_json, read_text, shown
 from ..reading import read_answers as read_lines
-from ..stats import share
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 
 LETTERS = "ABCDE"
 FAILED = "FAILED"
@@ -140,6 +140,23 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     return [r for r in rows if (r["prompt"], r["text"]) != ("Unknown", FAILED)]
 
 
+def _right(text: str, label: Label) -> bool:
+    """Whether an answer has the right letter, one of the options of its question."""
+    choice = letter(text)
+    return choice in LETTERS[: label.options] and LETTERS.find(choice) == label.answer
+
+
+def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], ids: Sequence[str]) -> QuestionScores:
+    """(score, "image" or "text") of each answer row; the score is None where the question is not scored."""
+    wanted = set(ids)
+    out: QuestionScores = []
+    for row in answers:
+        key = str(row["question_id"])
+        right = float(_right(row["text"], labels[key])) if key in wanted else None
+        out.append((right, "image" if IMAGE_MARK in row.get("prompt", "") else "text"))
+    return out
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Label], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -153,9 +170,14 @@ def score(
         labels: see `load_labels`.
         asked: the questions of the model, where they are a part of the benchmark.
 
+    Returns:
+        figure (IMG-Accuracy), rows, details (overall, image, text), scores of questions with an image, and questions
+        ((score, "image" or "text") of each answer row).
+
     Raises:
         ValueError: when nothing is left to score.
     """
+    answers = list(answers)
     given = {str(a["question_id"]): a for a in answers}
     ids = list(labels) if asked is None else [str(q.id) for q in asked if str(q.id) in labels]
     if not any(k in given for k in ids):
@@ -163,9 +185,7 @@ def score(
     correct, seen = {}, {}
     for key in ids:
         row = given.get(key)
-        choice = FAILED if row is None else letter(row["text"])
-        index = LETTERS.find(choice) if choice in LETTERS[: labels[key].options] else -1
-        correct[key] = index >= 0 and index == labels[key].answer
+        correct[key] = row is not None and _right(row["text"], labels[key])
         seen[key] = row is not None and IMAGE_MARK in row.get("prompt", "")
     missing = [k for k in ids if k not in given]
     image = share([correct[k] for k in ids if seen[k]])
@@ -181,4 +201,4 @@ def score(
     out = {"figure": image["accuracy"], "rows": len(ids), "details": details, "scores": scores, "why": why}
     if missing:
         details["missing_ids"] = shown(missing)
-    return out
+    return {**out, "questions": _questions(answers, labels, ids)}

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...stats import average
 from ..reading import read_json, shown, unanswered
-from ..stats import average
 from ..task import Question, Sources
 from ..task import read_questions as read_lines
 from ..vqa import m4c
@@ -90,6 +90,9 @@ def score(
         labels: see `load_labels`.
         asked: the questions of the model, where they are a part of the benchmark.
 
+    Returns:
+        figure, rows, details, scores by row, and questions ((score, None) of each answer row).
+
     Raises:
         ValueError: for prompts without a question, and questions that are unknown, missing or answered twice.
     """
@@ -107,8 +110,9 @@ def score(
         raise ValueError(unanswered(missing, len(due)))
     if twice:
         raise ValueError(f"{len(twice)} questions are answered more than once ({shown(twice)}); keep one answer each")
-    rows = [r for r in rows if r[0] in due]
     tables = {k: answer_scores(labels[k]) for k in due}
-    scores = {str(i): tables[k].get(m4c(text), 0.0) for i, (k, text) in enumerate(rows)}
+    each = [tables[k].get(m4c(text), 0.0) if k in due else None for k, text in rows]
+    scores = {str(i): s for i, s in enumerate(s for s in each if s is not None)}
     overall = average(list(scores.values()))
-    return {"figure": overall["accuracy"], "rows": len(rows), "details": {"overall": overall}, "scores": scores}
+    out = {"figure": overall["accuracy"], "rows": len(scores), "details": {"overall": overall}, "scores": scores}
+    return {**out, "questions": [(s, None) for s in each]}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stats import average
 from ..reading import check_answers, last_by_id, read_json, read_jsonl, read_rows, shown, unanswered
-from ..stats import average
-from ..task import Question, Sources
+from ..task import Question, QuestionScores, Sources
 from ..vqa import digits_articles, m4c, one_line, punctuation
 
 READY = "converted"
@@ -115,7 +115,8 @@ def score(
         asked: the questions of the model, where they are a part of the benchmark.
 
     Returns:
-        figure (None without annotations), rows, details, scores by question.
+        figure (None without annotations), rows, details, scores by question, and questions ((score, answer type) of
+        each answer row).
 
     Raises:
         ValueError: when an annotated question has no answer or an answer no annotation.
@@ -126,7 +127,8 @@ def score(
     ids = list(known or said) if asked is None else [str(q.id) for q in asked]
     if known is None or not any(k in known for k in said):
         why = "no annotations for these questions, so there is no local figure; send the upload to EvalAI"
-        return {"figure": None, "rows": len(said), "details": {}, "why": why}
+        nothing = [(None, None)] * len(answers)
+        return {"figure": None, "rows": len(said), "details": {}, "why": why, "questions": nothing}
     missing = [k for k in ids if k not in said]
     strange = [k for k in said if k not in known]
     if missing and not strange:
@@ -136,7 +138,15 @@ def score(
             f"{len(missing)} of {len(ids)} questions have no answer ({shown(missing) or '-'}) and {len(strange)} "
             f"answers no annotation ({shown(strange) or '-'}); answers and annotations must be of the same questions"
         )
-    scores = {k: accuracy(said[k] if k in ready else m4c(said[k]), known[k]["references"]) for k in ids}
+    wanted, last = set(ids), {}
+    questions: QuestionScores = []
+    for row in answers:
+        key, text = str(row["question_id"]), row["text"]
+        questions.append((None, known[key]["answer_type"]))
+        if key in wanted:
+            last[key] = accuracy(text if key in ready else m4c(text), known[key]["references"])
+            questions[-1] = last[key], known[key]["answer_type"]
+    scores = {k: last[k] for k in ids}
     raw = [accuracy(said[k], known[k]["references"]) for k in ids]
     overall = average(list(scores.values()))
     details: dict[str, Any] = {"overall": overall, "unconverted": average(raw)}
@@ -145,7 +155,8 @@ def score(
         for key in ids:
             by[known[key][field]].append(scores[key])
         details[f"by_{field}"] = {k: average(v) for k, v in sorted(by.items())}
-    return {"figure": overall["accuracy"], "rows": len(ids), "details": details, "scores": scores}
+    out = {"figure": overall["accuracy"], "rows": len(ids), "details": details, "scores": scores}
+    return {**out, "questions": questions}
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Labels, folder: Path, name: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies and mean scores."""
+"""Confidence intervals of accuracies and mean scores, and a test of paired answers."""
 
 from __future__ import annotations
 
@@ -100,6 +100,34 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
     above = _mover(gain_high - gain, loss - loss_low, link)
     mean = gain - loss
     return mean, max(-1.0, mean - below), min(1.0, mean + above)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value of McNemar's test: are flips in both directions equally likely?
+
+    Under that hypothesis the flips of one direction are binomial with probability 1/2; the p-value is twice the smaller
+    tail, at most 1. Questions with equal outcomes do not enter.
+
+    Args:
+        only_a: questions that only the first run has right.
+        only_b: questions that only the second run has right.
+
+    Returns:
+        A probability in 0..1; 1 without flips.
+
+    Raises:
+        ValueError: for negative counts.
+
+    Source: McNemar, "Note on the sampling error of the difference between correlated proportions or percentages"
+    (1947), in its exact, binomial form.
+    """
+    if only_a < 0 or only_b < 0:
+        raise ValueError(f"{only_a} and {only_b} flips: counts must not be negative")
+    total, term, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):  # term is the number of ways to choose k of total
+        tail += term
+        term = term * (total - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**total)
 
 
 def _mover(one: float, two: float, correlation: float) -> float:
