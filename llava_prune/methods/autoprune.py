@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..ops.attention import last_attention, mean_weights, text_attention
-from ..ops.clustering import recycled
+from ..ops.attention import mean_weights, text_attention
+from ..ops.clustering import RECYCLED, recycled
 from ..ops.selection import Cut, Positions
 from .base import Method, MethodInfo
 from .checks import choice, integer, real, shown
@@ -23,8 +24,10 @@ from .registry import register
 from .views import Spans, View, VisionView
 
 Budget = Literal["after", "before"]
+CAP = 2.5
+"""Tokens kept by layer 0, as a multiple of the budget."""
 PEAK = 0.75
-"""Upper end of the logistic curve in the official code."""
+"""Upper end of the logistic curve."""
 LEAST = 2
 """Smallest budget: a layer that drops tokens keeps one and merges others into one. With 1, the official search finds no
 factor and keeps 2."""
@@ -39,7 +42,8 @@ class AutoPrune(Method):
     I1 of layer 1 gives the slope max(k0 - gamma I1, 0); the curve is scaled to the budget. Layers 1..L-1 keep
     their best by text attention and recycle 30 % of the rest as DPC-KNN cluster means. Source: official code as
     specified; deviations: no random noise on the cluster densities, mutual information in float32, the last layer's
-    cut is counted but computed only when its record is read, and `tokens` >= N leaves the image unchanged.
+    cut is counted but computed only when its record is read, and `tokens` >= N leaves the image unchanged. Every
+    constant and every step is an argument, published by default; see "Ablations" in docs/methods/autoprune.md.
 
     Where the text gives no information (no text after the image, or values that are not finite) I0 = I1 = 0,
     so layer 0 goes by the class token alone and the slope is k0.
@@ -57,6 +61,17 @@ class AutoPrune(Method):
         strict: False skips layers that would only move one token to the end of the visual tokens.
         slope_step: rounds the slope to the nearest multiple, so that few schedules occur (0.05 leaves 9 of them) and
             compiled or captured prefills can be used again; None is the exact slope.
+        first_cap: layer 0 keeps min(int(first_cap * tokens), N) tokens, and no later layer keeps more; at least 1.
+        peak: upper end of the logistic curve, in [1e-9, 1]. The factor that scales the curve to the budget makes up for
+            it as long as it stays below 20, so values from 0.1 on differ by rounding only.
+        recycle: share of a layer's pruned tokens that is clustered, in [0, 1]; 0 drops them all.
+        fixed_slope: a slope of at least 0 for every question, in place of max(k0 - gamma I1, 0) and not rounded to
+            `slope_step`; None is the slope of the question.
+        first_score: what layer 0 ranks by: "equation1", alpha_text alone ("text") or alpha_CLS alone ("class"). "none"
+            keeps all N tokens in layer 0. "text" and "none" need no class token.
+        positions: position ids after a cut. "renumber": 0..n-1, and a generated token has the length of each layer's
+            cache. "keep": those of the unpruned sequence, also for generated tokens; merged tokens take that of the
+            last visual token before the cut.
     """
 
     tokens: int = 64
@@ -69,6 +84,12 @@ class AutoPrune(Method):
     budget: Budget = "after"
     strict: bool = True
     slope_step: float | None = None
+    first_cap: float = CAP
+    peak: float = PEAK
+    recycle: float = RECYCLED
+    fixed_slope: float | None = None
+    first_score: Literal["equation1", "text", "class", "none"] = "equation1"
+    positions: Literal["renumber", "keep"] = "renumber"  # type: ignore[misc]  # a class attribute of other methods
 
     info = MethodInfo(
         paper="Each Complexity Deserves a Pruning Policy, NeurIPS 2025",
@@ -77,7 +98,6 @@ class AutoPrune(Method):
         licence="Apache-2.0",
         batch="any (official code: 1)",
     )
-    positions = "renumber"
     decode = "cache"
     requires = frozenset({"class token"})
     replays = True
@@ -88,18 +108,29 @@ class AutoPrune(Method):
             real(name, getattr(self, name), 0, none=False)
         real("x0", self.x0, 0)
         real("slope_step", self.slope_step, 1e-9)
+        real("first_cap", self.first_cap, 1, none=False)
+        real("peak", self.peak, 1e-9, 1, none=False)
+        real("recycle", self.recycle, 0, 1, none=False)
+        real("fixed_slope", self.fixed_slope, 0)
         choice("budget", self.budget, ("after", "before"))
         choice("strict", self.strict, (True, False))
+        choice("first_score", self.first_score, ("equation1", "text", "class", "none"))
+        choice("positions", self.positions, ("renumber", "keep"))
         if not (
             isinstance(self.mask_padding, bool) or hasattr(self.mask_padding, "shape") or _is_mask(self.mask_padding)
         ):
             raise ValueError(f"mask_padding={shown(self.mask_padding)}: must be True, False or a mask, 1 on padding")
+        object.__setattr__(self, "decode", "cache" if self.positions == "renumber" else "original")
+        if self.first_score in ("text", "none"):
+            object.__setattr__(self, "requires", frozenset())
 
     # alpha_CLS of equation (1) -------------------------------------------------------------------------------
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
-        return {feature_layer: [0]}
+        return {feature_layer: [0]} if "class token" in self.requires else {}
 
     def prune_vision(self, view: VisionView) -> None:
+        if "class token" not in self.requires:
+            return
         padding = view.padding if self.mask_padding is True else None
         if not isinstance(self.mask_padding, bool):
             padding = view.mask("mask_padding", self.mask_padding)
@@ -121,14 +152,28 @@ class AutoPrune(Method):
 
     # layer 0: equation (1) -----------------------------------------------------------------------------------
     def _first_cut(self, view: View) -> Cut | None:
-        """Keep min(2.5 B, N) by s_v = lam I(V, T) alpha_{t,v} + alpha_{CLS,v}."""
+        """Keep min(first_cap B, N) by s_v = lam I(V, T) alpha_{t,v} + alpha_{CLS,v}, or as `first_score` says."""
         assert view.attention is not None
         view.scratch["weights"] = mean_weights(view.spans.text)  # (B, Q)
         view.scratch["mi0"] = information = self.information(view) / view.spans.text.sum(1).clamp(min=1)  # (B,)
+        keep = [self._first_count(n) for n in view.spans.n_visual]
+        return None if list(view.spans.n_visual) == keep else view.keep_top(self._first_scores(view, information), keep)
+
+    def _first_count(self, n_visual: int) -> int:
+        """Visual tokens that leave layer 0 for an image of `n_visual`."""
+        if self.first_score == "none" or self.tokens >= n_visual:
+            return n_visual
+        return min(int(self.first_cap * self.tokens), n_visual)
+
+    def _first_scores(self, view: View, information: Tensor) -> Tensor:
+        """(B, L) equation (1), or the attention of one of its two terms."""
+        if self.first_score == "class":
+            return view.patch_values("cls")
+        assert view.attention is not None
         attention = text_attention(view.attention, view.scratch["weights"], view.kernels)  # (B, L)
-        score = self.lam * information[:, None] * attention + view.patch_values("cls")
-        keep = [min(int(2.5 * self.tokens), n) if self.tokens < n else n for n in view.spans.n_visual]
-        return None if list(view.spans.n_visual) == keep else view.keep_top(score, keep)
+        if self.first_score == "text":
+            return attention
+        return self.lam * information[:, None] * attention + view.patch_values("cls")
 
     def information(self, view: View) -> Tensor:
         """(B,) mutual information I(V, T) in bit, summed over heads; 0 where no text follows the image."""
@@ -145,16 +190,15 @@ class AutoPrune(Method):
     def decide(self, layer: int, values: list[list[float]], view: View) -> tuple[Schedule, ...]:
         mi0, mi1 = zip(*values, strict=True)
         slopes = [self.slope(i) for i in mi1]
-        x0 = self.midpoint(view.spans.n_layers)
-        plans = [
-            schedule(k, self.tokens, n, view.spans.n_layers, x0, self.budget)
-            for k, n in zip(slopes, view.spans.n_visual, strict=True)
-        ]
+        n_layers = view.spans.n_layers
+        plans = [self.schedule_of(k, n, n_layers) for k, n in zip(slopes, view.spans.n_visual, strict=True)]
         view.scratch["stats"] = {"mi0": list(mi0), "mi1": list(mi1), "slope": slopes, "scale": [p.scale for p in plans]}
         return tuple(plans) if self.strict else tuple(p.without_moves() for p in plans)
 
     def slope(self, information: float) -> float:
-        """k = max(k0 - gamma I1, 0) of the retention curve, for the mutual information I1 of layer 1."""
+        """k = max(k0 - gamma I1, 0) of the retention curve, I1 being the information of layer 1; or `fixed_slope`."""
+        if self.fixed_slope is not None:
+            return float(self.fixed_slope)
         exact = max(self.k0 - self.gamma * information, 0.0)
         return exact if self.slope_step is None else round(exact / self.slope_step) * self.slope_step
 
@@ -163,6 +207,12 @@ class AutoPrune(Method):
         if self.x0 is not None:
             return self.x0
         return 14.9 if n_layers in (32, 40) else 14.9 * n_layers / 32
+
+    def schedule_of(self, slope: float, n_visual: int, n_layers: int) -> Schedule:
+        """The counts of every layer for one image, by this method's arguments."""
+        first, x0 = self._first_count(n_visual), self.midpoint(n_layers)
+        constants = {"first_cap": self.first_cap, "peak": self.peak, "recycle": self.recycle}
+        return schedule(slope, self.tokens, n_visual, n_layers, x0, self.budget, first, **constants)
 
     # layers 1..L-1: keep by text attention, recycle some of the rest -----------------------------------------
     def _later_cut(self, layer: int, view: View) -> Cut | None:
@@ -178,41 +228,19 @@ class AutoPrune(Method):
         assert view.attention is not None
         return text_attention(view.attention, view.scratch["weights"], view.kernels)
 
+    # counts --------------------------------------------------------------------------------------------------
+    def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        """Visual tokens entering each layer with a fixed slope; None where the question sets it."""
+        if self.fixed_slope is None:
+            return None
+        return self.schedule_of(self.fixed_slope, n_visual, n_layers).entering(n_visual)
+
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str]:
-        """The schedule of a question of medium complexity: slope k0 / 2."""
-        plan = schedule(self.k0 / 2, self.tokens, n_visual, n_layers, self.midpoint(n_layers), self.budget)
-        return plan.entering(n_visual), list(plan.leaving), f"slope {self.k0 / 2:g}; the question sets it"
-
-
-@register("autoprune-flash")
-@dataclass(frozen=True)
-class AutoPruneFlash(AutoPrune):
-    """AutoPrune that ranks layers 1..L-1 by the last instruction token alone (supplement, section C).
-
-    No official code exists. Our reading: the mutual information of a single text token is 0 by definition, so layers 0
-    and 1 use all text tokens for it (and for equation 1); ranking from layer 1 on uses the last token.
-
-    Args:
-        flash_score: "softmax" averages the attention of the heads, as PyramidDrop's code does; "dot" averages the
-            dot products themselves, as the supplement says.
-    """
-
-    flash_score: Literal["softmax", "dot"] = "softmax"
-
-    info = replace(AutoPrune.info, source="none; section C of the supplement", licence="-", batch="any")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("flash_score", self.flash_score, ("softmax", "dot"))
-
-    def queries(self, layer: int, spans: Spans) -> Positions | None:
-        if layer <= 1:
-            return spans.text_positions()
-        return None if self._idle(layer, spans) else spans.last_position()
-
-    def later_scores(self, view: View) -> Tensor:
-        assert view.attention is not None
-        return last_attention(view.attention, product=self.flash_score == "dot")
+        """The schedule of `fixed_slope`, or of a question of medium complexity: slope k0 / 2."""
+        fixed = self.fixed_slope
+        slope, note = (self.k0 / 2, "the question sets it") if fixed is None else (fixed, "the same for every question")
+        plan = self.schedule_of(slope, n_visual, n_layers)
+        return plan.entering(n_visual), list(plan.leaving), f"slope {slope:g}; {note}"
 
 
 def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
@@ -252,12 +280,12 @@ def _is_mask(values: Any) -> bool:
 # the retention curve and its budget: plain Python on integers and floats ------------------------------------------
 
 
-def logistic(slope: float, x0: float, n_layers: int) -> list[float]:
-    """Retention of layers 1..L-1: 0.75 / (1 + exp(k (l - (x0 + k)))), k the slope; its midpoint is x0 + k."""
+def logistic(slope: float, x0: float, n_layers: int, peak: float = PEAK) -> list[float]:
+    """Retention of layers 1..L-1: peak / (1 + exp(k (l - (x0 + k)))), k the slope; its midpoint is x0 + k."""
     out = []
     for layer in range(1, n_layers):
         power = slope * (layer - (x0 + slope))
-        out.append(PEAK / (1.0 + math.exp(min(power, 700.0))))
+        out.append(peak / (1.0 + math.exp(min(power, 700.0))))
     return out
 
 
@@ -303,11 +331,16 @@ def schedule(
     x0: float,
     budget: Budget = "after",
     first: int | None = None,
+    *,
+    first_cap: float = CAP,
+    peak: float = PEAK,
+    recycle: float = RECYCLED,
 ) -> Schedule:
     """Counts of every layer for one image.
 
     Source: official code, sections 6 to 9 of the method's specification. The bisection stops once its interval
-    is a single float, with the answer of the official 200 steps.
+    is a single float, with the answer of the official 200 steps. The official estimate that a curve meets the budget as
+    it is, which can miss it by several tokens, holds for the official constants only.
 
     Args:
         slope: k >= 0 of the logistic curve.
@@ -316,7 +349,10 @@ def schedule(
         n_layers: L >= 2.
         x0: midpoint of the curve, before the slope shifts it.
         budget: which mean `tokens` is.
-        first: tokens kept by layer 0; default min(2.5 B, N).
+        first: tokens kept by layer 0; default min(int(first_cap B), N).
+        first_cap: c >= 1; no layer after the first keeps more than min(int(c B), N) tokens.
+        peak: upper end of the curve, in (0, 1].
+        recycle: share of the pruned tokens that is clustered, in [0, 1].
 
     Raises:
         ValueError: for fewer than 2 layers, a budget below 2 of more tokens, or one that no curve can meet.
@@ -325,13 +361,14 @@ def schedule(
         raise ValueError(f"a schedule needs at least 2 layers, got {n_layers}")
     if tokens < min(LEAST, n_visual):
         raise ValueError(f"tokens={tokens}: the budget must be at least {LEAST}")
-    cap = min(int(2.5 * tokens), n_visual)
+    cap = min(int(first_cap * tokens), n_visual)
     first = cap if first is None else first
     if tokens >= n_visual:  # nothing to prune: leave the sequence unchanged
         whole, none = (n_visual,) * n_layers, (0,) * n_layers
         return Schedule(whole, none, none, whole, 1.0, 0)
-    curve = logistic(slope, x0, n_layers)
-    least = _cost(curve, 0.0, first, cap, n_visual, budget)
+    curve = logistic(slope, x0, n_layers, peak)
+    cost = functools.partial(_cost, curve, first, cap, n_visual, budget, recycle)
+    least = cost(0.0)
     if least > n_layers * tokens:
         what = "entering" if budget == "before" else "leaving"
         raise ValueError(
@@ -339,50 +376,49 @@ def schedule(
             f"{least / n_layers:.1f} for {n_visual} visual tokens; give a larger budget"
             + (" or budget='after'" if budget == "before" else "")
         )
-    factor, steps = _search(curve, first, cap, tokens, n_visual, budget)
+    unscaled = [int(v) for v in (torch.tensor(curve, dtype=torch.float32) * first).tolist()]
+    meets = abs(sum(unscaled) + unscaled[-1] - n_layers * tokens) < 1  # an estimate: layer 0 and clusters are left out
+    official = budget == "after" and (first_cap, peak, recycle) == (CAP, PEAK, RECYCLED) and first <= cap
+    factor, steps = (1.0, 0) if official and meets else _search(cost, n_layers * tokens)
     scaled = torch.tensor([factor * r for r in curve], dtype=torch.float32)
     wanted = [int(v) for v in torch.ceil(scaled * torch.tensor(float(first - 1), dtype=torch.float32)).tolist()]
-    keep, recycle, merged, leaving = [first], [0], [0], [first]
+    keep, clustered, merged, leaving = [first], [0], [0], [first]
     for want in wanted:
-        m = min(want, leaving[-1])
-        q, c = recycled(leaving[-1] - m)
+        m = min(want, cap, leaving[-1])
+        q, c = recycled(leaving[-1] - m, recycle)
         keep.append(m)
-        recycle.append(q)
+        clustered.append(q)
         merged.append(c)
         leaving.append(m + c)
-    return Schedule(tuple(keep), tuple(recycle), tuple(merged), tuple(leaving), factor, steps)
+    return Schedule(tuple(keep), tuple(clustered), tuple(merged), tuple(leaving), factor, steps)
 
 
-def _search(
-    curve: list[float], first: int, cap: int, tokens: float, n_visual: int, budget: Budget
-) -> tuple[float, int]:
+def _search(cost: Callable[[float], int], goal: int) -> tuple[float, int]:
     """The factor on the curve that meets the budget, by bisection, and the cost evaluations that took."""
-    goal = (len(curve) + 1) * tokens
-    unscaled = [int(v) for v in (torch.tensor(curve, dtype=torch.float32) * first).tolist()]
-    if budget == "after" and unscaled and abs(sum(unscaled) + unscaled[-1] - goal) < 1:
-        return 1.0, 0
     low, high, best, gap = 0.0, 20.0, 1.0, math.inf
     for step in range(1, 201):
         middle = (low + high) / 2
-        cost = _cost(curve, middle, first, cap, n_visual, budget)
-        if abs(cost - goal) < gap:
-            best, gap = middle, abs(cost - goal)
+        now = cost(middle)
+        if abs(now - goal) < gap:
+            best, gap = middle, abs(now - goal)
         if gap < 0.01:
             return best, step
-        if (cost < goal and middle == low) or (cost >= goal and middle == high):
+        if (now < goal and middle == low) or (now >= goal and middle == high):
             return best, step  # the interval is one float wide: no later step could change the answer
-        low, high = (middle, high) if cost < goal else (low, middle)
+        low, high = (middle, high) if now < goal else (low, middle)
     return best, 200
 
 
-def _cost(curve: list[float], factor: float, first: int, cap: int, n_visual: int, budget: Budget) -> int:
+def _cost(
+    curve: list[float], first: int, cap: int, n_visual: int, budget: Budget, recycle: float, factor: float
+) -> int:
     """Sum over layers of the visual tokens leaving (or entering) them, with `factor` on the curve."""
     n, total = first, first
     last, ceil = 0, math.ceil
     for r in curve:
-        share = factor * r
-        m = ceil((first - 1) * share) if share < 1.0 else first - 1
+        m = ceil((first - 1) * (factor * r))
         m = m if m < cap else cap
-        last = n = m + recycled(n - m)[1]
+        m = m if m < n else n
+        last = n = m + recycled(n - m, recycle)[1]
         total += n
     return total if budget == "after" else total - last + n_visual

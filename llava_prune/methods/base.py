@@ -48,7 +48,7 @@ class Method:
         info: see MethodInfo.
         positions: "keep" leaves remaining tokens their position ids, "renumber" makes them 0..n-1 after a cut.
         decode: "original" gives a generated token the position it has in the unpruned sequence, "cache" the
-            length of each layer's own cache.
+            length of each layer's own cache. An instance may differ from its class in these two and in `requires`.
         vision_positions: what `positions` means for a `VisionCut`, where that differs. With "renumber" the shorter
             sequence counts as the prompt, also for generated tokens.
         requires: what the model must provide; `attach` refuses models without it. "class token": a vision tower with a

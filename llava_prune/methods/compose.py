@@ -48,8 +48,8 @@ class Composed(Method):
         if tokens is None and not fixed and isinstance(inside, int):
             tokens = int(SHARE * inside)
         self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
-        for name in ("positions", "decode"):  # an instance may have others than its class
-            setattr(self, name, getattr(self.language, name))
+        requires = self.vision.requires | self.language.requires  # an instance may have others than its class
+        vars(self).update(positions=self.language.positions, decode=self.language.decode, requires=requires)
         for name in inspect.signature(type(self)).parameters:
             owner = self.language if name in its else self.vision
             setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))

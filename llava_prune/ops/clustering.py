@@ -21,11 +21,11 @@ EPS = 1e-6
 
 
 @functools.lru_cache(maxsize=8192)
-def recycled(pruned: int) -> tuple[int, int]:
-    """(tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) for none."""
-    if pruned <= 0:
+def recycled(pruned: int, share: float = RECYCLED) -> tuple[int, int]:
+    """(tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) for none, and for a share of 0."""
+    if pruned <= 0 or share <= 0:
         return 0, 0
-    q = int(RECYCLED * pruned) + 1
+    q = min(int(share * pruned) + 1, pruned)
     return q, min(q // 10 + 1, q)
 
 

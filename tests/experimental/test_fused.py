@@ -14,6 +14,11 @@ from tests.contract.settings import setting
 
 pytest.importorskip("triton")
 METHODS = ["autoprune", "autoprune-flash", "fastv", "pdrop", "sparsevlm", "visionzip+autoprune"]
+CASES = [
+    *((name, setting(name).hyper) for name in METHODS),
+    ("autoprune", {"tokens": 12, "positions": "keep", "recycle": 0.6, "first_score": "none"}),
+    ("autoprune", {"tokens": 12, "recycle": 0, "first_score": "text", "first_cap": 1.5}),
+]
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -23,12 +28,12 @@ def model(tiny: Any) -> Any:
     return tiny if HERE.type == "cpu" else copy.deepcopy(tiny).to(HERE)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_single_prompts(name: str, model: Any) -> None:
+@pytest.mark.parametrize(("name", "hyper"), CASES)
+def test_single_prompts(name: str, hyper: dict[str, Any], model: Any) -> None:
     given = models.inputs(model, [models.prompt(4, 5)], models.pixels(1))
     answers, records = [], []
     for fused in (False, True):
-        with llava_prune.pruned(model, name, check=True, fused=fused, **setting(name).hyper) as handle:
+        with llava_prune.pruned(model, name, check=True, fused=fused, **hyper) as handle:
             answers.append(models.generate(model, given, 4))
             records.append([k.tolist() for k in handle.last.kept])
     assert records[0] == records[1]

@@ -14,6 +14,10 @@ from tests.contract.settings import NAMES, setting
 from tests.experimental.tape import Recorder, asked, same
 
 METHODS = [n for n in NAMES if llava_prune.build(n, **setting(n).hyper).replays]
+ABLATIONS: list[dict[str, Any]] = [
+    {"positions": "keep", "recycle": 0.6, "first_score": "none"},
+    {"recycle": 0, "first_score": "text", "first_cap": 1.5, "fixed_slope": 0.3},
+]
 
 
 def test_some_methods_can_be_replayed() -> None:
@@ -40,6 +44,17 @@ def test_replays_equal_ordinary_prefills(name: str, tiny: Any, recorder: Recorde
             same(a, b)
         assert recorder.recorded == recorded, "everything was known by now"
         assert recorder.replayed > recorded > 0
+
+
+@pytest.mark.parametrize("hyper", ABLATIONS, ids=["positions kept", "nothing recycled"])
+def test_autoprune_with_other_settings(hyper: dict[str, Any], tiny: Any, recorder: Recorder) -> None:
+    ask = models.prompt(4, 5), models.pixels(1)
+    with llava_prune.pruned(tiny, "autoprune", tokens=12, **hyper) as handle:
+        expected = asked(tiny, *ask, handle)
+    with llava_prune.pruned(tiny, "autoprune", tokens=12, graphs=True, **hyper) as handle:
+        for _ in range(4):
+            same(asked(tiny, *ask, handle), expected)
+    assert recorder.replayed > recorder.recorded == 2
 
 
 def test_one_recording_for_each_schedule(tiny: Any, recorder: Recorder) -> None:
