@@ -50,7 +50,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
     _add_evaluation(p, e, env)
     _add_json(p)
-    p.set_defaults(run=_eval)
+    p.set_defaults(run=_eval, many_runs=False)
 
 
 def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) -> None:
@@ -68,7 +68,8 @@ def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) 
     flag("limit", None, "evaluate the first LIMIT questions only", type=arguments.any_length)
     flag("seed", "0", "random seed of sampling, and of methods that draw", type=arguments.seed)
     flag("gpus", None, "GPUs, each with a process of its own; default all visible ones", type=arguments.positive)
-    flag("procs", None, "processes on the CPU; default one", type=arguments.positive)
+    text = "processes on the CPU; default one, or for tables and sweeps of the miniature model one for each core"
+    flag("procs", None, text, type=arguments.positive)
     flag("max-restarts", "0", "times that all processes start again when one fails", type=arguments.natural)
     p.add_argument("--dry-run", action="store_true", help="show what would run, what is answered already and the time")
     text = "answers per second of a process, for --dry-run; default as measured in earlier answers"
@@ -94,7 +95,7 @@ def _add_table(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("--intervals", action="store_true", help="add the 95 %% intervals")
     _add_format(p)
     _add_evaluation(p, e, env)
-    p.set_defaults(run=_table)
+    p.set_defaults(run=_table, many_runs=True)
 
 
 def _add_sweep(commands: Any, env: Mapping[str, str]) -> None:
@@ -110,7 +111,7 @@ def _add_sweep(commands: Any, env: Mapping[str, str]) -> None:
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     _add_format(p)
     _add_evaluation(p, e, env)
-    p.set_defaults(run=_sweep)
+    p.set_defaults(run=_sweep, many_runs=True)
 
 
 def _add_bench(commands: Any, env: Mapping[str, str]) -> None:

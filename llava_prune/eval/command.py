@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..arguments import TINY
 from ..console import emit, stderr, stdout
 from .forecast import forecast, forecast_table
-from .launch import launch, process_count
+from .launch import cores, launch, process_count
 from .place import out_folder
 from .plan import Settings, model_defaults
 from .ranks import Ranks
@@ -61,12 +62,19 @@ def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) 
     if done is not None:
         show(done, {})
         return _status(_without_figure(done))
-    count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
+    count = _processes(args, settings)
     return launch(count, args.argv, args.max_restarts) if count > 1 else _one_process(args, settings, show)
 
 
+def _processes(args: argparse.Namespace, settings: Settings) -> int:
+    """Number of processes; commands of many runs use every core for the miniature model, which is quickest."""
+    count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
+    chosen = args.gpus or args.procs or args.device or args.device_map or settings.engine
+    return cores() if args.many_runs and settings.model == TINY and count == 1 and not chosen else count
+
+
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
-    count = args.gpus or args.procs or process_count(None, None, bool(args.device or args.device_map))
+    count = args.gpus or args.procs or _processes(args, settings)
     count = 1 if settings.engine else count  # all processes answer the same questions
     rows, failed = forecast(settings, count, args.rate)
     if args.json:

@@ -16,6 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_count(gpus: int | None, procs: int | None, alone: bool) -> int:
     """Number of processes to start.
 
@@ -50,8 +55,7 @@ def launch(count: int, argv: Sequence[str], restarts: int) -> int:
         ValueError: naming the process that a signal ended.
         KeyboardInterrupt: when this process is interrupted.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of the store come with C++ stack traces
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # reports of the agent, for each process
     with tempfile.TemporaryDirectory() as logs:
