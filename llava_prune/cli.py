@@ -199,9 +199,9 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.plot import plot
     from .bench.show import speed_tables
     from .bench.speed import Settings, first, out_folder, speed
+    from .report.speed import plot
 
     err = stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
