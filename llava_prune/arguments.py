@@ -17,6 +17,8 @@ DATA = "playground/data/mini"
 """The benchmark files that are part of the repository."""
 RESULTS = "playground/results"
 """Folder of all results."""
+FIGURES = ("accuracy-flops", "accuracy-tokens", "retention", "information", "survival", "speed", "sweep")
+"""What `llava-prune figure` draws."""
 _OPENING, _CLOSING = "[({", "])}"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -77,6 +79,14 @@ def method(text: str) -> str:
 def names(text: str) -> list[str]:
     """Methods of a list a,b, see `method`."""
     out = [method(p.strip()) for p in text.split(",") if p.strip()]
+    if not out:
+        raise argparse.ArgumentTypeError("give a name or a list a,b")
+    return out
+
+
+def words(text: str) -> list[str]:
+    """Words of a list a,b."""
+    out = [p.strip() for p in text.split(",") if p.strip()]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
     return out

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
-COMMANDS = ("eval", "bench", "score", "data", "methods", "flops", "run")
+COMMANDS = ("eval", "bench", "score", "data", "methods", "flops", "figure", "run")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
