@@ -20,6 +20,8 @@ RESULTS = "playground/results"
 """Folder of all results."""
 FORMATS = ("text", "markdown", "latex", "csv")
 """Formats of tables."""
+FIGURES = ("accuracy-flops", "accuracy-tokens", "retention", "information", "survival", "speed", "sweep")
+"""What `llava-prune figure` draws."""
 _OPENING, _CLOSING = "[({", "])}"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")

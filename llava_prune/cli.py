@@ -206,6 +206,20 @@ def _add_results(commands: Any) -> None:
     p.set_defaults(run=_results)
 
 
+def _add_figure(commands: Any) -> None:
+    p = commands.add_parser("figure", help="draw figures of finished runs")
+    p.add_argument("name", help=", ".join(arguments.FIGURES), metavar="NAME", choices=arguments.FIGURES)
+    text = f"folders of runs, or above several; for speed, of measurements (default {RESULTS})"
+    p.add_argument("--runs", nargs="+", default=[RESULTS], metavar="PLACE", help=text)
+    p.add_argument("--task", type=arguments.words, default=[], help="benchmark, or a list a,b (default all)")
+    p.add_argument("--method", type=arguments.words, default=[], help="method, or a list a,b (default all)")
+    p.add_argument("--model", help="checkpoint, needed where the runs are of several")
+    p.add_argument("--tokens", type=arguments.counts, default=[], help="budget, or a list 128,64 (default all)")
+    text = f"file, .pdf, .png or .svg; without suffix a .pdf and a .png (default {RESULTS}/figures/NAME)"
+    p.add_argument("--out", type=Path, help=text)
+    p.set_defaults(run=_figure)
+
+
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "run a program of package llava, unchanged, with its model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
@@ -230,6 +244,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_data(commands, env)
     _add_methods(commands)
     _add_results(commands)
+    _add_figure(commands)
     _add_run(commands, env)
     return parser
 
@@ -296,9 +311,9 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.plot import plot
     from .bench.show import speed_tables
     from .bench.speed import Settings, first, out_folder, speed
+    from .report.speed import plot
 
     err = stderr()
     fields = {f.name for f in dataclasses.fields(Settings)}
@@ -388,6 +403,12 @@ def _results(args: argparse.Namespace) -> int:
     from .report.results import results
 
     return results(args)
+
+
+def _figure(args: argparse.Namespace) -> int:
+    from .report.figures import draw
+
+    return draw(args)
 
 
 def _run(args: argparse.Namespace) -> int:

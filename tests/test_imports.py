@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
-COMMANDS = ("eval", "bench", "score", "data", "methods", "flops", "results", "run")
+COMMANDS = ("eval", "table", "sweep", "results", "figure", "bench", "score", "data", "methods", "flops", "run")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ ALLOWED = {
     "handle": {"models", "runtime", "methods", "ops"},  # and experimental inside a function
     "experimental": {"experimental", "runtime", "methods", "ops"},
     "arguments": {"methods", "ops"},
-    "bench": {"bench", "experimental", "arguments", "", *CORE},
+    "bench": {"bench", "report", "experimental", "arguments", "", *CORE},
     "eval": {"eval", "bench", "report", "stats", "experimental", "arguments", "console", "", *CORE},
     "report": {"report", "arguments", "console", "stats"},
     "stats": set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -240,7 +241,8 @@ def finish(
     text = [sum(i != IMAGE_ID for i in r) for r in bench.rows]
     facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, settings)
     result = make_result(facts, run.label, score, rows, text, seconds)
-    result = {**result, "files": bench.files.sources.versions, "command": command}
+    defaults = {k: p.default for k, p in inspect.signature(type(run.method)).parameters.items()}
+    result |= {"defaults": identity.plain(defaults), "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
     stored = stored_result(folder, stamp)
     if stored is not None and stored.get("difference_to_full") == result.get("difference_to_full"):

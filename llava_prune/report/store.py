@@ -70,6 +70,11 @@ class StoredRun:
         return dict(self.result["settings"]["hyper"])
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """Defaults of the method's hyper-parameters."""
+        return dict(self.result.get("defaults", {}))
+
+    @property
     def figure(self) -> float | None:
         """The benchmark's headline figure; None where it is undefined."""
         found: float | None = self.result["figure"]

@@ -17,11 +17,11 @@ from llava_prune.bench.floor import Machine, decode_floor, prefill_floor
 from llava_prune.bench.flops import Size
 from llava_prune.bench.latency import alternate, probing, quartiles, stages
 from llava_prune.bench.memory import Peak
-from llava_prune.bench.plot import draw, plot
 from llava_prune.bench.request import request
 from llava_prune.bench.speed import Settings, speed
 from llava_prune.cli import main
 from llava_prune.experimental import graphs
+from llava_prune.report.speed import draw_speed, plot
 from tests.experimental.tape import Recorder
 
 SMALL = ["bench", "--shape", "tiny", "--tokens", "64", "--batch", "1", "--text", "20", "--new", "2", "--repeats", "2"]
@@ -106,7 +106,7 @@ def test_the_plot_shows_the_rows(result: Any) -> None:
     """One panel for each batch size, one point for each method and budget; failed rows are left out."""
     rows = result[0]["rows"]
     more = [*rows, {**rows[0], "batch": 8}, {**rows[0], "batch": 8, "tokens": 32, "error": "out of memory"}]
-    figure = draw({**result[0], "rows": more})
+    figure = draw_speed([{**result[0], "rows": more}])
     first, second = figure.axes
     for axes, shown in ((first, rows), (second, rows[:1])):
         lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}

@@ -1,0 +1,86 @@
+"""`llava-prune figure`: figures of finished runs."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import RESULTS
+from ..console import stdout
+from .accuracy import draw_accuracy_flops, draw_accuracy_tokens, draw_sweep
+from .drawing import save
+from .speed import draw_speed, read_bench, select_bench
+from .store import UNPRUNED, StoredRun, read_runs, select
+from .together import comparable
+from .tokens import draw_information, draw_retention, draw_survival
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OF_RUNS: Mapping[str, Callable[[Sequence[StoredRun]], Figure]] = {
+    "accuracy-flops": draw_accuracy_flops,
+    "accuracy-tokens": draw_accuracy_tokens,
+    "retention": draw_retention,
+    "information": draw_information,
+    "survival": draw_survival,
+    "sweep": draw_sweep,
+}
+"""Name -> figure of finished runs of an evaluation."""
+SPEED = "speed"
+"""The figure of measurements."""
+
+
+def draw(args: Namespace) -> int:
+    """Draw and write a figure; prints the paths of the files.
+
+    Args:
+        args: name, runs, task, method, model, tokens and out, see `cli`.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: for no suitable runs, runs of several models, broken files, or when matplotlib is
+            not installed.
+    """
+    figure = draw_speed(_measurements(args)) if args.name == SPEED else OF_RUNS[args.name](_runs(args))
+    console = stdout()
+    for path in save(figure, Path(args.out or f"{RESULTS}/figures/{args.name}").expanduser()):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _conditions(args: Namespace) -> dict[str, Any]:
+    return {"method": args.method, "model": [args.model] if args.model else [], "tokens": args.tokens}
+
+
+def _places(args: Namespace) -> list[str]:
+    """Folders to read; the default one may not exist yet."""
+    return [p for p in args.runs if p != RESULTS or Path(p).is_dir()]
+
+
+def _runs(args: Namespace) -> list[StoredRun]:
+    """The runs that were asked for, and the unpruned model beside them."""
+    found, asked = read_runs(_places(args)), _conditions(args)
+    runs = select(found, bench=args.task, **asked)
+    if not runs:
+        where = ", ".join(args.runs)
+        what = f"none of the {len(found)} finished runs in {where} matches" if found else f"no finished runs in {where}"
+        raise ValueError(f"{what}; make some with llava-prune eval gqa --method autoprune --tokens 192,128,64")
+    benches = sorted({r.bench for r in runs})
+    unpruned = select(found, bench=benches, method=[UNPRUNED], model=asked["model"])
+    return comparable([*runs, *(r for r in unpruned if r not in runs)])
+
+
+def _measurements(args: Namespace) -> list[dict[str, Any]]:
+    """The results of `llava-prune bench` that were asked for."""
+    if args.task:
+        raise ValueError("--task is for runs of benchmarks; measurements have none")
+    results = select_bench(read_bench(_places(args)), **_conditions(args))
+    if not results:
+        raise ValueError(
+            f"no matching measurement in {', '.join(args.runs)}; make one with llava-prune bench --tokens 192,128,64"
+        )
+    return results

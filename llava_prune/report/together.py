@@ -1,0 +1,165 @@
+"""Runs that a figure shows together: whether they can be compared, and their names in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .store import UNPRUNED, StoredRun
+
+BENCHES = {
+    "vqav2": "VQAv2",
+    "gqa": "GQA",
+    "sqa": "ScienceQA",
+    "textvqa": "TextVQA",
+    "pope": "POPE",
+    "mme": "MME",
+    "mmbench": "MMBench",
+    "mmbench_cn": "MMBench-CN",
+    "ocrbench": "OCRBench",
+}
+"""Benchmark -> its name in figures, in order."""
+UNITS = {"perception": "points", "right of all rows": "count"}
+"""Name of a figure that is no percentage -> its unit."""
+SYMBOLS = {
+    "lam": (r"$\lambda$", "1 / bit"),
+    "k0": ("$k_0$", "1 / layer"),
+    "gamma": (r"$\gamma$", "1 / (layer bit)"),
+    "x0": ("$x_0$", "layer"),
+}
+"""Hyper-parameter -> its symbol in AutoPrune's formulas, and its unit."""
+FIRST, LAST = ("autoprune", "autoprune-flash"), ("random", "uniform")
+"""Methods at the ends of a legend; the others stand between them by name."""
+
+
+def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """The runs in the order of figures: by benchmark, method, budget and hyper-parameters; equal runs once.
+
+    Runs are equal when benchmark, method, budget, hyper-parameters and figure are, e.g. the unpruned model beside every
+    run of a sweep.
+
+    Raises:
+        ValueError: for several models, runs on different numbers of questions of one benchmark, or two runs with the
+            same settings and different figures.
+    """
+    found: dict[Any, StoredRun] = {}
+    rows: dict[str, StoredRun] = {}
+    runs = list(runs)
+    models = sorted({r.model for r in runs})
+    if len(models) > 1:
+        raise ValueError(f"the runs are of several models ({', '.join(models)}); choose one with --model")
+    for r in runs:
+        other = rows.setdefault(r.bench, r)
+        if other.result.get("rows") != r.result.get("rows"):
+            raise ValueError(
+                f"{other.folder} has {other.result.get('rows')} questions of {r.bench}, {r.folder} has "
+                f"{r.result.get('rows')}; give --runs with the same questions"
+            )
+        hyper = tuple(sorted((n, order(v)) for n, v in r.hyper.items()))
+        twin = found.setdefault((r.bench, r.method, r.tokens, hyper), r)
+        if (twin.figure, twin.interval) != (r.figure, r.interval):
+            raise ValueError(
+                f"{twin.folder} and {r.folder} are {r.bench} {r.label} with the same hyper-parameters and different "
+                "figures; give --runs that hold one of them"
+            )
+    return sorted(found.values(), key=_place)
+
+
+def _place(run: StoredRun) -> tuple[Any, ...]:
+    benches = list(BENCHES)
+    bench = benches.index(run.bench) if run.bench in BENCHES else len(benches)
+    method = FIRST.index(run.method) - 2 if run.method in FIRST else 1 if run.method in LAST else 0
+    hyper = [order(v) for v in run.hyper.values()]
+    return bench, run.bench, run.method != UNPRUNED, method, run.method, -(run.tokens or 0), hyper
+
+
+def order(value: Any) -> tuple[Any, ...]:
+    """Sorting key of hyper-parameters of several types: None, then numbers, then the others by their text."""
+    if value is None:
+        return (0, 0.0, "")
+    if is_number(value):
+        return (1, float(value), "")
+    return (2, 0.0, str(value))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a hyper-parameter is a number (true and false are none)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def by_bench(runs: Iterable[StoredRun]) -> dict[str, list[StoredRun]]:
+    """Benchmark -> its runs."""
+    out: dict[str, list[StoredRun]] = {}
+    for r in runs:
+        out.setdefault(r.bench, []).append(r)
+    return out
+
+
+def by_settings(runs: Iterable[StoredRun]) -> list[list[StoredRun]]:
+    """Runs that differ in hyper-parameters only, i.e. of one method and budget on one benchmark."""
+    out: dict[tuple[str, str, int | None], list[StoredRun]] = {}
+    for r in runs:
+        out.setdefault((r.bench, r.method, r.tokens), []).append(r)
+    return list(out.values())
+
+
+def varying(runs: Sequence[StoredRun]) -> list[str]:
+    """Hyper-parameters with more than one value among runs of one method and budget."""
+    names = dict.fromkeys(n for r in runs for n in r.hyper)
+    return [n for n in names if len({order(r.hyper.get(n)) for r in runs}) > 1]
+
+
+def names(runs: Iterable[StoredRun], tokens: bool) -> list[str]:
+    """Name of each run, e.g. "autoprune 64", with the hyper-parameters that tell it from others.
+
+    Args:
+        runs: what is named.
+        tokens: whether the budget is part of the name.
+    """
+    runs = list(runs)
+    told: dict[str, list[str]] = {}
+    for group in by_settings(runs):
+        for name in varying(group):
+            known = told.setdefault(group[0].method, [])
+            known += [] if name in known else [name]
+    out = []
+    for r in runs:
+        budget = f" {r.tokens}" if tokens and r.tokens is not None else ""
+        hyper = [setting(n, r.hyper[n]) for n in told.get(r.method, []) if n in r.hyper]
+        out.append(", ".join([r.method + budget, *hyper]))
+    return out
+
+
+def titles(runs: Sequence[StoredRun]) -> list[str]:
+    """Title of a panel for each run: its benchmark and its name."""
+    return [f"{bench_name(r.bench)}, {name}" for r, name in zip(runs, names(runs, tokens=True), strict=True)]
+
+
+def bench_name(bench: str) -> str:
+    """Name of a benchmark in figures."""
+    return BENCHES.get(bench, bench)
+
+
+def figure_axis(run: StoredRun) -> str:
+    """Label of the axis of a benchmark's figure, with its unit."""
+    name = str(run.result.get("figure_name", "figure")).partition(" (")[0]
+    unit = "%" if "accuracy" in name.lower() or "F1" in name else UNITS.get(name)
+    return name if unit is None else f"{name} ({unit})"
+
+
+def hyper_axis(name: str) -> str:
+    """Label of the axis of a hyper-parameter, with its unit."""
+    symbol, unit = SYMBOLS.get(name, (name, ""))
+    return f"{symbol} ({unit})" if unit else symbol
+
+
+def setting(name: str, value: Any) -> str:
+    """A hyper-parameter and its value."""
+    return f"{SYMBOLS.get(name, (name,))[0]} = {text(value)}"
+
+
+def text(value: Any) -> str:
+    """Text of a hyper-parameter's value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
