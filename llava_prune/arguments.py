@@ -144,8 +144,8 @@ def parse_args(text: str) -> dict[str, Any]:
         name, sign, value = (p.strip() for p in part.partition("="))
         if not sign and last:
             raise ValueError(
-                f"{shown(f'{last},{part}')}: one value is taken for each hyper-parameter; run the command once for "
-                f"each value, with another OUT, or write a sequence in brackets, as {last.partition('=')[0]}=[8,16]"
+                f"{shown(f'{last},{part}')}: one value is taken for each hyper-parameter; use llava-prune sweep "
+                f"for several values, or write a sequence in brackets, as {last.partition('=')[0]}=[8,16]"
             )
         if not sign or not name.isidentifier():
             raise ValueError(f"{shown(part)} is not a hyper-parameter; write name=value, several separated by commas")
@@ -159,7 +159,7 @@ def parse_args(text: str) -> dict[str, Any]:
 
 
 def _twice(name: str) -> str:
-    return f"{name} is given twice; one value is taken for each hyper-parameter, run the command once for each value"
+    return f"{name} is given twice; one value is taken for each hyper-parameter; use llava-prune sweep for several"
 
 
 def _parts(text: str) -> list[str]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import functools
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, arguments
 from .arguments import DATA, FORMATS, MOST, RESULTS, TINY
-from .console import emit, stderr, stdout
+from .console import stderr
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
-    from rich.table import Table
+    pass
 
 ENVIRONMENT = "The flags under 'settings' can also be set by environment variables of the same name in capitals."
 
@@ -311,92 +309,40 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.show import speed_tables
-    from .bench.speed import Settings, first, out_folder, speed
-    from .report.speed import plot
+    from .bench.command import bench
 
-    err = stderr()
-    fields = {f.name for f in dataclasses.fields(Settings)}
-    given = {k: v for k, v in vars(args).items() if k in fields}
-    settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
     _quiet()
-    result = speed(settings, lambda what: err.print(what, markup=False), shlex.join(["llava-prune", *args.argv]))
-    if not first():
-        return 0
-    try:
-        plot(result, out_folder(settings) / "bench.png")
-    except ValueError as error:
-        err.print(f"no plot: {error}", markup=False)
-    if args.json:
-        emit(result)
-        return 0
-    console = stdout()
-    for table in speed_tables(result):
-        console.print(table)
-    console.print(f"results: {out_folder(settings)}", markup=False, soft_wrap=True)
-    return 0
+    return bench(args)
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .eval.score import score_files
-    from .eval.show import score_table
+    from .eval.offline import score
 
-    result, written, warnings = score_files(
-        args.task, args.answers, args.data, args.questions, args.annotations, args.export
-    )
-    err = stderr()
-    for text in warnings:
-        err.print(f"note: {text}", markup=False, soft_wrap=True)
-    if written:
-        err.print(f"for the official tools: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
-    if result["figure"] is None:
-        raise ValueError(result["why"])
-    if args.json:
-        emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
-    else:
-        stdout().print(score_table(result))
-    return 0
+    return score(args)
 
 
 def _data(args: argparse.Namespace) -> int:
-    from .eval.data import download, inspect
-    from .eval.show import Bars, data_table
-    from .eval.task import load_task, task_names
+    from .eval.offline import data
 
-    names = task_names() if args.task == "all" else [load_task(args.task).name]
-    by_hand: list[str] = []
-    if args.download:
-        with Bars(stderr(), "MB") as bars:
-            for name in names:
-                left = download(load_task(name), args.data, lambda u, n, t: bars(u, n >> 20, (t or n) >> 20))[1]
-                by_hand += [f"{name}: {kind}" for kind in left]
-    reports = [inspect(name, args.data) for name in names]
-    if args.json:
-        emit(reports)
-    else:
-        console = stdout()
-        for report in reports:
-            console.print(data_table(report))
-            for problem in report["problems"]:
-                console.print(f"{report['bench']}: {problem}", markup=False, soft_wrap=True)
-        if by_hand:
-            console.print(f"published on a web page only: {'; '.join(by_hand)}", markup=False, soft_wrap=True)
-    return 0 if all(r["complete"] for r in reports) else 1
+    return data(args)
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from .bench.flops import Size
-    from .bench.methods import table
-    from .bench.show import methods_tables
+    from .bench.tables import methods
 
-    size = Size(args.layers, args.hidden, args.intermediate, args.visual)
-    rows = table(args.tokens, size, args.text, args.method)
-    if args.json:
-        emit([dataclasses.asdict(r) for r in rows])
-        return 0
-    for shown in methods_tables(rows, size, args.text):
-        stdout().print(shown)
-    return 0
+    return methods(args)
+
+
+def _flops(args: argparse.Namespace) -> int:
+    from .bench.tables import flops
+
+    return flops(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .llava_programs import command
+
+    return command(args)
 
 
 def _results(args: argparse.Namespace) -> int:
@@ -409,47 +355,6 @@ def _figure(args: argparse.Namespace) -> int:
     from .report.figures import draw
 
     return draw(args)
-
-
-def _run(args: argparse.Namespace) -> int:
-    from . import llava_programs
-
-    program = args.program[1:] if args.program[:1] == ["--"] else args.program
-    if not program:
-        raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
-    hyper = dict(args.method_args)
-    if args.tokens is not None:
-        if "tokens" in hyper:
-            raise ValueError(f"tokens is given twice, as --tokens {args.tokens} and in METHOD_ARGS; give it once")
-        hyper["tokens"] = args.tokens
-    llava_programs.run(program, args.method, hyper)
-    return 0
-
-
-def _flops_table(rows: Sequence[Mapping[str, Any]], title: str, published: bool) -> Table:
-    from rich.table import Table
-
-    shown = Table(title=title)
-    names = [n for n in rows[0] if published or "published" not in n]
-    for name in names:
-        shown.add_column(name.replace("_", " "), justify="left" if name == "counting" else "right")
-    for row in rows:
-        values = [row[n] for n in names]
-        shown.add_row(*("-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
-    return shown
-
-
-def _flops(args: argparse.Namespace) -> int:
-    from .bench.flops import Size, table
-
-    size = Size(args.layers, args.hidden, args.intermediate, args.visual)
-    rows = [dataclasses.asdict(r) for r in table(args.tokens, args.slope, size, args.text, args.published)]
-    if args.json:
-        emit(rows)
-        return 0
-    title = f"equation (2), {args.layers} layers, {args.visual} visual tokens, {args.text:g} text tokens"
-    stdout().print(_flops_table(rows, title, bool(args.published)))
-    return 0
 
 
 @contextlib.contextmanager

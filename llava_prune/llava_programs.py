@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import functools
@@ -263,3 +264,21 @@ def _tower(stock: Any, current: list[Path], config: Any, **kwargs: Any) -> Any:
     if inside:
         config.mm_vision_tower = str(inside[0].resolve())
     return stock(config, **kwargs)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Run `llava-prune run`; returns its exit status.
+
+    Raises:
+        ValueError: for bad input.
+    """
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
+    if not program:
+        raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
+    hyper = dict(args.method_args)
+    if args.tokens is not None:
+        if "tokens" in hyper:
+            raise ValueError(f"tokens is given twice, as --tokens {args.tokens} and in METHOD_ARGS; give it once")
+        hyper["tokens"] = args.tokens
+    run(program, args.method, hyper)
+    return 0

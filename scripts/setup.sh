@@ -99,7 +99,7 @@ make_venv() {
 fill_venv() {  # chained with &&: the caller tests the outcome, which switches "set -e" off in here
     install_torch &&
         pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
-        pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava${EXTRA:+,$EXTRA}]" &&
+        pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava,report${EXTRA:+,$EXTRA}]" &&
         pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1; it runs on the present one
         (cd / && "$VENV/bin/python" -c 'import llava_prune; llava_prune.load, llava_prune.attach')
 }

@@ -53,7 +53,7 @@ def test_values(text: str, values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lam=0,0.3", "'lam=0,0.3': one value is taken for each hyper-parameter; run the command once for each value"),
+        ("lam=0,0.3", "'lam=0,0.3': one value is taken for each hyper-parameter; use llava-prune sweep"),
         ("k0=1,layers=8,16,24", r"'layers=8,16': one value .* or write a sequence in brackets, as layers=\[8,16\]"),
         ("lam=0,lam=0.3", "lam is given twice"),
         ("mi_scale", "'mi_scale' is not a hyper-parameter; write name=value"),

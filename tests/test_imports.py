@@ -101,7 +101,7 @@ ALLOWED = {
     "handle": {"models", "runtime", "methods", "ops"},  # and experimental inside a function
     "experimental": {"experimental", "runtime", "methods", "ops"},
     "arguments": {"methods", "ops"},
-    "bench": {"bench", "report", "experimental", "arguments", "", *CORE},
+    "bench": {"bench", "report", "experimental", "arguments", "console", "", *CORE},
     "eval": {"eval", "bench", "report", "stats", "experimental", "arguments", "console", "", *CORE},
     "report": {"report", "arguments", "console", "stats"},
     "stats": set(),

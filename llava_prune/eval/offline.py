@@ -1,0 +1,61 @@
+"""`llava-prune score` and `data`, which load no model."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..console import emit, stderr, stdout
+from .data import download, inspect
+from .score import score_files
+from .show import Bars, data_table, score_table
+from .task import load_task, task_names
+
+
+def score(args: argparse.Namespace) -> int:
+    """Run `llava-prune score`; returns its exit status.
+
+    Raises:
+        ValueError: for bad input, or where there is no figure.
+    """
+    result, written, warnings = score_files(
+        args.task, args.answers, args.data, args.questions, args.annotations, args.export
+    )
+    err = stderr()
+    for text in warnings:
+        err.print(f"note: {text}", markup=False, soft_wrap=True)
+    if written:
+        err.print(f"for the official tools: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
+    if result["figure"] is None:
+        raise ValueError(result["why"])
+    if args.json:
+        emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
+    else:
+        stdout().print(score_table(result))
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """Run `llava-prune data`; returns its exit status: 1 where a file is missing.
+
+    Raises:
+        ValueError: for bad input.
+    """
+    names = task_names() if args.task == "all" else [load_task(args.task).name]
+    by_hand: list[str] = []
+    if args.download:
+        with Bars(stderr(), "MB") as bars:
+            for name in names:
+                left = download(load_task(name), args.data, lambda u, n, t: bars(u, n >> 20, (t or n) >> 20))[1]
+                by_hand += [f"{name}: {kind}" for kind in left]
+    reports = [inspect(name, args.data) for name in names]
+    if args.json:
+        emit(reports)
+    else:
+        console = stdout()
+        for report in reports:
+            console.print(data_table(report))
+            for problem in report["problems"]:
+                console.print(f"{report['bench']}: {problem}", markup=False, soft_wrap=True)
+        if by_hand:
+            console.print(f"published on a web page only: {'; '.join(by_hand)}", markup=False, soft_wrap=True)
+    return 0 if all(r["complete"] for r in reports) else 1
