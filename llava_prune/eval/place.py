@@ -74,7 +74,7 @@ def folders_of(settings: Settings, out: Path, label: str, now: Mapping[str, Any]
     places = [out / label] if settings.out else sorted(out.glob("*/"), key=lambda p: (p.name != label, p.name))
     for folder in places:
         stored = _settings_in(folder)
-        if stored is not None and difference({k: stored.get(k) for k in plain}, plain) is None:
+        if stored is not None and all(stored.get(k) == v for k, v in plain.items()):
             yield folder
 
 
