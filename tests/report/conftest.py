@@ -16,80 +16,6 @@ Asked = Sequence[tuple[str, str, float | None]]
 """Question, answer and score of every question of a run."""
 
 
-def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-
-
-def make_run(
-    folder: Path,
-    asked: Asked = (("Is it?", "yes", 1.0),),
-    bench: str = "gqa",
-    method: str = "full",
-    tokens: int | None = None,
-    kinds: Sequence[str | None] = ("query", "verify"),
-    **more: Any,
-) -> Path:
-    """Write result.json, answers.jsonl and scores.jsonl of a run; `more` replaces entries of the result.
-
-    Types of questions alternate between `kinds`.
-    """
-    folder.mkdir(parents=True)
-    values = [s for _, _, s in asked if s is not None]
-    share = {"tflops": 0.5, "percent_of_full": 100.0 if tokens is None else 25.0}
-    result = {
-        "bench": bench,
-        "label": method if tokens is None else f"{method}-{tokens}",
-        "method": method,
-        "budget": tokens,
-        "figure": 100 * sum(values) / len(values) if values else None,
-        "figure_name": "accuracy",
-        "interval": [10.0, 90.0],
-        "rows": len(asked),
-        "visual_tokens": {"average_entering": 576.0, "average_leaving": float(tokens or 576)},
-        "flops": {f"{c}_{w}": share for c in ("visual_only", "with_text") for w in ("entering", "leaving")},
-        "seconds": {"load": 100.0, "generate": 2.0, "tower": 1.0},
-        "settings": {"model": "models/llava-tiny", "hyper": {} if tokens is None else {"tokens": tokens}},
-        **more,
-    }
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    ids = [str(i) for i in range(len(asked))]
-    rows = zip(ids, asked, strict=True)
-    answers = [{"question_id": i, "prompt": f"{q}\n{SHORT}", "text": text} for i, (q, text, _) in rows]
-    jsonl(folder / "answers.jsonl", answers)
-    scores = [
-        {"question_id": i, "score": s, "type": kinds[int(i) % len(kinds)]}
-        for i, (_, _, s) in zip(ids, asked, strict=True)
-    ]
-    jsonl(folder / "scores.jsonl", scores)
-    return folder
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Five runs: two benchmarks, two models, three methods."""
-    out = tmp_path / "out"
-    hyper = {"model": "models/llava-tiny", "hyper": {"tokens": 64, "lam": 0.3, "layers": [1, 2]}}
-    gap = {"points": -5.0, "low": -9.0, "high": 1.0}
-    make_run(out / "gqa" / "llava-tiny" / "full")
-    make_run(
-        out / "gqa" / "llava-tiny" / "autoprune-64",
-        method="autoprune",
-        tokens=64,
-        settings=hyper,
-        difference_to_full=gap,
-    )
-    make_run(out / "gqa" / "llava-tiny" / "random-128", method="random", tokens=128)
-    make_run(out / "gqa" / "other" / "full", settings={"model": "lab/other/checkpoint-7", "hyper": {}, "limit": 1})
-    make_run(out / "pope" / "llava-tiny" / "full", bench="pope", figure=None, interval=None)
-    return out
-
-
-@pytest.fixture
-def runs() -> Callable[..., Path]:
-    """Makes the folder of a run, see `make_run`."""
-    return make_run
-
-
 COUNTING = ("with_text", "entering")
 """The counting of figures; the others get another number."""
 
@@ -159,3 +85,68 @@ def write_run(
             text = "".join(json.dumps(r) + "\n" for r in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return StoredRun(folder, result)
+
+
+def make_run(
+    folder: Path,
+    asked: Asked = (("Is it?", "yes", 1.0),),
+    bench: str = "gqa",
+    method: str = "full",
+    tokens: int | None = None,
+    kinds: Sequence[str | None] = ("query", "verify"),
+    **more: Any,
+) -> Path:
+    """Write a run with answers and scores; `more` replaces entries of the result.
+
+    Types of questions alternate between `kinds`.
+    """
+    values = [s for _, _, s in asked if s is not None]
+    figure = 100 * sum(values) / len(values) if values else None
+    rows = list(enumerate(asked))
+    answers = [{"question_id": str(i), "prompt": f"{q}\n{SHORT}", "text": text} for i, (q, text, _) in rows]
+    scores = [{"question_id": str(i), "score": s, "type": kinds[i % len(kinds)]} for i, (_, _, s) in rows]
+    run = write_run(
+        folder,
+        method,
+        tokens,
+        figure,
+        (10.0, 90.0),
+        bench=bench,
+        leaving=float(tokens or 576),
+        entering=(576.0,),
+        questions=len(asked),
+        answers=answers,
+        scores=scores,
+    )
+    share = {"tflops": 0.5, "percent_of_full": 100.0 if tokens is None else 25.0}
+    flops = dict.fromkeys(run.result["flops"], share)
+    seconds = {"load": 100.0, "generate": 2.0, "tower": 1.0}
+    result = {**run.result, "flops": flops, "seconds": seconds, **more}
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Five runs: two benchmarks, two models, three methods."""
+    out = tmp_path / "out"
+    hyper = {"model": "models/llava-tiny", "hyper": {"tokens": 64, "lam": 0.3, "layers": [1, 2]}}
+    gap = {"points": -5.0, "low": -9.0, "high": 1.0}
+    make_run(out / "gqa" / "llava-tiny" / "full")
+    make_run(
+        out / "gqa" / "llava-tiny" / "autoprune-64",
+        method="autoprune",
+        tokens=64,
+        settings=hyper,
+        difference_to_full=gap,
+    )
+    make_run(out / "gqa" / "llava-tiny" / "random-128", method="random", tokens=128)
+    make_run(out / "gqa" / "other" / "full", settings={"model": "lab/other/checkpoint-7", "hyper": {}, "limit": 1})
+    make_run(out / "pope" / "llava-tiny" / "full", bench="pope", figure=None, interval=None)
+    return out
+
+
+@pytest.fixture
+def runs() -> Callable[..., Path]:
+    """Makes the folder of a run, see `make_run`."""
+    return make_run
