@@ -107,6 +107,7 @@ def _add_sweep(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     arguments.flag(e, env, "store", RESULTS, "folder of all results")
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    p.add_argument("--figure", metavar="FILE", help="draw it, too: FILE.pdf and FILE.png, or the one of FILE's suffix")
     _add_format(p)
     _add_evaluation(p, e, env)
     p.set_defaults(run=_sweep, many_runs=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..arguments import budgets, flops_budgets, load_yaml
-from ..methods.planner import Request
+from ..console import stderr
+from ..methods.planner import REFERENCE, Request
 from ..report import formats
+from ..report.accuracy import draw_sweep
+from ..report.drawing import save
 from ..report.sweeps import Point, sweep_sheet, sweep_table
+from ..report.together import comparable
 from .command import evaluate_settings, settings_of
 from .plan import Settings
 from .stored import stored_runs
@@ -116,10 +120,25 @@ def sweep(args: argparse.Namespace) -> int:
     settings = settings_of(args, task=f"{','.join(found.tasks)},", requests=found.requests)
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
-        table = sweep_table(found.title, found.tasks, _points(found, settings))
+        points = list(_points(found, settings))
+        table = sweep_table(found.title, found.tasks, points)
         formats.show(sweep_sheet(table), args.format, args.json, table)
+        if args.figure:
+            _draw(found, settings, points, Path(args.figure).expanduser())
 
     return evaluate_settings(args, settings, show)
+
+
+def _draw(found: Sweep, settings: Settings, points: Sequence[Point], out: Path) -> None:
+    """Draw the figure of a sweep; see `accuracy.draw_sweep`.
+
+    Raises:
+        ValueError: for a sweep that no figure can show, or when matplotlib is not installed.
+    """
+    full = stored_runs(settings, Request([REFERENCE], [1]), found.tasks)[0][1]
+    runs = [run for point in points for task in point.runs.values() for run in task]
+    for path in save(draw_sweep(comparable([*full.values(), *runs])), out):
+        stderr().print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _points(found: Sweep, settings: Settings) -> Iterator[Point]:
