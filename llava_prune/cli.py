@@ -11,14 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__, arguments
 from .arguments import DATA, FORMATS, MOST, RESULTS, TINY
 from .console import stderr
-
-if TYPE_CHECKING:  # commands import what they need: --help stays quick
-    pass
 
 ENVIRONMENT = "The flags under 'settings' can also be set by environment variables of the same name in capitals."
 
@@ -36,11 +33,12 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     flag = functools.partial(arguments.flag, e, env)
     flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
-    text = "budget in visual tokens or percent of them, or a list 192,128,11%%"
-    flag("tokens", "64", text, type=arguments.budgets)
+    text = "budget in visual tokens or percent of them, or a list 192,128,11%% (default 64)"
+    flag("tokens", None, text, type=arguments.budgets)
     text = "budget in percent of the unpruned model's FLOPs, or a list 49%%,25%%; instead of TOKENS"
     flag("flops", None, text, type=arguments.flops_budgets)
-    flag("out", None, f"folder for the results; default {RESULTS}/TASK/MODEL")
+    flag("out", None, "folder for the results of these runs; default STORE/TASK/MODEL")
+    flag("store", RESULTS, "folder of all results")
     flag("num-chunks", "1", "split the questions into NUM_CHUNKS contiguous chunks", type=arguments.positive)
     flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
@@ -85,9 +83,9 @@ def _add_table(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     flag = functools.partial(arguments.flag, e, env)
     flag("store", RESULTS, "folder of all results")
-    p.add_argument("--task", type=arguments.words, default=[], help="run these benchmarks only, a list a,b")
-    p.add_argument("--method", type=arguments.words, default=[], help="run these methods only, a list a,b")
-    p.add_argument("--tokens", type=arguments.counts, default=[], help="run the rows with these budgets only")
+    flag("task", None, "run these benchmarks only, a list a,b", type=arguments.words)
+    flag("method", None, "run these methods only, a list a,b", type=arguments.words)
+    flag("tokens", None, "run the rows with these budgets only, a list a,b", type=arguments.counts)
     p.add_argument("--published", action="store_true", help="print the published table alone")
     p.add_argument("--no-run", action="store_true", help="run nothing, print what the store has")
     p.add_argument("--intervals", action="store_true", help="add the 95 %% intervals")

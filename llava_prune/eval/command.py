@@ -10,7 +10,10 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..arguments import TINY
 from ..console import emit, stderr, stdout
@@ -24,6 +27,8 @@ from .run import evaluate_all, finished
 from .show import Bars, results_table, summary_table
 from .task import load_task
 
+DEFAULT = [64]
+"""Budgets where none are given."""
 Show = Callable[[dict[str, list[dict[str, Any]]], dict[str, str]], None]
 """Prints results by benchmark; the messages of benchmarks that failed are printed afterwards."""
 
@@ -34,14 +39,21 @@ def evaluate(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for bad input, or benchmarks that failed.
     """
-    settings = settings_of(args, methods=args.method, tokens=args.flops or args.tokens, reference=not args.no_reference)
+    if args.flops and args.tokens:
+        raise ValueError("TOKENS and FLOPS are both given; a budget is one of them")
+    budgets = args.flops or args.tokens or DEFAULT
+    settings = settings_of(args, methods=args.method, tokens=budgets, reference=not args.no_reference)
     return evaluate_settings(args, settings, functools.partial(_show_results, args, settings))
 
 
 def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
     """The settings of an evaluation: those flags that name one, and what is `given` instead."""
     fields = {f.name for f in dataclasses.fields(Settings)}
-    return Settings(**{**{k: v for k, v in vars(args).items() if k in fields}, **given})
+    found = {k: v for k, v in vars(args).items() if k in fields} | given
+    models = {
+        k: os.path.normpath(v) for k, v in found.items() if k in ("model", "model_base") and v and Path(v).is_dir()
+    }
+    return Settings(**{**found, **models})
 
 
 def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) -> int:
@@ -70,7 +82,8 @@ def _processes(args: argparse.Namespace, settings: Settings) -> int:
     """Number of processes; commands of many runs use every core for the miniature model, which is quickest."""
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     chosen = args.gpus or args.procs or args.device or args.device_map or settings.engine
-    return cores() if args.many_runs and settings.model == TINY and count == 1 and not chosen else count
+    alone = chosen or torch.cuda.is_available() or settings.model != TINY
+    return count if alone or not args.many_runs else cores()
 
 
 def _dry_run(args: argparse.Namespace, settings: Settings) -> int:

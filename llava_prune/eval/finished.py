@@ -18,43 +18,47 @@ import torch
 import llava_prune
 
 from ..methods.planner import Run
+from ..models.files import read_json
 from ..models.load import resolve
 from . import identity
 from .answers import ANSWERS, RESULT, SCORES
 from .plan import Settings
 from .task import Sources, Task
 
-ASKED = ("family", "batch", "dtype", "attn", "device_map", "load_8bit", "load_4bit")
-"""Settings that decide how a model is loaded, as they were given."""
+ASKED = ("model", "model_base", "family", "batch", "dtype", "attn", "device_map", "load_8bit", "load_4bit", "engine")
+"""Settings that decide what is loaded, and how; `asked` has them as they were given."""
+Origin = dict[str, Any]
+"""What a result keeps of where it came from: `asked`, and the `stamp`."""
 
 
-Stamp = Callable[[Run], str | None]
-
-
-def stamps(settings: Settings, task: Task) -> Stamp:
-    """The stamp of each run of a benchmark; None where files alone do not tell (engines, checkpoints not at hand)."""
-    places = _places(settings, task)
-    if places is None or settings.engine is not None:
-        return lambda run: None
+def asked(settings: Settings) -> dict[str, Any]:
+    """What an evaluation asks for besides methods and benchmark: model, data, device and precision."""
     device = (settings.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
-    shared = {
-        "asked": {name: getattr(settings, name) for name in ASKED},
-        "device": device,
-        "versions": identity.versions(),
-        "code": _facts([Path(llava_prune.__file__).parent], "*.py"),
-        "files": _facts(places, "*"),
-    }
-    return lambda run: _sha({**shared, "run": identity.chosen(settings, task, run)})
+    data = str(Path(settings.data).expanduser().resolve())
+    return {**{name: getattr(settings, name) for name in ASKED}, "device": device, "data": data}
 
 
-def _sha(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+def origins(settings: Settings, task: Task) -> Callable[[Run], Origin]:
+    """The origin of each run of a benchmark. Its stamp is None where files alone do not tell: for engines, and where
+    checkpoint or data are not at hand."""
+    places, given = _places(settings, task), asked(settings)
+    if places is None or settings.engine is not None:
+        return lambda run: {"asked": given, "stamp": None}
+    code = [p for p in Path(llava_prune.__file__).parent.rglob("*") if p.suffix in (".py", ".yaml")]
+    shared = {"asked": given, "versions": identity.versions(), "files": _facts([*sorted(code), *places])}
+
+    def origin(run: Run) -> Origin:
+        stamp = identity.checksum({**shared, "run": identity.chosen(settings, task, run)})
+        return {"asked": given, "stamp": stamp}
+
+    return origin
 
 
 def _places(settings: Settings, task: Task) -> list[Path] | None:
     """Files and folders that the answers to a benchmark depend on; None where they are not at hand."""
     try:
         models = [resolve(m) for m in (settings.model, settings.model_base) if m is not None]
+        models += [tower for tower in map(_tower, models) if tower is not None]
         sources = Sources(task, Path(settings.data).expanduser())
         found = [sources.find(kind) for kind in task.files]
     except (ValueError, OSError):
@@ -62,11 +66,24 @@ def _places(settings: Settings, task: Task) -> list[Path] | None:
     return [*models, *(place for place in found if place is not None)]
 
 
-def _facts(places: Iterable[Path], pattern: str) -> str:
+def _tower(checkpoint: Path) -> Path | None:
+    """The folder of a vision tower outside a checkpoint: a local one, or that of a hub id in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = read_json(checkpoint / "config.json").get("mm_vision_tower")
+    if not isinstance(name, str) or (checkpoint / name).is_dir():
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _facts(places: Iterable[Path]) -> str:
     """Checksum over path, size and time of modification of files, and of those below folders."""
     h = hashlib.sha256()
     for place in places:
-        for path in sorted(place.rglob(pattern)) if place.is_dir() else [place]:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file():
                 facts = path.stat()
                 h.update(f"{path}:{facts.st_size}:{facts.st_mtime_ns};".encode())
@@ -78,14 +95,19 @@ def file_sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def made(folder: Path, exports: Iterable[Path]) -> dict[str, str]:
+    """sha256 of the files of a run, by their path in its folder."""
+    files = [folder / ANSWERS, folder / SCORES, *exports]
+    return {path.relative_to(folder).as_posix(): file_sha(path) for path in files}
+
+
 def stored_result(folder: Path, stamp: str | None) -> dict[str, Any] | None:
-    """The result in a run's folder, where its stamp is this one and the answer file is the one it was made from."""
+    """The result in a run's folder, where its stamp is this one and the files beside it are those it was made with."""
     if stamp is None:
         return None
     try:
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        same = found["stamp"] == stamp and found["answers_sha256"] == file_sha(folder / ANSWERS)
-        same = same and (folder / SCORES).is_file()
+        same = found["stamp"] == stamp and all(file_sha(folder / n) == sha for n, sha in found["made"].items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return dict(found) if same else None

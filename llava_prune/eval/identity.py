@@ -44,7 +44,8 @@ def versions(*more: str) -> dict[str, str]:
     return out
 
 
-def _sha(value: Any) -> str:
+def checksum(value: Any) -> str:
+    """sha256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -96,7 +97,7 @@ def vision_tower(loaded: Any) -> Any:
 def configs(loaded: Any) -> str:
     """sha256 of the configs of a model, of its generation, of its vision tower and of its image processor."""
     tower = getattr(vision_tower(loaded), "config", None)
-    return _sha(
+    return checksum(
         [_plain(p) for p in (loaded.model.config, loaded.model.generation_config, tower, loaded.image_processor)]
     )
 
@@ -104,12 +105,12 @@ def configs(loaded: Any) -> str:
 def tokenizer(tokenizer: Any) -> str:
     """sha256 of a tokenizer: its class, vocabulary and special ids."""
     special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "unk_token_id")}
-    return _sha([type(tokenizer).__name__, tokenizer.get_vocab(), special])
+    return checksum([type(tokenizer).__name__, tokenizer.get_vocab(), special])
 
 
 def prompts(rows: Sequence[Sequence[int]]) -> str:
     """sha256 of the token ids of all questions."""
-    return _sha([list(r) for r in rows])
+    return checksum([list(r) for r in rows])
 
 
 def images(paths: Sequence[Path]) -> str:

@@ -17,7 +17,7 @@ from ..methods.planner import ALL, REFERENCE, Run
 from . import identity
 from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, model_id, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
-from .finished import Stamp, file_sha, stamps, stored_result
+from .finished import Origin, made, origins, stored_result
 from .finite import watched
 from .place import Place, find_place, folders_of, out_folder
 from .plan import Settings, plan_runs
@@ -63,13 +63,13 @@ def tasks_of(settings: Settings) -> list[str]:
         ValueError: for unknown names, or when no data are present.
     """
     if settings.task != ALL:
-        names = [n.strip() for n in settings.task.split(",") if n.strip()]
+        names = dict.fromkeys(n.strip() for n in settings.task.split(",") if n.strip())
         return [load_task(n).name for n in names] or [load_task(settings.task).name]
     data = Path(settings.data).expanduser()
-    names = [n for n in task_names() if present(n, data)]
-    if not names:
+    there = [n for n in task_names() if present(n, data)]
+    if not there:
         raise ValueError(f"DATA={data} holds no benchmark's files; see llava-prune data {ALL}")
-    return names
+    return there
 
 
 def task_of(settings: Settings, name: str) -> Task:
@@ -152,14 +152,14 @@ def evaluate(
         data = checksums(bench, ranks)
         wanted = [settings_of(settings, run, bench, model, data) for run in runs]
         if shared.first:
-            stamp = stamps(settings, bench_task)
+            origin = origins(settings, bench_task)
             place.find_folders(settings, runs, wanted)
             check_first(place, runs, wanted, bench, settings.restart)
         with opened(bench, place, runs, wanted, shared, settings.restart) as work:
             answer_all(bench, work, runs, progress, model_id(settings.model))
             if shared.first:
                 work.wait(progress)
-                return finish_all(bench, work, place, shared, command, stamp)
+                return finish_all(bench, work, place, shared, command, origin)
         shared.leave()
     return []
 
@@ -177,7 +177,7 @@ def answer_all(bench: Bench, work: Work, runs: Sequence[Run], progress: Progress
 
 
 def finish_all(
-    bench: Bench, work: Work, place: Place, shared: SharedTask, command: str, stamp: Stamp
+    bench: Bench, work: Work, place: Place, shared: SharedTask, command: str, origin: Callable[[Run], Origin]
 ) -> list[dict[str, Any]]:
     """Write answer files and results of all runs, from the answers of all processes."""
     results: list[dict[str, Any]] = []
@@ -189,7 +189,7 @@ def finish_all(
                     continue
                 rows = read_finished(folder / ANSWERS, place.everything, answers.settings)
                 seconds = total_seconds(folder / TIMING)
-            results.append(finish(bench, run, folder, rows, answers.settings, seconds, command, results, stamp(run)))
+            results.append(finish(bench, run, folder, rows, answers.settings, seconds, command, results, origin(run)))
     return results
 
 
@@ -219,7 +219,7 @@ def finish(
     seconds: dict[str, float],
     command: str,
     before: Sequence[dict[str, Any]],
-    stamp: str | None,
+    origin: Origin,
 ) -> dict[str, Any]:
     """Score a complete run, and write the formats of the official tools, the scores and the result, unless they are
     there.
@@ -233,7 +233,7 @@ def finish(
         seconds: stage -> seconds, summed over processes.
         command: recorded in the result.
         before: results of earlier runs; the first is compared with where it is the reference.
-        stamp: see `finished.stamps`.
+        origin: see `finished.origins`.
     """
     start, scorer = time.perf_counter(), bench.task.scorer
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
@@ -244,13 +244,12 @@ def finish(
     defaults = {k: p.default for k, p in inspect.signature(type(run.method)).parameters.items()}
     result |= {"defaults": identity.plain(defaults), "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
-    stored = stored_result(folder, stamp)
-    if stored is not None and stored.get("difference_to_full") == result.get("difference_to_full"):
+    stored, gap = stored_result(folder, origin["stamp"]), result.get("difference_to_full")
+    if stored is not None and (gap is None or stored.get("difference_to_full") == gap):
         return {**result, **stored}
-    if hasattr(scorer, "export"):
-        scorer.export(rows, bench.files.labels, folder, run.label)
-    result |= {"stamp": stamp, "answers_sha256": file_sha(folder / ANSWERS)}
+    exports = scorer.export(rows, bench.files.labels, folder, run.label) if hasattr(scorer, "export") else []
     write_whole(folder / SCORES, dump_scores(rows, score["questions"]))
+    result |= {**origin, "made": made(folder, exports)}
     write_whole(folder / RESULT, dump(result))
     return result
 
@@ -266,15 +265,23 @@ def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
     out = {}
     for name in tasks_of(settings):
         task = task_of(settings, name)
-        stamp, runs, folder = stamps(settings, task), plan_runs(settings, task), out_folder(settings, name)
+        origin, runs, folder = origins(settings, task), plan_runs(settings, task), out_folder(settings, name)
         found = []
         for run in runs:
             places = folders_of(settings, folder, run.label, identity.chosen(settings, task, run))
-            found += list(filter(None, (stored_result(place, stamp(run)) for place in places)))[:1]
-        if len(found) < len(runs):
+            found += list(filter(None, (stored_result(place, origin(run)["stamp"]) for place in places)))[:1]
+        if len(found) < len(runs) or not _compared(found):
             return None
         out[name] = found
     return out
+
+
+def _compared(results: Sequence[dict[str, Any]]) -> bool:
+    """Whether every result has its difference to the reference, where the first one is that."""
+    first = results[0]
+    if first["method"] != REFERENCE or first["figure"] is None:
+        return True
+    return all("difference_to_full" in r for r in results[1:] if r["figure"] is not None)
 
 
 def evaluate_all(
@@ -297,7 +304,7 @@ def evaluate_all(
     ranks = ranks or Ranks()
     settings = dataclasses.replace(settings, device=ranks.device(settings.device))
     names = _agreed_tasks(settings, ranks)
-    if len(names) == 1:
+    if settings.task == names[0]:
         return {names[0]: evaluate(settings, progress(names[0]), command, task=names[0], ranks=ranks)}, {}
     plan_runs(settings)  # raises before the model is loaded
     failed = _unreadable(names, settings) if ranks.first else {}

@@ -28,10 +28,13 @@ def table(args: argparse.Namespace) -> int:
             f"table {published.name}: {published.model} has a protocol that the evaluation does not cover yet; "
             "--published prints what was published"
         )
-    rows = _chosen(published.rows, args.method, args.tokens)
+    rows = _chosen(published, args.method or [], args.tokens or [])
     tasks = [t for t in published.tasks if not args.task or t in args.task]
-    if not rows or not tasks:
-        raise ValueError(f"table {published.name} has no such row or benchmark; it has {_contents(published)}")
+    strange = [t for t in args.task or [] if t not in published.tasks]
+    if strange or not rows:
+        raise ValueError(
+            f"table {published.name} has no {', '.join(strange) or 'such row'}; it has {_contents(published)}"
+        )
     settings = settings_of(args, task=f"{','.join(tasks)},", requests=[request_of(row) for row in rows])
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
@@ -44,11 +47,14 @@ def table(args: argparse.Namespace) -> int:
     return evaluate_settings(args, settings, show)
 
 
-def _chosen(rows: Sequence[Row], methods: Sequence[str], tokens: Sequence[int]) -> list[Row]:
-    """The rows of some methods at some budgets; all where none is named."""
+def _chosen(published: PublishedTable, methods: Sequence[str], tokens: Sequence[int]) -> list[Row]:
+    """The rows of some methods at some budgets, none where the table lacks one; all where none is named."""
+    known = {_method(r) for r in published.rows} | {r.run["method"] for r in published.rows}
+    if not {*methods} <= known or not {*tokens} <= {r.avg_tokens for r in published.rows}:
+        return []
     return [
         row
-        for row in rows
+        for row in published.rows
         if (not methods or {_method(row), row.run["method"]} & {*methods}) and (not tokens or row.avg_tokens in tokens)
     ]
 

@@ -235,8 +235,8 @@ def _ask_hf(
 # loading ------------------------------------------------------------------------------------------------------
 
 
-def resolve(path: str | Path) -> Path:
-    """A local checkpoint folder for `path`, downloading a hub id through huggingface_hub.
+def resolve(path: str | Path, files: str | None = None) -> Path:
+    """A local checkpoint folder for `path`, downloading a hub id (or the `files` of a pattern) through huggingface_hub.
 
     Raises:
         ValueError: when neither a folder nor a hub repository can be had.
@@ -249,7 +249,7 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path)))
+        return Path(snapshot_download(str(path), allow_patterns=files))
     except Exception as error:
         raise ValueError(f"{path}: not a local folder, and no hub repository can be reached ({error})") from error
 
@@ -266,7 +266,7 @@ def read_size(path: str | Path, model_base: str | Path | None = None) -> Size:
     """
     from .checkpoint import read_full_config
 
-    source = Source(resolve(path), None if model_base is None else resolve(model_base))
+    source = Source(resolve(path, "*.json"), None if model_base is None else resolve(model_base, "*.json"))
     try:
         full = read_full_config(source, read_config(source.folder))
     except Exception as error:  # of other libraries

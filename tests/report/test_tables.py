@@ -222,9 +222,9 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for argv, message in (
         (["5"], "unknown table '5'; known are 1, 2, 3, 4, next7b"),
         (["next7b"], "a protocol that the evaluation does not cover yet"),
-        (["1", "--method", "vtw"], "table 1 has no such row or benchmark; it has methods tome, "),
+        (["1", "--method", "vtw"], "table 1 has no such row; it has methods tome, "),
         (["1", "--tokens", "63"], "tokens 128, 64; benchmarks gqa, "),
-        (["1", "--task", "vqav2"], "no such row or benchmark"),
+        (["1", "--task", "gqa,vqav2"], "table 1 has no vqav2; it has"),
     ):
         assert main(["table", *argv, "--store", str(tmp_path)]) == 1
         assert message in " ".join(capsys.readouterr().err.split())
