@@ -38,7 +38,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "quant": ["bitsandbytes>=0.50"],
         "lmms-eval": ["lmms-eval>=0.7"],
-        "report": ["matplotlib>=3.7", "pandas>=2.2", "jinja2>=3.1"],
+        "report": ["matplotlib>=3.7", "pandas>=2.2"],
         "dev": [
             "ruff",
             "mypy",
@@ -47,7 +47,6 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.7",
             "pandas>=2.2",
-            "jinja2>=3.1",
             "peft>=0.17",
             "accelerate",
             "bitsandbytes>=0.50",

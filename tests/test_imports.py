@@ -19,7 +19,7 @@ COMMANDS = ("eval", "table", "sweep", "results", "figure", "bench", "score", "da
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2")
+HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas")
 COMPILER = ("torch._dynamo", "torch._inductor")
 RUN = """
 import json, sys

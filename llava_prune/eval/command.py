@@ -17,6 +17,7 @@ import torch
 
 from ..arguments import TINY
 from ..console import emit, stderr, stdout
+from ..ops.counts import FlopsShare
 from .forecast import forecast, forecast_table
 from .launch import cores, launch, process_count
 from .place import out_folder
@@ -156,5 +157,7 @@ def _show_results(
             for note in [*task.notes(runs), *dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"])]:
                 console.print(f"{name}: {note}", markup=False, soft_wrap=True)
             console.print(f"answers and results: {out_folder(settings, name)}", markup=False, soft_wrap=True)
+        if any(isinstance(budget, FlopsShare) for budget in settings.tokens):
+            console.print("FLOPS budgets count visual tokens only; FLOPs % in the table counts the text as well")
         if len(results) > 1:
             console.print(summary_table(results))

@@ -71,10 +71,10 @@ def _tower(checkpoint: Path) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     name = read_json(checkpoint / "config.json").get("mm_vision_tower")
-    if not isinstance(name, str) or (checkpoint / name).is_dir():
+    if not isinstance(name, str):
         return None
-    if Path(name).is_dir():
-        return Path(name)
+    if (checkpoint / name).is_dir() or Path(name).is_dir():  # the former is `name` itself where it is absolute
+        return checkpoint / name if (checkpoint / name).is_dir() else Path(name)
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
     return Path(cached).parent if isinstance(cached, str) else None
 

@@ -64,11 +64,6 @@ def _interval(share: Mapping[str, Any]) -> str:
     return "-" if share["accuracy"] is None else f"{share['accuracy']:.2f} [{share['low']:.1f}, {share['high']:.1f}]"
 
 
-def gap_text(result: Mapping[str, Any]) -> str:
-    """The difference to the unpruned model, as ``-2.50 [-5.6, +0.6]``; "-" where there is none."""
-    return difference_text(result.get("difference_to_full"))
-
-
 def _look_up(details: Mapping[str, Any], path: str) -> str:
     """A figure of the details by its dotted path; of a share, which the path marks with "%", in percent."""
     value: Any = details
@@ -95,7 +90,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
             r["method"],
             "-" if r["budget"] is None else str(r["budget"]),
             figure_text(r),
-            gap_text(r),
+            difference_text(r.get("difference_to_full")),
             *(_look_up(r["details"], path) for path in columns.values()),
             f"{tokens['average_entering']:.1f} / {tokens['average_leaving']:.1f}",
             f"{number_text(flops['with_text_entering']['percent_of_full'])}",

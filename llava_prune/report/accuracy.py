@@ -121,8 +121,7 @@ def draw_sweep(runs: Sequence[StoredRun]) -> Figure:
     There is a panel for each benchmark and hyper-parameter. Where every run differs in one hyper-parameter from a
     central one, each has its own panel; of two that vary freely, the one with more values is on the x axis, and each
     value of the other is a line. An axis of numbers is logarithmic if they are positive and span a factor of 30; other
-    values have a place each. AutoPrune's runs with the defaults of what varies are
-    ringed.
+    values have a place each. Runs with the defaults of what varies are ringed.
 
     Args:
         runs: finished runs, see `together.comparable`.
@@ -138,7 +137,7 @@ def draw_sweep(runs: Sequence[StoredRun]) -> Figure:
     if not found:
         raise ValueError(
             "the figure needs runs of one method and budget that differ in a hyper-parameter; make them with "
-            "llava-prune eval gqa --method-args k0=0.2 --out playground/results/sweep/0.2, and so on for each value"
+            "llava-prune sweep scripts/ablation/slope.yaml, or a sweep file of yours"
         )
     looks = drawing.looks([line.label for lines in found.values() for line in lines])
     figure, grid = drawing.panels(len(found))

@@ -67,14 +67,15 @@ def text(sheet: Sheet) -> Table:
     """For the terminal, without vertical rules, so that the tables of the paper fit into 80 columns."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     caption = " ".join(note[0].upper() + note[1:] + "." for note in sheet.notes)
-    out = Table(title=sheet.title, caption=caption, box=box.SIMPLE_HEAD, padding=0, caption_justify="left")
+    out = Table(title=Text(sheet.title), caption=Text(caption), box=box.SIMPLE_HEAD, padding=0, caption_justify="left")
     for number, name in enumerate(sheet.head):
-        out.add_column(name, justify="left" if number in sheet.left else "right", no_wrap=True)
+        out.add_column(Text(name), justify="left" if number in sheet.left else "right", no_wrap=True)
     for row in sheet.rows:
         for line in row:
-            out.add_row(*line, style="" if line is row[0] else "dim")
+            out.add_row(*map(Text, line), style="" if line is row[0] else "dim")
     return out
 
 

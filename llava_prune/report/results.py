@@ -122,7 +122,7 @@ def runs_table(runs: Sequence[StoredRun], folders: bool = False) -> Table:
         limit = run.result["settings"].get("limit")
         table.add_row(
             _plain(run.bench if limit is None else f"{run.bench}, first {limit}"),
-            _plain(run.label),
+            _plain(run.name),
             _plain(run.model_name),
             figure_text(run.result),
             number_text(run.flops_percent()),

@@ -126,10 +126,23 @@ def read_bench(places: Iterable[str | Path]) -> list[dict[str, Any]]:
                 result = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is broken; run llava-prune bench again") from error
-            if not isinstance(result, dict) or not {"rows", "machine", "settings"} <= set(result):
+            if not _is_result(result):
                 raise ValueError(f"{path} is not a result of llava-prune bench")
             found[path.resolve()] = result
     return [found[path] for path in sorted(found)]
+
+
+def _is_result(result: Any) -> bool:
+    """Whether the content of a file has what a figure shows."""
+    try:
+        rows = [r for r in result["rows"] if "error" not in r]
+        for r in rows:
+            prefill = r["stages"]["prefill"]["speedup"]
+            numbers = [r["flops"]["ratio"], *(prefill[k] for k in ("median", "q1", "q3"))]
+            float(sum(numbers)), r["method"], r["tokens"], r["batch"], r["visual"], r["text"]
+        return bool(result["machine"]["device"] and result["machine"]["dtype"] and result["settings"] is not None)
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
 def select_bench(

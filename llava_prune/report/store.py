@@ -75,6 +75,14 @@ class StoredRun:
         return dict(self.result.get("defaults", {}))
 
     @property
+    def name(self) -> str:
+        """Name of the run's folder and, where it does not state them, the hyper-parameters that are not defaults."""
+        changed = {
+            k: v for k, v in self.hyper.items() if k in self.defaults and self.defaults[k] != v and k != "tokens"
+        }
+        return ",".join([self.folder.name, *(f"{k}={v}" for k, v in changed.items() if f"{k}=" not in self.label)])
+
+    @property
     def figure(self) -> float | None:
         """The benchmark's headline figure; None where it is undefined."""
         found: float | None = self.result["figure"]

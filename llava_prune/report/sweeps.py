@@ -10,6 +10,7 @@ from typing import Any
 from ..console import difference_text, figure_text
 from .formats import Sheet, number
 from .store import StoredRun
+from .together import text
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,15 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
             shown = {"figure": score.get("figure"), "low": low, "high": high, "sd": score.get("sd")}
             cells.append({**start, "task": task, **shown, "seeds": score.get("seeds", 0), "flops": row["flops"]})
         rows.append([[*line, number(row["flops"])]])
-    notes = ["95 % intervals, or the standard deviation over seeds", "FLOPs: percent of the unpruned model's"]
+    notes = [
+        "95 % intervals, or the standard deviation over seeds",
+        "FLOPs: percent of the unpruned model's, text counted",
+    ]
     return Sheet(table["title"], [*head, "FLOPs"], rows, (0,), (), notes, cells)
 
 
 def _shown(hyper: Mapping[str, Any], name: str) -> str:
-    return "" if name not in hyper else f"{hyper[name]:g}" if _real(hyper[name]) else str(hyper[name])
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return text(hyper[name]) if name in hyper else ""
 
 
 def _figure(score: Mapping[str, Any]) -> str:

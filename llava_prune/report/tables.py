@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..arguments import TINY
 from .formats import Line, Sheet, number
 from .published import Column, PublishedTable, Row, ratio
 from .store import StoredRun
@@ -47,8 +48,10 @@ def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> d
     """A table as `published_table` gives it, every row with what was measured.
 
     Each row has `measured` (one value a column, None where it was not run), `intervals` (95 %, None where the figure is
-    no mean over questions), `difference` to the published score, `ratio_measured`, `flops_measured` (percent; the mean
-    over benchmarks), `tokens_measured` (visual tokens leaving a layer) and `runs`, the folder of each run.
+    no mean over questions), `difference` to the published score, the same of `ratio` and `flops` (percent, mean over
+    benchmarks) as `ratio_measured` and so on, `tokens_measured` (visual tokens leaving a layer) and `runs`, the folder
+    of each run. The table has `measured_model`, `questions` and `releases` (benchmark -> number, and whether its files
+    are of a known release), and `limits`, see `_limits`.
 
     Args:
         table: what was published.
@@ -69,8 +72,48 @@ def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> d
             "tokens_measured": _mean([r.average_tokens() for r in runs.values()]),
             "runs": {task: str(run.folder) for task, run in runs.items()},
         }
-    models = sorted({run.model for runs in (full, *rows) for run in runs.values()})
-    return {**out, "measured_model": ", ".join(models) or None}
+        for end in ("ratio", "flops"):
+            told[f"{end}_difference"] = _gap(told[f"{end}_measured"], told[f"{end}_published"])
+    every = [run for runs in (full, *rows) for run in runs.values()]
+    models = sorted({run.model for run in every})
+    return {
+        **out,
+        "measured_model": ", ".join(models) or None,
+        "questions": {run.bench: run.result["rows"] for run in every},
+        "releases": {run.bench: _released(run) for run in every},
+        "limits": _limits(every),
+    }
+
+
+def _gap(measured: float | None, published: float | None) -> float | None:
+    return None if measured is None or published is None else _rounded(measured - published)
+
+
+def _released(run: StoredRun) -> bool:
+    """Whether all files that a run was scored with are of a known release."""
+    return all(facts.get("version") is not None for facts in run.result.get("files", {}).values())
+
+
+def _limits(runs: Sequence[StoredRun]) -> list[str]:
+    """What keeps the measured cells of a table from being compared with the published ones, or with each other."""
+    out = []
+    unknown = [name for name in dict.fromkeys(r.bench for r in runs) if not all(map(_released, _of(runs, name)))]
+    if unknown:
+        out.append(f"files of no published release: {', '.join(unknown)}")
+    limit = next((r.result["settings"].get("limit") for r in runs), None)
+    if limit is not None:
+        out.append(f"the first {limit} questions of each benchmark only")
+    for name, text in (("weights", "checkpoints"), ("versions", "versions of packages")):
+        if len({str(r.result["settings"].get(name)) for r in runs}) > 1:
+            out.append(f"the runs are of several {text}")
+    for name in dict.fromkeys(r.bench for r in runs):
+        if len({str([r.result["settings"].get(k) for k in ("questions", "images")]) for r in _of(runs, name)}) > 1:
+            out.append(f"the runs of {name} are of different files")
+    return out
+
+
+def _of(runs: Sequence[StoredRun], bench: str) -> list[StoredRun]:
+    return [r for r in runs if r.bench == bench]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -131,11 +174,13 @@ def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
     measured = "measured" in table["baseline"]
     ends = [end for end in ("ratio", "flops") if any(r[f"{end}_published"] is not None for r in table["rows"])]
     head = ["method", "tokens", *([""] if measured else []), *(HEADINGS.get(c, c) for c in table["columns"])]
-    head += ["ratio", *([] if measured else ["ratio*"])] if "ratio" in ends else []
+    again = "ratio" in ends and (not measured or _misprinted(table))
+    head += ["ratio", *(["ratio*"] if again else [])] if "ratio" in ends else []
     head += ["FLOPs"] if "flops" in ends else []
     rows = [table["baseline"], *table["rows"]]
     draw = _measured_lines if measured else _published_lines
     budgets = [row["avg_tokens"] for row in rows]
+    ends = ["ratio", "ratio*", *ends[1:]] if again else ends
     return Sheet(
         title=f"Table {table['table']}: {table['title']}",
         head=head,
@@ -147,6 +192,12 @@ def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
     )
 
 
+def _misprinted(table: Mapping[str, Any]) -> bool:
+    """Whether a printed ratio differs from that of its scores by more than rounding."""
+    gaps = [_gap(r["ratio_recomputed"], r["ratio_published"]) or 0.0 for r in table["rows"]]
+    return max(map(abs, gaps)) > 0.1
+
+
 def _digits(table: Mapping[str, Any], column: int) -> int:
     """Decimals of a column: none where all published scores are integers."""
     whole = all(isinstance(row["scores"][column], int) for row in (table["baseline"], *table["rows"]))
@@ -154,9 +205,15 @@ def _digits(table: Mapping[str, Any], column: int) -> int:
 
 
 def _published_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequence[str], _: bool) -> list[Line]:
-    names = {"ratio": ("ratio_published", "ratio_recomputed"), "flops": ("flops_published",)}
-    values = [number(row[name]) for end in ends for name in names[end]]
+    values = [_end(row, end, "published") for end in ends]
     return [[row["method"], _budget(row["avg_tokens"]), *map(number, row["scores"], digits), *values]]
+
+
+def _end(row: Mapping[str, Any], end: str, kind: str) -> str:
+    """A cell of a line after the scores."""
+    if end == "ratio*":
+        return number(row["ratio_recomputed"]) if kind == "published" else ""
+    return number(row.get(f"{end}_{kind}"), 1, kind == "difference")
 
 
 def _budget(tokens: float | None) -> str:
@@ -169,7 +226,7 @@ def _measured_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequenc
     for kind, name in KINDS.items():
         cells = [number(v, n, kind == "difference") for v, n in zip(row[kind], digits, strict=True)]
         head = [row["method"] if row["venue"] else "unpruned", _budget(tokens)] if kind == "measured" else ["", ""]
-        out.append([*head, name, *cells, *(number(row.get(f"{end}_{name}")) for end in ends)])
+        out.append([*head, name, *cells, *(_end(row, end, name) for end in ends)])
     for at, name in enumerate(("95 % from", "95 % to") if intervals else ()):
         cells = ["" if v is None else number(v[at], n) for v, n in zip(row["intervals"], digits, strict=True)]
         out.append(["", "", name, *cells, *[""] * len(ends)])
@@ -179,12 +236,13 @@ def _measured_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequenc
 def _notes(table: Mapping[str, Any], ends: Sequence[str], measured: bool) -> list[str]:
     out = [f"published: {table['source']}, {table['model']}"]
     if measured:
-        out.append(f"measured: {table['measured_model'] or 'nothing yet'}")
-        if table["measured_model"] and table["measured_model"] != table["model"]:
-            out.append("the models differ, so the differences say nothing about the reproduction")
+        model = table["measured_model"]
+        small = ", a miniature model, which says nothing about the published ones" if model == TINY else ""
+        out += [f"measured: {model or 'nothing yet'}{small}", *table["limits"]]
     if "ratio" in ends:
-        text = "ratio: mean over the columns of the score in percent of the unpruned model's"
-        out.append(text if measured else f"{text}; ratio*: the same, from the scores of this table")
+        out.append("ratio: mean over the columns of the score in percent of the unpruned model's")
+    if "ratio*" in ends:
+        out.append("ratio*: the same, recomputed from the published scores")
     if "flops" in ends:
         out.append("FLOPs: percent of the unpruned model's, counted as docs/reproduction.md says")
     return out
@@ -201,7 +259,12 @@ def _cells(table: Mapping[str, Any], ends: Sequence[str]) -> Cells:
                 low, high = row["intervals"][i] or (None, None)
                 cell |= {"measured": row["measured"][i], "low": low, "high": high, "difference": row["difference"][i]}
             out.append(cell)
-        for end in ends:
+        for end in (e for e in ends if e != "ratio*"):
             cell = {**start, "column": end, "published": row[f"{end}_published"]}
-            out.append(cell | ({"measured": row[f"{end}_measured"]} if "measured" in row else {}))
+            more = (
+                {"measured": row[f"{end}_measured"], "difference": row[f"{end}_difference"]}
+                if "measured" in row
+                else {}
+            )
+            out.append(cell | more)
     return out

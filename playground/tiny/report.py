@@ -17,14 +17,17 @@ FIRST = (UNPRUNED, "autoprune", "autoprune-flash", "random", "uniform")
 
 
 def read(place: Path) -> dict[str, list[StoredRun]]:
-    """Runs below ``place`` by benchmark: the unpruned model, baselines, other methods; large budgets first."""
+    """Runs below ``place`` by benchmark: the unpruned model, baselines, other methods; large budgets first.
+
+    Runs with other hyper-parameters than the method's own, as those of a sweep, are left out.
+    """
 
     def order(r: StoredRun) -> tuple[int, bool, str, int]:
         known = FIRST.index(r.method) if r.method in FIRST else len(FIRST)
         return known, "+" in r.method.rstrip("+"), r.method, -(r.tokens or 0)
 
     found: dict[str, list[StoredRun]] = {}
-    for run in sorted(read_runs([place]), key=order):
+    for run in sorted((r for r in read_runs([place]) if "," not in r.folder.name), key=order):
         found.setdefault(run.bench, []).append(run)
     order_of = ("gqa", "sqa", *(b for b in BENCHES if b not in ("gqa", "sqa", "vqav2")), "vqav2")
     return {bench: found[bench] for bench in order_of if bench in found}

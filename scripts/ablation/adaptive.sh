@@ -2,4 +2,5 @@
 # Ablation. AutoPrune, adaptive and fixed slopes: adaptive.yaml, see docs/ablations.md. Another file is run by
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep scripts/ablation/adaptive.yaml "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \
+    scripts/ablation/adaptive.yaml --figure playground/results/figures/adaptive "$@"

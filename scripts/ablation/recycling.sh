@@ -2,4 +2,5 @@
 # Ablation. AutoPrune, recycling of pruned tokens: recycling.yaml, see docs/ablations.md. Another file is run by
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep scripts/ablation/recycling.yaml "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \
+    scripts/ablation/recycling.yaml --figure playground/results/figures/recycling "$@"

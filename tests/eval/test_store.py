@@ -12,6 +12,7 @@ import pytest
 from llava_prune.cli import main
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.run import evaluate_all, finished
+from llava_prune.eval.stored import stored_runs
 from llava_prune.methods.planner import Request
 
 
@@ -37,6 +38,15 @@ def files(settings: Settings) -> dict[str, int]:
     return {p.relative_to(settings.store).as_posix(): p.stat().st_mtime_ns for p in found}
 
 
+def contents(settings: Settings) -> dict[str, Any]:
+    """Results without their times."""
+    found = {}
+    for path in Path(settings.store).rglob("result.json"):
+        result = json.loads(path.read_text())
+        found[str(path)] = {k: v for k, v in result.items() if k != "seconds"}
+    return found
+
+
 def test_a_second_call_loads_nothing(settings: Settings, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in()
     assert finished(settings) is None
@@ -56,7 +66,7 @@ def test_a_second_call_loads_nothing(settings: Settings, stand_in: Any, monkeypa
 def test_one_file_away_repeats_one_run(settings: Settings, stand_in: Any, name: str) -> None:
     stand_in()
     evaluate_all(settings, nothing)
-    before = files(settings)
+    before, whole = files(settings), contents(settings)
     gone = f"pope/some-model/random-4/{name}"
     content = (Path(settings.store) / gone).read_text()
     (Path(settings.store) / gone).unlink()
@@ -65,6 +75,7 @@ def test_one_file_away_repeats_one_run(settings: Settings, stand_in: Any, name: 
     evaluate_all(settings, nothing)
     assert sum(map(len, model.calls)) == (12 if name == "answers.jsonl" else 0)
     now = files(settings)
+    assert contents(settings) == whole
     assert {k for k in before if now[k] != before[k]} <= {f"pope/some-model/random-4/{n}.{e}" for n, e in (
         ("result", "json"), ("answers", "jsonl"))}  # fmt: skip
     if name == "answers.jsonl":
@@ -133,3 +144,53 @@ def test_dry_run_finds_the_runs(settings: Settings, stand_in: Any, capsys: Any) 
     assert main(["sweep", str(file), *argv, "--seed", "1", "--batch", "2"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(r["label"], r["left"]) for r in rows] == [("full", 0), ("random-4", 0), ("random-5", 4)]
+
+
+def test_the_difference_to_the_unpruned_model_stays(settings: Settings, stand_in: Any) -> None:
+    """Made together or apart, and after a call that leaves the unpruned model out."""
+    stand_in()
+    alone = dataclasses.replace(settings, reference=False)
+    evaluate_all(alone, nothing)
+    evaluate_all(dataclasses.replace(settings, methods=("full",)), nothing)
+    assert finished(settings) is None, "nothing has compared them yet"
+    evaluate_all(settings, nothing)
+    whole = contents(settings)
+    assert sum("difference_to_full" in r for r in whole.values()) == 2, "the stand-in has no figure in POPE"
+    (Path(settings.store) / "gqa/some-model/full/result.json").write_text("{}")
+    evaluate_all(alone, nothing)
+    evaluate_all(settings, nothing)
+    assert contents(settings) == whole
+
+
+def test_what_the_stamp_covers(settings: Settings, nine: Path, tmp_path: Path, stand_in: Any) -> None:
+    """The vision tower outside the checkpoint, every file of a run, and the benchmark's own files."""
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "weights").write_text("1")
+    (Path(settings.model) / "config.json").write_text(json.dumps({"mm_vision_tower": str(tower)}))
+    stand_in()
+    evaluate_all(settings, nothing)
+    assert finished(settings) is not None
+    run = Path(settings.store) / "gqa/some-model/random-4"
+    for path in (run / "scores.jsonl", run / "testdev_balanced_predictions.json", tower / "weights"):
+        before = path.read_text()
+        path.write_text(before + " ")
+        assert finished(settings) is None, path
+        evaluate_all(settings, nothing)
+        assert finished(settings) is not None
+        assert path.parent == tower or path.read_text() == before
+
+
+def test_the_run_that_was_asked_for(settings: Settings, stand_in: Any) -> None:
+    """Runs that differ in how the model is loaded only: each is found by what asks for it."""
+    stand_in()
+    evaluate_all(settings, nothing)
+    other = dataclasses.replace(settings, batch=3)
+    evaluate_all(other, nothing)
+    request = Request(["random"], [4])
+    for given in (settings, other, settings):
+        ((_, runs),) = stored_runs(given, request, ["gqa", "pope"])
+        assert {r.result["settings"]["batch"] for r in runs.values()} == {given.batch} and len(runs) == 2
+    for change in ({"batch": 4}, {"dtype": "float16"}, {"data": settings.store}, {"device": "cuda:1"}):
+        ((_, runs),) = stored_runs(dataclasses.replace(settings, **change), request, ["gqa"])
+        assert not runs, change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from llava_prune.arguments import TINY
 from llava_prune.cli import main
-from llava_prune.eval import tables
+from llava_prune.eval import command, tables
+from llava_prune.eval.plan import Settings
 from llava_prune.report.published import read_table
 
 
@@ -74,6 +77,31 @@ def test_dry_run(argv: list[str], stand_in: Any, capsys: Any) -> None:
     assert not model.calls
 
 
+def test_what_limits_a_table(argv: list[str], stand_in: Any, capsys: Any) -> None:
+    stand_in()
+    assert main([*argv, "--task", "gqa,sqa", "--limit", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["questions"] == {"gqa": 2, "sqa": 2} and found["releases"] == {"gqa": False, "sqa": False}
+    assert found["limits"] == [
+        "files of no published release: sqa, gqa", "the first 2 questions of each benchmark only"
+    ]  # fmt: skip
+    path = Path(found["rows"][0]["runs"]["gqa"]) / "result.json"
+    edited = json.loads(path.read_text())
+    edited["settings"] |= {"weights": "others", "questions": "others"}
+    path.write_text(json.dumps(edited))
+    assert main([*argv, "--task", "gqa,sqa", "--limit", "2", "--no-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The runs are of several checkpoints" in said and "The runs of gqa are of different files" in said
+
+
+def test_a_single_benchmark_without_data(argv: list[str], stand_in: Any, tmp_path: Path, capsys: Any) -> None:
+    stand_in()
+    argv[5] = str(tmp_path)
+    assert main([*argv, "--task", "gqa", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"][0]["measured"] == [None] * 5 and "gqa: no questions of gqa" in " ".join(err.split())
+
+
 def test_a_benchmark_without_data_leaves_its_cells_empty(
     argv: list[str], stand_in: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -87,3 +115,31 @@ def test_a_benchmark_without_data_leaves_its_cells_empty(
     row = json.loads(out)["rows"][0]
     assert row["measured"][1] is None and None not in (row["measured"][0], *row["measured"][2:])
     assert "mmbench: no questions of mmbench, looked for" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "model", "count"),
+    [({}, 0, TINY, 5), ({"procs": 2}, 0, TINY, 2), ({}, 0, "a/b", 1), ({}, 1, TINY, 1), ({}, 4, TINY, 4),
+     ({"device": "cpu"}, 0, TINY, 1), ({"many_runs": False}, 0, TINY, 1)],
+)  # fmt: skip
+def test_processes(given: dict[str, Any], gpus: int, model: str, count: int, monkeypatch: Any) -> None:
+    """One for each core with the miniature model on a machine without a GPU."""
+    monkeypatch.setattr(command, "cores", lambda: 5)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    args = argparse.Namespace(**{"gpus": None, "procs": None, "device": None, "device_map": None, "many_runs": True})
+    vars(args).update(given)
+    assert command._processes(args, Settings(model=model)) == count
+
+
+def test_settings_from_the_environment(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("METHOD", "autoprune")
+    monkeypatch.setenv("TOKENS", "64")
+    assert main(["table", "1", "--dry-run", "--json", "--store", str(tmp_path), "--task", "gqa"]) == 0
+    assert [r["label"] for r in json.loads(capsys.readouterr().out)] == ["full", "autoprune-64"]
+    monkeypatch.setenv("FLOPS", "49%")
+    assert main(["eval", "gqa", "--dry-run"]) == 1
+    assert "TOKENS and FLOPS are both given" in capsys.readouterr().err
+    monkeypatch.delenv("TOKENS")
+    assert main(["eval", "gqa", "--dry-run", "--json", "--store", str(tmp_path)]) == 0
+    assert [r["label"] for r in json.loads(capsys.readouterr().out)] == ["full", "autoprune-294"]

@@ -396,7 +396,7 @@ def test_unsuitable_runs_are_refused(tmp_path: Path, capsys: Any) -> None:
         ("survival", full): "needs a finished run of a pruning method.* llava-prune eval gqa",
         ("retention", even): "needs a run whose questions keep different numbers.* --method autoprune",
         ("information", even): "needs a run of AutoPrune.* --method autoprune",
-        ("sweep", even): "differ in a hyper-parameter.* --method-args k0=0.2",
+        ("sweep", even): "differ in a hyper-parameter.* llava-prune sweep",
         ("speed", even): "no matching measurement in .*; make one with llava-prune bench",
     }
     for (name, place), message in expected.items():

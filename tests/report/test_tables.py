@@ -17,7 +17,9 @@ from llava_prune.cli import main
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.tables import request_of
 from llava_prune.eval.task import load_task
+from llava_prune.methods.planner import cases_of, plan
 from llava_prune.models.load import read_size
+from llava_prune.ops.counts import Size
 from llava_prune.report import formats
 from llava_prune.report.published import PublishedTable, read_table, table_names
 from llava_prune.report.store import StoredRun
@@ -87,6 +89,27 @@ def test_every_row_can_be_run(name: str) -> None:
     for row, found in zip(table.rows, runs[1:], strict=True):
         assert "flops" in row.run or ":keep" in found.name or found.tokens == row.avg_tokens
         assert ":keep" not in found.name or found.method.hyper()["keep"] == row.avg_tokens
+
+
+def test_half_of_the_flops_on_7b() -> None:
+    """The budgets that docs/reproduction.md states for table 2."""
+    runs = plan(cases_of([request_of(row) for row in read_table("2").rows], size=Size()))
+    assert [r.label for r in runs] == ["vtw-279", "topv-285", "autoprune-267"]
+    assert runs[0].method.plan(576, 32) == [576] * 16 + [0] * 16
+
+
+def test_markup_is_text() -> None:
+    """Brackets of titles and cells are no markup of the terminal's."""
+    shown = formats.Sheet("a [/b]", ["[red]x"], [[["[8,16]"]]], (0,), (), ["n [i]"], [])
+    out = io.StringIO()
+    Console(file=out, width=80).print(formats.text(shown))
+    assert all(part in out.getvalue() for part in ("a [/b]", "[red]x", "[8,16]", "N [i]"))
+
+
+def test_misprinted_ratios_are_shown_twice() -> None:
+    assert ["ratio*" in sheet(measured(read_table(n))).head for n in TABLES] == [False, False, True, False, True]
+    row = sheet(measured(read_table("3"))).rows[6]
+    assert [line[8] for line in row] == ["90.0", "96.6", "-6.6"] and [line[9] for line in row] == ["", "97.1", ""]
 
 
 def test_size_is_read_from_the_config() -> None:
