@@ -44,6 +44,7 @@ setup(
             "mypy",
             "types-PyYAML",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "matplotlib>=3.7",
             "pandas>=2.2",

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up, lint, check types and run the tests. Arguments go to pytest:
+# Set up, lint, check types and run the tests, a worker with one thread for each core (WORKERS=0: in this process).
+# Arguments go to pytest:
 #   bash scripts/test.sh tests/eval -k resumes
 #   bash scripts/test.sh -m slow
 set -euo pipefail
@@ -9,4 +10,5 @@ export VENV
 bash scripts/setup.sh dev
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m mypy llava_prune
-exec "$VENV/bin/python" -m pytest -q "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$VENV/bin/python" -m pytest -q -n "${WORKERS:-auto}" --maxprocesses 8 --dist loadfile "$@"
