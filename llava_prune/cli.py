@@ -212,6 +212,7 @@ def _add_figure(commands: Any) -> None:
     p.add_argument("--method", type=arguments.words, default=[], help="method, or a list a,b (default all)")
     p.add_argument("--model", help="checkpoint, needed where the runs are of several")
     p.add_argument("--tokens", type=arguments.counts, default=[], help="budget, or a list 128,64 (default all)")
+    p.add_argument("--no-sweeps", action="store_true", help="leave out the variants of sweeps")
     text = f"file, .pdf, .png or .svg; without suffix a .pdf and a .png (default {RESULTS}/figures/NAME)"
     p.add_argument("--out", type=Path, help=text)
     p.set_defaults(run=_figure)

@@ -11,4 +11,4 @@ bash scripts/setup.sh dev
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m mypy llava_prune
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$VENV/bin/python" -m pytest -q -n "${WORKERS:-auto}" --maxprocesses 8 --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -q -n "${WORKERS:-auto}" --maxprocesses 8 --dist worksteal "$@"

@@ -97,7 +97,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     names = list(dict.fromkeys(labels))
     if len(names) > len(MARKERS):
         raise ValueError(
-            f"{len(names)} lines are too many for a figure (at most {len(MARKERS)}); choose with --method or --tokens"
+            f"{len(names)} lines are too many for a figure (at most {len(MARKERS)}); choose with --method, --tokens or "
+            "--no-sweeps"
         )
     return {name: look(i) for i, name in enumerate(names)}
 

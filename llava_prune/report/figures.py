@@ -63,7 +63,8 @@ def _places(args: Namespace) -> list[str]:
 
 def _runs(args: Namespace) -> list[StoredRun]:
     """The runs that were asked for, and the unpruned model beside them."""
-    found, asked = read_runs(_places(args)), _conditions(args)
+    asked = _conditions(args)
+    found = [r for r in read_runs(_places(args)) if not (args.no_sweeps and r.varied)]
     runs = select(found, bench=args.task, **asked)
     if not runs:
         where = ", ".join(args.runs)
@@ -76,8 +77,9 @@ def _runs(args: Namespace) -> list[StoredRun]:
 
 def _measurements(args: Namespace) -> list[dict[str, Any]]:
     """The results of `llava-prune bench` that were asked for."""
-    if args.task:
-        raise ValueError("--task is for runs of benchmarks; measurements have none")
+    for flag in ("task", "no_sweeps"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is for runs of benchmarks; measurements have none")
     results = select_bench(read_bench(_places(args)), **_conditions(args))
     if not results:
         raise ValueError(

@@ -83,6 +83,11 @@ class StoredRun:
         return ",".join([self.folder.name, *(f"{k}={v}" for k, v in changed.items() if f"{k}=" not in self.label)])
 
     @property
+    def varied(self) -> bool:
+        """Whether a sweep set hyper-parameters of the run to other values than it would have had."""
+        return "," in self.label
+
+    @property
     def figure(self) -> float | None:
         """The benchmark's headline figure; None where it is undefined."""
         found: float | None = self.result["figure"]

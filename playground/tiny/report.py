@@ -19,7 +19,7 @@ FIRST = (UNPRUNED, "autoprune", "autoprune-flash", "random", "uniform")
 def read(place: Path) -> dict[str, list[StoredRun]]:
     """Runs below ``place`` by benchmark: the unpruned model, baselines, other methods; large budgets first.
 
-    Runs with other hyper-parameters than the method's own, as those of a sweep, are left out.
+    The variants of sweeps are left out.
     """
 
     def order(r: StoredRun) -> tuple[int, bool, str, int]:
@@ -27,7 +27,7 @@ def read(place: Path) -> dict[str, list[StoredRun]]:
         return known, "+" in r.method.rstrip("+"), r.method, -(r.tokens or 0)
 
     found: dict[str, list[StoredRun]] = {}
-    for run in sorted((r for r in read_runs([place]) if "," not in r.folder.name), key=order):
+    for run in sorted((r for r in read_runs([place]) if not r.varied), key=order):
         found.setdefault(run.bench, []).append(run)
     order_of = ("gqa", "sqa", *(b for b in BENCHES if b not in ("gqa", "sqa", "vqav2")), "vqav2")
     return {bench: found[bench] for bench in order_of if bench in found}

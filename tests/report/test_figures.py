@@ -383,6 +383,18 @@ def refused(capsys: Any, *argv: str) -> str:
     return lines[0]
 
 
+def test_variants_of_sweeps_can_be_left_out(tmp_path: Path, capsys: Any) -> None:
+    """More runs than a figure shows, without --no-sweeps."""
+    suite(tmp_path)
+    for n in range(20):
+        run = write_run(tmp_path / f"v{n}", figure=50.0 + n, hyper={"k0": n / 10})
+        varied = {**run.result, "label": f"autoprune-64,k0={n / 10}"}
+        (run.folder / "result.json").write_text(json.dumps(varied), encoding="utf-8")
+    argv = ["figure", "accuracy-flops", "--runs", str(tmp_path), "--out", str(tmp_path / "x.png")]
+    assert main(argv) == 1 and "--no-sweeps" in capsys.readouterr().err
+    assert main([*argv, "--no-sweeps"]) == 0 and (tmp_path / "x.png").is_file()
+
+
 def test_unsuitable_runs_are_refused(tmp_path: Path, capsys: Any) -> None:
     """Each refusal names what is needed and the command that makes it."""
     (tmp_path / "none").mkdir()
