@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..report.store import ANSWERS, RESULT, SCORES
 from .journal import Journal, fcntl
 from .rows import JOURNAL_ONLY, WAY_OUT, Row, read_finished, read_journal, seal
 from .task import Question
 
-ANSWERS, JOURNAL, SETTINGS = "answers.jsonl", "answers.partial.jsonl", "settings.json"
-RESULT, SCORES, TIMING = "result.json", "scores.jsonl", "timing.jsonl"
+JOURNAL, SETTINGS, TIMING = "answers.partial.jsonl", "settings.json", "timing.jsonl"
 LOCK = ".lock"
 STAGES = {"images": "image_seconds", "tower": "tower_seconds", "generate": "seconds"}
 """Stage of a run -> field of a journal row: waiting for images, vision tower, and the rest of generation."""
@@ -42,15 +42,6 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
-
-
-def model_id(path: str) -> str:
-    """The model_id that LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
-
-    Source: llava/mm_utils.py, `get_model_name_from_path`.
-    """
-    parts = path.strip("/").split("/")
-    return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
 
 
 def named(file: str, stem: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.planner import ALL, Run
-from .answers import SETTINGS, Answers, difference, model_id, rank_journal
+from ..report.store import model_id
+from .answers import SETTINGS, Answers, difference, rank_journal
 from .asking import Files
 from .pieces import piece_size
 from .plan import Settings

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..methods.planner import ALL, REFERENCE, Run
+from ..report.store import model_id
 from . import identity
-from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, model_id, total_seconds, write_whole
+from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, total_seconds, write_whole
 from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finished import Origin, made, origins, stored_result
 from .finite import watched

@@ -20,7 +20,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Colours of Okabe and Ito that stand out from white and from black, which is the unpruned model's."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d", "x", "+", "1")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-UNPRUNED = "unpruned"
+UNPRUNED_LABEL = "unpruned"
 """The unpruned model in legends."""
 UNPRUNED_COLOUR = "#000000"
 BAND_COLOUR = "#D9D9D9"
@@ -166,8 +166,8 @@ def reference(axes: Axes, value: float | None, interval: tuple[float, float] | N
     if value is None:
         return
     if interval is not None:
-        axes.axhspan(*interval, color=BAND_COLOUR, linewidth=0, zorder=0, label=UNPRUNED)
-    axes.axhline(value, color=UNPRUNED_COLOUR, linewidth=1, label=UNPRUNED)
+        axes.axhspan(*interval, color=BAND_COLOUR, linewidth=0, zorder=0, label=UNPRUNED_LABEL)
+    axes.axhline(value, color=UNPRUNED_COLOUR, linewidth=1, label=UNPRUNED_LABEL)
 
 
 def errorbar(axes: Axes, x: Any, y: Any, reach: Any, label: str, look: Mapping[str, Any]) -> None:

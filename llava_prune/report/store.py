@@ -20,6 +20,15 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 }
 
 
+def model_id(path: str) -> str:
+    """The model_id that LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
+
+    Source: llava/mm_utils.py, `get_model_name_from_path`.
+    """
+    parts = path.strip("/").split("/")
+    return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+
+
 @dataclass(frozen=True)
 class StoredRun:
     """One method at one budget on one benchmark.
@@ -60,9 +69,8 @@ class StoredRun:
 
     @property
     def model_name(self) -> str:
-        """Last component of the checkpoint's path; of a trainer's checkpoint-N also the folder above."""
-        parts = self.model.strip("/").split("/")
-        return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+        """See `model_id`."""
+        return model_id(self.model)
 
     @property
     def hyper(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def draw_survival(runs: Sequence[StoredRun]) -> Figure:
             tokens = run.result["visual_tokens"]
             y = [100 * n / tokens["unpruned"] for n in tokens["entering_by_layer"]]
             if run.method == UNPRUNED:
-                axes.plot(range(len(y)), y, color=drawing.UNPRUNED_COLOUR, linewidth=1, label=drawing.UNPRUNED)
+                axes.plot(range(len(y)), y, color=drawing.UNPRUNED_COLOUR, linewidth=1, label=drawing.UNPRUNED_LABEL)
                 continue
             step = max(2, min(len(looks), len(y) // 3))
             start = list(looks).index(name) % step  # lines that lie on each other show different markers

@@ -16,11 +16,12 @@ import llava_prune
 from llava_prune.arguments import parse_args
 from llava_prune.cli import main
 from llava_prune.eval import run
-from llava_prune.eval.answers import ANSWERS, JOURNAL, RESULT, SCORES, Answers, model_id
+from llava_prune.eval.answers import ANSWERS, JOURNAL, RESULT, SCORES, Answers
 from llava_prune.eval.journal import Journal
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.result import flops_figures
 from llava_prune.ops.counts import Size
+from llava_prune.report.store import model_id
 
 N = 7
 
