@@ -23,7 +23,7 @@ from ..models.load import resolve
 from . import identity
 from .answers import ANSWERS, RESULT, SCORES
 from .plan import Settings
-from .task import Sources, Task
+from .task import Sources, Task, questions_of
 
 ASKED = ("model", "model_base", "family", "batch", "dtype", "attn", "device_map", "load_8bit", "load_4bit", "engine")
 """Settings that decide what is loaded, and how; `asked` has them as they were given."""
@@ -60,10 +60,11 @@ def _places(settings: Settings, task: Task) -> list[Path] | None:
         models = [resolve(m) for m in (settings.model, settings.model_base) if m is not None]
         models += [tower for tower in map(_tower, models) if tower is not None]
         sources = Sources(task, Path(settings.data).expanduser())
-        found = [sources.find(kind) for kind in task.files]
+        found = [sources.find(kind) for kind in task.files if kind != "images"]
+        asked_about = sources.image_files(questions_of(sources)[: settings.limit]) if "images" in task.files else []
     except (ValueError, OSError):
         return None
-    return [*models, *(place for place in found if place is not None)]
+    return [*models, *(place for place in found if place is not None), *asked_about]
 
 
 def _tower(checkpoint: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from ..methods.planner import Request, Run
@@ -14,34 +15,40 @@ from .place import folders_of, out_folder
 from .plan import Settings, plan_runs
 from .run import task_of
 
+Found = list[tuple[Run, dict[str, StoredRun]]]
+"""Runs, each with what the store has of it: benchmark -> finished run."""
 
-def stored_runs(settings: Settings, request: Request, tasks: Sequence[str]) -> list[tuple[Run, dict[str, StoredRun]]]:
-    """The runs of a request, each with the finished one of the store on every benchmark that has one.
+
+def stored_runs(settings: Settings, requests: Sequence[Request], tasks: Sequence[str]) -> list[Found]:
+    """The runs of each request, with the finished one of the store on every benchmark that has one.
 
     Model, data, device and precision must be those that `settings` ask for. Of several that differ in weights, files or
     versions of packages, the one that is current counts, or the newest.
 
     Args:
         settings: of the evaluation; its own requests do not count.
-        request: what is looked for.
+        requests: what is looked for.
         tasks: benchmarks.
 
     Raises:
         ValueError: for a result file that is broken.
     """
-    alone = dataclasses.replace(settings, requests=[request], reference=False)
-    out: dict[str, tuple[Run, dict[str, StoredRun]]] = {}
+    out: list[dict[str, tuple[Run, dict[str, StoredRun]]]] = [{} for _ in requests]
     for name in tasks:
         task = task_of(settings, name)
-        origin = origins(settings, task)
-        for run in plan_runs(alone, task):
-            now, place, mine = identity.chosen(settings, task, run), out_folder(settings, name), origin(run)
-            paths = [f / RESULT for f in folders_of(settings, place, run.label, now) if (f / RESULT).is_file()]
-            found = [StoredRun(path.parent, read_result(path)) for path in paths]
-            found = [r for r in found if r.result.get("asked") == mine["asked"]]
-            _, runs = out.setdefault(run.label, (run, {}))
-            if found:
-                runs[name] = max(
-                    found, key=lambda r: (r.result["stamp"] == mine["stamp"], (r.folder / RESULT).stat().st_mtime)
-                )
-    return list(out.values())
+        origin, place = origins(settings, task), out_folder(settings, name)
+        for runs, request in zip(out, requests, strict=True):
+            for run in plan_runs(dataclasses.replace(settings, requests=[request], reference=False), task):
+                _, found = runs.setdefault(run.label, (run, {}))
+                now, mine = identity.chosen(settings, task, run), origin(run)
+                paths = [f / RESULT for f in folders_of(settings, place, run.label, now) if (f / RESULT).is_file()]
+                stored = [StoredRun(path.parent, read_result(path)) for path in paths]
+                alike = [r for r in stored if r.result.get("asked") == mine["asked"]]
+                if alike:
+                    found[name] = max(alike, key=functools.partial(_rank, mine["stamp"]))
+    return [list(runs.values()) for runs in out]
+
+
+def _rank(stamp: str | None, run: StoredRun) -> tuple[bool, float]:
+    """Order of runs: the current one last, else the newest."""
+    return run.result["stamp"] == stamp, (run.folder / RESULT).stat().st_mtime

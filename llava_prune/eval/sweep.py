@@ -117,7 +117,8 @@ def sweep(args: argparse.Namespace) -> int:
         ValueError: for bad input, or benchmarks that failed.
     """
     found = read_sweep(args.file)
-    settings = settings_of(args, task=f"{','.join(found.tasks)},", requests=found.requests)
+    several = f"{','.join(found.tasks)},"  # also of one benchmark: what fails leaves its cells empty
+    settings = settings_of(args, task=several, requests=found.requests)
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
         points = list(_points(found, settings))
@@ -135,7 +136,7 @@ def _draw(found: Sweep, settings: Settings, points: Sequence[Point], out: Path) 
     Raises:
         ValueError: for a sweep that no figure can show, or when matplotlib is not installed.
     """
-    full = stored_runs(settings, Request([REFERENCE], [1]), found.tasks)[0][1]
+    full = stored_runs(settings, [Request([REFERENCE], [1])], found.tasks)[0][0][1]
     runs = [run for point in points for task in point.runs.values() for run in task]
     for path in save(draw_sweep(comparable([*full.values(), *runs])), out):
         stderr().print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
@@ -145,8 +146,8 @@ def _points(found: Sweep, settings: Settings) -> Iterator[Point]:
     """The points of a sweep with their runs; those that differ in their seed only are one."""
     points: dict[str, Point] = {}
     names = dict.fromkeys(name for request in found.requests for name in request.hyper if name != SEED)
-    for request in found.requests:
-        for run, runs in stored_runs(settings, request, found.tasks):
+    for each in stored_runs(settings, found.requests, found.tasks):
+        for run, runs in each:
             known = run.method.hyper()
             hyper = {k: known[k] for k in names if k in known}
             point = points.setdefault(f"{run.name} {run.tokens} {hyper!r}", Point(run.name, run.tokens, hyper, {}))

@@ -189,8 +189,8 @@ def test_the_run_that_was_asked_for(settings: Settings, stand_in: Any) -> None:
     evaluate_all(other, nothing)
     request = Request(["random"], [4])
     for given in (settings, other, settings):
-        ((_, runs),) = stored_runs(given, request, ["gqa", "pope"])
+        (((_, runs),),) = stored_runs(given, [request], ["gqa", "pope"])
         assert {r.result["settings"]["batch"] for r in runs.values()} == {given.batch} and len(runs) == 2
     for change in ({"batch": 4}, {"dtype": "float16"}, {"data": settings.store}, {"device": "cuda:1"}):
-        ((_, runs),) = stored_runs(dataclasses.replace(settings, **change), request, ["gqa"])
+        (((_, runs),),) = stored_runs(dataclasses.replace(settings, **change), [request], ["gqa"])
         assert not runs, change
