@@ -11,8 +11,8 @@ from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .models.parallel import check_split
-from .runtime.language import language_forward
 from .runtime.geometry import Geometry
+from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
 from .runtime.record import Record
 from .runtime.vision import VisionHooks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.decode import decode_state, refuse_later_image
-from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.geometry import Geometry
+from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
 from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request

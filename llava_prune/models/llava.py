@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..ops.selection import to_device
 from ..runtime.decode import decode_state, refuse_later_image
-from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.geometry import Geometry
+from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
 from ..runtime.sizes import checked_sizes

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
     from ..runtime.geometry import Box, ImageView
 
-LIGHT = 0.3
+LIGHT = 0.45
 """Brightness of dropped patches, relative to the image."""
-UNSEEN = 0.12
+UNSEEN = 0.15
 """Brightness of pixels that the vision tower does not see."""
+COLOUR = 0.3
+"""Saturation of pixels that are not clear, relative to the image."""
 GAP = 8
 """Pixels between two images side by side."""
 LEAST = 448
 """Pixels of the longer side of an image in a contact sheet, to which smaller ones are enlarged."""
+TALLEST, CURVES = 2.6, 1.9
+"""Inches of the tallest overlay in a contact sheet, and of its curves."""
 EDGE = (255, 214, 0)
 """Colour of the outline of kept patches."""
 
@@ -60,7 +64,7 @@ def draw_overlay(
         left, top, right, bottom = pixel_box(box)
         seen[top:bottom, left:right] = True
         clear[top:bottom, left:right] |= index in kept
-    dim = np.where(seen[..., None], LIGHT, UNSEEN) * grey
+    dim = np.where(seen[..., None], LIGHT, UNSEEN) * (COLOUR * pixels + (1 - COLOUR) * grey)
     out = np.where(clear[..., None], pixels, dim.astype(np.uint8))
     if outline:
         grown = clear.copy()
@@ -95,8 +99,8 @@ def enlarged(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tupl
         image = image.resize((image.width * factor, image.height * factor))
     scaled: list[tuple[int, list[Box | None]]] = []
     for view in views:
-        boxes = [None if b is None else (b[0] * factor, b[1] * factor, b[2] * factor, b[3] * factor) for b in view.boxes]
-        scaled.append((view.first, boxes))
+        moved = (None if b is None else [x * factor for x in b] for b in view.boxes)
+        scaled.append((view.first, [None if b is None else (b[0], b[1], b[2], b[3]) for b in moved]))
     return image, scaled
 
 
@@ -137,14 +141,13 @@ def contact_sheet(
 
     if not 1 <= len(shown) < drawing.MOST_PANELS:
         raise ValueError(f"{len(shown)} layers in a contact sheet: give 1 to {drawing.MOST_PANELS - 1} of them")
-    across = 1 if len(views) > 1 and image.width > image.height else min(len(shown), 3 if len(views) == 1 else 2)
+    across = min(len(shown), 3 if len(views) == 1 else 2)
     down = -(-len(shown) // across)
-    width = drawing.WIDTHS[3]
     large, scaled = enlarged(image, views)
-    tall = width / across * (large.height / (large.width * len(views) + GAP * (len(views) - 1))) + 0.25
-    curve = 1.9
-    figure = Figure(figsize=(width, tall * down + curve + 0.3), layout="constrained")
-    grid = figure.add_gridspec(down + 1, across, height_ratios=[tall] * down + [curve])
+    wide = large.width * len(views) + GAP * (len(views) - 1)
+    tall = min(drawing.WIDTHS[3] / across * large.height / wide, TALLEST) + 0.2  # inches, 0.2 for the title
+    figure = Figure(figsize=(drawing.WIDTHS[3], tall * down + CURVES + 0.3), layout="constrained")
+    grid = figure.add_gridspec(down + 1, across, height_ratios=[tall] * down + [CURVES])
     for i, (layer, (kept, merged)) in enumerate(shown.items()):
         axes = figure.add_subplot(grid[i // across, i % across])
         parts = [draw_overlay(large, boxes, kept, first, outline=True) for first, boxes in scaled]
@@ -153,6 +156,7 @@ def contact_sheet(
         number = range(len(leaving))[layer]
         axes.set_title(counted(number, leaving[number], merged))
     _draw_curves(figure.add_subplot(grid[down, :]), leaving, curves, label, [range(len(leaving))[x] for x in shown])
+    drawing.legend(figure)
     if title:
         figure.suptitle(title.replace("$", r"\$"))
     setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - what notebooks look for
@@ -176,9 +180,9 @@ def _draw_curves(
     for i, (name, counts) in enumerate(curves.items()):
         grey: Any = str(0.8 - 0.45 * i / max(1, len(curves) - 1))
         axes.plot(range(len(counts)), counts, color=grey, linewidth=0.9, linestyle=drawing.LINES[i % 5], label=name)
-    axes.plot(range(len(leaving)), leaving, color=drawing.PALETTE[0], marker="o", markevery=marked, label=label, zorder=3)
+    look: Any = {"color": drawing.PALETTE[0], "marker": "o", "markevery": marked, "zorder": 3}
+    axes.plot(range(len(leaving)), leaving, label=label, **look)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("visual tokens leaving a layer")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

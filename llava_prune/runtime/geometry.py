@@ -82,9 +82,7 @@ class Geometry:
         if self.merge == "flat":
             for crop in range(down * across):
                 top, left = crop // across * self.grid[0], crop % across * self.grid[1]
-                yield from _boxes(
-                    size, grid, range(top, top + self.grid[0]), range(left, left + self.grid[1]), place
-                )
+                yield from _boxes(size, grid, range(top, top + self.grid[0]), range(left, left + self.grid[1]), place)
             return
         unpad = "unpad" in self.merge
         rows, columns = self._unpadded(size, grid) if unpad else (range(grid[0]), range(grid[1]))
@@ -210,8 +208,8 @@ class Seen:
         known = self._size(sample)
         if given % expected == 0 and given > expected:
             raise ValueError(
-                f"sample={sample} has {given} visual tokens, and an image of {size[0]} x {size[1]} pixels has {expected}: "
-                "a sample with several images cannot be drawn; ask about one image at a time"
+                f"sample={sample} has {given} visual tokens, and an image of {size[0]} x {size[1]} pixels has "
+                f"{expected}: a sample with several images cannot be drawn; ask about one image at a time"
             )
         if given != expected or (known is not None and known != size):
             was = f"an image with {given} visual tokens" if known is None else f"one of {known[0]} x {known[1]} pixels"
