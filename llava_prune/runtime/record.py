@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,29 @@ class Record:
         shown = {layer: self.remaining(layer, sample) for layer in layers}
         entering, leaving = self.tokens_in[sample].tolist(), self.tokens_out[sample].tolist()
         return contact_sheet(image, views, shown, leaving, self.curves(entering[0]), self.describe(sample), title)
+
+    def page(
+        self, image: Image, title: str, facts: Mapping[str, str], sample: int = 0, padded: bool | None = None
+    ) -> str:
+        """HTML of a page with the overlay of every layer; one file, which loads nothing else.
+
+        Args:
+            image: the image as it was before preprocessing.
+            title: heading, such as the question.
+            facts: rows of a table below it, such as answers.
+            sample: number of the sample in the batch.
+            padded: see `views`.
+
+        Raises:
+            ValueError: see `views`.
+        """
+        from ..report.page import kept_page
+
+        views = self.views(image, sample, padded)
+        layers = [self.remaining(layer, sample) for layer in range(len(self._trace.entries))]
+        entering, leaving = self.tokens_in[sample].tolist(), self.tokens_out[sample].tolist()
+        curves, label = self.curves(entering[0]), self.describe(sample)
+        return kept_page(image, views, layers, leaving, curves, label, title, facts)
 
     def curves(self, n_visual: int) -> dict[str, tuple[int, ...]]:
         """Visual tokens leaving each layer for other questions, by label; of methods that vary them (AutoPrune)."""

@@ -178,7 +178,7 @@ def test_kept_patches_are_clear(tiny: Any, method: str) -> None:
     for layer in (0, 3, -1):
         kept = [i for i in record.kept[layer][0].tolist() if i >= 0]
         clear = (np.asarray(record.draw(white, layer)) == 255).all(2)
-        assert clear.shape == (SIZE[1], SIZE[0]) and 0 < clear.sum()
+        assert clear.shape == (SIZE[1], SIZE[0]) and clear.sum() > 0
         assert np.array_equal(clear, expected(kept)), layer
     assert not clear.all()
 
