@@ -23,8 +23,8 @@ COLOUR = 0.3
 """Saturation of pixels that are not clear, relative to the image."""
 GAP = 8
 """Pixels between two images side by side."""
-LEAST = 448
-"""Pixels of the longer side of an image in a contact sheet, to which smaller ones are enlarged."""
+LEAST, MOST = 448, 1200
+"""Pixels of the longer side of an image in a contact sheet; smaller and larger ones are resized."""
 TALLEST, CURVES = 2.6, 1.9
 """Inches of the tallest overlay in a contact sheet, and of its curves."""
 EDGE = (255, 214, 0)
@@ -55,17 +55,18 @@ def draw_overlay(
     import numpy as np
     from PIL import Image as images
 
-    pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, 2)
-    clear, seen = (np.zeros(pixels.shape[:2], dtype=bool) for _ in range(2))
+    image = image.convert("RGB")
+    clear, seen = (np.zeros((image.height, image.width), dtype=bool) for _ in range(2))
     for index, box in enumerate(boxes, first):
         if box is None:
             continue
         left, top, right, bottom = pixel_box(box)
         seen[top:bottom, left:right] = True
         clear[top:bottom, left:right] |= index in kept
-    dim = np.where(seen[..., None], LIGHT, UNSEEN) * (COLOUR * pixels + (1 - COLOUR) * grey)
-    out = np.where(clear[..., None], pixels, dim.astype(np.uint8))
+    faded = images.blend(image.convert("L").convert("RGB"), image, COLOUR)
+    out = faded.point(lambda value: value * UNSEEN)
+    out.paste(faded.point(lambda value: value * LIGHT), mask=images.fromarray(seen))
+    out.paste(image, mask=images.fromarray(clear))
     if outline:
         grown = clear.copy()
         for axis in (0, 1):
@@ -74,8 +75,8 @@ def draw_overlay(
                 edge = np.arange(clear.shape[axis])
                 wrapped = edge < step if step > 0 else edge >= clear.shape[axis] + step
                 grown |= rolled & ~(wrapped[:, None] if axis == 0 else wrapped[None])
-        out[grown & ~clear] = EDGE
-    return images.fromarray(out)
+        out.paste(EDGE, mask=images.fromarray(grown & ~clear))
+    return out
 
 
 def side_by_side(images: Sequence[Image]) -> Image:
@@ -92,11 +93,14 @@ def side_by_side(images: Sequence[Image]) -> Image:
     return out
 
 
-def enlarged(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple[int, list[Box | None]]]]:
-    """A small image enlarged, and for each view its first token and the boxes in the new image."""
-    factor = max(1, -(-LEAST // max(image.size)))  # a whole number, so that borders of patches stay where they are
-    if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor))
+def resized(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple[int, list[Box | None]]]]:
+    """An image for a contact sheet, and for each view its first token and the boxes in the new image."""
+    longest = max(image.size)
+    factor: float = max(1, -(-LEAST // longest))  # a whole number, so that borders of patches stay where they are
+    if longest > MOST:
+        factor = MOST / longest
+    if factor != 1:
+        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
     scaled: list[tuple[int, list[Box | None]]] = []
     for view in views:
         moved = (None if b is None else [x * factor for x in b] for b in view.boxes)
@@ -143,7 +147,7 @@ def contact_sheet(
         raise ValueError(f"{len(shown)} layers in a contact sheet: give 1 to {drawing.MOST_PANELS - 1} of them")
     across = min(len(shown), 3 if len(views) == 1 else 2)
     down = -(-len(shown) // across)
-    large, scaled = enlarged(image, views)
+    large, scaled = resized(image, views)
     wide = large.width * len(views) + GAP * (len(views) - 1)
     tall = min(drawing.WIDTHS[3] / across * large.height / wide, TALLEST) + 0.2  # inches, 0.2 for the title
     figure = Figure(figsize=(drawing.WIDTHS[3], tall * down + CURVES + 0.3), layout="constrained")

@@ -23,7 +23,7 @@ LARGEST = 1024
 """Pixels of the longer side of an image in a page."""
 PHOTO = 300_000
 """Pixels from which an image is stored as JPEG."""
-NAMES = {"image": "The image as the vision tower sees it", "crops": "The crops of the image"}
+NAMES = {"image": "The image as a whole", "crops": "The crops of the image"}
 WIDE, HIGH, LEFT, BELOW = 640, 200, 40, 24
 """Units of the chart: width and height of the plot, and margins for numbers."""
 
