@@ -14,7 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["llava_prune", "llava_prune.*"]),
-    package_data={"llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml"]},
+    package_data={
+        "llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml", "report/*.html"]
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.4",

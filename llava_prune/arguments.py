@@ -280,6 +280,8 @@ counts = _list(positive, "192,128,64")
 """Positive integers of a list 192,128,64."""
 floats = _list(number(0, MOST), "0,0.1,0.2")
 """Numbers of a list 0,0.1,0.2."""
+layers = _list(natural, "0,4,11")
+"""Numbers of layers."""
 percents = _list(number(0, 100), "42.9,33.7,23.2")
 """Percentages of a list."""
 

@@ -218,6 +218,35 @@ def _add_figure(commands: Any) -> None:
     p.set_defaults(run=_figure)
 
 
+def _add_show(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "show",
+        help="ask about an image, and show the patches that each layer keeps",
+        description="Answers a question with and without pruning, and draws the patches that remain.",
+        epilog=ENVIRONMENT,
+    )
+    p.add_argument("--image", required=True, type=Path, help="image file")
+    p.add_argument("--question", required=True, help="what to ask about it")
+    p.add_argument("--short", action="store_true", help="ask for a single word or phrase, as GQA's questions do")
+    p.add_argument("--layers", type=arguments.layers, help="decoder layers of the contact sheet, 0,4,11 (default six)")
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    flag("method", "autoprune", "method, or file.py:name", type=arguments.method)
+    flag("tokens", "64", "visual token budget", type=arguments.positive)
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    flag("model", TINY, "checkpoint folder or hub id, in either format")
+    flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
+    flag("family", "auto", "auto, llava or hf")
+    flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
+    flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
+    flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
+    flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
+    text = f"file: .png, .pdf, .svg or .html; without suffix a .pdf and a .png (default {RESULTS}/figures/kept)"
+    p.add_argument("--out", type=Path, default=Path(RESULTS) / "figures" / "kept", help=text)
+    _add_json(p)
+    p.set_defaults(run=_show)
+
+
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "run a program of package llava, unchanged, with its model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
@@ -243,6 +272,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_methods(commands)
     _add_results(commands)
     _add_figure(commands)
+    _add_show(commands, env)
     _add_run(commands, env)
     return parser
 
@@ -355,6 +385,13 @@ def _figure(args: argparse.Namespace) -> int:
     from .report.figures import draw
 
     return draw(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .eval.kept import show
+
+    _quiet()
+    return show(args)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .models.parallel import check_split
+from .runtime.geometry import Geometry
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
 from .runtime.record import Record
@@ -26,13 +27,16 @@ class Handle:
     Attributes:
         model: the model.
         method: the method.
-        last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats), None before the first.
+        last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats, draw, show), None
+            before the first.
         check: verify every cut on the host.
         vision: hooks on vision tower and projector.
+        geometry: where in an image its visual tokens are.
         engine: acceleration (experimental), None for plain torch.
     """
 
     vision: VisionHooks
+    geometry: Geometry
 
     def __init__(self, model: Any, method: Method, check: bool = False, engine: Any = None) -> None:
         self.method = method
@@ -129,6 +133,7 @@ def attach(
         raise ValueError(f"tokens={budget}: an image has at most {limit} visual tokens here; give {limit} or fewer")
     handle = Handle(model, method, check)
     handle.vision = VisionHooks(handle, method, family.tower_facts(model))
+    handle.geometry = family.geometry(model)
     if graphs or fused or text_step is not None:
         from .experimental.engine import Engine
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
-COMMANDS = ("eval", "table", "sweep", "results", "figure", "bench", "score", "data", "methods", "flops", "run")
+COMMANDS = ("eval", "table", "sweep", "results", "figure", "show", "bench", "score", "data", "methods", "flops", "run")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ ALLOWED = {
     "": set(),
 }
 """Part of the package -> parts that it may import; "" is llava_prune itself."""
-LAZY_ONLY = {"handle": "experimental", "bench": "experimental", "eval": "experimental"}
+LAZY_ONLY = {"handle": "experimental", "bench": "experimental", "eval": "experimental", "runtime": "report"}
 """Parts that import another part inside functions only."""
 OUTSIDE_OPS = {"torch", "math", "collections", "dataclasses", "typing", "functools", "__future__"}
 INTERNALS = ("transformers.models", "transformers.cache_utils", "transformers.masking_utils")

@@ -159,18 +159,28 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     start = time.perf_counter()
     loaded = loaded or load_model(settings)
     seconds = time.perf_counter() - start
-    check_budgets(runs, loaded.n_visual)
-    vocab = loaded.model.get_input_embeddings().num_embeddings
+    check_loaded(loaded, settings.model, runs)
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
-    check_tokenizer(loaded.tokenizer, vocab, text_config, settings.model)
-    if loaded.image_processor is None:
-        raise ValueError(f"{settings.model} has no preprocessor_config.json; add that of its vision tower")
-    check_crops(loaded, settings.model)
     rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
     feed = ImageFeed(functools.partial(read_image, files.sources, loaded.image_processor, pad))
     return Bench(loaded, task, files, pad, rows, batch, seconds, feed)
+
+
+def check_loaded(loaded: Any, where: str, runs: Sequence[Run]) -> None:
+    """Refuse a checkpoint without its own tokenizer and image processor, and budgets above its visual tokens.
+
+    Raises:
+        ValueError: naming the checkpoint, `where`, or the budget.
+    """
+    check_budgets(runs, loaded.n_visual)
+    vocab = loaded.model.get_input_embeddings().num_embeddings
+    text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
+    check_tokenizer(loaded.tokenizer, vocab, text_config, where)
+    if loaded.image_processor is None:
+        raise ValueError(f"{where} has no preprocessor_config.json; add that of its vision tower")
+    check_crops(loaded, where)
 
 
 def read_image(sources: Sources, processor: Any, pad: bool, name: str) -> Prepared:

@@ -242,6 +242,13 @@ class AutoPrune(Method):
         plan = self.schedule_of(slope, n_visual, n_layers)
         return plan.entering(n_visual), list(plan.leaving), f"slope {slope:g}; {note}"
 
+    def curves(self, n_visual: int, n_layers: int) -> dict[str, tuple[int, ...]]:
+        """Schedules of slopes from 0 to k0, the range of all questions; none where the slope is fixed."""
+        if self.fixed_slope is not None:
+            return {}
+        slopes = [self.k0 * i / 4 for i in range(5)]
+        return {f"slope {k:g}": self.schedule_of(k, n_visual, n_layers).leaving for k in dict.fromkeys(slopes)}
+
 
 def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
     """I(V; T) in bit, for each head.

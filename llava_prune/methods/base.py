@@ -136,6 +136,10 @@ class Method:
         plan = self.plan(n_visual, n_layers)
         return None if plan is None else (plan, [*plan[1:], *plan[-1:]], "")
 
+    def curves(self, n_visual: int, n_layers: int) -> dict[str, tuple[int, ...]]:
+        """Visual tokens leaving each layer for other questions, by label; for figures of methods that vary them."""
+        return {}
+
     def keep_after(self, layer: int, spans: Spans) -> list[int] | None:
         """Visual tokens of each sample that `plan` keeps after `layer` (-1: before the first).
 

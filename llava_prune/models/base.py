@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..runtime.geometry import Geometry
 from ..runtime.merging import Tower
 
 LANGUAGE_MODELS = ("LlamaModel", "LlavaLlamaModel")
@@ -37,6 +38,9 @@ class Family(Protocol):
 
     def tower_facts(self, model: Any) -> Tower:
         """What a method's demands on the vision tower are checked against."""
+
+    def geometry(self, model: Any) -> Geometry:
+        """Where in an image its visual tokens are."""
 
     def max_visual(self, model: Any) -> int:
         """Largest number of visual tokens that one image can become."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.decode import decode_state, refuse_later_image
+from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
@@ -54,6 +55,17 @@ class HF:
             features=rows * columns + whole,
             crops=_crops(model),
             padded=not is_next(model),
+        )
+
+    def geometry(self, model: Any) -> Geometry:
+        facts, points = self.tower_facts(model), model.config.image_grid_pinpoints if is_next(model) else []
+        return Geometry(
+            grid=facts.grid,
+            side=model.config.vision_config.image_size,
+            padded=facts.padded,
+            leading=facts.features - facts.patches,
+            resolutions=tuple((w, h) for h, w in points),
+            digits=7,
         )
 
     def max_visual(self, model: Any) -> int:

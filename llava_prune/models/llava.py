@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.selection import to_device
 from ..runtime.decode import decode_state, refuse_later_image
+from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
@@ -64,6 +65,17 @@ class Llava:
             features=side * side + whole,
             crops=_crops(model),
             padded=getattr(model.config, "image_aspect_ratio", None) == "pad",
+        )
+
+    def geometry(self, model: Any) -> Geometry:
+        facts = self.tower_facts(model)
+        return Geometry(
+            grid=facts.grid,
+            side=self.tower(model).config.image_size,
+            padded=facts.padded,
+            leading=facts.features - facts.patches,
+            resolutions=tuple((w, h) for w, h in _pinpoints(model)),
+            merge=getattr(model.config, "mm_patch_merge_type", "flat"),
         )
 
     def max_visual(self, model: Any) -> int:

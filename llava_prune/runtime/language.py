@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .compat import BaseModelOutputWithPast, DynamicCache
 from .decode import Decode, decode_state, refuse_later_image
+from .geometry import Seen
 from .prefill import Prefill
 from .prompt import Prompt, read_prompt
 from .record import Record
@@ -110,7 +111,7 @@ def _prefill(
             prefill = Prefill(lm, handle.method, prompt, cache, mask, hidden, kernels, handle.check)
             made = prefill.run(kwargs), prefill.decode, prefill.trace
     hidden, state, trace = made
-    handle.last = Record(trace)
+    handle.last = Record(trace, Seen(handle.geometry, prompt.n_visual, hints().image_sizes), handle.method)
     if cache is not None:
         state.keep_in(cache)
     return hidden

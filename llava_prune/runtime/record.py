@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..methods.views import PADDING, TEXT
+from ..methods.base import Method
+from ..methods.views import MERGED, PADDING, TEXT
+from .geometry import ImageView, Seen
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+PANELS = 6
+"""Layers that `Record.show` chooses."""
 
 
 @dataclass
@@ -36,8 +45,8 @@ class Record:
         stats: name -> list of B floats (AutoPrune: mi0, mi1, slope, scale).
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, seen: Seen, method: Method) -> None:
+        self._trace, self._seen, self._method = trace, seen, method
         self._entries: list[tuple[Tensor, Tensor]] | None = None
 
     def _all(self) -> list[tuple[Tensor, Tensor]]:
@@ -61,6 +70,125 @@ class Record:
     @property
     def stats(self) -> dict[str, list[float]]:
         return dict(self._trace.scratch.get("stats", {}))
+
+    # overlays ------------------------------------------------------------------------------------------------
+    def views(self, image: Image, sample: int = 0, padded: bool | None = None) -> list[ImageView]:
+        """Where in an image each of its visual tokens is, in pixels of the image.
+
+        Args:
+            image: the image as it was before preprocessing.
+            sample: number of the sample in the batch.
+            padded: whether the image was padded to a square. Default: as the checkpoint says in package llava, True in
+                transformers' Llava, whose own processor does not pad (padded=False).
+
+        Returns:
+            One view; two for LLaVA-NeXT, the image as a whole and its crops.
+
+        Raises:
+            ValueError: when the image is not that of the sample, or the sample has no image or several.
+        """
+        return self._seen.views(image.size, sample, padded)
+
+    def remaining(self, layer: int, sample: int = 0) -> tuple[set[int], int]:
+        """Original indices of a sample's visual tokens that leave a layer, and how many merged tokens leave it.
+
+        Raises:
+            ValueError: for a layer that the model does not have.
+        """
+        n_layers = len(self._trace.entries)
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(f"layer={layer}: the model has {n_layers} decoder layers; give 0 to {n_layers - 1}")
+        ids, visual = self._all()[1:][layer]
+        found = ids[sample][visual[sample]].tolist()
+        return {i for i in found if i >= 0}, found.count(MERGED)
+
+    def draw(self, image: Image, layer: int = -1, sample: int = 0, padded: bool | None = None) -> Image:
+        """The image with the patches that do not leave a layer dimmed.
+
+        Args:
+            image: the image as it was before preprocessing.
+            layer: decoder layer; -1 is the last one.
+            sample: number of the sample in the batch.
+            padded: see `views`.
+
+        Returns:
+            An image of the same size. For LLaVA-NeXT two of them side by side: the image as a whole, and its crops.
+
+        Raises:
+            ValueError: see `views` and `remaining`.
+        """
+        from ..report.overlay import draw_overlay, side_by_side
+
+        views = self.views(image, sample, padded)
+        kept, _ = self.remaining(layer, sample)
+        return side_by_side([draw_overlay(image, view.boxes, kept, view.first) for view in views])
+
+    def show(
+        self,
+        image: Image,
+        layers: Sequence[int] | None = None,
+        sample: int = 0,
+        padded: bool | None = None,
+        title: str = "",
+    ) -> Figure:
+        """A contact sheet: `draw` for some layers, and the visual tokens leaving each layer.
+
+        Args:
+            image: the image as it was before preprocessing.
+            layers: decoder layers; default six, from the first to the last.
+            sample: number of the sample in the batch.
+            padded: see `views`.
+            title: a text above, such as question and answer.
+
+        Returns:
+            A matplotlib Figure, which notebooks display.
+
+        Raises:
+            ValueError: see `draw`; for more layers than a page holds; when matplotlib is not installed.
+        """
+        from ..report.overlay import contact_sheet
+
+        n_layers = len(self._trace.entries)
+        if layers is None:
+            layers = sorted({round(i * (n_layers - 1) / (PANELS - 1)) for i in range(PANELS)})
+        views = self.views(image, sample, padded)
+        shown = {layer: self.remaining(layer, sample) for layer in layers}
+        entering, leaving = self.tokens_in[sample].tolist(), self.tokens_out[sample].tolist()
+        return contact_sheet(image, views, shown, leaving, self.curves(entering[0]), self.describe(sample), title)
+
+    def page(
+        self, image: Image, title: str, facts: Mapping[str, str], sample: int = 0, padded: bool | None = None
+    ) -> str:
+        """HTML of a page with the overlay of every layer; one file, which loads nothing else.
+
+        Args:
+            image: the image as it was before preprocessing.
+            title: heading, such as the question.
+            facts: rows of a table below it, such as answers.
+            sample: number of the sample in the batch.
+            padded: see `views`.
+
+        Raises:
+            ValueError: see `views`.
+        """
+        from ..report.page import kept_page
+
+        views = self.views(image, sample, padded)
+        layers = [self.remaining(layer, sample) for layer in range(len(self._trace.entries))]
+        entering, leaving = self.tokens_in[sample].tolist(), self.tokens_out[sample].tolist()
+        curves, label = self.curves(entering[0]), self.describe(sample)
+        return kept_page(image, views, layers, leaving, curves, label, title, facts)
+
+    def curves(self, n_visual: int) -> dict[str, tuple[int, ...]]:
+        """Visual tokens leaving each layer for other questions, by label; of methods that vary them (AutoPrune)."""
+        return self._method.curves(n_visual, len(self._trace.entries))
+
+    def describe(self, sample: int = 0) -> str:
+        """What the method found out about a question, in a few words."""
+        stats = self.stats
+        if not {"slope", "mi1"} <= stats.keys():
+            return "this question"
+        return f"this question: slope {stats['slope'][sample]:.2f}, information {stats['mi1'][sample]:.2f} bit"
 
     def __repr__(self) -> str:
         entering, leaving = self.tokens_in.float(), self.tokens_out.float()

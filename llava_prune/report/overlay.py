@@ -1,0 +1,192 @@
+"""Images on which the patches that were pruned are dimmed, and contact sheets of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from ..runtime.geometry import Box, ImageView
+
+LIGHT = 0.45
+"""Brightness of dropped patches, relative to the image."""
+UNSEEN = 0.15
+"""Brightness of pixels that the vision tower does not see."""
+COLOUR = 0.3
+"""Saturation of pixels that are not clear, relative to the image."""
+GAP = 8
+"""Pixels between two images side by side."""
+LEAST, MOST = 448, 1200
+"""Pixels of the longer side of an image in a contact sheet; smaller and larger ones are resized."""
+TALLEST, CURVES = 2.6, 1.9
+"""Inches of the tallest overlay in a contact sheet, and of its curves."""
+EDGE = (255, 214, 0)
+"""Colour of the outline of kept patches."""
+
+
+def pixel_box(box: Box) -> tuple[int, int, int, int]:
+    """The pixels of a box: (left, top, right, bottom), the last two exclusive; boxes that touch share no pixel."""
+    left, top, right, bottom = (round(x) for x in box)
+    return left, top, right, bottom
+
+
+def draw_overlay(
+    image: Image, boxes: Sequence[Box | None], kept: Collection[int], first: int = 0, outline: bool = False
+) -> Image:
+    """An image with dropped patches grey and dark, and kept ones as they are.
+
+    Args:
+        image: the image as it was before preprocessing.
+        boxes: place of each visual token, None for tokens without one.
+        kept: indices of the visual tokens that are kept; others than those of `boxes` are ignored.
+        first: index of the first token of `boxes`.
+        outline: draw a line around regions of kept patches, on pixels of their dropped neighbours.
+
+    Returns:
+        An RGB image of the same size.
+    """
+    import numpy as np
+    from PIL import Image as images
+
+    image = image.convert("RGB")
+    clear, seen = (np.zeros((image.height, image.width), dtype=bool) for _ in range(2))
+    for index, box in enumerate(boxes, first):
+        if box is None:
+            continue
+        left, top, right, bottom = pixel_box(box)
+        seen[top:bottom, left:right] = True
+        clear[top:bottom, left:right] |= index in kept
+    faded = images.blend(image.convert("L").convert("RGB"), image, COLOUR)
+    out = faded.point(lambda value: value * UNSEEN)
+    out.paste(faded.point(lambda value: value * LIGHT), mask=images.fromarray(seen))
+    out.paste(image, mask=images.fromarray(clear))
+    if outline:
+        grown = clear.copy()
+        for axis in (0, 1):
+            for step in (-2, -1, 1, 2):
+                rolled = np.roll(clear, step, axis)
+                edge = np.arange(clear.shape[axis])
+                wrapped = edge < step if step > 0 else edge >= clear.shape[axis] + step
+                grown |= rolled & ~(wrapped[:, None] if axis == 0 else wrapped[None])
+        out.paste(EDGE, mask=images.fromarray(grown & ~clear))
+    return out
+
+
+def side_by_side(images: Sequence[Image]) -> Image:
+    """Images of equal height beside each other, with a white gap."""
+    from PIL import Image as made
+
+    if len(images) == 1:
+        return images[0]
+    out = made.new("RGB", (sum(i.width for i in images) + GAP * (len(images) - 1), images[0].height), "white")
+    x = 0
+    for image in images:
+        out.paste(image, (x, 0))
+        x += image.width + GAP
+    return out
+
+
+def resized(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple[int, list[Box | None]]]]:
+    """An image for a contact sheet, and for each view its first token and the boxes in the new image."""
+    longest = max(image.size)
+    factor: float = max(1, -(-LEAST // longest))  # a whole number, so that borders of patches stay where they are
+    if longest > MOST:
+        factor = MOST / longest
+    if factor != 1:
+        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+    scaled: list[tuple[int, list[Box | None]]] = []
+    for view in views:
+        moved = (None if b is None else [x * factor for x in b] for b in view.boxes)
+        scaled.append((view.first, [None if b is None else (b[0], b[1], b[2], b[3]) for b in moved]))
+    return image, scaled
+
+
+def counted(layer: int, leaving: int, merged: int) -> str:
+    """The title of a layer: "after layer 4: 64 tokens (3 merged)"."""
+    tail = f" ({merged} merged)" if merged else ""
+    return f"after layer {layer}: {leaving} token{'s' * (leaving != 1)}{tail}"
+
+
+@drawing.style()
+def contact_sheet(
+    image: Image,
+    views: Sequence[ImageView],
+    shown: Mapping[int, tuple[Collection[int], int]],
+    leaving: Sequence[int],
+    curves: Mapping[str, Sequence[int]],
+    label: str,
+    title: str = "",
+) -> Figure:
+    """Overlays of some layers, and the visual tokens leaving each layer below them.
+
+    Args:
+        image: the image as it was before preprocessing.
+        views: places of the visual tokens.
+        shown: layer -> indices of the tokens that leave it, and the number of merged ones.
+        leaving: visual tokens leaving each layer.
+        curves: the same for other questions, by label.
+        label: of `leaving` in the legend.
+        title: a text above; lines are not broken.
+
+    Returns:
+        A Figure; notebooks display it.
+
+    Raises:
+        ValueError: for no layer, more than a page holds, or when matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    if not 1 <= len(shown) < drawing.MOST_PANELS:
+        raise ValueError(f"{len(shown)} layers in a contact sheet: give 1 to {drawing.MOST_PANELS - 1} of them")
+    across = min(len(shown), 3 if len(views) == 1 else 2)
+    down = -(-len(shown) // across)
+    large, scaled = resized(image, views)
+    wide = large.width * len(views) + GAP * (len(views) - 1)
+    tall = min(drawing.WIDTHS[3] / across * large.height / wide, TALLEST) + 0.2  # inches, 0.2 for the title
+    figure = Figure(figsize=(drawing.WIDTHS[3], tall * down + CURVES + 0.3), layout="constrained")
+    grid = figure.add_gridspec(down + 1, across, height_ratios=[tall] * down + [CURVES])
+    for i, (layer, (kept, merged)) in enumerate(shown.items()):
+        axes = figure.add_subplot(grid[i // across, i % across])
+        parts = [draw_overlay(large, boxes, kept, first, outline=True) for first, boxes in scaled]
+        axes.imshow(side_by_side(parts), interpolation="none")
+        axes.set_axis_off()
+        number = range(len(leaving))[layer]
+        axes.set_title(counted(number, leaving[number], merged))
+    _draw_curves(figure.add_subplot(grid[down, :]), leaving, curves, label, [range(len(leaving))[x] for x in shown])
+    drawing.legend(figure)
+    if title:
+        figure.suptitle(title.replace("$", r"\$"))
+    setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - what notebooks look for
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    file = io.BytesIO()
+    with drawing.style():
+        figure.savefig(file, dpi=drawing.DPI, format="png")
+    return file.getvalue()
+
+
+def _draw_curves(
+    axes: Axes, leaving: Sequence[int], curves: Mapping[str, Sequence[int]], label: str, marked: list[int]
+) -> None:
+    """Tokens leaving each layer: those of other questions grey, this question's on top."""
+    from matplotlib.ticker import MaxNLocator
+
+    for i, (name, counts) in enumerate(curves.items()):
+        grey: Any = str(0.8 - 0.45 * i / max(1, len(curves) - 1))
+        axes.plot(range(len(counts)), counts, color=grey, linewidth=0.9, linestyle=drawing.LINES[i % 5], label=name)
+    look: Any = {"color": drawing.PALETTE[0], "marker": "o", "markevery": marked, "zorder": 3}
+    axes.plot(range(len(leaving)), leaving, label=label, **look)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("visual tokens leaving a layer")

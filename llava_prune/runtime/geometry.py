@@ -1,0 +1,233 @@
+"""Where in an image each visual token is, with padding, resizing and crops undone. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of the user's image."""
+ENTIRE, CROPPED = "image", "crops"
+"""Names of views, see `ImageView`."""
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """Visual tokens whose patches tile an image.
+
+    Attributes:
+        name: "image" where the vision tower sees the image as a whole, "crops" for the crops of LLaVA-NeXT together.
+        first: index of the first token among the visual tokens of the image.
+        boxes: place of each token; None for tokens that show padding only, newline tokens and class tokens.
+    """
+
+    name: str
+    first: int
+    boxes: tuple[Box | None, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model's images become visual tokens.
+
+    Attributes:
+        grid: (rows, columns) of patches that the vision tower sees in an image or crop.
+        side: pixels of the tower's input, which is a square.
+        padded: whether images are padded to a square. Otherwise their shorter side is resized to `side` and the centre
+            is cropped.
+        leading: tokens before the patches of an image (the class token, where the model keeps it).
+        resolutions: (width, height) that images are cut up at (LLaVA-NeXT); empty where they are seen whole.
+        merge: how crops become a sequence: "spatial_unpad", "spatial" or "flat"; see `mm_patch_merge_type` of LLaVA.
+        digits: decimals to which a side without padding is rounded before it is cut off; None for no rounding.
+    """
+
+    grid: tuple[int, int]
+    side: int
+    padded: bool = True
+    leading: int = 0
+    resolutions: tuple[tuple[int, int], ...] = ()
+    merge: str = "spatial_unpad"
+    digits: int | None = None
+
+    def views(self, size: tuple[int, int]) -> list[ImageView]:
+        """The visual tokens of an image by the views that the tower has of it, in their order.
+
+        Args:
+            size: (width, height) of the user's image.
+        """
+        if not self.resolutions:
+            place = _padded(size) if self.padded else _cropped(size, self.side)
+            boxes = _boxes(size, self.grid, range(self.grid[0]), range(self.grid[1]), place)
+            return [ImageView(ENTIRE, 0, (*[None] * self.leading, *boxes))]
+        rows, columns = self.grid
+        width, height = size
+        whole = tuple(_boxes(size, self.grid, range(rows), range(columns), (0, 0, width, height)))
+        return [ImageView(ENTIRE, 0, whole), ImageView(CROPPED, len(whole), tuple(self._crops(size)))]
+
+    def count(self, size: tuple[int, int]) -> int:
+        """Visual tokens of an image of (width, height)."""
+        return sum(len(view.boxes) for view in self.views(size))
+
+    def _crops(self, size: tuple[int, int]) -> Iterator[Box | None]:
+        """Places of the tokens after those of the whole image.
+
+        Source: llava/mm_utils.py `process_anyres_image` and llava_arch.py; transformers' image processor and
+        `pack_image_features` of LlavaNext do the same but for `digits`.
+        """
+        target = best_resolution(size, self.resolutions)
+        across, down = target[0] // self.side, target[1] // self.side
+        grid = self.grid[0] * down, self.grid[1] * across
+        place = _pasted(size, target)
+        if self.merge == "flat":
+            for crop in range(down * across):
+                top, left = crop // across * self.grid[0], crop % across * self.grid[1]
+                yield from _boxes(size, grid, range(top, top + self.grid[0]), range(left, left + self.grid[1]), place)
+            return
+        unpad = "unpad" in self.merge
+        rows, columns = self._unpadded(size, grid) if unpad else (range(grid[0]), range(grid[1]))
+        for row in rows:
+            yield from _boxes(size, grid, [row], columns, place)
+            yield from [None] * unpad  # the newline token
+
+    def _unpadded(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[range, range]:
+        """Rows and columns of the stitched grid that remain. Source: `unpad_image` of both packages."""
+        (width, height), (rows, columns) = size, grid
+        if width / height > columns / rows:
+            gap = (rows - self._whole(height * (columns / width))) // 2
+            return range(gap, rows - gap), range(columns)
+        gap = (columns - self._whole(width * (rows / height))) // 2
+        return range(rows), range(gap, columns - gap)
+
+    def _whole(self, value: float) -> int:
+        return int(value if self.digits is None else round(value, self.digits))
+
+
+def best_resolution(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The (width, height) at which an image is cut up: most pixels of the image, then fewest of padding.
+
+    Source: `select_best_resolution` of both packages; the first of equals.
+    """
+    width, height = size
+
+    def key(target: tuple[int, int]) -> tuple[int, int]:
+        scale = min(target[0] / width, target[1] / height)
+        seen = min(int(width * scale) * int(height * scale), width * height)
+        return seen, seen - target[0] * target[1]
+
+    return max(resolutions, key=key)
+
+
+# where the tower's input lies in the user's image: a box that may be larger or smaller than the image -------------
+
+
+def _padded(size: tuple[int, int]) -> Box:
+    """A square of the longer side, the image in its middle (rounded down)."""
+    width, height = size
+    side = max(size)
+    left, top = -((side - width) // 2), -((side - height) // 2)
+    return left, top, left + side, top + side
+
+
+def _cropped(size: tuple[int, int], side: int) -> Box:
+    """The shorter side resized to `side`, then the centre cropped. Source: CLIP's image processor of transformers."""
+    width, height = size
+    short = min(size)
+    new_width, new_height = (side if n == short else int(side * n / short) for n in size)
+    x, y = width / new_width, height / new_height
+    left, top = (new_width - side) // 2 * x, (new_height - side) // 2 * y
+    return left, top, left + side * x, top + side * y
+
+
+def _pasted(size: tuple[int, int], target: tuple[int, int]) -> Box:
+    """Resized to fit into `target` with the aspect ratio kept, black around it."""
+    width, height = size
+    x, y = target[0] / width, target[1] / height
+    if x < y:
+        new_width, new_height = target[0], min(math.ceil(height * x), target[1])
+    else:
+        new_width, new_height = min(math.ceil(width * y), target[0]), target[1]
+    x, y = width / new_width, height / new_height
+    left, top = -((target[0] - new_width) // 2) * x, -((target[1] - new_height) // 2) * y
+    return left, top, left + target[0] * x, top + target[1] * y
+
+
+def _boxes(
+    size: tuple[int, int], grid: tuple[int, int], rows: range | list[int], columns: range, place: Box
+) -> Iterator[Box | None]:
+    """Boxes of some cells of a grid over `place`, cut off at the borders of the image; None outside of it."""
+    left, top, right, bottom = place
+    width, height = (right - left) / grid[1], (bottom - top) / grid[0]
+    for row in rows:
+        for column in columns:
+            box = (
+                max(left + column * width, 0),
+                max(top + row * height, 0),
+                min(left + (column + 1) * width, size[0]),
+                min(top + (row + 1) * height, size[1]),
+            )
+            yield box if box[0] < box[2] and box[1] < box[3] else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The images of a prefill of B samples.
+
+    Attributes:
+        geometry: of the model.
+        n_visual: visual tokens of each sample before pruning.
+        sizes: (width, height) of the images where the caller gave them.
+    """
+
+    geometry: Geometry
+    n_visual: tuple[int, ...]
+    sizes: list[tuple[int, int]] | None = None
+
+    def views(self, size: tuple[int, int], sample: int = 0, padded: bool | None = None) -> list[ImageView]:
+        """The visual tokens of a sample by the views that the tower had of its image.
+
+        Args:
+            size: (width, height) of the sample's image.
+            sample: number of the sample in the batch.
+            padded: overrides `Geometry.padded`.
+
+        Raises:
+            ValueError: for a sample that is not there, or has no image or several, for another image, and for `padded`
+                on a model whose images come in crops.
+        """
+        batch = len(self.n_visual)
+        if not 0 <= sample < batch:
+            raise ValueError(f"sample={sample}: the last prefill has {batch} samples; give 0 to {batch - 1}")
+        if padded is not None and self.geometry.resolutions:
+            raise ValueError(f"padded={padded}: this model sees images in crops, whose padding is known; leave it out")
+        geometry = self.geometry if padded is None else replace(self.geometry, padded=padded)
+        given, views = self.n_visual[sample], geometry.views(size)
+        if not given:
+            raise ValueError(f"sample={sample} has no image; choose a sample with one")
+        expected = sum(len(view.boxes) for view in views)
+        known = self._size(sample)
+        if given % expected == 0 and given > expected:
+            raise ValueError(
+                f"sample={sample} has {given} visual tokens, and an image of {size[0]} x {size[1]} pixels has "
+                f"{expected}: a sample with several images cannot be drawn; ask about one image at a time"
+            )
+        if given != expected or (known is not None and known != size):
+            was = f"an image with {given} visual tokens" if known is None else f"one of {known[0]} x {known[1]} pixels"
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} pixels ({expected} visual tokens) is not what sample {sample} was "
+                f"asked about, {was}; give the image as it was before preprocessing"
+            )
+        return views
+
+    def _size(self, sample: int) -> tuple[int, int] | None:
+        """The size that the caller gave for a sample with one image; None where it cannot be told."""
+        if not self.sizes:
+            return None
+        patches = self.geometry.grid[0] * self.geometry.grid[1] + self.geometry.leading
+        counts = [min(n, 1) if self.geometry.resolutions else n // patches for n in self.n_visual]
+        if sum(counts) % len(self.sizes):  # package llava gives each sample without an image a blank one
+            counts = [max(n, 1) for n in counts]
+        beams, rest = divmod(sum(counts), len(self.sizes))
+        if rest or counts[sample] != 1:
+            return None
+        return self.sizes[sum(counts[:sample]) // beams]
