@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..arguments import RESULTS
 from ..console import number_text, stderr, stdout
 from .accuracy import draw_accuracy_flops
@@ -24,7 +23,7 @@ from .tokens import draw_survival
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("report.js", "questions.js")
 FIGURES = {
-    "accuracy-flops": ("Figure of the benchmark against prefill FLOPs", draw_accuracy_flops),
+    "accuracy-flops": ("Figure against prefill FLOPs, with 95 % intervals", draw_accuracy_flops),
     "survival": ("Visual tokens entering each layer", draw_survival),
 }
 """Name of a figure in `llava-prune figure` -> its caption, and what draws it."""
@@ -94,7 +93,6 @@ def page(runs: Sequence[StoredRun]) -> tuple[str, list[str]]:
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("report.html").render(
-        version=__version__,
         model=runs[0].model,
         benches=[bench_name(b) for b in benches],
         columns=COLUMNS,
@@ -137,7 +135,7 @@ def _row(run: StoredRun) -> dict[str, Any]:
         "interval": "" if run.interval is None else f"[{run.interval[0]:.1f}, {run.interval[1]:.1f}]",
         "difference": number_text(row["difference_to_full"], 2, sign=True, absent=""),
         "difference_interval": "" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]",
-        "clear": ends is not None and (ends[0] > 0 or ends[1] < 0),
+        "excludes_0": ends is not None and (ends[0] > 0 or ends[1] < 0),
         "entering": number_text(row["average_entering"]),
         "leaving": number_text(row["average_leaving"]),
         "flops": number_text(run.flops_percent()),
@@ -153,6 +151,8 @@ def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
     out = []
     for name, (caption, draw) in FIGURES.items():
         figure, remark = drawn(draw, runs)
+        for axes in [] if figure is None else figure.axes:
+            axes.set_title("")  # the heading above says it
         label = f"{title}: {caption[0].lower()}{caption[1:]}; the table of runs has the numbers"
         image = "" if figure is None else Markup(svg(figure, f"f{number}-{name}-", label))
         out.append({"name": name, "caption": caption, "svg": image, "remark": remark})

@@ -13,7 +13,7 @@ from .store import UNPRUNED, StoredRun
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALE = 1.2
+SCALE = 1.1
 """Size on a screen over size on paper."""
 PER_POINT = 96 / 72
 """CSS pixels of a point."""

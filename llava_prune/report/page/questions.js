@@ -156,9 +156,10 @@
     out.setAttribute("role", "row");
     out.dataset.index = String(i);
     if (SHOWN.flipped(outcome(i))) out.className = "flip";
-    const question = cell("", marked(element("div", "", "question"), data.questions[i]), element("div", String(data.ids[i]), "id"));
+    const text = marked(element("span", "", "question"), data.questions[i]);
+    const question = cell("", text, element("span", String(data.ids[i]), "id"));
     const kind = data.type[i] === null ? "" : data.types[data.type[i]];
-    out.append(question, cell("", kind), answer("A", data.runs[a.value], i), answer("B", data.runs[b.value], i));
+    out.append(question, cell("Type", kind), answer("A", data.runs[a.value], i), answer("B", data.runs[b.value], i));
     return out;
   }
 
