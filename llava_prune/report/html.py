@@ -128,7 +128,8 @@ def _row(run: StoredRun) -> dict[str, Any]:
     limit = run.result["settings"].get("limit")
     return {
         "folder": str(run.folder),
-        "bench": bench_name(run.bench) + ("" if limit is None else f", first {limit}"),
+        "bench": bench_name(run.bench),
+        "limit": "" if limit is None else f", first {limit}",
         "name": run.name,
         "metric": row["figure_name"],
         "figure": number_text(run.figure, 2),

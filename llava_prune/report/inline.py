@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SCALE = 1.1
 """Size on a screen over size on paper."""
+SHRUNK = 0.85
+"""Share of that size that a figure may shrink to in a narrow window, where it scrolls otherwise."""
 PER_POINT = 96 / 72
 """CSS pixels of a point."""
 THEMED = {"#000000": "currentColor", "#e6e6e6": "var(--grid)", "#d9d9d9": "var(--band)"}
@@ -47,6 +49,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     width, height = (72 * PER_POINT * SCALE * inches for inches in figure.get_size_inches())
     box = re.search(r'viewBox="[^"]+"', found)
     start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+    start += f' style="max-width: max(100%, {SHRUNK * width:.0f}px); height: auto"'
     head = f'{start} {box[0] if box else ""} role="img" aria-label="{_attribute(label)}">'
     return re.sub(r"\n\s*", "\n", head + found[found.index(">") + 1 :]).strip()
 

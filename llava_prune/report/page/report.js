@@ -62,8 +62,7 @@
     const needle = search.value.trim().toLowerCase();
     let shown = 0;
     for (const row of rows) {
-      const title = row.dataset.bench.split(", first ")[0];
-      const fits = (!bench.value || title === bench.value) && row.textContent.toLowerCase().includes(needle);
+      const fits = (!bench.value || row.dataset.bench === bench.value) && row.textContent.toLowerCase().includes(needle);
       row.hidden = !fits;
       shown += fits;
     }
