@@ -15,7 +15,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["llava_prune", "llava_prune.*"]),
     package_data={
-        "llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml", "report/*.html"]
+        "llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml"]
+        + ["report/*.html", "report/page/*"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -40,7 +41,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "quant": ["bitsandbytes>=0.50"],
         "lmms-eval": ["lmms-eval>=0.7"],
-        "report": ["matplotlib>=3.7", "pandas>=2.2"],
+        "report": ["jinja2>=3.1", "matplotlib>=3.7", "pandas>=2.2"],
         "dev": [
             "ruff",
             "mypy",
@@ -48,8 +49,10 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "jinja2>=3.1",
             "matplotlib>=3.7",
             "pandas>=2.2",
+            "playwright>=1.45",
             "peft>=0.17",
             "accelerate",
             "bitsandbytes>=0.50",

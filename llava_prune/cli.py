@@ -208,14 +208,29 @@ def _add_figure(commands: Any) -> None:
     p.add_argument("name", help=", ".join(arguments.FIGURES), metavar="NAME", choices=arguments.FIGURES)
     text = f"folders of runs, or above several; for speed, of measurements (default {RESULTS})"
     p.add_argument("--runs", nargs="+", default=[RESULTS], metavar="PLACE", help=text)
+    _add_filters(p)
+    text = f"file, .pdf, .png or .svg; without suffix a .pdf and a .png (default {RESULTS}/figures/NAME)"
+    p.add_argument("--out", type=Path, help=text)
+    p.set_defaults(run=_figure)
+
+
+def _add_report(commands: Any) -> None:
+    p = commands.add_parser("report", help="write a page with tables, figures and questions of finished runs")
+    text = f"folders of runs, or above several (default {RESULTS})"
+    p.add_argument("places", nargs="*", metavar="PLACE", help=text)
+    _add_filters(p)
+    text = f"file to write (default {RESULTS}/report.html)"
+    p.add_argument("--out", type=Path, default=Path(RESULTS) / "report.html", metavar="FILE", help=text)
+    p.set_defaults(run=_report)
+
+
+def _add_filters(p: argparse.ArgumentParser) -> None:
+    """Flags that choose among finished runs of one model."""
     p.add_argument("--task", type=arguments.words, default=[], help="benchmark, or a list a,b (default all)")
     p.add_argument("--method", type=arguments.words, default=[], help="method, or a list a,b (default all)")
     p.add_argument("--model", help="checkpoint, needed where the runs are of several")
     p.add_argument("--tokens", type=arguments.counts, default=[], help="budget, or a list 128,64 (default all)")
     p.add_argument("--no-sweeps", action="store_true", help="leave out the variants of sweeps")
-    text = f"file, .pdf, .png or .svg; without suffix a .pdf and a .png (default {RESULTS}/figures/NAME)"
-    p.add_argument("--out", type=Path, help=text)
-    p.set_defaults(run=_figure)
 
 
 def _add_show(commands: Any, env: Mapping[str, str]) -> None:
@@ -273,6 +288,7 @@ def _parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_results(commands)
     _add_figure(commands)
     _add_show(commands, env)
+    _add_report(commands)
     _add_run(commands, env)
     return parser
 
@@ -392,6 +408,12 @@ def _show(args: argparse.Namespace) -> int:
 
     _quiet()
     return show(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report.html import report
+
+    return report(args)
 
 
 @contextlib.contextmanager

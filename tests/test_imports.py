@@ -15,11 +15,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
-COMMANDS = ("eval", "table", "sweep", "results", "figure", "show", "bench", "score", "data", "methods", "flops", "run")
+COMMANDS = ("eval", "table", "sweep", "results", "figure", "report", "show", "bench")
+COMMANDS += ("score", "data", "methods", "flops", "run")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas")
+HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2")
 COMPILER = ("torch._dynamo", "torch._inductor")
 RUN = """
 import json, sys

@@ -108,9 +108,9 @@ def compare(a: StoredRun, b: StoredRun) -> Comparison:
     if a.bench != b.bench:
         raise ValueError(f"{a.folder} is a run of {a.bench} and {b.folder} of {b.bench}; give two of one benchmark")
     answers = [a.answers(), b.answers()]
-    _check_same(a, b, *answers)
-    scores = [_scores(run, rows) for run, rows in zip((a, b), answers, strict=True)]
-    prompts = _questions([row["prompt"] for row in answers[0]])
+    check_same(a, b, *answers)
+    scores = [scored(run, rows) for run, rows in zip((a, b), answers, strict=True)]
+    prompts = questions([row["prompt"] for row in answers[0]])
     pairs = [
         Pair(x["question_id"], s["type"], prompt, x["text"], y["text"], s["score"], t["score"])
         for x, y, s, t, prompt in zip(*answers, *scores, prompts, strict=True)
@@ -144,8 +144,12 @@ def _count(pairs: Sequence[Pair]) -> Counts:
     return Counts(len(pairs), both, only_a, only_b, neither, partly, points)
 
 
-def _check_same(a: StoredRun, b: StoredRun, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+def check_same(a: StoredRun, b: StoredRun, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
     """Refuse runs that asked different questions.
+
+    Args:
+        a, b: the runs.
+        ours, theirs: rows of their answer files.
 
     Raises:
         ValueError: naming the first difference, or a row that is not an answer.
@@ -164,7 +168,7 @@ def _check_same(a: StoredRun, b: StoredRun, ours: Sequence[Any], theirs: Sequenc
         raise ValueError(f"{start}: {len(ours)} and {len(theirs)}; give two runs with the same --limit")
 
 
-def _scores(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
+def scored(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
     """Scores of the answers of a run.
 
     Raises:
@@ -181,7 +185,7 @@ def _scores(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _questions(prompts: Sequence[str]) -> list[str]:
+def questions(prompts: Sequence[str]) -> list[str]:
     """The questions in stored prompts: without the line for the image, and without the last line if all share it."""
     lines = [[x for x in p.split("\n") if x.strip() and x.strip() != IMAGE_LINE] for p in prompts]
     shared = {x[-1] if x else "" for x in lines}

@@ -45,7 +45,7 @@ def draw(args: Namespace) -> int:
         ValueError: for no suitable runs, runs of several models, broken files, or when matplotlib is
             not installed.
     """
-    figure = draw_speed(_measurements(args)) if args.name == SPEED else OF_RUNS[args.name](_runs(args))
+    figure = draw_speed(_measurements(args)) if args.name == SPEED else OF_RUNS[args.name](chosen(args, args.runs))
     console = stdout()
     for path in save(figure, Path(args.out or f"{RESULTS}/figures/{args.name}").expanduser()):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
@@ -56,18 +56,26 @@ def _conditions(args: Namespace) -> dict[str, Any]:
     return {"method": args.method, "model": [args.model] if args.model else [], "tokens": args.tokens}
 
 
-def _places(args: Namespace) -> list[str]:
+def _present(places: Sequence[str]) -> list[str]:
     """Folders to read; the default one may not exist yet."""
-    return [p for p in args.runs if p != RESULTS or Path(p).is_dir()]
+    return [p for p in places if p != RESULTS or Path(p).is_dir()]
 
 
-def _runs(args: Namespace) -> list[StoredRun]:
-    """The runs that were asked for, and the unpruned model beside them."""
+def chosen(args: Namespace, places: Sequence[str]) -> list[StoredRun]:
+    """The runs that were asked for, and the unpruned model beside them, see `comparable`.
+
+    Args:
+        args: task, method, model, tokens and no_sweeps, see `cli`.
+        places: folders of runs, or above several.
+
+    Raises:
+        ValueError: for no such runs, and see `read_runs` and `comparable`.
+    """
     asked = _conditions(args)
-    found = [r for r in read_runs(_places(args)) if not (args.no_sweeps and r.varied)]
+    found = [r for r in read_runs(_present(places)) if not (args.no_sweeps and r.varied)]
     runs = select(found, bench=args.task, **asked)
     if not runs:
-        where = ", ".join(args.runs)
+        where = ", ".join(places)
         what = f"none of the {len(found)} finished runs in {where} matches" if found else f"no finished runs in {where}"
         raise ValueError(f"{what}; make some with llava-prune eval gqa --method autoprune --tokens 192,128,64")
     benches = sorted({r.bench for r in runs})
@@ -80,7 +88,7 @@ def _measurements(args: Namespace) -> list[dict[str, Any]]:
     for flag in ("task", "no_sweeps"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is for runs of benchmarks; measurements have none")
-    results = select_bench(read_bench(_places(args)), **_conditions(args))
+    results = select_bench(read_bench(_present(args.runs)), **_conditions(args))
     if not results:
         raise ValueError(
             f"no matching measurement in {', '.join(args.runs)}; make one with llava-prune bench --tokens 192,128,64"

@@ -53,14 +53,14 @@ def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
         if other.result.get("rows") != r.result.get("rows"):
             raise ValueError(
                 f"{other.folder} has {other.result.get('rows')} questions of {r.bench}, {r.folder} has "
-                f"{r.result.get('rows')}; give --runs with the same questions"
+                f"{r.result.get('rows')}; choose folders with the same questions"
             )
         hyper = tuple(sorted((n, order(v)) for n, v in r.hyper.items()))
         twin = found.setdefault((r.bench, r.method, r.tokens, hyper), r)
         if (twin.figure, twin.interval) != (r.figure, r.interval):
             raise ValueError(
                 f"{twin.folder} and {r.folder} are {r.bench} {r.label} with the same hyper-parameters and different "
-                "figures; give --runs that hold one of them"
+                "figures; choose folders that hold one of them"
             )
     return sorted(found.values(), key=_place)
 

@@ -1,0 +1,85 @@
+"""Figures as SVG inside a page: no rules that reach the page, no names that clash, colours that follow its theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from . import drawing
+from .store import UNPRUNED, StoredRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCALE = 1.1
+"""Size on a screen over size on paper."""
+SHRUNK = 0.85
+"""Share of that size that a figure may shrink to in a narrow window, where it scrolls otherwise."""
+PER_POINT = 96 / 72
+"""CSS pixels of a point."""
+THEMED = {"#000000": "currentColor", "#e6e6e6": "var(--grid)", "#d9d9d9": "var(--band)"}
+"""Colour in figures -> colour in the page: lines and text, grid, and the band of the unpruned model."""
+Draw = Callable[[Sequence[StoredRun]], "Figure"]
+
+
+def svg(figure: Figure, prefix: str, label: str) -> str:
+    """A figure as an <svg> element.
+
+    Args:
+        figure: what to show.
+        prefix: what its ids start with; differs between the figures of a page.
+        label: text of it for screen readers, without markup.
+    """
+    out = io.StringIO()
+    with drawing.style():
+        import matplotlib
+
+        matplotlib.rcParams["svg.fonttype"] = "none"
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    found = out.getvalue()
+    found = found[found.index("<svg") :]
+    found = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", found, flags=re.DOTALL)
+    found = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', found)
+    found = re.sub(r'\b(?:xlink:)?href="#([^"]+)"', rf'href="#{prefix}\1"', found)
+    found = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", found)
+    for colour, themed in THEMED.items():
+        found = re.sub(colour, themed, found, flags=re.IGNORECASE)
+    width, height = (72 * PER_POINT * SCALE * inches for inches in figure.get_size_inches())
+    box = re.search(r'viewBox="[^"]+"', found)
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+    start += f' style="max-width: max(100%, {SHRUNK * width:.0f}px); height: auto"'
+    head = f'{start} {box[0] if box else ""} role="img" aria-label="{_attribute(label)}">'
+    return re.sub(r"\n\s*", "\n", head + found[found.index(">") + 1 :]).strip()
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+def drawn(draw: Draw, runs: Sequence[StoredRun]) -> tuple[Figure | None, str]:
+    """A figure of as many of the runs as it holds, and a sentence on those it leaves out.
+
+    Where all are too many, the variants of sweeps are left out, then all budgets but the one with the most runs.
+
+    Args:
+        draw: see `figures.OF_RUNS`.
+        runs: finished runs of one benchmark.
+
+    Returns:
+        The figure, and a sentence or "". Without a figure, the sentence says why there is none.
+    """
+    plain = [r for r in runs if not r.varied]
+    budgets = [r.tokens for r in plain if r.method != UNPRUNED]
+    most = max(sorted(set(budgets), key=lambda b: (b is not None, b)), key=budgets.count, default=None)
+    narrow = [r for r in plain if r.method == UNPRUNED or r.tokens == most]
+    tries = [(list(runs), ""), (plain, "Without the variants of sweeps.")]
+    tries += [(narrow, f"Only the budget of {most} tokens, without the variants of sweeps.")] if most else []
+    refused = ""
+    for some, remark in tries:
+        try:
+            return draw(some), remark
+        except ValueError as error:
+            refused = refused or str(error)
+    return None, f"Not drawn: {refused}."
