@@ -15,8 +15,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["llava_prune", "llava_prune.*"]),
     package_data={
-        "llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml"]
-        + ["report/*.html", "report/page/*"],
+        "llava_prune": ["py.typed", "eval/*.yaml", "eval/tasks/*.yaml", "report/published/*.yaml", "report/page/*"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

@@ -11,8 +11,9 @@ import pytest
 import llava_prune
 from llava_prune import arguments
 from llava_prune.arguments import parse_args
-from llava_prune.cli import _parser, main
+from llava_prune.cli import main
 from llava_prune.methods.registry import build
+from llava_prune.parsers import make_parser
 
 ENV: dict[str, str] = {}
 
@@ -77,22 +78,24 @@ def test_refused_values(text: str, message: str) -> None:
 )
 def test_one_spelling_in_all_commands(argv: list[str], capsys: Any) -> None:
     """--method-args may be repeated; lists of values and repeated names are refused in one line."""
-    parsed = _parser(ENV).parse_args([*argv, "--method-args", "lam=0,k0=0.1", "--method-args", "gamma=0.5"])
+    parsed = make_parser(ENV).parse_args([*argv, "--method-args", "lam=0,k0=0.1", "--method-args", "gamma=0.5"])
     assert parsed.method_args == {"lam": 0, "k0": 0.1, "gamma": 0.5}
-    assert _parser(ENV).parse_args(argv).method_args == {}
+    assert make_parser(ENV).parse_args(argv).method_args == {}
     assert "one value is taken" in usage_error(capsys, *argv, "--method-args", "lam=0,0.3")
     assert "lam is given twice" in usage_error(capsys, *argv, "--method-args", "lam=0", "--method-args", "lam=1")
 
 
 def test_run_keeps_its_old_spelling() -> None:
-    parsed = _parser(ENV).parse_args(["run", "--hyper", "lam=0", "--hyper", "k0=0.1", "--", "python", "-m", "llava.x"])
+    parsed = make_parser(ENV).parse_args(
+        ["run", "--hyper", "lam=0", "--hyper", "k0=0.1", "--", "python", "-m", "llava.x"]
+    )
     assert parsed.method_args == {"lam": 0, "k0": 0.1}
     assert parsed.program == ["--", "python", "-m", "llava.x"]
 
 
 def test_the_environment_sets_hyper_parameters() -> None:
     """A flag replaces METHOD_ARGS, as with every other setting."""
-    parser = _parser({"METHOD_ARGS": "lam=0"})
+    parser = make_parser({"METHOD_ARGS": "lam=0"})
     assert parser.parse_args(["eval", "gqa"]).method_args == {"lam": 0}
     assert parser.parse_args(["run"]).method_args == {"lam": 0}
     assert parser.parse_args(["bench", "--method-args", "k0=0.1"]).method_args == {"k0": 0.1}

@@ -171,7 +171,7 @@ class Record:
         Raises:
             ValueError: see `views`.
         """
-        from ..report.page import kept_page
+        from ..report.kept_page import kept_page
 
         views = self.views(image, sample, padded)
         layers = [self.remaining(layer, sample) for layer in range(len(self._trace.entries))]

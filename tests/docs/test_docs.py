@@ -228,9 +228,9 @@ def test_standard_terms(name: str) -> None:
 
 def commands() -> dict[str, set[str]]:
     """Subcommands of llava-prune and their flags."""
-    from llava_prune.cli import _parser
+    from llava_prune.parsers import make_parser
 
-    actions = _parser({})._subparsers._group_actions[0]  # type: ignore[union-attr]
+    actions = make_parser({})._subparsers._group_actions[0]  # type: ignore[union-attr]
     return {n: {o for a in p._actions for o in a.option_strings} for n, p in actions.choices.items()}
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from llava_prune.cli import _parser
 from llava_prune.eval import rounding, run
 from llava_prune.eval.answers import ANSWERS, SETTINGS
 from llava_prune.eval.asking import prepare
 from llava_prune.eval.plan import Settings, plan_runs
 from llava_prune.eval.task import load_task
+from llava_prune.parsers import make_parser
 from tests.eval.kill import DATA, checkpoint
 
 LIMIT = 6
@@ -57,5 +57,5 @@ def test_two_seeds_give_different_answers(loaded: Any, tmp_path: Path) -> None:
 
 
 def test_the_environment_sets_the_seed() -> None:
-    assert _parser({"SEED": "3"}).parse_args(["eval", "gqa"]).seed == 3
+    assert make_parser({"SEED": "3"}).parse_args(["eval", "gqa"]).seed == 3
     assert plan_runs(Settings(methods=("random",), seed=3, reference=False))[0].method.hyper()["seed"] == 3

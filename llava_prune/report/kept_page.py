@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..runtime.geometry import ImageView
 
-TEMPLATE = Path(__file__).with_name("kept.html")
+TEMPLATE = Path(__file__).with_name("page") / "kept.html"
 LARGEST = 1024
 """Pixels of the longer side of an image in a page."""
 PHOTO = 300_000
