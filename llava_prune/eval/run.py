@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..methods.planner import ALL, REFERENCE, Run
+from ..methods.registry import resolve
 from ..report.store import model_id
 from . import identity
 from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, total_seconds, write_whole
@@ -242,7 +243,8 @@ def finish(
     text = [sum(i != IMAGE_ID for i in r) for r in bench.rows]
     facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, settings)
     result = make_result(facts, run.label, score, rows, text, seconds)
-    defaults = {k: p.default for k, p in inspect.signature(type(run.method)).parameters.items()}
+    cls, preset = resolve(run.name)
+    defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()} | preset
     result |= {"defaults": identity.plain(defaults), "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
     stored, gap = stored_result(folder, origin["stamp"]), result.get("difference_to_full")

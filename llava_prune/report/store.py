@@ -79,7 +79,7 @@ class StoredRun:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Defaults of the method's hyper-parameters."""
+        """Defaults of the method's hyper-parameters, those of its preset included."""
         return dict(self.result.get("defaults", {}))
 
     @property

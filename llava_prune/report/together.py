@@ -70,7 +70,7 @@ def _place(run: StoredRun) -> tuple[Any, ...]:
     bench = benches.index(run.bench) if run.bench in BENCHES else len(benches)
     method = FIRST.index(run.method) - 2 if run.method in FIRST else 1 if run.method in LAST else 0
     hyper = [order(v) for v in run.hyper.values()]
-    return bench, run.bench, run.method != UNPRUNED, method, run.method, -(run.tokens or 0), hyper
+    return bench, run.bench, run.method != UNPRUNED, method, run.method, -(run.tokens or 0), run.varied, hyper
 
 
 def order(value: Any) -> tuple[Any, ...]:

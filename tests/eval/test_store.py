@@ -14,6 +14,7 @@ from llava_prune.eval.plan import Settings
 from llava_prune.eval.run import evaluate_all, finished
 from llava_prune.eval.stored import stored_runs
 from llava_prune.methods.planner import Request
+from llava_prune.report.store import StoredRun, read_result
 
 
 def nothing(*_: Any) -> Any:
@@ -194,3 +195,10 @@ def test_the_run_that_was_asked_for(settings: Settings, stand_in: Any) -> None:
     for change in ({"batch": 4}, {"dtype": "float16"}, {"data": settings.store}, {"device": "cuda:1"}):
         (((_, runs),),) = stored_runs(dataclasses.replace(settings, **change), [request], ["gqa"])
         assert not runs, change
+
+
+def test_the_values_of_a_preset_are_its_defaults(settings: Settings, stand_in: Any) -> None:
+    stand_in()
+    evaluate_all(dataclasses.replace(settings, methods=("fastv:keep58",)), nothing)
+    run = StoredRun(folder := Path(settings.store) / "gqa/some-model/fastv-keep58", read_result(folder / "result.json"))
+    assert run.hyper["keep"] == run.defaults["keep"] == 58 and run.name == "fastv-keep58" and not run.varied
