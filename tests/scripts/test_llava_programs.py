@@ -223,7 +223,7 @@ def test_log_records_go_to_the_stream_of_the_start(monkeypatch, capsys):
         monkeypatch.undo()
         return 0
 
-    monkeypatch.setattr(cli, "_flops", command)
+    monkeypatch.setitem(cli.COMMANDS, "flops", command)
     root = logging.getLogger()
     kept, root.handlers = root.handlers, []
     try:
