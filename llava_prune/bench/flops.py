@@ -9,22 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..methods.autoprune import AutoPrune, Schedule, schedule
-from ..ops.counts import Size, layer_flops
-
-
-def flops_visual_only(counts: Sequence[float], size: Size) -> float:
-    """Equation (2) with n_i the visual tokens of layer i."""
-    return sum(layer_flops(n, size.hidden, size.intermediate) for n in counts)
+from ..ops.counts import Size, layer_flops, percent_visual_only
+from ..ops.counts import flops_visual_only as flops_visual_only
 
 
 def flops_with_text(counts: Sequence[float], text: float, size: Size) -> float:
     """Equation (2) with n_i the visual tokens of layer i plus `text` tokens that are never pruned."""
     return sum(layer_flops(n + text, size.hidden, size.intermediate) for n in counts)
-
-
-def percent_visual_only(counts: Sequence[float], size: Size) -> float:
-    """`flops_visual_only` in percent of the unpruned model's."""
-    return 100 * flops_visual_only(counts, size) / flops_visual_only([size.visual] * len(counts), size)
 
 
 def percent_with_text(counts: Sequence[float], text: float, size: Size) -> float:

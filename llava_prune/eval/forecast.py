@@ -57,7 +57,8 @@ def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, r
     folder = next(folders_of(settings, out, run.label, now), out / run.label)
     stem = Place.stem_of(settings.num_chunks, settings.chunk_idx)
     note = None if settings.restart else _conflict(folder / named(SETTINGS, stem), now)
-    note = note if note is None or settings.out else note.replace("refused: the answers in OUT", "anew: other answers")
+    if note is not None:
+        note = f"refused: the answers in OUT were {note}" if settings.out else f"anew: other answers were {note}"
     answered, measured = (0, None) if settings.restart or note else _found(folder, stem)
     per_second = rate if rate is not None else measured
     left = max(0, total - answered)
@@ -75,13 +76,12 @@ def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, r
 
 
 def _conflict(path: Path, now: Mapping[str, Any]) -> str | None:
-    """Why earlier answers would be refused, as far as that is known without a model."""
+    """How earlier answers were made otherwise, as far as that is known without a model."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    found = difference({k: stored.get(k) for k in now}, now) if isinstance(stored, dict) else None
-    return None if found is None else f"refused: the answers in OUT were {found}"
+    return difference({k: stored.get(k) for k in now}, now) if isinstance(stored, dict) else None
 
 
 def _found(folder: Path, stem: str) -> tuple[int, float | None]:

@@ -17,9 +17,7 @@ from .asking import check_loaded, load_model, pads
 from .command import settings_of
 from .images import open_rgb, pixels
 from .prompt import IMAGE_MARK, token_ids, vicuna_v1
-
-SHORT = "Answer the question using a single word or phrase."
-"""LLaVA's instruction for short answers."""
+from .task import load_task
 
 
 def show(args: argparse.Namespace) -> int:
@@ -66,7 +64,7 @@ def ask(
         new: largest number of new tokens.
         short: add LLaVA's instruction for short answers.
     """
-    ids = token_ids(vicuna_v1(f"{question}\n{SHORT}" if short else question), loaded.tokenizer)
+    ids = token_ids(vicuna_v1(f"{question}\n{load_task('gqa').suffix}" if short else question), loaded.tokenizer)
     values = pixels(image, loaded.image_processor, pad)[None]  # (1, 3, H, W)
     answers: list[dict[str, Any]] = []
     for name, method in (("unpruned", "full"), (run.label, run.method)):

@@ -152,8 +152,7 @@ def opened(
                 answers = stack.enter_context(place.open(run, values, bench.batch, restart))
                 todo = {n for n, part in enumerate(parts) if not answers.done.issuperset(part)}
                 jobs.append(Job(run, answers, len(answers.done), todo, answers.settings["batch"]))
-            told = [{**_told(job, parts), "folder": str(place.folder(job.run))} for job in jobs]
-            shared.publish({"jobs": told})
+            shared.publish({"jobs": [_told(job, parts, place) for job in jobs]})
         else:
             jobs = [
                 _joined(run, values, told, place, shared, stack)
@@ -162,10 +161,11 @@ def opened(
         yield Work(bench, parts, shared, jobs)
 
 
-def _told(job: Job, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _told(job: Job, parts: Sequence[Sequence[int]], place: Place) -> dict[str, Any]:
     """What the other processes must know of a job; done are the answers in pieces that are not complete."""
     done = sorted(i for n in job.todo for i in parts[n] if i in job.writer.done)
-    return {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
+    told = {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
+    return {**told, "folder": str(place.folder(job.run))}
 
 
 def _joined(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..ops.counts import FlopsShare, Size, TokenShare, layer_flops
+from ..ops.counts import FlopsShare, Size, TokenShare, percent_visual_only
 from .registry import build
 
 Budget = int | TokenShare | FlopsShare
@@ -46,13 +46,7 @@ def flops_percent(name: str, hyper: Mapping[str, Any], size: Size) -> float:
     found = build(name, **hyper).example(size.visual, size.layers)
     if found is None:
         raise ValueError(f"{name} keeps a number of tokens that depends on the image, so its FLOPs are not known ahead")
-    return flops_of(found[0], size)
-
-
-def flops_of(entering: Sequence[float], size: Size) -> float:
-    """Equation (2) on the visual tokens entering each layer, in percent of the unpruned model's."""
-    used = sum(layer_flops(n, size.hidden, size.intermediate) for n in entering)
-    return 100 * used / (len(entering) * layer_flops(size.visual, size.hidden, size.intermediate))
+    return percent_visual_only(found[0], size)
 
 
 def _nearest(percent: Callable[[int], float], budget: FlopsShare, name: str, most: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -67,6 +68,16 @@ def layer_flops(n: float, hidden: int, intermediate: int) -> float:
     if n < 0:
         raise ValueError(f"n={n}: a layer cannot process fewer than 0 tokens; give 0 or more")
     return 4 * n * hidden**2 + 2 * n**2 * hidden + 3 * n * hidden * intermediate
+
+
+def flops_visual_only(counts: Sequence[float], size: Size) -> float:
+    """Equation (2) with n_i the visual tokens of layer i."""
+    return sum(layer_flops(n, size.hidden, size.intermediate) for n in counts)
+
+
+def percent_visual_only(counts: Sequence[float], size: Size) -> float:
+    """`flops_visual_only` in percent of the unpruned model's."""
+    return 100 * flops_visual_only(counts, size) / flops_visual_only([size.visual] * len(counts), size)
 
 
 def tokens_for_flops(flops: float, hidden: int, intermediate: int) -> int:

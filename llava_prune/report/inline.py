@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from . import drawing
@@ -50,12 +51,8 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
     box = re.search(r'viewBox="[^"]+"', found)
     start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
     start += f' style="max-width: max(100%, {SHRUNK * width:.0f}px); height: auto"'
-    head = f'{start} {box[0] if box else ""} role="img" aria-label="{_attribute(label)}">'
+    head = f'{start} {box[0] if box else ""} role="img" aria-label="{escape(label)}">'
     return re.sub(r"\n\s*", "\n", head + found[found.index(">") + 1 :]).strip()
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 
 def drawn(draw: Draw, runs: Sequence[StoredRun]) -> tuple[Figure | None, str]:
