@@ -11,6 +11,7 @@ from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .models.parallel import check_split
+from .runtime.decoder import refuse_window
 from .runtime.geometry import Geometry
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
@@ -99,8 +100,9 @@ def attach(
     belong to the last n input ids, n being the number of tokens after the image. `labels` are refused.
 
     Args:
-        model: haotian-liu/LLaVA's LlavaLlamaForCausalLM, or transformers' LlavaForConditionalGeneration or
-            LlavaNextForConditionalGeneration with a Llama language model.
+        model: haotian-liu/LLaVA's LlavaLlamaForCausalLM or LlavaMistralForCausalLM, or transformers'
+            LlavaForConditionalGeneration, LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration
+            with a Llama, Mistral, Qwen2 or Qwen3 language model.
         method: a name (`llava_prune.names()`) or a Method instance.
         check: verify every cut on the host (for tests of new methods; slow).
         graphs: experimental, see llava_prune.experimental: replay captured CUDA graphs.
@@ -121,6 +123,7 @@ def attach(
     family = family_of(model)
     for part in (family.language_model(model), family.tower(model)):
         refuse_wrappers(part)
+    refuse_window(family.language_model(model))
     check_split(family, model, bool(graphs or fused))
     active = attached_handle(model)
     if active is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.family import family_of
-from ..models.hf import is_next
+from ..models.hf import has_crops
 from ..models.llava import IMAGE
 
 BEFORE = 35
@@ -53,7 +53,7 @@ def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Requ
     vocabulary = family_of(loaded.model).language_model(loaded.model).config.vocab_size
     ids = torch.randint(3, min(vocabulary, 30_000) - 64, (batch, text), generator=draw)
     before = min(BEFORE, text // 2)
-    anyres = loaded.family == "hf" and is_next(loaded.model)
+    anyres = loaded.family == "hf" and has_crops(loaded.model)
     ask = _next(loaded, ids, before, draw) if anyres else _plain(loaded, ids, before, draw)
     visual = _crops(loaded)[0] if anyres else loaded.n_visual
     return Request(batch, text, visual, lambda: ask(new), lambda: ask(1))

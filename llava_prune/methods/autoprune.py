@@ -21,9 +21,10 @@ from ..ops.selection import Cut, Positions
 from .base import Method, MethodInfo
 from .checks import choice, integer, real, shown
 from .registry import register
-from .views import Spans, View, VisionView
+from .views import EVERY, Spans, View, VisionView
 
 Budget = Literal["after", "before"]
+ClassToken = Literal["own", "received"]
 CAP = 2.5
 """Tokens kept by layer 0, as a multiple of the budget."""
 PEAK = 0.75
@@ -69,6 +70,9 @@ class AutoPrune(Method):
             `slope_step`; None is the slope of the question.
         first_score: what layer 0 ranks by: "equation1", alpha_text alone ("text") or alpha_CLS alone ("class"). "none"
             keeps all N tokens in layer 0. "text" and "none" need no class token.
+        class_token: where alpha_CLS comes from: "own" is the class token of a CLIP tower. "received" is the mean
+            attention that a patch receives from all positions of the tower's block; not in the paper, for towers
+            without such a token (SigLIP, DINOv2).
         positions: position ids after a cut. "renumber": 0..n-1, and a generated token has the length of each layer's
             cache. "keep": those of the unpruned sequence, also for generated tokens; merged tokens take that of the
             last visual token before the cut.
@@ -89,6 +93,7 @@ class AutoPrune(Method):
     recycle: float = RECYCLED
     fixed_slope: float | None = None
     first_score: Literal["equation1", "text", "class", "none"] = "equation1"
+    class_token: ClassToken = "own"
     positions: Literal["renumber", "keep"] = "renumber"  # type: ignore[misc]  # a class attribute of other methods
 
     info = MethodInfo(
@@ -115,21 +120,28 @@ class AutoPrune(Method):
         choice("budget", self.budget, ("after", "before"))
         choice("strict", self.strict, (True, False))
         choice("first_score", self.first_score, ("equation1", "text", "class", "none"))
+        choice("class_token", self.class_token, ("own", "received"))
         choice("positions", self.positions, ("renumber", "keep"))
         if not (
             isinstance(self.mask_padding, bool) or hasattr(self.mask_padding, "shape") or _is_mask(self.mask_padding)
         ):
             raise ValueError(f"mask_padding={shown(self.mask_padding)}: must be True, False or a mask, 1 on padding")
         object.__setattr__(self, "decode", "cache" if self.positions == "renumber" else "original")
-        if self.first_score in ("text", "none"):
+        if self.class_token == "received" or not self.sees_patches:
             object.__setattr__(self, "requires", frozenset())
 
     # alpha_CLS of equation (1) -------------------------------------------------------------------------------
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
-        return {feature_layer: [0]} if "class token" in self.requires else {}
+        if not self.sees_patches:
+            return {}
+        return {feature_layer: [0 if self.class_token == "own" else EVERY]}
+
+    @property
+    def sees_patches(self) -> bool:
+        return self.first_score in ("equation1", "class")
 
     def prune_vision(self, view: VisionView) -> None:
-        if "class token" not in self.requires:
+        if not self.sees_patches:
             return
         padding = view.padding if self.mask_padding is True else None
         if not isinstance(self.mask_padding, bool):

@@ -74,6 +74,8 @@ class Method:
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         """Attention to record in the vision tower: {block: query positions}, position 0 being the class token.
 
+        [views.EVERY] asks for the mean over all query positions.
+
         Args:
             feature_layer: 0-based block whose output is the feature map.
         """
@@ -94,6 +96,11 @@ class Method:
     def prune_vision(self, view: VisionView) -> VisionCut | None:
         """Called once for the images of a request, before the projector. None keeps every patch."""
         return None
+
+    @property
+    def sees_patches(self) -> bool:
+        """Whether `prune_vision` and the hooks on the tower are needed; a method without them runs on any tower."""
+        return prunes_before(type(self))
 
     # the language model --------------------------------------------------------------------------------------
     def queries(self, layer: int, spans: Spans) -> Positions | None:

@@ -85,6 +85,10 @@ class Composed(Method):
             answer = part.prune_vision(shown)
         return answer
 
+    @property
+    def sees_patches(self) -> bool:
+        return self.vision.sees_patches or self.language.sees_patches
+
     def queries(self, layer: int, spans: Spans) -> Positions | None:
         return self.language.queries(layer, spans)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from .base import MethodInfo, ScoreMethod
-from .checks import integer
+from .checks import choice, integer
 from .registry import register
-from .views import VisionView
+from .views import EVERY, VisionView
 
 
 @register("fastervlm")
@@ -26,9 +27,13 @@ class FasterVLM(ScoreMethod):
 
     Args:
         tokens: visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
+        class_token: "own" ranks by the class token of a CLIP tower. "received" ranks by the mean attention that a patch
+            receives from all positions of the tower's block; not in the paper, for towers without such a token (SigLIP,
+            DINOv2).
     """
 
     tokens: int = 64
+    class_token: Literal["own", "received"] = "own"
 
     info = MethodInfo(
         paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster, 2024",
@@ -42,9 +47,12 @@ class FasterVLM(ScoreMethod):
 
     def __post_init__(self) -> None:
         integer("tokens", self.tokens, 1, none=False)
+        choice("class_token", self.class_token, ("own", "received"))
+        if self.class_token == "received":
+            object.__setattr__(self, "requires", frozenset())
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
-        return {feature_layer: [0]}
+        return {feature_layer: [0 if self.class_token == "own" else EVERY]}
 
     def vision_scores(self, view: VisionView) -> Tensor:
         return view.class_attention()

@@ -22,6 +22,8 @@ PADDING = -2
 """Original index of a masked position that pads samples of unequal length (ragged padding)."""
 TEXT = -3
 """Original index of a token that is not visual."""
+EVERY = -1
+"""In `Method.vision_queries`, alone in its list: the mean attention over all query positions of a block."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,17 @@ class VisionView:
     Attributes:
         features: (N, T, Dv) patch features, class token removed; fewer than T tokens where the method merged inside
             the tower.
-        attention: block -> (N, H, Q, 1 + T) float32, softmax attention that `Method.vision_queries` asked for.
+        attention: block -> (N, H, Q, 1 + T) float32, softmax attention that `Method.vision_queries` asked for; T
+            without the 1 in a tower without a class token.
         keys: block -> (N, H, 1 + T, dh) key projections of the same blocks.
         queries: block -> (N, H, Q, dh) query projections.
         grid: (height, width) in patches.
-        cls: (N, Dv) feature of the class token, or None when the method asks for no attention of the tower.
+        cls: (N, Dv) feature of the class token, or None when the method asks for no attention of the tower, or the
+            tower has none.
         groups: (N, T) long, the token of `features` that each patch is in; None where nothing was merged.
         crops: largest number of crops this model makes of an image, 1 where it sees images whole.
         feature_layer: 0-based block whose output the features are.
+        leading: tokens of the tower before its patches: 1 with a class token, else 0.
         patch_values: name -> (N, T), values for `View.patch_values`; a method fills it.
         find_padding: what `padding` returns.
     """
@@ -169,6 +174,7 @@ class VisionView:
     groups: Tensor | None = None
     crops: int = 1
     feature_layer: int = -1
+    leading: int = 1
     patch_values: dict[str, Tensor] = field(default_factory=dict)
     find_padding: Callable[[], Tensor | None] = field(default=lambda: None)
 
@@ -184,10 +190,11 @@ class VisionView:
     def class_attention(self) -> Tensor:
         """(N, T) float32: attention of the class token on each patch in the one recorded block, mean over heads.
 
-        Its attention on itself is left out without renormalising.
+        Its attention on itself is left out without renormalising. Where `vision_queries` asked for EVERY, the mean
+        attention that each patch receives.
         """
-        (recorded,) = self.attention.values()  # (N, H, 1, 1 + T)
-        return recorded[:, :, 0, 1:].mean(1)
+        (recorded,) = self.attention.values()  # (N, H, 1, leading + T)
+        return recorded[:, :, 0, self.leading :].mean(1)
 
     def tokens_per_crop(self, tokens: int) -> int:
         """What each crop gets of a budget: tokens // (largest number of crops of the model), at least 1."""

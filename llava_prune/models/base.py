@@ -9,11 +9,9 @@ from torch import nn
 from ..runtime.geometry import Geometry
 from ..runtime.merging import Tower
 
-LANGUAGE_MODELS = ("LlamaModel", "LlavaLlamaModel")
-"""Language models that can be pruned, by class name."""
-TOWERS = {"CLIPVisionModel": ("CLIP", True), "CLIPVisionTransformer": ("CLIP", True)}
-TOWERS |= {"SiglipVisionModel": ("SigLIP", False), "SiglipVisionTransformer": ("SigLIP", False)}
-"""Vision towers by class name: (kind, whether they have a class token at position 0)."""
+TOWERS = {"CLIPVisionModel": ("CLIP", 1), "CLIPVisionTransformer": ("CLIP", 1), "Dinov2Model": ("DINOv2", 1)}
+TOWERS |= {"SiglipVisionModel": ("SigLIP", 0), "SiglipVisionTransformer": ("SigLIP", 0)}
+"""Vision towers by class name: (kind, number of tokens before the patches)."""
 
 
 class Family(Protocol):
@@ -25,7 +23,7 @@ class Family(Protocol):
         """Whether `model` is one of the package's classes."""
 
     def language_model(self, model: Any) -> Any:
-        """The LlamaModel."""
+        """The language model."""
 
     def tower(self, model: Any) -> Any:
         """The module whose call encodes images; the image cache wraps it."""
@@ -66,14 +64,14 @@ def block_index(select_layer: int, depth: int) -> int:
 
 def encoder_blocks(encoder: Any) -> Any:
     """Blocks of a vision model, which older releases wrap once more; () where they are somewhere else."""
-    inner = getattr(encoder, "vision_model", encoder)
-    return getattr(getattr(inner, "encoder", None), "layers", ())
+    inner = getattr(getattr(encoder, "vision_model", encoder), "encoder", None)
+    return getattr(inner, "layers", getattr(inner, "layer", ()))
 
 
-def tower_kind(encoder: Any) -> tuple[str, bool]:
-    """Kind of a vision model, and whether it has a class token at position 0 (False for a tower that is not known)."""
+def tower_kind(encoder: Any) -> tuple[str, int | None]:
+    """Kind of a vision model, and the number of its tokens before the patches; None for a tower that is not known."""
     name = type(encoder).__name__
-    return TOWERS.get(name, (name, False))
+    return TOWERS.get(name, (name, None))
 
 
 def image_tokens(rows: int, columns: int, crops: int, tall: int) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import LANGUAGE_MODELS, Family
+from ..runtime.decoder import ARCHITECTURES, architecture
+from .base import Family
 from .hf import HF
 from .llava import Llava
+
+KNOWN = ", ".join(ARCHITECTURES.values())
 
 
 def family_of(model: Any) -> Family:
@@ -17,14 +20,15 @@ def family_of(model: Any) -> Family:
     """
     for family in (Llava(), HF()):
         if family.matches(model):
-            language = type(family.language_model(model)).__name__
-            if language not in LANGUAGE_MODELS:
+            language = family.language_model(model)
+            if architecture(language) is None:
                 raise ValueError(
-                    f"{type(model).__name__} with the language model {language} is not supported; the language model "
-                    "must be a LlamaModel"
+                    f"{type(model).__name__} with the language model {type(language).__name__} is not supported; the "
+                    f"decoder layers must be those of {KNOWN} (transformers)"
                 )
             return family
     raise ValueError(
-        f"{type(model).__name__} is not a supported LLaVA model; give LlavaLlamaForCausalLM (package llava), or "
-        "LlavaForConditionalGeneration or LlavaNextForConditionalGeneration (transformers) with a Llama language model"
+        f"{type(model).__name__} is not a supported LLaVA model; give LlavaLlamaForCausalLM or LlavaMistralForCausalLM "
+        "(package llava), or LlavaForConditionalGeneration, LlavaNextForConditionalGeneration or "
+        f"LlavaOnevisionForConditionalGeneration (transformers), whose language model is one of {KNOWN}"
     )

@@ -1,4 +1,4 @@
-"""transformers' LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+"""transformers' LlavaForConditionalGeneration, LlavaNext... and LlavaOnevisionForConditionalGeneration."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from ..runtime.patching import replace_method
 from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
-CLASSES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")
+CLASSES = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+)
+WITHOUT_LIMIT = "anyres_max_1000000"
+"""`vision_aspect_ratio` of LLaVA-OneVision with which crops are packed without interpolation."""
 
 
 class HF:
-    """transformers' Llava and LlavaNext with a Llama language model."""
+    """transformers' Llava, LlavaNext and LlavaOnevision."""
 
     name = "hf"
 
@@ -42,28 +48,28 @@ class HF:
 
     def tower_facts(self, model: Any) -> Tower:
         config = model.config
-        kind, class_token = tower_kind(self.encoder(model))
+        kind, leading = tower_kind(self.encoder(model))
         depth, layer = len(encoder_blocks(self.encoder(model))), config.vision_feature_layer
         rows, columns = _grid(model)
-        whole = config.vision_feature_select_strategy == "full" and class_token
+        whole = config.vision_feature_select_strategy == "full"  # "default" drops the first token, whatever it is
         return Tower(
             kind=kind,
-            class_token=class_token,
+            leading=leading,
             depth=depth,
             feature_layer=block_index(layer, depth) if isinstance(layer, int) and depth else -1,
             grid=(rows, columns),
-            features=rows * columns + whole,
+            features=rows * columns + (0 if leading is None else leading - (not whole)),
             crops=_crops(model),
-            padded=not is_next(model),
+            padded=not has_crops(model),
         )
 
     def geometry(self, model: Any) -> Geometry:
-        facts, points = self.tower_facts(model), model.config.image_grid_pinpoints if is_next(model) else []
+        facts, points = self.tower_facts(model), model.config.image_grid_pinpoints if has_crops(model) else []
         return Geometry(
             grid=facts.grid,
             side=model.config.vision_config.image_size,
             padded=facts.padded,
-            leading=facts.features - facts.patches,
+            leading=max(facts.features - facts.patches, 0),
             resolutions=tuple((w, h) for h, w in points),
             digits=7,
         )
@@ -82,14 +88,14 @@ class HF:
             replace_method(inner, "forward", _inner_forward, handle, inner),
             self.projector(model).register_forward_hook(functools.partial(_number_patches, handle)),
         ]
-        if is_next(model):
+        if has_crops(model):
             undo.append(replace_method(inner, "pack_image_features", _pack, handle, inner))
         return undo
 
 
-def is_next(model: Any) -> bool:
-    """Whether images come in crops of several resolutions (LLaVA-NeXT)."""
-    return any(c.__name__ == CLASSES[1] for c in type(model).__mro__)
+def has_crops(model: Any) -> bool:
+    """Whether images come in crops of several resolutions (LLaVA-NeXT, LLaVA-OneVision)."""
+    return any(c.__name__ in CLASSES[1:] for c in type(model).__mro__)
 
 
 def _grid(model: Any) -> tuple[int, int]:
@@ -124,6 +130,7 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
+    _refuse_videos(kwargs)
     with request(handle, _count(kwargs.get("pixel_values"))):
         return stock(*args, **kwargs)
 
@@ -147,13 +154,20 @@ def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: An
         return stock(*args, **kwargs)
 
 
+def _refuse_videos(given: dict[str, Any]) -> None:
+    if given.get("pixel_values_videos") is not None or _encoded(given, "video") is not None:
+        raise ValueError(
+            "pixel_values_videos on a pruned model: videos are not supported; give images, or detach the method"
+        )
+
+
 def _has_images(given: dict[str, Any]) -> bool:
     return given.get("pixel_values") is not None or _encoded(given) is not None
 
 
-def _encoded(given: dict[str, Any]) -> Any:
-    """Images that were encoded before the call."""
-    return (given.get("mm_encoder_outputs") or {}).get("image")
+def _encoded(given: dict[str, Any], kind: str = "image") -> Any:
+    """Images that were encoded before the call; or videos."""
+    return (given.get("mm_encoder_outputs") or {}).get(kind)
 
 
 def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +177,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
     with request(handle, _count(given.get("pixel_values"))) as state:
         if ids is None:
             refuse_embeddings()
+        _refuse_videos(given)
         if cache is not None and decode_state(cache) is not None:
             if _has_images(given) and ids.shape[1] > 1:
                 refuse_later_image(cache.get_seq_length())
@@ -196,6 +211,12 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
             "pixel_values to generate() or forward()"
         )
     source = None
+    if images.needs_source and images.interpolated:
+        raise ValueError(
+            f"{handle.method.name or handle.method!r} needs the patch of each visual token, and this model makes fewer "
+            "tokens of the patches of a large image by interpolation (vision_aspect_ratio, anyres_max); give the image "
+            "with fewer pixels, or use a method that does not look at the vision tower, as fastv, pdrop or uniform"
+        )
     if images.needs_source and images.source is not None:
         source = _spread(visual, images.source.to(visual.device))
     return Splice(visual, source, images)
@@ -225,7 +246,10 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
         start += n
     newline = kwargs.get("image_newline")
     again = {**kwargs, "image_newline": None if newline is None else newline.new_zeros(1).float()}
+    if "vision_aspect_ratio" in kwargs:
+        again["vision_aspect_ratio"] = WITHOUT_LIMIT
     packed = stock(numbers, *args, **again)[0]
+    images.interpolated = sum(map(len, packed)) != sum(map(len, out[0]))
     images.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
     return out
 

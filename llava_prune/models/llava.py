@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 class Llava:
-    """`llava.model.LlavaLlamaForCausalLM`."""
+    """`llava.model.LlavaLlamaForCausalLM` and `LlavaMistralForCausalLM`."""
 
     name = "llava"
 
@@ -53,16 +53,16 @@ class Llava:
 
     def tower_facts(self, model: Any) -> Tower:
         tower = self.tower(model)
-        kind, class_token = tower_kind(self.encoder(model))
+        kind, leading = tower_kind(self.encoder(model))
         depth, side = len(encoder_blocks(self.encoder(model))), tower.num_patches_per_side
-        whole = getattr(tower, "select_feature", "patch") == "cls_patch" and class_token
+        whole = getattr(tower, "select_feature", "patch") == "cls_patch"
         return Tower(
             kind=kind,
-            class_token=class_token,
+            leading=leading,
             depth=depth,
             feature_layer=block_index(tower.select_layer, depth) if depth else -1,
             grid=(side, side),
-            features=side * side + whole,
+            features=side * side + (0 if leading is None else leading - (not whole)),
             crops=_crops(model),
             padded=getattr(model.config, "image_aspect_ratio", None) == "pad",
         )

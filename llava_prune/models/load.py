@@ -25,7 +25,7 @@ from .base import Family, peel
 from .config import check_generation, is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
 from .files import MORE, load_tokenizer, refuse_pointers
-from .hf import is_next
+from .hf import has_crops
 from .image_cache import BLANK, LIMIT, ImageCache, cached_images
 from .llava import IMAGE, context_limit
 from .parallel import check_engine, join, split
@@ -214,7 +214,7 @@ def _ask_hf(
     loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
 ) -> Any:
     model = loaded.model
-    if is_next(model):
+    if has_crops(model):
         raise ValueError(
             "images of LLaVA-NeXT become a number of tokens that depends on their size; prepare them with its "
             "processor and call model.generate() inside pruned(...)"

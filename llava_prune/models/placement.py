@@ -21,8 +21,6 @@ MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of device maps, as in transformers; "auto" is "balanced"."""
 SHARE = 0.9
 """Share of a GPU's free memory that weights may take; the rest is for activations and the KV cache."""
-WHOLE = {"LlamaDecoderLayer", "CLIPEncoderLayer"}
-"""Classes whose modules are not split over devices; the vision tower is not split either."""
 BITS = {"8bit": "load_8bit", "4bit": "load_4bit"}
 
 DeviceMap = str | Mapping[str, Any]
@@ -99,7 +97,8 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
     from accelerate import dispatch_model
 
     tower = type(family.tower(model)).__name__
-    found = _computed(model, device_map, max_memory, tower) if isinstance(device_map, str) else dict(device_map)
+    whole = [type(family.language_model(model).layers[0]).__name__, tower]
+    found = _computed(model, device_map, max_memory, whole) if isinstance(device_map, str) else dict(device_map)
     _check_map(model, found)
     found = {n: d for name, child in model.named_children() for n, d in _disjoint(child, name, found).items()}
     folder = None
@@ -120,12 +119,11 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
         )
 
 
-def _computed(model: Any, name: str, max_memory: Any, tower: str) -> dict[str, Any]:
-    """Module -> device by memory, as transformers does for the same name."""
+def _computed(model: Any, name: str, max_memory: Any, whole: list[str]) -> dict[str, Any]:
+    """Module -> device by memory, as transformers does for the same name; classes in `whole` are not split."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
-    whole = [*WHOLE, tower]
     limit = max_memory
     if name != "sequential":
         low = name == "balanced_low_0"

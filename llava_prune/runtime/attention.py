@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..methods.views import EVERY
 from ..ops.selection import Positions
 from .compat import repeat_kv, rotate_half
+from .decoder import heads
 
 
 def head_group(attention: Any) -> Any:
@@ -55,7 +57,7 @@ def decoder_attention(
     """Softmax attention of some query positions in a decoder layer.
 
     Args:
-        layer: Llama decoder layer.
+        layer: decoder layer of a supported language model, see `decoder.ARCHITECTURES`.
         hidden: (B, L, D) input of the layer, on the layer's device.
         rope: cosine and sine, (B or 1, L, dh) each.
         positions: a slice with start and stop, or (Q,) long.
@@ -69,21 +71,21 @@ def decoder_attention(
     """
     attn: Any = layer.self_attn
     norm: Any = layer.input_layernorm
-    batch, length = hidden.shape[:2]
+    length = hidden.shape[1]
     cos, sin = rope
     if keys is None:
         states = norm(hidden)
-        keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
-        keys = _rotate(keys, cos, sin)
+        keys = _rotate(heads(attn, "k", attn.k_proj(states)), cos, sin)
         queries = attn.q_proj(states[:, positions]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, positions]))
     transposed = repeat_kv(keys, attn.num_key_value_groups).transpose(2, 3)  # (B, H, dh, L)
+    query = heads(attn, "q", queries)  # (B, H, Q, dh)
     if kernels is not None and isinstance(positions, slice) and not queries.requires_grad:
-        query = kernels.turned(queries, cos[:, positions], sin[:, positions], queries.shape[2] // attn.head_dim)
+        flat = query.transpose(1, 2).flatten(2)  # (B, Q, H dh)
+        query = kernels.turned(flat, cos[:, positions], sin[:, positions], query.shape[1])
         attention: Tensor = kernels.attention(query @ transposed, attn.scaling, positions.start, valid)
         return all_heads(attn, attention)
-    query = queries.view(*queries.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, H, Q, dh)
     score = (_rotate(query, cos[:, positions], sin[:, positions]) @ transposed).mul_(attn.scaling)  # (B, H, Q, L)
     lowest = torch.finfo(score.dtype).min
     if isinstance(positions, slice):
@@ -140,21 +142,32 @@ class RecordedAttention:
         return RecordedAttention(*(join(list(part)) for part in parts))
 
 
+def tower_parts(layer: nn.Module) -> tuple[Any, Any, float]:
+    """Norm, attention and its scale of a block of a vision tower: CLIP's and SigLIP's names, then DINOv2's."""
+    attn: Any = getattr(layer, "self_attn", None) or layer.attention
+    norm: Any = getattr(layer, "layer_norm1", None) or layer.norm1
+    return norm, attn, attn.scale if hasattr(attn, "scale") else attn.scaling
+
+
 def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> RecordedAttention:
-    """Softmax attention of some query positions in a CLIP encoder layer, with keys and queries.
+    """Softmax attention of some query positions in a block of a vision tower, with keys and queries.
 
     Args:
-        layer: CLIP encoder layer.
-        hidden: (N, 1 + T, Dv) input of the layer.
-        positions: query positions, 0 being the class token.
+        layer: block of CLIP, SigLIP or DINOv2.
+        hidden: (N, K, Dv) input of the layer, K being 1 + T with a class token.
+        positions: query positions, 0 being the class token; [EVERY] for the mean over all of them.
     """
-    attn: Any = layer.self_attn
-    norm: Any = layer.layer_norm1
+    norm, attn, scale = tower_parts(layer)
     n, length = hidden.shape[:2]
     states = norm(hidden)
-    keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, 1 + T, dh)
-    query = attn.q_proj(states[:, positions]).view(n, len(positions), -1, attn.head_dim).transpose(1, 2)
-    attention = (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32)
+    keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, K, dh)
+    asked = states if positions == [EVERY] else states[:, positions]
+    query = attn.q_proj(asked).view(n, asked.shape[1], -1, attn.head_dim).transpose(1, 2)  # (N, H, Q, dh)
+    if positions == [EVERY]:  # one image after the other: K x K numbers a head
+        parts = [(q @ k.mT * scale).softmax(-1, dtype=torch.float32).mean(1) for q, k in zip(query, keys, strict=True)]
+        attention, query = torch.stack(parts)[:, :, None], query.mean(2, keepdim=True)  # (N, H, 1, K), (N, H, 1, dh)
+    else:
+        attention = (query @ keys.transpose(2, 3) * scale).softmax(-1, dtype=torch.float32)
     return RecordedAttention(attention, keys, query).map(functools.partial(all_heads, attn))
 
 

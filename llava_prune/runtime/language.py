@@ -28,11 +28,11 @@ def language_forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """LlamaModel.forward of an attached model.
+    """Forward of the language model of an attached model.
 
     Args:
         handle: of the attachment.
-        lm: the LlamaModel.
+        lm: the language model.
         stock: the forward that was there before.
 
     Raises:

@@ -44,8 +44,8 @@ class Tower:
     """What a method's demands on the vision tower are checked against.
 
     Attributes:
-        kind: "CLIP", "SigLIP", or the class name of another tower.
-        class_token: whether position 0 is a class token.
+        kind: "CLIP", "SigLIP", "DINOv2", or the class name of another tower.
+        leading: tokens before the patches; None where that is not known.
         depth: number of blocks.
         feature_layer: 0-based block whose output is the feature map; -1 where features of several layers are joined.
         grid: (rows, columns) of patches.
@@ -55,13 +55,18 @@ class Tower:
     """
 
     kind: str
-    class_token: bool
+    leading: int | None
     depth: int
     feature_layer: int
     grid: tuple[int, int]
     features: int
     crops: int = 1
     padded: bool = False
+
+    @property
+    def class_token(self) -> bool:
+        """Whether position 0 is a class token that methods rank patches by: that of CLIP."""
+        return self.kind == "CLIP"
 
     @property
     def patches(self) -> int:

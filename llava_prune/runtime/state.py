@@ -137,6 +137,8 @@ class ImageState:
         patch_values: name -> (N, T).
         source: (V,) long, the patch of each visual token in the order in which the package packs them, -1 for none.
         encoded: whether the projector has run.
+        interpolated: whether the package made other tokens of the patches (LLaVA-OneVision), so that they have no
+            patch.
     """
 
     tower: TowerPass | None = None
@@ -145,6 +147,7 @@ class ImageState:
     patch_values: dict[str, Tensor] = field(default_factory=dict)
     source: Tensor | None = None
     encoded: bool = False
+    interpolated: bool = False
 
     @property
     def needs_source(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Method, prunes_before
+from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take
 from .attention import tower_attention
@@ -82,7 +82,7 @@ class VisionHooks:
         self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
-        self.acts = prunes_before(type(method))
+        self.acts = method.sees_patches
         late = [b for b in self.queries if not 0 <= b < tower.depth]
         if late:
             raise ValueError(
@@ -158,10 +158,11 @@ class VisionHooks:
             keys={b: r.keys for b, r in recorded.items()},
             grid=grid,
             queries={b: r.queries for b, r in recorded.items()},
-            cls=None if found.cls is None else found.cls.to(there),
+            cls=None if found.cls is None or not self.tower.leading else found.cls.to(there),
             groups=None if found.merging is None else found.merging.groups[:, 1:].to(there) - 1,
             crops=self.tower.crops,
             feature_layer=self.tower.feature_layer,
+            leading=self.tower.leading or 0,
             find_padding=padding,
         )
 
@@ -192,19 +193,21 @@ def check_requirements(method: Method, tower: Tower) -> None:
     """
     name = method.name or repr(method)
     if "class token" in method.requires and not tower.class_token:
+        why = {"SigLIP": "which has none", "DINOv2": "whose class token was not trained with text"}
         raise ValueError(
-            f"{name} needs the class token of a CLIP tower; this tower is {tower.kind}"
-            + (", which has none" if tower.kind == "SigLIP" else ", whose layout is not known")
-            + ". Use a method that does not look at the tower, as fastv, pdrop, sparsevlm, vtw or uniform"
+            f"{name} needs the class token of a CLIP tower; this tower is {tower.kind}, "
+            f"{why.get(tower.kind, 'whose layout is not known')}. Use a method that does not look at the tower, as "
+            "fastv, pdrop, sparsevlm, vtw or uniform; autoprune and fastervlm take class_token='received', the mean "
+            "attention that a patch receives, which their papers do not have"
         )
     if "whole images" in method.requires and tower.crops > 1:
         raise ValueError(
             f"{name} cannot work on images in crops (LLaVA-NeXT's anyres); use a checkpoint that sees images whole, or "
             "another method"
         )
-    if not prunes_before(type(method)):
+    if not method.sees_patches:
         return
-    if tower.depth == 0:
+    if tower.depth == 0 or tower.leading is None:
         raise ValueError(
             f"{name} looks at the vision tower, and the layout of this tower ({tower.kind}) is not known; use a method "
             "that works inside the language model"
@@ -215,9 +218,10 @@ def check_requirements(method: Method, tower: Tower) -> None:
             "(vision_feature_layer is a list); use a method that works inside the language model"
         )
     if tower.features != tower.patches:
+        selection = "'patch' (package llava) or 'default' (transformers)" if tower.leading else "'full'"
         raise ValueError(
             f"{name} works on patch features, and this model's feature selection gives {tower.features} features for "
-            f"{tower.patches} patches; it must be 'patch' (package llava) or 'default' (transformers)"
+            f"{tower.patches} patches; it must be {selection}"
         )
 
 

@@ -72,7 +72,7 @@ def compare(model: Any, watch: Watch, record: Any, out: Any, given: dict[str, An
     found = replay(model, spliced(model, given, features), watch, out.sequences[:, :steps].tolist(), tol=2 * tol)
     for b, sample in enumerate(found.samples):
         got = torch.stack([step[b] for step in out.logits])
-        assert got.shape == (steps + 1, VOCAB)
+        assert got.shape == (steps + 1, model.lm_head.out_features)
         near(got, sample.logits, tol, f"logits of sample {b}")
     assert cache_lengths(out.past_key_values) == [c + steps for c in found.columns]
     check_record(record, found)

@@ -182,7 +182,8 @@ class Dense:
     def __init__(self, model: Any, dtype: torch.dtype = torch.float64) -> None:
         self.lm, self.head, self.dtype = language_model(model), model.lm_head, dtype
         config = self.lm.config
-        self.heads, self.dh = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.heads = config.num_attention_heads
+        self.dh = self.lm.layers[0].self_attn.q_proj.out_features // self.heads
         self.theta = config.rope_parameters["rope_theta"]
 
     def _linear(self, module: Any, x: Tensor) -> Tensor:
@@ -192,8 +193,10 @@ class Dense:
     def attention(self, n: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Normed (n, D) states' output of layer n's attention, and its (H, n, n) weights."""
         attn, length = self.lm.layers[n].self_attn, x.shape[0]
-        q = _turn(self._linear(attn.q_proj, x).view(length, -1, self.dh), positions, self.theta)
-        k = _turn(self._linear(attn.k_proj, x).view(length, -1, self.dh), positions, self.theta)
+        q, k = (self._linear(f, x).view(length, -1, self.dh) for f in (attn.q_proj, attn.k_proj))
+        if hasattr(attn, "q_norm"):
+            q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+        q, k = _turn(q, positions, self.theta), _turn(k, positions, self.theta)
         v = self._linear(attn.v_proj, x).view(length, -1, self.dh)
         k, v = (t.repeat_interleave(self.heads // t.shape[1], 1) for t in (k, v))
         score = torch.einsum("qhd,khd->hqk", q, k) / self.dh**0.5

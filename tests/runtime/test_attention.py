@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+import llava_prune
 from llava_prune.runtime.attention import decoder_attention
-from tests import models
+from tests import combinations, models
 
 LENGTH = 14
 
@@ -42,3 +44,44 @@ def test_slices_equal_numbers_and_eager(rows: slice, padded: bool, tiny_models: 
     alive = valid[:, rows]  # a padded row sees nothing
     for b in range(2):
         assert torch.allclose(got[b][:, alive[b]], expected[b][:, alive[b]], atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("language", combinations.LANGUAGES)
+def test_equals_the_stock_eager_attention(language: str, cached: bool) -> None:
+    """Biases, head norms, grouped keys and head sizes of every architecture, against its own attention maps."""
+    lm = combinations.build("llava", language, attn="eager").model.language_model
+    hidden = torch.randn(2, LENGTH, models.WIDTH, generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[1, :3] = False
+    with torch.no_grad():
+        out = lm(
+            inputs_embeds=hidden,
+            attention_mask=valid.long(),
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=cached,
+        )
+        rope = lm.rotary_emb(hidden, torch.arange(LENGTH)[None])
+        for i, layer in enumerate(lm.layers):
+            keys = out.past_key_values.layers[i].keys if cached else None
+            got = decoder_attention(layer, out.hidden_states[i], rope, slice(5, LENGTH), valid, keys)
+            assert torch.allclose(got, out.attentions[i][:, :, 5:], atol=2e-6)
+            assert float(got.amax()) > 0.5, "attention is too flat to tell architectures apart"
+
+
+def window(language: str, **text: Any) -> Any:
+    given = combinations.config("llava", language, text={"sliding_window": 16, **text})
+    return transformers.LlavaForConditionalGeneration(given)
+
+
+@pytest.mark.parametrize("language", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_is_refused(language: str) -> None:
+    model = window(language, **({} if language == "mistral" else {"use_sliding_window": True, "max_window_layers": 0}))
+    with pytest.raises(ValueError, match="sliding window of 16 tokens, which is not supported.*set .*sliding_window"):
+        llava_prune.attach(model, "uniform", tokens=8)
+
+
+def test_a_window_that_no_layer_uses_is_accepted() -> None:
+    with llava_prune.pruned(window("qwen2", use_sliding_window=False), "uniform", tokens=8) as handle:
+        assert handle.attached

@@ -1,0 +1,74 @@
+"""What the decoder layers of the supported language models have in common, and where they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+ARCHITECTURES = {"LlamaDecoderLayer": "Llama", "MistralDecoderLayer": "Mistral"}
+ARCHITECTURES |= {"Qwen2DecoderLayer": "Qwen2", "Qwen3DecoderLayer": "Qwen3"}
+"""Decoder layers that can be pruned by class name. Their parts have the same names and are called in the same order; an
+attention with `q_norm` and `k_norm` (Qwen3) norms each head between projection and rotary embedding."""
+PARTS: tuple[str, ...] = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.head_dim",
+)
+PARTS += ("self_attn.scaling", "self_attn.num_key_value_groups", "post_attention_layernorm", "mlp")
+"""What a layer must have for its attention to be computed beside it, whatever its class is called."""
+
+
+def architecture(lm: Any) -> str | None:
+    """The architecture of a language model by the class of its decoder layers; None where it is not supported."""
+    layers = getattr(lm, "layers", ())
+    kinds = {_kind(layer) for layer in layers}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind(layer: Any) -> str | None:
+    if not all(_has(layer, part) for part in PARTS):
+        return None
+    return next((ARCHITECTURES[c.__name__] for c in type(layer).__mro__ if c.__name__ in ARCHITECTURES), None)
+
+
+def _has(layer: Any, part: str) -> bool:
+    for name in part.split("."):
+        layer = getattr(layer, name, None)
+    return layer is not None
+
+
+def refuse_window(lm: Any) -> None:
+    """Refuse a language model whose layers see a window of the last tokens only.
+
+    Visual tokens outside the window would count as kept although no layer sees them, and layers of different cache
+    lengths would have windows over different tokens.
+
+    Raises:
+        ValueError: with the window and the way out.
+    """
+    config = lm.config
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else architecture(lm) == "Mistral"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and slides:
+        off = "use_sliding_window to false" if hasattr(config, "use_sliding_window") else "sliding_window to null"
+        raise ValueError(
+            f"{type(lm).__name__} attends to a sliding window of {window} tokens, which is not supported; where no "
+            f"prompt with its answer is longer, nothing changes without it: set {off} in the language model's config"
+        )
+
+
+def heads(attn: Any, which: str, projected: Tensor) -> Tensor:
+    """(B, H, n, dh) queries or keys without rotary embedding.
+
+    Args:
+        attn: attention of a decoder layer.
+        which: "q" or "k".
+        projected: (B, n, H dh) output of `q_proj` or `k_proj`.
+    """
+    split = projected.view(*projected.shape[:2], -1, attn.head_dim)  # (B, n, H, dh)
+    norm = getattr(attn, f"{which}_norm", None)
+    return (split if norm is None else norm(split)).transpose(1, 2)

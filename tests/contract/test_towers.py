@@ -1,0 +1,143 @@
+"""Vision towers and feature selections other than LLaVA-1.5's: what works, what is a substitute, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import llava_prune
+from llava_prune.models.base import encoder_blocks
+from tests import combinations, models
+
+ROWS = [models.prompt(5, 7)]
+LONG = (3 * models.SIDE, models.SIDE)
+
+
+def model_with(tower: str, **more: Any) -> Any:
+    given = combinations.config("llava", "llama", tower, **more)
+    return combinations.randomise(transformers.LlavaForConditionalGeneration(given))
+
+
+@pytest.mark.parametrize("tower", combinations.TOWERS)
+def test_received_attention_is_the_mean_of_the_towers_own_maps(tower: str) -> None:
+    model = combinations.build("llava", "llama", tower, attn="eager")
+    encoder, images = model.model.vision_tower, models.pixels(2)
+    block = combinations.LAYERS - 1 if tower == "siglip" else combinations.LAYERS - 2  # makes the features
+    seen: dict[str, Any] = {}
+
+    class Reads(llava_prune.Method):
+        def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
+            return llava_prune.build("autoprune", class_token="received").vision_queries(feature_layer)
+
+        def prune_vision(self, view: Any) -> None:
+            seen.update(received=view.class_attention(), blocks=list(view.attention))
+
+    with torch.inference_mode():
+        with llava_prune.pruned(model, Reads()):
+            model(**models.inputs(model, ROWS * 2, images))
+        maps = encoder(images, output_attentions=True).attentions[block]  # (N, H, K, K)
+    leading = maps.shape[-1] - models.PATCHES
+    assert seen["blocks"] == [block] and leading == (tower != "siglip") and len(encoder_blocks(encoder)) == 4
+    assert torch.allclose(seen["received"], maps.mean((1, 2))[:, leading:], atol=1e-6)
+
+
+@pytest.mark.parametrize("tower, why", [("siglip", "SigLIP, which has none"), ("dinov2", "DINOv2, whose class token")])
+def test_the_substitute_must_be_asked_for(tower: str, why: str) -> None:
+    model = combinations.build("llava", "llama", tower)
+    for name in ("autoprune", "fastervlm"):
+        with pytest.raises(ValueError, match=f"{name} needs the class token.*{why}.*class_token='received'"):
+            llava_prune.attach(model, name, tokens=12)
+        with llava_prune.pruned(model, name, tokens=12, class_token="received") as handle:
+            models.generate(model, models.inputs(model, ROWS, models.pixels(1)), 1)
+            assert int(handle.last.tokens_out.sum()) < models.PATCHES * combinations.LAYERS
+    for name in ("visionzip", "prumerge"):
+        with pytest.raises(ValueError, match=f"{name} needs the class token"):
+            llava_prune.attach(model, name, tokens=12)
+
+
+def test_features_of_several_layers() -> None:
+    """Methods inside the language model work; those that need a single layer are refused."""
+    model = model_with("clip", vision_feature_layer=[-3, -2])
+    given = models.inputs(model, ROWS, models.pixels(1))
+    for name, hyper in (("fastv", {}), ("sparsevlm", {}), ("autoprune", {"first_score": "text"})):
+        with llava_prune.pruned(model, name, tokens=16, **hyper) as handle:
+            models.generate(model, given, 1)
+            assert int(handle.last.tokens_out[0, -1]) < models.PATCHES
+    for name in ("autoprune", "fastervlm", "visionzip"):
+        with pytest.raises(ValueError, match="patch features of a single layer"):
+            llava_prune.attach(model, name, tokens=16)
+
+
+def test_features_with_the_class_token() -> None:
+    """Selection "full" of CLIP: one more visual token, for methods that do not look at patches."""
+    model = model_with("clip", vision_feature_select_strategy="full")
+    given = models.inputs(model, ROWS, models.pixels(1))
+    for name in ("fastv", "pdrop", "uniform"):
+        with llava_prune.pruned(model, name, tokens=20) as handle:
+            models.generate(model, given, 1)
+            assert int(handle.last.tokens_in[0, 0]) <= models.PATCHES + 1
+    with pytest.raises(ValueError, match="37 features for 36 patches; it must be 'patch'"):
+        llava_prune.attach(model, "autoprune", tokens=16)
+
+
+def test_a_dropped_first_patch() -> None:
+    """Selection "default" drops a patch of a tower without a class token."""
+    model = model_with("siglip", vision_feature_select_strategy="default")
+    with pytest.raises(ValueError, match="35 features for 36 patches; it must be 'full'"):
+        llava_prune.attach(model, "autoprune", tokens=16, class_token="received")
+    given = models.inputs(model, ROWS, models.pixels(1))
+    with llava_prune.pruned(model, "fastv", tokens=20) as handle:
+        models.generate(model, given, 1)
+        assert int(handle.last.tokens_in[0, 0]) == models.PATCHES - 1
+
+
+@pytest.fixture(scope="module")
+def onevision() -> Any:
+    """Images of two crops and more are interpolated to one crop's tokens."""
+    given = combinations.config("onevision", "qwen2", "siglip", vision_aspect_ratio="anyres_max_1")
+    return combinations.randomise(transformers.LlavaOnevisionForConditionalGeneration(given))
+
+
+def test_interpolated_patches(onevision: Any) -> None:
+    """Inside the language model they are tokens as any other; methods that need their patch are refused."""
+    given = models.inputs(onevision, ROWS, [models.crops((170, 170))], [(170, 170)])
+    everything = int((given["input_ids"] == models.VOCAB).sum())
+    assert everything == models.PATCHES + models.GRID * (models.GRID + 1)  # 4 crops on the tokens of one
+    with llava_prune.pruned(onevision, "fastv", tokens=40) as handle:
+        models.generate(onevision, given, 1)
+        assert handle.last.tokens_in[0, 0] == everything and handle.last.tokens_out[0, -1] < everything
+    for name in ("autoprune", "fastervlm"):
+        with llava_prune.pruned(onevision, name, tokens=40, class_token="received"):
+            with pytest.raises(ValueError, match=f"{name}' needs the patch of each visual token.*fewer pixels"):
+                models.generate(onevision, given, 1)
+            small = models.inputs(onevision, ROWS, [models.crops(LONG)], [LONG])
+            models.generate(onevision, small, 1)  # unpadding leaves no more than one crop has
+
+
+def test_several_images_of_onevision() -> None:
+    """Images that share a prompt are not cut into crops (`batch_num_images`)."""
+    model = combinations.build("onevision", "qwen2", "siglip")
+    token, tail = models.VOCAB, [5, 6, 7]
+    image = [token] * (models.PATCHES + 1)  # and a newline
+    given = {
+        "input_ids": torch.tensor([[1, *image, 9, *image, *tail]]),
+        "pixel_values": models.pixels(2)[:, None],
+        "image_sizes": torch.tensor([[60, 170], [90, 80]]),
+        "batch_num_images": torch.tensor([2]),
+    }
+    with torch.inference_mode(), llava_prune.pruned(model, "autoprune", tokens=30, class_token="received") as handle:
+        model(**given)
+    assert handle.last.tokens_in.tolist()[0][0] == 2 * (models.PATCHES + 1)
+    assert handle.last.tokens_out[0, -1] < 2 * models.PATCHES
+
+
+def test_videos_are_refused(onevision: Any) -> None:
+    ids = torch.tensor([[1, *[models.VOCAB + 1] * 10, 5, 6]])
+    video = torch.zeros(1, 1, 3, models.SIDE, models.SIDE)
+    with llava_prune.pruned(onevision, "uniform", tokens=12), torch.inference_mode():
+        for call in (onevision, onevision.generate):
+            with pytest.raises(ValueError, match="videos are not supported"):
+                call(input_ids=ids, pixel_values_videos=video)
