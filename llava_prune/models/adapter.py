@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import ORIGINAL
 from .files import ADAPTER, PROJECTOR, is_adapter, read_json, refuse_integers, tensors, tensors_of
 
 TRAINED = "non_lora_trainables.bin"
@@ -81,7 +82,7 @@ def _stripped(name: str) -> str:
 
 
 def check_base(folder: Path, base: Path | None) -> None:
-    """Refuse a base for a complete checkpoint, and one that is not in LLaVA's or Llama's format.
+    """Refuse a base for a complete checkpoint, and one that is not in LLaVA's format or its language model's.
 
     Raises:
         ValueError: with the way out.
@@ -91,10 +92,12 @@ def check_base(folder: Path, base: Path | None) -> None:
     if not is_adapter(folder):
         raise ValueError(f"{folder} is a complete checkpoint, which needs no model_base; leave out model_base={base}")
     config = read_json(base / "config.json")
-    if "text_config" in config or config.get("model_type") not in ("llama", "llava_llama", "llava"):
+    language = ORIGINAL.get(read_json(folder / "config.json").get("model_type", ""), "llama")
+    known = [language, *(kind for kind, of in ORIGINAL.items() if of == language)]
+    if "text_config" in config or config.get("model_type") not in known:
         raise ValueError(
-            f"model_base={base}: model_type {config.get('model_type')!r} is not supported; give the Llama or LLaVA "
-            "checkpoint, in LLaVA's format, that the adapter was trained on"
+            f"model_base={base}: model_type {config.get('model_type')!r} is not supported; give the "
+            f"{language.capitalize()} or LLaVA checkpoint, in LLaVA's format, that the adapter was trained on"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Source, add_lora
 from .base import block_index
-from .config import is_original
+from .config import ORIGINAL, is_original
 from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
 from .tower import check_vision, load_tower, tower_config
@@ -58,14 +58,9 @@ def _from_pretrained(
 
 def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into the `llava` package's class."""
-    try:
-        from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-    except ImportError as error:
-        raise ValueError(
-            f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
-        ) from error
+    build = _original_class(config)
     stored, base = shapes(source.weights), str(source.weights)
-    options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+    options = build.config_class.from_pretrained(str(source.folder), trust_remote_code=False)
     place = tower_folder(source.folders, options.mm_vision_tower)
     vision = tower_config(place, config)
     processor = image_processor(place)
@@ -73,9 +68,9 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
     options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
     check_depth(stored, options.num_hidden_layers, base, tower=False)
-    check_elements(LlavaLlamaForCausalLM, options, stored, base)
+    check_elements(build, options, stored, base)
     encoder = load_tower(place, vision, dtype).requires_grad_(False)
-    model, info = _from_pretrained(LlavaLlamaForCausalLM, source.weights, dtype, attn, config=options)
+    model, info = _from_pretrained(build, source.weights, dtype, attn, config=options)
     extra = dict(source.extra())
     refuse_sizes((m for m in info["mismatched_keys"] if m[0] not in extra), base)
     refuse_missing(set(info["missing_keys"]) - extra.keys(), base)
@@ -87,6 +82,22 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
         _overlay(tower, chain(tensors(source.weights), extra.items()), base)
     add_lora(model, source)
     return model, processor
+
+
+def _original_class(config: dict[str, Any]) -> Any:
+    """The `llava` package's class for a config.json of haotian-liu/LLaVA's format."""
+    try:
+        if ORIGINAL[config["model_type"]] == "mistral":
+            from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+
+            return LlavaMistralForCausalLM
+        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+        return LlavaLlamaForCausalLM
+    except ImportError as error:
+        raise ValueError(
+            f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
+        ) from error
 
 
 def _copy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -147,16 +158,12 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
 
 def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
     """transformers' class and config for a config.json of haotian-liu/LLaVA's format and its tower's config."""
-    from transformers import (
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-    )
+    import transformers
+    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
-    text = LlamaConfig(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
+    language = getattr(transformers, f"{ORIGINAL[config['model_type']].capitalize()}Config")
+    text = language(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
     text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
     patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
     common: dict[str, Any] = {
@@ -168,15 +175,17 @@ def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,
     }
+    build: Any = LlavaForConditionalGeneration
     if config.get("image_aspect_ratio") != "anyres":
-        return LlavaForConditionalGeneration, LlavaConfig(**common)
+        return build, build.config_class(**common)
     if config.get("mm_patch_merge_type", "flat") != "spatial_unpad":
         raise ValueError(
             f"mm_patch_merge_type is {config.get('mm_patch_merge_type', 'flat')!r}, and transformers has "
             "'spatial_unpad' only; use family='llava'"
         )
     points = [(h, w) for w, h in config["image_grid_pinpoints"]]
-    return LlavaNextForConditionalGeneration, LlavaNextConfig(**common, image_grid_pinpoints=points)
+    build = LlavaNextForConditionalGeneration
+    return build, build.config_class(**common, image_grid_pinpoints=points)
 
 
 def read_full_config(source: Source, config: dict[str, Any]) -> Any:
@@ -186,13 +195,18 @@ def read_full_config(source: Source, config: dict[str, Any]) -> Any:
         source: folders of the checkpoint.
         config: content of its config.json.
     """
-    from transformers import LlavaConfig, LlavaNextConfig
-
     if is_original(config):
         vision = tower_config(tower_folder(source.folders, config["mm_vision_tower"]), config)
         return _converted_config(config, vision)[1]
-    kind = LlavaConfig if config["model_type"] == "llava" else LlavaNextConfig
-    return kind.from_pretrained(str(source.folder), trust_remote_code=False)
+    return _converted_class(config).config_class.from_pretrained(str(source.folder), trust_remote_code=False)
+
+
+def _converted_class(config: dict[str, Any]) -> Any:
+    """transformers' class for a config.json of its own format."""
+    import transformers
+
+    parts = "".join(part.capitalize() for part in config["model_type"].split("_"))
+    return getattr(transformers, f"{parts}ForConditionalGeneration")
 
 
 PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "linear_2."}
@@ -278,10 +292,7 @@ def _add_placeholder(model: Any) -> None:
 
 def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """transformers' own format. A placeholder past the vocabulary, as `load_converted` makes it, is read back."""
-    from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
-
-    folder = source.folder
-    build: Any = LlavaForConditionalGeneration if config["model_type"] == "llava" else LlavaNextForConditionalGeneration
+    folder, build = source.folder, _converted_class(config)
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
     full = build.config_class.from_pretrained(str(folder), trust_remote_code=False)

@@ -14,6 +14,12 @@ from .files import ATTENTION, read_json
 BACKENDS = ("eager", "sdpa", "flash_attention_2")
 PROJECTORS = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 MERGES = ("flat", "spatial", "spatial_unpad")
+ORIGINAL = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
+"""Language model by `model_type` in haotian-liu/LLaVA's format."""
+CONVERTED = ("llava", "llava_next", "llava_onevision")
+"""`model_type` in transformers' format."""
+LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of language models in transformers' format."""
 SMALL = 1 << 30
 """Bytes of weight files below which half precision is computed in float32 on a CPU."""
 
@@ -29,19 +35,32 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no config.json, so this is not a checkpoint folder")
     config = read_json(file)
     kind = config.get("model_type")
-    if kind not in ("llava_llama", "llava", "llava_next"):
+    if kind not in (tuple(ORIGINAL) if is_original(config) else CONVERTED):
         raise ValueError(
-            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint with a Llama language model "
-            "(llava_llama, llava or llava_next)"
+            f"{file}: model_type {kind!r} is not supported; give a LLaVA checkpoint in LLaVA's format "
+            f"({', '.join(ORIGINAL)}) or in transformers' ({', '.join(CONVERTED)})"
         )
     for name in ("torch_dtype", "dtype"):
         if config.get(name) is not None and not _is_float(config[name]):
             raise ValueError(f"{file}: {name} is {config[name]!r}; it must be float32, float16 or bfloat16")
     if is_original(config):
         check_original(file, config)
-    elif not isinstance(config["text_config"], dict):
-        raise ValueError(f"{file}: text_config is {config['text_config']!r}; it must be the language model's config")
+    else:
+        _check_converted(file, config)
     return config
+
+
+def _check_converted(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a config.json of transformers' format with a language model that cannot be pruned."""
+    text = config["text_config"]
+    if not isinstance(text, dict):
+        raise ValueError(f"{file}: text_config is {text!r}; it must be the language model's config")
+    kind = text.get("model_type", LANGUAGES[0])
+    if kind not in LANGUAGES:
+        raise ValueError(
+            f"{file}: the language model {kind!r} (model_type in text_config) is not supported; it must be one of "
+            f"{', '.join(LANGUAGES)}"
+        )
 
 
 def _is_float(name: Any) -> bool:
@@ -74,13 +93,14 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the entry and what to add.
     """
-    names = config.get("architectures") or []
+    names, language = config.get("architectures") or [], ORIGINAL[config["model_type"]].capitalize()
     strange = (
-        [a for a in names if "Llama" not in str(a) and a != "LlavaForCausalLM"] if isinstance(names, list) else names
+        [a for a in names if language not in str(a) and a != "LlavaForCausalLM"] if isinstance(names, list) else names
     )
     if strange:
         raise ValueError(
-            f"{file}: architectures {names!r} is not supported; give a LLaVA checkpoint with a Llama language model"
+            f"{file}: architectures {names!r} is not supported; model_type {config['model_type']!r} goes with a "
+            f"{language} language model"
         )
     if config.get("quantization_config"):
         raise ValueError(f"{file}: quantised weights (quantization_config) are not supported in LLaVA's format")
@@ -106,9 +126,9 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
     merge = config.get("mm_patch_merge_type", "flat")
     if merge not in MERGES:
         raise ValueError(f"{file}: mm_patch_merge_type is {merge!r}; it must be one of {', '.join(MERGES)}")
-    for name in ("sliding_window", "is_encoder_decoder"):
+    for name in ("is_encoder_decoder", *(("sliding_window",) if language == "Llama" else ())):
         if config.get(name):
-            raise ValueError(f"{file}: {name} is {config[name]!r}, which a Llama language model does not have")
+            raise ValueError(f"{file}: {name} is {config[name]!r}, which a {language} language model does not have")
     limit = config.get("tokenizer_model_max_length")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"{file}: tokenizer_model_max_length is {limit!r}; it must be a positive integer")

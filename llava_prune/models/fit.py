@@ -16,7 +16,7 @@ UNUSED = ("inv_freq", "position_ids")
 """Ends of the names of buffers that old checkpoints hold and models compute."""
 
 
-def refuse_spare(names: Iterable[str], source: str, place: str = "a LLaVA with a Llama language model") -> None:
+def refuse_spare(names: Iterable[str], source: str, place: str = "a LLaVA with this language model") -> None:
     """Refuse weights that the model has no place for, as attention biases.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class HF:
             feature_layer=block_index(layer, depth) if isinstance(layer, int) and depth else -1,
             grid=(rows, columns),
             features=rows * columns + (0 if leading is None else leading - (not whole)),
-            crops=_crops(model),
+            crops=most_crops(model.config),
             padded=not has_crops(model),
         )
 
@@ -72,13 +73,14 @@ class HF:
             leading=max(facts.features - facts.patches, 0),
             resolutions=tuple((w, h) for h, w in points),
             digits=7,
+            most=_most_patches(model.config),
         )
 
     def max_visual(self, model: Any) -> int:
         rows, columns = _grid(model)
         side = model.config.vision_config.image_size
         points = getattr(model.config, "image_grid_pinpoints", None) or []
-        return image_tokens(rows, columns, _crops(model), max((h // side for h, _ in points), default=0))
+        return image_tokens(rows, columns, most_crops(model.config), max((h // side for h, _ in points), default=0))
 
     def install(self, model: Any, handle: Any) -> list[Any]:
         inner = model.model
@@ -98,15 +100,31 @@ def has_crops(model: Any) -> bool:
     return any(c.__name__ in CLASSES[1:] for c in type(model).__mro__)
 
 
+def _most_patches(config: Any) -> int | None:
+    """Crops that a larger number of them is interpolated to (LLaVA-OneVision); None for no limit.
+
+    Raises:
+        ValueError: for another rule.
+    """
+    rule = getattr(config, "vision_aspect_ratio", None)
+    if rule is None:
+        return None
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", rule)
+    if found is None:
+        raise ValueError(f"vision_aspect_ratio is {rule!r}; it must be anyres_max_<number>, as anyres_max_9")
+    return int(found[1])
+
+
 def _grid(model: Any) -> tuple[int, int]:
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     return side, side
 
 
-def _crops(model: Any) -> int:
-    points = getattr(model.config, "image_grid_pinpoints", None)
-    size = model.config.vision_config.image_size
+def most_crops(config: Any) -> int:
+    """Largest number of crops of an image, 1 where images are seen whole, from a config of transformers' format."""
+    points = getattr(config, "image_grid_pinpoints", None)
+    size = config.vision_config.image_size
     return max((h // size) * (w // size) + 1 for h, w in points) if points else 1
 
 

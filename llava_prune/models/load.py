@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-import threading
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +17,15 @@ from torch import Tensor
 from ..ops.counts import Size
 from ..runtime.patching import execution_device
 from ..runtime.sizes import checked_sizes
-from ..runtime.state import HostPrompts, hinting
 from .adapter import Source, check_base
 from .base import Family, peel
 from .config import check_generation, is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
 from .files import MORE, load_tokenizer, refuse_pointers
-from .hf import has_crops
-from .image_cache import BLANK, LIMIT, ImageCache, cached_images
-from .llava import IMAGE, context_limit
+from .generate import ask_hf, ask_llava
+from .hf import most_crops
+from .image_cache import LIMIT, ImageCache, cached_images
+from .llava import IMAGE
 from .parallel import check_engine, join, split
 from .placement import DeviceMap, dispatch, pick_bits, pick_map, quantise
 
@@ -74,10 +72,26 @@ class Loaded:
         return self._family.tower_facts(self.model).features
 
     @property
+    def max_visual(self) -> int:
+        """Largest number of visual tokens that an image can become, newline tokens included."""
+        whole = self._family.tower_facts(self.model).crops == 1
+        return self.n_visual if whole else self._family.max_visual(self.model)
+
+    @property
     def size(self) -> Size:
-        """Sizes of the language model, with the visual tokens of one image or crop."""
+        """Sizes of the language model, with the visual tokens that papers count for an image.
+
+        Of a model that sees images in crops these are the patches of the largest number of crops (2,880 for
+        LLaVA-NeXT), without newline tokens and unpadding; `visual_tokens` has what an image really becomes.
+        """
         c = self._family.language_model(self.model).config
-        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual)
+        visual = self.n_visual * self._family.tower_facts(self.model).crops
+        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, visual)
+
+    def visual_tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of an image of (width, height) before pruning, newline tokens included."""
+        geometry = self._family.geometry(self.model)
+        return geometry.count(size) if geometry.resolutions else self.n_visual
 
     @contextmanager
     def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:
@@ -94,7 +108,7 @@ class Loaded:
     def generate(
         self,
         rows: Sequence[Sequence[int]],
-        pixels: Tensor | None = None,
+        pixels: Tensor | Sequence[Tensor] | None = None,
         sizes: Sequence[tuple[int, int]] | None = None,
         keys: Sequence[Hashable] | None = None,
         max_new_tokens: int = 128,
@@ -106,8 +120,9 @@ class Loaded:
 
         Args:
             rows: B prompts of token ids with -200 where an image goes.
-            pixels: (N, 3, H, W), the images in prompt order, or None when no prompt has one.
-            sizes: N (width, height) before padding; lets methods tell padding from image.
+            pixels: (N, 3, H, W), the images in prompt order, or None when no prompt has one. For a model that sees
+                images in crops N tensors (crops, 3, H, W), the whole image first; their numbers may differ.
+            sizes: N (width, height) before padding; lets methods tell padding from image. Crops need them.
             keys: N image identities for `remember_images`.
             max_new_tokens: limit of each answer.
             kwargs: for the model's generate().
@@ -120,7 +135,7 @@ class Loaded:
             ValueError: when placeholders, sizes or keys do not match the images.
         """
         wanted = sum(list(r).count(IMAGE) for r in rows)
-        given = 0 if pixels is None else pixels.shape[0]
+        given = 0 if pixels is None else len(pixels)
         if wanted != given:
             raise ValueError(f"the prompts name {wanted} images, {given} were given")
         for label, values in (("sizes", sizes), ("keys", keys)):
@@ -131,105 +146,24 @@ class Loaded:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         pad = self.model.generation_config.pad_token_id
         options.setdefault("pad_token_id", 0 if pad is None else pad)
-        if pixels is not None:
-            tower = self._family.tower(self.model)
-            pixels = pixels.to(device=self.device, dtype=next(tower.parameters()).dtype)
-        call = _ask_llava if self.family == "llava" else _ask_hf
         sizes = None if sizes is None else checked_sizes(sizes)
-        out = call(self, [list(r) for r in rows], pixels, sizes, keys, options)
+        images = None if pixels is None else self._placed(pixels, sizes)
+        call = ask_llava if self.family == "llava" else ask_hf
+        out = call(self, [list(r) for r in rows], images, sizes, keys, options)
         return out.cpu() if isinstance(out, Tensor) else out
 
-
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and mask, (B, L) long each."""
-    width = max(len(r) for r in rows)
-    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
-    return ids.to(device), mask.to(device)
-
-
-_CONFIGS = threading.Lock()
-_IN_USE: dict[int, tuple[int, dict[str, Any]]] = {}
-"""Config -> (calls in progress, values before the first of them)."""
-
-
-@contextmanager
-def _config_values(config: Any, **values: Any) -> Iterator[None]:
-    """Set values of a config while any thread is in the block; the last one to leave restores them."""
-    with _CONFIGS:
-        calls, before = _IN_USE.get(id(config), (0, {name: getattr(config, name, None) for name in values}))
-        _IN_USE[id(config)] = calls + 1, before
-        for name, value in values.items():
-            setattr(config, name, value)
-    try:
-        yield
-    finally:
-        with _CONFIGS:
-            calls, before = _IN_USE.pop(id(config))
-            if calls > 1:
-                _IN_USE[id(config)] = calls - 1, before
-            else:
-                for name, value in before.items():
-                    setattr(config, name, value)
-
-
-def _ask_llava(
-    loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
-) -> Any:
-    model = loaded.model
-    ids, mask = _padded(rows, options["pad_token_id"], loaded.device)
-    prompts = HostPrompts(rows, IMAGE, loaded.n_visual)
-    if pixels is None:
-        with hinting(prompts=prompts, image_keys=None, image_sizes=None, explicit=True):
-            return model.generate(ids, attention_mask=mask, **options)
-    if any(IMAGE not in r for r in rows):  # the package takes one image from the list for a prompt without any
-        side, at = pixels.shape[-1], 0
-        order: list[int | None] = []  # image numbers, None for a blank one
-        for r in rows:
-            n = r.count(IMAGE)
-            order.extend(range(at, at + n) if n else [None])
-            at += n
-        blank = pixels.new_zeros(pixels.shape[1:])
-        pixels = torch.stack([blank if i is None else pixels[i] for i in order])
-        sizes = None if sizes is None else [(side, side) if i is None else sizes[i] for i in order]
-        keys = None if keys is None else [BLANK if i is None else keys[i] for i in order]
-    longest = max(len(r) + r.count(IMAGE) * (loaded.n_visual - 1) for r in rows)
-    limit = context_limit(model)
-    values: dict[str, Any] = {"tokenizer_padding_side": "left"}
-    if limit is not None and longest > limit:
-        warnings.warn(
-            f"a prompt of {longest} tokens, images included, is longer than the model's context of {limit} "
-            "(tokenizer_model_max_length). Package llava would cut off its end, which holds the question; it is kept "
-            "whole here, and the model was not trained at this length",
-            stacklevel=4,
-        )
-    if limit is not None:
-        values["tokenizer_model_max_length"] = None
-    known = {"prompts": prompts, "image_keys": None if keys is None else list(keys), "image_sizes": None}
-    with _config_values(model.config, **values), hinting(**known, explicit=True):
-        return model.generate(ids, images=pixels, image_sizes=sizes, attention_mask=mask, **options)
-
-
-def _ask_hf(
-    loaded: Loaded, rows: list[list[int]], pixels: Tensor | None, sizes: Any, keys: Any, options: dict[str, Any]
-) -> Any:
-    model = loaded.model
-    if has_crops(model):
-        raise ValueError(
-            "images of LLaVA-NeXT become a number of tokens that depends on their size; prepare them with its "
-            "processor and call model.generate() inside pruned(...)"
-        )
-    image, n = model.config.image_token_id, loaded.n_visual
-    spread = [[t for x in r for t in ([image] * n if x == IMAGE else [x])] for r in rows]
-    ids, mask = _padded(spread, options["pad_token_id"], loaded.device)
-    extra = {} if pixels is None else {"pixel_values": pixels}
-    known = {"prompts": HostPrompts(rows, IMAGE, n), "image_keys": None if keys is None else list(keys)}
-    with hinting(**known, image_sizes=sizes, explicit=True):
-        out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
-    if isinstance(out, Tensor):
-        return out[:, ids.shape[1] :]
-    out.sequences = out.sequences[:, ids.shape[1] :]
-    return out
+    def _placed(self, pixels: Tensor | Sequence[Tensor], sizes: Any) -> Tensor | list[Tensor]:
+        """Pixels on the device and in the dtype of the tower; a list for a model that sees images in crops."""
+        kind = {"device": self.device, "dtype": next(self._family.tower(self.model).parameters()).dtype}
+        if self._family.tower_facts(self.model).crops == 1:
+            if not isinstance(pixels, Tensor):
+                raise ValueError("this model sees images whole; give pixels as one tensor (N, 3, H, W)")
+            return pixels.to(**kind)
+        if sizes is None or any(x.ndim != 4 for x in pixels):
+            raise ValueError(
+                "this model sees images in crops; give pixels as a list of (crops, 3, H, W), and sizes of the images"
+            )
+        return [x.to(**kind) for x in pixels]
 
 
 # loading ------------------------------------------------------------------------------------------------------
@@ -273,8 +207,8 @@ def read_size(path: str | Path, model_base: str | Path | None = None) -> Size:
         raise ValueError(_message(path, torch.device("cpu"), error)) from error
     text, vision = full.text_config, full.vision_config
     whole = full.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return Size(text.num_hidden_layers, text.hidden_size, text.intermediate_size, patches + whole)
+    visual = ((vision.image_size // vision.patch_size) ** 2 + whole) * most_crops(full)
+    return Size(text.num_hidden_layers, text.hidden_size, text.intermediate_size, visual)
 
 
 def load(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the user's image."""
+LEAST_RATIO = 1.1
+"""Ratio of sides up to which a stitched grid is not interpolated (LLaVA-OneVision)."""
 ENTIRE, CROPPED = "image", "crops"
 """Names of views, see `ImageView`."""
 
@@ -40,6 +42,8 @@ class Geometry:
         resolutions: (width, height) that images are cut up at (LLaVA-NeXT); empty where they are seen whole.
         merge: how crops become a sequence: "spatial_unpad", "spatial" or "flat"; see `mm_patch_merge_type` of LLaVA.
         digits: decimals to which a side without padding is rounded before it is cut off; None for no rounding.
+        most: crops whose number of patches the tokens of more crops are interpolated to (LLaVA-OneVision's
+            anyres_max); None for no limit.
     """
 
     grid: tuple[int, int]
@@ -49,6 +53,7 @@ class Geometry:
     resolutions: tuple[tuple[int, int], ...] = ()
     merge: str = "spatial_unpad"
     digits: int | None = None
+    most: int | None = None
 
     def views(self, size: tuple[int, int]) -> list[ImageView]:
         """The visual tokens of an image by the views that the tower has of it, in their order.
@@ -86,9 +91,29 @@ class Geometry:
             return
         unpad = "unpad" in self.merge
         rows, columns = self._unpadded(size, grid) if unpad else (range(grid[0]), range(grid[1]))
+        place, grid, rows, columns = self._interpolated(place, grid, rows, columns)
         for row in rows:
             yield from _boxes(size, grid, [row], columns, place)
             yield from [None] * unpad  # the newline token
+
+    def _interpolated(
+        self, place: Box, grid: tuple[int, int], rows: range, columns: range
+    ) -> tuple[Box, tuple[int, int], range, range]:
+        """A part of a stitched grid, coarser where the model limits its tokens.
+
+        Source: `pack_image_features` of transformers' LlavaOnevision.
+        """
+        if self.most is None:
+            return place, grid, rows, columns
+        ratio = math.sqrt(len(rows) * len(columns) / (self.most * self.grid[0] ** 2))
+        if ratio <= LEAST_RATIO:
+            return place, grid, rows, columns
+        left, top, right, bottom = place
+        width, height = (right - left) / grid[1], (bottom - top) / grid[0]
+        part = left + columns.start * width, top + rows.start * height
+        part += left + columns.stop * width, top + rows.stop * height
+        coarse = int(len(rows) // ratio), int(len(columns) // ratio)
+        return part, coarse, range(coarse[0]), range(coarse[1])
 
     def _unpadded(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[range, range]:
         """Rows and columns of the stitched grid that remain. Source: `unpad_image` of both packages."""
@@ -118,6 +143,17 @@ def best_resolution(size: tuple[int, int], resolutions: tuple[tuple[int, int], .
     return max(resolutions, key=key)
 
 
+def fitted(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of an image of `size` resized to fit into `target`, the aspect ratio kept.
+
+    Source: `resize_and_pad_image` of llava/mm_utils.py.
+    """
+    (width, height), x, y = size, target[0] / size[0], target[1] / size[1]
+    if x < y:
+        return target[0], min(math.ceil(height * x), target[1])
+    return min(math.ceil(width * y), target[0]), target[1]
+
+
 # where the tower's input lies in the user's image: a box that may be larger or smaller than the image -------------
 
 
@@ -142,11 +178,7 @@ def _cropped(size: tuple[int, int], side: int) -> Box:
 def _pasted(size: tuple[int, int], target: tuple[int, int]) -> Box:
     """Resized to fit into `target` with the aspect ratio kept, black around it."""
     width, height = size
-    x, y = target[0] / width, target[1] / height
-    if x < y:
-        new_width, new_height = target[0], min(math.ceil(height * x), target[1])
-    else:
-        new_width, new_height = min(math.ceil(width * y), target[0]), target[1]
+    new_width, new_height = fitted(size, target)
     x, y = width / new_width, height / new_height
     left, top = -((target[0] - new_width) // 2) * x, -((target[1] - new_height) // 2) * y
     return left, top, left + target[0] * x, top + target[1] * y

@@ -239,7 +239,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "beside": (
         lambda f: torch.save({"base_model.model.y.z": torch.ones(2)}, f / "non_lora_trainables.bin"),
-        "1 tensors have no place in .*Llama language model, first .*y.z",
+        "1 tensors have no place in .*language model, first .*y.z",
     ),
     "cut off": (lambda f: (f / "adapter_model.bin").write_bytes(b"PK\3\4"), "truncated or no weight file"),
 }

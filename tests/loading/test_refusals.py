@@ -95,7 +95,8 @@ ANYRES: dict[str, Any] = {
 }
 NAME = "model.layers.0.mlp.up_proj.weight"
 CASES: dict[str, tuple[Edit, str]] = {
-    "mistral": (config(model_type="llava_mistral"), "model_type 'llava_mistral' is not supported"),
+    "mistral": (config(model_type="llava_mistral"), "architectures .* is not supported.*a Mistral language model"),
+    "type": (config(model_type=["llava"]), r"model_type \['llava'\] is not supported"),
     "mpt": (config(model_type="llava_mpt"), "model_type 'llava_mpt' is not supported"),
     "architecture": (config(architectures=["LlavaQwenForCausalLM"]), "architectures .*LlavaQwen.* is not supported"),
     "architectures text": (config(architectures="x"), "architectures 'x' is not supported"),
