@@ -11,6 +11,7 @@ from typing import Any
 from . import __version__, arguments
 from .arguments import DATA, FORMATS, MOST, RESULTS, TINY
 
+CONV_MODE = "conversation template, e.g. vicuna_v1 or mistral_instruct, or processor; default the checkpoint's"
 ENVIRONMENT = "The flags under 'settings' can also be set by environment variables of the same name in capitals."
 
 
@@ -47,6 +48,7 @@ def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) 
     flag("model-base", None, "checkpoint that MODEL, a LoRA folder or a lone mm_projector.bin, was trained on")
     flag("data", DATA, "folder with the benchmarks' files, e.g. LLaVA's playground/data/eval")
     flag("family", "auto", "auto, llava or hf")
+    flag("conv-mode", None, CONV_MODE)
     flag("batch", "auto", "batch size, halved when memory runs out; auto chooses by free memory", type=arguments.batch)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
@@ -111,7 +113,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     flag = functools.partial(arguments.flag, e, env)
     flag("model", None, "checkpoint folder or hub id; default a random model of SHAPE")
-    flag("shape", "300m", "size of the random model: tiny, 300m, 7b, 13b or next-7b")
+    flag("shape", "300m", "size of the random model: tiny, 300m, 7b, 13b, next-7b or next-mistral-7b")
     flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
     flag("tokens", "192,128,64", "visual token budget, or a list", type=arguments.counts)
     flag("batch", "1", "batch size, or a list", type=arguments.counts)
@@ -235,6 +237,7 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
     flag("family", "auto", "auto, llava or hf")
+    flag("conv-mode", None, CONV_MODE)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("seed", "0", "random seed of methods that draw", type=arguments.seed)

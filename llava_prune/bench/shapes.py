@@ -6,6 +6,7 @@ python -m llava_prune.bench.shapes 7b --format llava --out DIR --tokenizer playg
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..arguments import positive
 from ..arguments import seed as any_seed
 
 Format = Literal["llava", "hf"]
@@ -25,7 +27,10 @@ SHARD = 2_000_000_000
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA model: language model, then vision tower; `anyres` gives LLaVA-NeXT's crops."""
+    """Sizes of a LLaVA model: language model, then vision tower; `anyres` gives LLaVA-NeXT's crops.
+
+    `kv_heads` are the heads of keys and values, as many as `heads` where it is 0; `language` is "llama" or "mistral".
+    """
 
     layers: int
     hidden: int
@@ -37,6 +42,8 @@ class ModelShape:
     vision_intermediate: int = 4096
     vision_heads: int = 16
     anyres: bool = False
+    kv_heads: int = 0
+    language: str = "llama"
 
 
 SHAPES = {
@@ -45,6 +52,7 @@ SHAPES = {
     "7b": ModelShape(32, 4096, 11008, 32, 32000),
     "13b": ModelShape(40, 5120, 13824, 40, 32000),
     "next-7b": ModelShape(32, 4096, 11008, 32, 32000, anyres=True),
+    "next-mistral-7b": ModelShape(32, 4096, 14336, 32, 32000, anyres=True, kv_heads=8, language="mistral"),
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 """(width, height) of LLaVA-NeXT's resolutions; transformers reads the same list as (height, width)."""
@@ -53,10 +61,11 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 def llm_tensors(s: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, size) of the weights of language model and projector, under the names of haotian-liu/LLaVA."""
     d, m = s.hidden, s.intermediate
+    kv = d // s.heads * (s.kv_heads or s.heads)
     yield "model.embed_tokens.weight", (s.vocab, d)
     for i in range(s.layers):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"model.layers.{i}.self_attn.{name}.weight", (d, d)
+        for name, out in (("q_proj", d), ("k_proj", kv), ("v_proj", kv), ("o_proj", d)):
+            yield f"model.layers.{i}.self_attn.{name}.weight", (out, d)
         yield f"model.layers.{i}.mlp.gate_proj.weight", (m, d)
         yield f"model.layers.{i}.mlp.up_proj.weight", (m, d)
         yield f"model.layers.{i}.mlp.down_proj.weight", (d, m)
@@ -96,7 +105,7 @@ def _text_config(s: ModelShape) -> dict[str, Any]:
         "intermediate_size": s.intermediate,
         "num_hidden_layers": s.layers,
         "num_attention_heads": s.heads,
-        "num_key_value_heads": s.heads,
+        "num_key_value_heads": s.kv_heads or s.heads,
         "vocab_size": s.vocab,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
@@ -104,6 +113,7 @@ def _text_config(s: ModelShape) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
+        **({"sliding_window": None} if s.language == "mistral" else {}),
     }
 
 
@@ -143,7 +153,14 @@ def _processor(folder: Path) -> None:
     processor_class()(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
 
 
-def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None = None, seed: int = 0) -> None:
+def make(
+    shape: str,
+    out: Path,
+    form: Format = "llava",
+    tokenizer: Path | None = None,
+    seed: int = 0,
+    layers: int | None = None,
+) -> None:
     """Write a random checkpoint in bfloat16.
 
     Args:
@@ -152,6 +169,7 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
         form: "llava" (haotian-liu/LLaVA) or "hf" (transformers).
         tokenizer: folder whose tokenizer files are copied.
         seed: random seed of the weights, which are the same in both formats.
+        layers: decoder layers in place of the shape's.
 
     Raises:
         ValueError: for an unknown shape, or a folder that is not empty.
@@ -162,7 +180,7 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
         raise ValueError(f"{out} is not empty; give a new folder")
     from transformers import CLIPVisionModel
 
-    s = SHAPES[shape]
+    s = SHAPES[shape] if layers is None else dataclasses.replace(SHAPES[shape], layers=layers)
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -175,8 +193,8 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
         _processor(out / "clip")
         config = {
             **_text_config(s),
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "model_type": "llava_llama",
+            "architectures": [f"Llava{s.language.capitalize()}ForCausalLM"],
+            "model_type": f"llava_{s.language}",
             "image_aspect_ratio": "anyres" if s.anyres else "pad",
             "image_grid_pinpoints": PINPOINTS if s.anyres else None,
             "mm_hidden_size": s.vision_hidden,
@@ -188,7 +206,7 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
             "mm_vision_select_layer": -2,
             "mm_vision_tower": "clip",
             "tie_word_embeddings": False,
-            "tokenizer_model_max_length": 2048,
+            "tokenizer_model_max_length": 4096 if s.anyres else 2048,
             "tokenizer_padding_side": "right",
             "torch_dtype": "bfloat16",
             "tune_mm_mlp_adapter": False,
@@ -205,13 +223,15 @@ def make(shape: str, out: Path, form: Format = "llava", tokenizer: Path | None =
 
 def hf_config(s: ModelShape) -> Any:
     """Config in transformers' format; the vocabulary is larger by 64, as in the published conversions."""
-    from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
+    import transformers
+    from transformers import LlavaConfig, LlavaNextConfig
 
+    text: Any = getattr(transformers, f"{s.language.capitalize()}Config")
     extra = {"image_grid_pinpoints": PINPOINTS} if s.anyres else {}
     kind: Any = LlavaNextConfig if s.anyres else LlavaConfig
     config = kind(
         vision_config=_vision_config(s),
-        text_config=LlamaConfig(**{**_text_config(s), "vocab_size": s.vocab + 64}),
+        text_config=text(**{**_text_config(s), "vocab_size": s.vocab + 64}),
         image_token_id=s.vocab,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -278,8 +298,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     parser.add_argument("--seed", type=any_seed, default=0)
+    parser.add_argument("--layers", type=positive, help="decoder layers in place of the shape's")
     args = parser.parse_args()
-    make(args.shape, args.out, args.format, args.tokenizer, args.seed)
+    make(args.shape, args.out, args.format, args.tokenizer, args.seed, args.layers)
 
 
 if __name__ == "__main__":

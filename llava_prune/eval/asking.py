@@ -17,17 +17,15 @@ import torch
 import llava_prune
 
 from ..methods.planner import Run, check_budgets
-from ..models.config import is_original, read_config
-from ..models.load import resolve
 from ..models.parallel import smallest
 from ..models.placement import devices
 from ..runtime.patching import execution_device
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
-from .images import pixels
 from .plan import Settings
-from .prompt import check_tokenizer, token_ids, vicuna_v1
+from .prompt import check_tokenizer
+from .protocol import Protocol, protocol_of
 from .task import Question, Sources, Task, place_of
 
 log = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ class Bench:
 
     Attributes:
         loaded: see `llava_prune.load`.
-        pad: whether images are padded to a square.
+        protocol: prompts and preprocessing.
         rows: token ids of each question.
         batch: batch size, halved when memory runs out.
         load: seconds that loading took.
@@ -61,7 +59,7 @@ class Bench:
     loaded: Any
     task: Task
     files: Files
-    pad: bool
+    protocol: Protocol
     rows: list[list[int]]
     batch: int
     load: float
@@ -97,42 +95,13 @@ def load_model(settings: Settings) -> Any:
     )
 
 
-def pads(model: str) -> bool:
-    """Whether LLaVA's code pads images to a square for this checkpoint.
-
-    Checkpoints in transformers' format do not state it; their images are padded.
-
-    Raises:
-        ValueError: for a checkpoint with another protocol than LLaVA-1.5's: images in crops, or image tokens between
-            special tokens.
-    """
-    config = read_config(resolve(model))
-    if config.get("model_type") == "llava_next":
-        raise ValueError(
-            f"{model} is a LLaVA-NeXT model, which the LLaVA-1.5 protocol does not cover; give a LLaVA-1.5 checkpoint"
-        )
-    if not is_original(config):
-        return True
-    aspect = config.get("image_aspect_ratio")
-    for name, value, known in (
-        ("image_aspect_ratio", aspect, (None, "square", "pad")),
-        ("mm_use_im_start_end", config.get("mm_use_im_start_end"), (None, False)),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"{model} has {name}={value!r}, which the LLaVA-1.5 protocol does not cover (it has "
-                f"{' or '.join(map(repr, known[1:]))}); give a LLaVA-1.5 checkpoint"
-            )
-    return aspect == "pad"
-
-
 def auto_batch(loaded: Any, longest: int) -> int:
     """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
 
     The GPU with the least free memory decides, over all processes of an engine.
     """
     size, width = loaded.size, next(loaded.model.parameters()).element_size()
-    n = longest + size.visual
+    n = longest + loaded.max_visual
     cost = n * (2 * size.layers * size.hidden * width + 12 * size.hidden * 4 + 3 * size.intermediate * 4)
     cost += n * loaded.model.get_input_embeddings().num_embeddings * 4
     gpus = [d for d in devices(loaded.model) if d.type == "cuda"]
@@ -155,35 +124,34 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     Raises:
         ValueError: for a broken checkpoint, another model's tokenizer, or a budget above the model's visual tokens.
     """
-    pad = pads(settings.model)
+    protocol = protocol_of(settings.model, settings.conv_mode)
     start = time.perf_counter()
     loaded = loaded or load_model(settings)
     seconds = time.perf_counter() - start
-    check_loaded(loaded, settings.model, runs)
+    check_loaded(loaded, settings.model, runs, protocol)
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
-    rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
+    rows = tokenised(files, loaded, protocol, getattr(text_config, "max_position_embeddings", None))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
-    feed = ImageFeed(functools.partial(read_image, files.sources, loaded.image_processor, pad))
-    return Bench(loaded, task, files, pad, rows, batch, seconds, feed)
+    feed = ImageFeed(functools.partial(read_image, files.sources, loaded, protocol))
+    return Bench(loaded, task, files, protocol, rows, batch, seconds, feed)
 
 
-def check_loaded(loaded: Any, where: str, runs: Sequence[Run]) -> None:
+def check_loaded(loaded: Any, where: str, runs: Sequence[Run], protocol: Protocol) -> None:
     """Refuse a checkpoint without its own tokenizer and image processor, and budgets above its visual tokens.
 
     Raises:
         ValueError: naming the checkpoint, `where`, or the budget.
     """
-    check_budgets(runs, loaded.n_visual)
+    check_budgets(runs, loaded.max_visual)
     vocab = loaded.model.get_input_embeddings().num_embeddings
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
-    check_tokenizer(loaded.tokenizer, vocab, text_config, where)
-    if loaded.image_processor is None:
-        raise ValueError(f"{where} has no preprocessor_config.json; add that of its vision tower")
+    check_tokenizer(loaded.tokenizer, vocab, text_config, where, loaded.model.generation_config)
+    protocol.check(loaded, where)
     check_crops(loaded, where)
 
 
-def read_image(sources: Sources, processor: Any, pad: bool, name: str) -> Prepared:
+def read_image(sources: Sources, loaded: Any, protocol: Protocol, name: str) -> Prepared:
     """Decode and preprocess an image.
 
     Raises:
@@ -191,7 +159,7 @@ def read_image(sources: Sources, processor: Any, pad: bool, name: str) -> Prepar
     """
     image = sources.image(name)
     try:
-        return pixels(image, processor, pad), image.size
+        return protocol.pixels(image, loaded), image.size
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -212,22 +180,22 @@ def check_crops(loaded: Any, where: str) -> None:
     )
 
 
-def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:
+def tokenised(files: Files, loaded: Any, protocol: Protocol, limit: int | None) -> list[list[int]]:
     """Token ids of the prompt of every question.
 
     Raises:
         ValueError: naming file, row and id, for a text that the tokenizer refuses, or a prompt of more than `limit`
-            tokens with its visual tokens.
+            tokens with as many visual tokens as an image can have.
     """
     out = []
     for number, q in enumerate(files.questions, 1):
         try:
-            ids = token_ids(vicuna_v1(q.text, q.image is not None), loaded.tokenizer)
+            ids = protocol.token_ids(q.text, q.image is not None, loaded)
         except Exception as error:  # tokenizers raise errors of their own
             detail = f"{type(error).__name__}: {error}".split("\n")[0]
             where = place_of(number, q, files.sources)
             raise ValueError(f"{where}: the tokenizer refuses the text ({detail})") from error
-        length = len(ids) + (loaded.n_visual - 1 if q.image is not None else 0)
+        length = len(ids) + (loaded.max_visual - 1 if q.image is not None else 0)
         if limit is not None and length > limit:
             where = place_of(number, q, files.sources)
             raise ValueError(
@@ -268,16 +236,22 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
-    """Encode images ahead of their questions, `size` at a time.
+    """Encode images ahead of their questions, `size` at a time; fewer where they come in crops.
 
     Returns:
         Seconds in the vision tower and of waiting for images, as in the rows of `answer`.
     """
     tower, waited = bench.tower, bench.feed.waited
+    size = max(1, size // bench.loaded.crops)
     for at in range(0, len(names), size):
         some = names[at : at + size]
-        bench.images.encode(some, torch.stack([bench.feed.get(name)[0] for name in some]))
+        bench.images.encode(some, stacked([bench.feed.get(name)[0] for name in some]))
     return {"tower_seconds": bench.tower - tower, "image_seconds": bench.feed.waited - waited}
+
+
+def stacked(images: Sequence[torch.Tensor]) -> Any:
+    """(N, 3, H, W) of N images; crops of different numbers stay a list."""
+    return torch.stack(list(images)) if images[0].ndim == 3 else list(images)
 
 
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
@@ -286,11 +260,18 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     found = [bench.feed.get(name) for name in names]
     return bench.loaded.generate(
         [bench.rows[i] for i in numbers],
-        torch.stack([image for image, _ in found]) if found else None,
-        sizes=[size for _, size in found] or None,
+        stacked([image for image, _ in found]) if found else None,
+        sizes=[size for _, size in found] if found and bench.protocol.places_known else None,
         keys=names or None,
         max_new_tokens=bench.task.max_new_tokens,
     )
+
+
+def unpruned(bench: Bench, question: Question) -> dict[str, int]:
+    """Visual tokens of a question before pruning, where they depend on its image: that of a model with crops."""
+    if bench.loaded.crops == 1 or question.image is None:
+        return {}
+    return {"unpruned": bench.loaded.visual_tokens(bench.feed.get(question.image)[1])}
 
 
 def _not_finite_in(bench: Bench, run: Run, number: int) -> str:
@@ -356,7 +337,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "model_id": name,
             "metadata": {},
             **question.extra,
-            "kept": {"entering": entering[k], "leaving": leaving[k]},
+            "kept": {"entering": entering[k], "leaving": leaving[k], **unpruned(bench, question)},
             "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
             **({"not_finite": places[k]} if k in places else {}),
             "row": i,

@@ -97,9 +97,10 @@ def vision_tower(loaded: Any) -> Any:
 def configs(loaded: Any) -> str:
     """sha256 of the configs of a model, of its generation, of its vision tower and of its image processor."""
     tower = getattr(vision_tower(loaded), "config", None)
-    return checksum(
-        [_plain(p) for p in (loaded.model.config, loaded.model.generation_config, tower, loaded.image_processor)]
-    )
+    images = loaded.image_processor
+    if images is None:
+        images = getattr(getattr(loaded, "processor", None), "image_processor", None)
+    return checksum([_plain(p) for p in (loaded.model.config, loaded.model.generation_config, tower, images)])
 
 
 def tokenizer(tokenizer: Any) -> str:
@@ -151,6 +152,7 @@ def chosen(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
         "max_new_tokens": task.max_new_tokens,
         "limit": settings.limit,
         "seed": settings.seed,
+        "conv_mode": settings.conv_mode,
     }
 
 

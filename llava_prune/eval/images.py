@@ -1,4 +1,4 @@
-"""Image preprocessing of haotian-liu/LLaVA: RGB, padding to a square, then CLIP's image processor."""
+"""Image preprocessing of haotian-liu/LLaVA: RGB, padding to a square or crops, then CLIP's image processor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image
+
+from ..runtime.geometry import best_resolution, fitted
 
 if TYPE_CHECKING:  # scoring reads no pixels and loads no torch
     from torch import Tensor
@@ -97,8 +99,7 @@ def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
     import torch
 
     (width, height), edge = image.size, _shortest_edge(processor)
-    if max(width, height) > LONGEST:
-        raise ValueError(f"the image has {width} x {height} pixels; a side may have {LONGEST}, crop it")
+    _check_side(image)
     if not pad and edge is not None and edge * edge * max(width, height) > RESIZED * min(width, height):
         raise ValueError(
             f"the image has {width} x {height} pixels, which resizing to a shortest edge of {edge} without padding "
@@ -110,6 +111,45 @@ def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
         image = _squeezed(image, colour, edge or 0, processor.resample) if large else square(image, colour)
     values = processor(images=image, return_tensors="pt")["pixel_values"]
     return torch.as_tensor(values[0]).float()
+
+
+def crops(image: Image.Image, processor: Any, resolutions: tuple[tuple[int, int], ...]) -> Tensor:
+    """The input of the vision tower where it sees an image as a whole and in crops of a higher resolution.
+
+    The whole image is resized to a square without keeping its aspect ratio. The crops are those of the image fitted
+    into the best resolution, with black around it.
+
+    Args:
+        image: RGB image.
+        processor: CLIP image processor, see `pixels`.
+        resolutions: (width, height) that images are cut up at.
+
+    Returns:
+        (1 + crops, 3, H, W) float32, the whole image first.
+
+    Raises:
+        ValueError: for a side above `LONGEST`.
+
+    Source: llava/mm_utils.py, `process_anyres_image`.
+    """
+    import torch
+
+    _check_side(image)
+    width, height = target = best_resolution(image.size, resolutions)
+    across, down = fitted(image.size, target)
+    canvas = Image.new("RGB", target, (0, 0, 0))
+    canvas.paste(image.resize((across, down)), ((width - across) // 2, (height - down) // 2))
+    side, edge = processor.crop_size["height"], processor.size["shortest_edge"]
+    corners = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
+    parts = [image.resize((edge, edge)), *(canvas.crop((x, y, x + side, y + side)) for x, y in corners)]
+    values = [processor(images=part, return_tensors="pt")["pixel_values"][0] for part in parts]
+    return torch.stack([torch.as_tensor(v).float() for v in values])
+
+
+def _check_side(image: Image.Image) -> None:
+    width, height = image.size
+    if max(width, height) > LONGEST:
+        raise ValueError(f"the image has {width} x {height} pixels; a side may have {LONGEST}, crop it")
 
 
 def _shortest_edge(processor: Any) -> int | None:

@@ -13,10 +13,11 @@ from ..bench.flops import average_tokens, flops_with_text
 from ..console import emit, stdout
 from ..methods.planner import Run, cases, plan
 from ..report.drawing import save
-from .asking import check_loaded, load_model, pads
+from .asking import check_loaded, load_model, stacked
 from .command import settings_of
-from .images import open_rgb, pixels
-from .prompt import IMAGE_MARK, token_ids, vicuna_v1
+from .images import open_rgb
+from .prompt import IMAGE_MARK
+from .protocol import Protocol, protocol_of
 from .task import load_task
 
 
@@ -34,11 +35,11 @@ def show(args: argparse.Namespace) -> int:
         raise ValueError(f"--method {args.method} names {len(runs)} methods; give one")
     run = runs[0]
     settings = settings_of(args, methods=[args.method], tokens=[args.tokens])
-    pad = pads(settings.model)
+    protocol = protocol_of(settings.model, settings.conv_mode)
     loaded = load_model(settings)
-    check_loaded(loaded, settings.model, [run])
-    found, record = ask(loaded, image, pad, args.question, run, args.new, args.short)
-    paths = write(args, image, pad, found, record)
+    check_loaded(loaded, settings.model, [run], protocol)
+    found, record = ask(loaded, image, protocol, args.question, run, args.new, args.short)
+    paths = write(args, image, None if protocol.resolutions else protocol.pad, found, record)
     if args.json:
         emit({**found, "files": [str(p) for p in paths]})
         return 0
@@ -51,25 +52,26 @@ def show(args: argparse.Namespace) -> int:
 
 
 def ask(
-    loaded: Any, image: Any, pad: bool, question: str, run: Run, new: int, short: bool = False
+    loaded: Any, image: Any, protocol: Protocol, question: str, run: Run, new: int, short: bool = False
 ) -> tuple[dict[str, Any], Any]:
     """The question with answers and costs of the unpruned and the pruned model, and the record of the pruned one.
 
     Args:
         loaded: see `llava_prune.load`.
         image: RGB image.
-        pad: whether it is padded to a square.
+        protocol: prompt and preprocessing.
         question: text of the user.
         run: method and budget.
         new: largest number of new tokens.
         short: add LLaVA's instruction for short answers.
     """
-    ids = token_ids(vicuna_v1(f"{question}\n{load_task('gqa').suffix}" if short else question), loaded.tokenizer)
-    values = pixels(image, loaded.image_processor, pad)[None]  # (1, 3, H, W)
+    ids = protocol.token_ids(f"{question}\n{load_task('gqa').suffix}" if short else question, True, loaded)
+    values = stacked([protocol.pixels(image, loaded)])
+    sizes = [image.size] if protocol.places_known else None
     answers: list[dict[str, Any]] = []
     for name, method in (("unpruned", "full"), (run.label, run.method)):
         with llava_prune.pruned(loaded.model, method) as handle:
-            out = loaded.generate([ids], values, sizes=[image.size], max_new_tokens=new)
+            out = loaded.generate([ids], values, sizes=sizes, max_new_tokens=new)
         record = handle.last
         assert record is not None
         entering, leaving = record.tokens_in[0].tolist(), record.tokens_out[0].tolist()
@@ -101,7 +103,7 @@ def cost(found: Mapping[str, Any]) -> str:
     )
 
 
-def write(args: argparse.Namespace, image: Any, pad: bool, found: Mapping[str, Any], record: Any) -> list[Path]:
+def write(args: argparse.Namespace, image: Any, pad: bool | None, found: Mapping[str, Any], record: Any) -> list[Path]:
     """Write the contact sheet or the page; returns the paths."""
     out = args.out.expanduser()
     answers = found["answers"]

@@ -31,6 +31,7 @@ class Settings:
         tokens: budgets, in order: visual tokens, or shares of the model's visual tokens or FLOPs.
         requests: what to run in place of `methods` at `tokens`.
         data: folder with the benchmark's files, laid out as LLaVA's playground/data/eval.
+        conv_mode: conversation template, see `protocol.protocol_of`; None for that of the checkpoint.
         family, device, dtype, attn, device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; None for its
             default.
         batch: batch size; None chooses one by free memory.
@@ -54,6 +55,7 @@ class Settings:
     requests: Sequence[Request] = ()
     data: str = DATA
     family: str = "auto"
+    conv_mode: str | None = None
     batch: int | None = None
     device: str | None = None
     dtype: str | None = None

@@ -1,4 +1,4 @@
-"""Prompts and token ids of haotian-liu/LLaVA (conversation template vicuna_v1)."""
+"""Prompts and token ids of haotian-liu/LLaVA, by conversation template."""
 
 from __future__ import annotations
 
@@ -7,23 +7,62 @@ from typing import Any
 IMAGE_ID = -200
 """Token id that stands for an image in a prompt."""
 IMAGE_MARK = "<image>"
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
+VISUAL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+CONVERSATION = "A conversation between a user and an LLM-based AI assistant. "
+CONVERSATION += "The assistant gives helpful and honest answers."
 
 
-def vicuna_v1(text: str, image: bool = True) -> str:
+def _chatml(system: str, line: str = "") -> tuple[str, str]:
+    """Around the text of a user in ChatML; `line` ends each message."""
+    start, end = "<|im_start|>", f"<|im_end|>{line}"
+    return f"{start}system\n{system}{end}{start}user\n", f"{end}{start}assistant\n"
+
+
+def _llama_3(system: str) -> tuple[str, str]:
+    """Around the text of a user in the chat template of Llama 3.
+
+    The authors' roles begin with <|start_header_id|>, which the template adds once more for the user.
+    """
+    head, end = "<|start_header_id|>", "<|end_header_id|>\n\n"
+    before = f"<|begin_of_text|>{head}system{end}{system}<|eot_id|>{head}{head}user{end}"
+    return before, f"<|eot_id|>{head}assistant{end}"
+
+
+TEMPLATES = {
+    "vicuna_v1": (f"{POLITE.format('user')} USER: ", " ASSISTANT:"),
+    "llava_v1": (f"{POLITE.format('human')} USER: ", " ASSISTANT:"),
+    "llava_v0": (f"{POLITE.format('human')}###Human: ", "###Assistant:"),
+    "mistral_instruct": ("[INST] ", " [/INST]"),
+    "llava_llama_2": (f"[INST] <<SYS>>\n{VISUAL}\n<</SYS>>\n\n", " [/INST]"),
+    "chatml_direct": _chatml("Answer the questions."),
+    "mistral_direct": _chatml("Answer the questions."),
+    "mpt": _chatml(CONVERSATION),
+    "llava_llama_3": _llama_3(VISUAL),
+    "qwen_1_5": _chatml("You are a helpful assistant.", "\n"),
+}
+"""Conversation templates: what stands before and after the text of a user in a first turn.
+
+Source: llava/conversation.py of package llava; llava_llama_3 and qwen_1_5 of LLaVA-VL/LLaVA-NeXT @ 19ddd2e.
+"""
+
+
+def first_turn(text: str, image: bool = True, mode: str = "vicuna_v1") -> str:
     """The prompt of a first turn.
 
     Args:
         text: user text after the image line, instruction included.
         image: whether an image precedes the text.
-
-    Source: llava/conversation.py, `conv_templates["vicuna_v1"]`.
+        mode: a name in TEMPLATES.
     """
-    user = f"{IMAGE_MARK}\n{text}" if image else text
-    return f"{SYSTEM} USER: {user} ASSISTANT:"
+    before, after = TEMPLATES[mode]
+    return f"{before}{IMAGE_MARK}\n{text}{after}" if image else f"{before}{text}{after}"
 
 
 def token_ids(prompt: str, tokenizer: Any) -> list[int]:
@@ -47,7 +86,7 @@ def token_ids(prompt: str, tokenizer: Any) -> list[int]:
     return out
 
 
-def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str) -> None:
+def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str, generation: Any = None) -> None:
     """Refuse a tokenizer that is not the model's.
 
     Args:
@@ -55,6 +94,7 @@ def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str) -> None
         vocab: rows of the model's embedding.
         config: the language model's config (`bos_token_id`, `eos_token_id` are compared when they are ints).
         where: the checkpoint, for the message.
+        generation: the generation config; a token that ends answers may be one of those it states.
 
     Raises:
         ValueError: when there is none, its vocabulary is larger than the model's, or its special ids differ.
@@ -70,7 +110,10 @@ def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str) -> None
         )
     for name in ("bos_token_id", "eos_token_id"):
         ours, theirs = getattr(tokenizer, name, None), getattr(config, name, None)
-        if isinstance(theirs, int) and ours != theirs:
+        stated = getattr(generation, name, None) if name == "eos_token_id" else None
+        if name == "bos_token_id" and ours is None:  # Qwen's begin without one
+            continue
+        if isinstance(theirs, int) and ours not in (theirs, *(stated if isinstance(stated, list) else [stated])):
             raise ValueError(
                 f"{where}: the tokenizer's {name} is {ours}, the model's is {theirs}; "
                 "it belongs to another model; put the right one in the checkpoint folder"

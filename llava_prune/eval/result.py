@@ -42,14 +42,26 @@ def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def seen_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean visual tokens of images in crops before pruning, which unpadding and newline tokens make differ."""
+    found = [r["kept"]["unpruned"] for r in rows if "unpruned" in r["kept"]]
+    return {"seen": fmean(found)} if found else {}
+
+
+def before(row: Mapping[str, Any], size: Size) -> int:
+    """Visual tokens of a row before pruning: those of its image in crops, else the model's; 0 without an image."""
+    kept = row["kept"]
+    return int(kept.get("unpruned", size.visual if kept["entering"][0] else 0))
+
+
 def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
     """Mean TFLOPs of a prefill by equation (2), and their share of the unpruned model's, for each way of counting."""
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):
         only = both = full_only = full_both = 0.0
-        groups = Counter((tuple(r["kept"][way]), r["kept"]["entering"][0], t) for r, t in zip(rows, text, strict=True))
+        groups = Counter((tuple(r["kept"][way]), before(r, size), t) for r, t in zip(rows, text, strict=True))
         for (counts, n, t), times in groups.items():
-            start = [size.visual if n else 0] * len(counts)
+            start = [n] * len(counts)
             only += times * flops_visual_only(counts, size)
             both += times * flops_with_text(counts, t, size)
             full_only += times * flops_visual_only(start, size)
@@ -109,7 +121,7 @@ def make_result(
         "why_no_figure": score.get("why"),
         "rows": score["rows"],
         "details": score["details"],
-        "visual_tokens": {"unpruned": facts.size.visual, **token_figures(rows)},
+        "visual_tokens": {"unpruned": facts.size.visual, **seen_tokens(rows), **token_figures(rows)},
         "flops": flops_figures(rows, text, size),
         "method_stats": {n: fmean(r["stats"][n] for r in rows if n in r["stats"]) for n in names},
         "seconds": dict(seconds),

@@ -109,7 +109,10 @@ def settings_of(
         model: see `identity.of_model`.
         data: see `checksums`.
     """
-    return {**identity.chosen(settings, bench.task, run), **model, **data, "pad": bench.pad, "batch": settings.batch}
+    chosen = identity.chosen(settings, bench.task, run)
+    if settings.conv_mode is None:  # the checksum of the prompts tells which one it was
+        del chosen["conv_mode"]
+    return {**chosen, **model, **data, "pad": bench.protocol.pad, "batch": settings.batch}
 
 
 def evaluate(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .adapter import Source, add_lora
 from .base import block_index
 from .config import ORIGINAL, is_original
-from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
+from .files import ATTENTION, clip_processor, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+from .processor import clip_settings
 from .tower import check_vision, load_tower, tower_config
 
 TOWER = "model.vision_tower."
@@ -297,7 +298,8 @@ def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
     full = build.config_class.from_pretrained(str(folder), trust_remote_code=False)
     _check_transformers(build, full, folder, config)
-    processor = image_processor(str(folder)) if (folder / PROCESSOR).is_file() else None
+    settings = clip_settings(folder)
+    processor = None if settings is None else clip_processor(settings)
     model, info = _from_pretrained(build, folder, dtype, attn)
     refuse_missing(info["missing_keys"], str(folder))
     refuse_spare(info["unexpected_keys"], str(folder))

@@ -253,6 +253,11 @@ def processor_class() -> Any:
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
+def clip_processor(settings: dict[str, Any]) -> Any:
+    """CLIP's image processor with the settings of a checkpoint in transformers' format."""
+    return processor_class().from_dict({k: v for k, v in settings.items() if not k.endswith("_type")})
+
+
 def image_processor(source: str) -> Any:
     """The processor of a tower's folder or hub id.
 

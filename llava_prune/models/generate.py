@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.state import HostPrompts, hinting
-from .image_cache import BLANK
+from .image_cache import BLANK, crop_keys
 from .llava import IMAGE, context_limit
 
 Images = Tensor | list[Tensor] | None
@@ -52,13 +52,6 @@ def _config_values(config: Any, **values: Any) -> Iterator[None]:
                     setattr(config, name, value)
 
 
-def _crop_keys(images: Images, keys: Sequence[Hashable] | None) -> list[Hashable] | None:
-    """Identities of what the vision tower encodes: images, or their crops one after the other."""
-    if keys is None or not isinstance(images, list):
-        return None if keys is None else list(keys)
-    return [(key, i) for key, crops in zip(keys, images, strict=True) for i in range(len(crops))]
-
-
 def _host_prompts(loaded: Any, rows: list[list[int]], images: Images) -> HostPrompts | None:
     """What the host knows of the prompts; None for crops, whose numbers of visual tokens differ."""
     return None if isinstance(images, list) else HostPrompts(rows, IMAGE, loaded.n_visual)
@@ -96,7 +89,7 @@ def ask_llava(
         )
     if limit is not None:
         values["tokenizer_model_max_length"] = None
-    known = {"prompts": prompts, "image_keys": _crop_keys(images, keys), "image_sizes": None}
+    known = {"prompts": prompts, "image_keys": crop_keys(images, keys), "image_sizes": None}
     with _config_values(model.config, **values), hinting(**known, explicit=True):
         return model.generate(ids, images=images, image_sizes=sizes, attention_mask=mask, **options)
 
@@ -124,7 +117,7 @@ def ask_hf(loaded: Any, rows: list[list[int]], images: Images, sizes: Any, keys:
     spread = [[t for x in r for t in ([token] * next(left) if x == IMAGE else [x])] for r in rows]
     ids, mask = _padded(spread, options["pad_token_id"], loaded.device)
     extra = {} if images is None else _pixel_values(images, sizes)
-    known = {"prompts": _host_prompts(loaded, rows, images), "image_keys": _crop_keys(images, keys)}
+    known = {"prompts": _host_prompts(loaded, rows, images), "image_keys": crop_keys(images, keys)}
     with hinting(**known, image_sizes=sizes, explicit=True):
         out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
     if isinstance(out, Tensor):

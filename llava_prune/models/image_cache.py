@@ -56,6 +56,13 @@ class CachedImage:
         return CachedImage(self.features.clone(), attention, own(self.cls), own(self.size), own(self.groups))
 
 
+def crop_keys(images: Any, keys: Sequence[Hashable] | None) -> list[Hashable] | None:
+    """Identities of what the vision tower encodes: images, or the crops of a list of images one after the other."""
+    if keys is None or not isinstance(images, list):
+        return None if keys is None else list(keys)
+    return [(key, i) for key, crops in zip(keys, images, strict=True) for i in range(len(crops))]
+
+
 class ImageCache:
     """What the tower made of images. When it is full, further images are encoded every time. Safe for threads.
 
@@ -78,17 +85,18 @@ class ImageCache:
         self.hits = 0
         self._lock = threading.Lock()
 
-    def encode(self, keys: Sequence[Hashable], pixels: Tensor) -> None:
+    def encode(self, keys: Sequence[Hashable], pixels: Tensor | list[Tensor]) -> None:
         """Run the tower on images that are not known, ahead of the requests that will need them.
 
         Args:
             keys: N image identities.
-            pixels: (N, 3, H, W).
+            pixels: (N, 3, H, W), or N tensors (crops, 3, H, W).
         """
         dtype = next(self._tower.parameters()).dtype
         extra = {} if self.layer is None else {"output_hidden_states": True}
-        with torch.inference_mode(), hinting(image_keys=list(keys)):
-            self._tower(pixels.to(execution_device(self._tower, pixels.device), dtype), **extra)
+        images = torch.cat(pixels) if isinstance(pixels, list) else pixels
+        with torch.inference_mode(), hinting(image_keys=crop_keys(pixels, keys)):
+            self._tower(images.to(execution_device(self._tower, images.device), dtype), **extra)
 
     def clear(self) -> None:
         """Forget all images."""

@@ -28,6 +28,7 @@ from .image_cache import LIMIT, ImageCache, cached_images
 from .llava import IMAGE
 from .parallel import check_engine, join, split
 from .placement import DeviceMap, dispatch, pick_bits, pick_map, quantise
+from .processor import load_processor
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
@@ -41,12 +42,15 @@ class Loaded:
     Attributes:
         model: LlavaLlamaForCausalLM ("llava") or LlavaForConditionalGeneration / LlavaNext... ("hf").
         tokenizer: the checkpoint's, or None when it has no tokenizer files.
-        image_processor: the vision tower's CLIP image processor.
+        image_processor: the CLIP image processor of LLaVA's preprocessing, None for towers with another.
         family: "llava" or "hf".
         path: where it came from.
         bits: "8bit" or "4bit" where the weights are quantised, else None.
         engine: "deepspeed" or "tp" where this process has a part of the model, else None. Every process then makes
             the same calls in the same order.
+        processor: transformers' AutoProcessor of a checkpoint in its format, None where it has none. Where its class
+            needs a package that is missing (LLaVA-OneVision's video part needs torchvision), a `processor.Processor`
+            with its parts for images and text.
     """
 
     model: Any
@@ -56,6 +60,7 @@ class Loaded:
     path: str
     bits: str | None = None
     engine: str | None = None
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -72,10 +77,14 @@ class Loaded:
         return self._family.tower_facts(self.model).features
 
     @property
+    def crops(self) -> int:
+        """Largest number of crops that an image is cut into, the whole image included; 1 where it is seen whole."""
+        return self._family.tower_facts(self.model).crops
+
+    @property
     def max_visual(self) -> int:
         """Largest number of visual tokens that an image can become, newline tokens included."""
-        whole = self._family.tower_facts(self.model).crops == 1
-        return self.n_visual if whole else self._family.max_visual(self.model)
+        return self.n_visual if self.crops == 1 else self._family.max_visual(self.model)
 
     @property
     def size(self) -> Size:
@@ -85,8 +94,7 @@ class Loaded:
         LLaVA-NeXT), without newline tokens and unpadding; `visual_tokens` has what an image really becomes.
         """
         c = self._family.language_model(self.model).config
-        visual = self.n_visual * self._family.tower_facts(self.model).crops
-        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, visual)
+        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual * self.crops)
 
     def visual_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of (width, height) before pruning, newline tokens included."""
@@ -155,7 +163,7 @@ class Loaded:
     def _placed(self, pixels: Tensor | Sequence[Tensor], sizes: Any) -> Tensor | list[Tensor]:
         """Pixels on the device and in the dtype of the tower; a list for a model that sees images in crops."""
         kind = {"device": self.device, "dtype": next(self._family.tower(self.model).parameters()).dtype}
-        if self._family.tower_facts(self.model).crops == 1:
+        if self.crops == 1:
             if not isinstance(pixels, Tensor):
                 raise ValueError("this model sees images whole; give pixels as one tensor (N, 3, H, W)")
             return pixels.to(**kind)
@@ -313,7 +321,10 @@ def _load(
     tokenizer = load_tokenizer(source.weights, original)
     torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
     model, processor = build(source, config, kind, attn)
-    return Loaded(model.eval(), tokenizer, processor, family, str(path))
+    loaded = Loaded(model.eval(), tokenizer, processor, family, str(path))
+    if not original:
+        loaded.processor = load_processor(source.folder, tokenizer)
+    return loaded
 
 
 def _place(

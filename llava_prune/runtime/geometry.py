@@ -110,8 +110,8 @@ class Geometry:
             return place, grid, rows, columns
         left, top, right, bottom = place
         width, height = (right - left) / grid[1], (bottom - top) / grid[0]
-        part = left + columns.start * width, top + rows.start * height
-        part += left + columns.stop * width, top + rows.stop * height
+        start, stop = (columns.start, rows.start), (columns.stop, rows.stop)
+        part = (left + start[0] * width, top + start[1] * height, left + stop[0] * width, top + stop[1] * height)
         coarse = int(len(rows) // ratio), int(len(columns) // ratio)
         return part, coarse, range(coarse[0]), range(coarse[1])
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import llava_prune
 from llava_prune.eval import asking, run
+from llava_prune.eval.protocol import Protocol
 from llava_prune.ops.counts import Size
 
 SHORT = "Answer the question using a single word or phrase."
@@ -41,7 +42,7 @@ class Tokenizer:
 class Model:
     """Answers by the length of the prompt; `fail` is raised at its n-th call."""
 
-    family, n_visual, tokenizer = "hf", 16, Tokenizer()
+    family, n_visual, max_visual, crops, tokenizer = "hf", 16, 16, 1, Tokenizer()
     bits, engine, device = None, None, torch.device("cpu")
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
     image_processor = SimpleNamespace(image_mean=[0.5] * 3, to_dict=dict)
@@ -101,8 +102,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
     monkeypatch.setattr(llava_prune, "pruned", pruned)
-    monkeypatch.setattr(asking, "pads", lambda _: True)
-    monkeypatch.setattr(asking, "pixels", lambda *_: torch.ones(3, 2, 2))
+    monkeypatch.setattr(asking, "protocol_of", lambda *_: Protocol(pad=True))
+    monkeypatch.setattr(Protocol, "pixels", lambda *_: torch.ones(3, 2, 2))
 
     def install(fail: dict[int, BaseException] | None = None) -> Model:
         model = Model(fail)

@@ -18,10 +18,10 @@ from PIL import Image
 
 from llava_prune.cli import main
 from llava_prune.eval import images, run
-from llava_prune.eval.asking import pads
-from llava_prune.eval.images import open_rgb, pixels, square
+from llava_prune.eval.images import crops, open_rgb, pixels, square
 from llava_prune.eval.plan import Settings
-from llava_prune.eval.prompt import check_tokenizer, token_ids, vicuna_v1
+from llava_prune.eval.prompt import TEMPLATES, check_tokenizer, first_turn, token_ids
+from llava_prune.eval.protocol import PROCESSOR, protocol_of
 from llava_prune.eval.task import load_task, task_names
 
 HERE = Path(__file__).parent
@@ -35,7 +35,81 @@ FILE["vqav2"] = "llava_vqav2_mscoco_test-dev"
 
 @pytest.mark.parametrize("name", [n for n, p in PROMPTS.items() if "line_text" in p])
 def test_prompt_strings(name: str) -> None:
-    assert vicuna_v1(PROMPTS[name]["line_text"]) == PROMPTS[name]["prompt"]
+    assert first_turn(PROMPTS[name]["line_text"]) == PROMPTS[name]["prompt"]
+
+
+LETTERS = "What is it?\nAnswer."
+
+
+@pytest.mark.parametrize("mode", [m for m in TEMPLATES if m not in ("llava_llama_3", "qwen_1_5")])
+@pytest.mark.parametrize("image", [True, False])
+def test_templates_equal_llavas(mode: str, image: bool) -> None:
+    conversation = pytest.importorskip("llava.conversation").conv_templates[mode].copy()
+    conversation.append_message(conversation.roles[0], f"<image>\n{LETTERS}" if image else LETTERS)
+    conversation.append_message(conversation.roles[1], None)
+    assert first_turn(LETTERS, image, mode) == conversation.get_prompt()
+
+
+def test_templates_of_llava_next() -> None:
+    """Written down from LLaVA-NeXT's conversation.py and the chat template of Llama 3; package llava lacks them."""
+    system = "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    system += "user provides, and assist the user with a variety of tasks using natural language."
+    assert first_turn("Why?", True, "llava_llama_3") == (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+        "<|start_header_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWhy?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert first_turn("Why?", True, "qwen_1_5") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+POINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 900), (999, 333), (50, 60), (1, 7), (672, 672), (2000, 1501)])
+def test_crops_equal_llavas(size: tuple[int, int]) -> None:
+    mm_utils = pytest.importorskip("llava.mm_utils")
+    processor = transformers.CLIPImageProcessorPil(**PIXELS["processor"])
+    image = pattern(*size)
+    config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=POINTS)
+    want = mm_utils.process_images([image], processor, config)[0]
+    assert crops(image, processor, tuple((w, h) for w, h in POINTS)).equal(want)
+
+
+ANYRES = {"image_aspect_ratio": "anyres", "image_grid_pinpoints": POINTS}
+ORIGINAL = {"mm_vision_tower": "clip", "mm_vision_select_layer": -2}
+PROTOCOLS: list[tuple[str, dict[str, Any], str]] = [
+    ("llava-v1.5-7b", {"model_type": "llava_llama", "vocab_size": 32000}, "vicuna_v1"),
+    ("llava-v1.6-vicuna-7b", {"model_type": "llava_llama", **ANYRES}, "vicuna_v1"),
+    ("renamed", {"model_type": "llava_mistral", **ANYRES}, "mistral_instruct"),
+    ("llava-v1.6-34b", {"model_type": "llava_llama", **ANYRES}, "chatml_direct"),
+    ("renamed", {"model_type": "llava_llama", "vocab_size": 64000, **ANYRES}, "chatml_direct"),
+    ("llama3-llava-next-8b", {"model_type": "llava_llama", "vocab_size": 128256, **ANYRES}, "llava_llama_3"),
+    ("llava-llama-2-13b-chat", {"model_type": "llava_llama"}, "llava_llama_2"),
+    ("llava-1.5-7b-hf", {"model_type": "llava", "text_config": {"vocab_size": 32064}}, "vicuna_v1"),
+    ("x-hf", {"model_type": "llava_next", "text_config": {"model_type": "mistral"}}, "mistral_instruct"),
+    ("x", {"model_type": "llava", "text_config": {"model_type": "qwen2"}}, "qwen_1_5"),
+    ("x", {"model_type": "llava", "text_config": {}, "vision_config": {"model_type": "siglip"}}, PROCESSOR),
+    ("x", {"model_type": "llava_onevision", "text_config": {"model_type": "qwen2"}}, PROCESSOR),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config", "mode"), PROTOCOLS)
+def test_the_template_is_the_checkpoints(name: str, config: dict[str, Any], mode: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    whole = config if "text_config" in config else {**ORIGINAL, **config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    found = protocol_of(str(folder))
+    assert found.conv_mode == mode
+    cut = whole["model_type"] in ("llava_next", "llava_onevision") or "image_grid_pinpoints" in whole
+    assert bool(found.resolutions) == cut
+    if whole["model_type"] != "llava_onevision":
+        assert protocol_of(str(folder), "llava_v1").conv_mode == "llava_v1"
+    with pytest.raises(ValueError, match="--conv-mode v9: choose one of vicuna_v1, .*, processor"):
+        protocol_of(str(folder), "v9")
 
 
 def test_gqa_suffix_is_the_question_files() -> None:
@@ -104,7 +178,7 @@ def test_pieces_are_tokenised_one_by_one() -> None:
 
 def test_token_ids_equal_llavas() -> None:
     mm_utils = pytest.importorskip("llava.mm_utils")
-    prompt = vicuna_v1("Is it?\nAnswer.")
+    prompt = first_turn("Is it?\nAnswer.")
     assert token_ids(prompt, Letters()) == mm_utils.tokenizer_image_token(prompt, Letters(), -200)
 
 
@@ -250,14 +324,14 @@ def test_images_are_opened_before_the_first_question(nine: Path, tmp_path: Path,
     "config",
     [
         {"image_aspect_ratio": "anyres_max_9"}, {"image_aspect_ratio": "highres"}, {"image_aspect_ratio": 5},
-        {"mm_use_im_start_end": True}, {"model_type": "llava_next", "text_config": {}},
+        {"mm_use_im_start_end": True},
     ],
 )  # fmt: skip
 def test_other_protocols_are_refused(config: dict, tmp_path: Path) -> None:
     whole = {"model_type": "llava_llama", "mm_vision_tower": "clip", "mm_vision_select_layer": -2, **config}
     (tmp_path / "config.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match="which the LLaVA-1.5 protocol does not cover"):
-        pads(str(tmp_path))
+    with pytest.raises(ValueError, match="which the protocols of LLaVA-1.5 and LLaVA-1.6 do not cover"):
+        protocol_of(str(tmp_path))
 
 
 def test_a_processor_of_another_size(tiny_path: Path, tmp_path: Path) -> None:
@@ -274,7 +348,7 @@ def test_a_processor_of_another_size(tiny_path: Path, tmp_path: Path) -> None:
 def test_padding_is_the_checkpoints(aspect: str | None, pad: bool, tmp_path: Path) -> None:
     whole = {"model_type": "llava_llama", "mm_vision_tower": "clip", "mm_vision_select_layer": -2}
     (tmp_path / "config.json").write_text(json.dumps({**whole, "image_aspect_ratio": aspect}))
-    assert pads(str(tmp_path)) is pad
+    assert protocol_of(str(tmp_path)).pad is pad
 
 
 def test_the_padding_mask_of_scienceqa(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:

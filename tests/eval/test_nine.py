@@ -14,7 +14,7 @@ from llava_prune.eval import run
 from llava_prune.eval.answers import ANSWERS, SCORES
 from llava_prune.eval.data import inspect
 from llava_prune.eval.plan import Settings
-from llava_prune.eval.prompt import vicuna_v1
+from llava_prune.eval.prompt import first_turn
 from llava_prune.eval.score import score_files
 from llava_prune.eval.task import Sources, load_task, questions_of, task_names
 
@@ -154,7 +154,7 @@ def test_prompts_of_option_benchmarks(tmp_path: Path) -> None:
         case = PROMPTS[name]
         stored = mmbench.text_of(case["row"])
         assert stored == case["stored_prompt"]
-        assert vicuna_v1(load_task(task).complete(stored)) == case["prompt"]
+        assert first_turn(load_task(task).complete(stored)) == case["prompt"]
     for name in ("scienceqa_image", "scienceqa_text_only"):
         case = PROMPTS[name]
         row = {
@@ -166,9 +166,9 @@ def test_prompts_of_option_benchmarks(tmp_path: Path) -> None:
         (tmp_path / "llava_test_CQM-A.json").write_text(json.dumps([row]))
         (question,) = questions_of(Sources(load_task("sqa"), tmp_path))
         assert question.stored == case["stored_prompt"]
-        assert vicuna_v1(question.text, question.image is not None) == case["prompt"]
+        assert first_turn(question.text, question.image is not None) == case["prompt"]
     case = PROMPTS["ocrbench (script LLaVA1_5.py)"]
-    assert vicuna_v1(load_task("ocrbench").complete(case["question"])) == case["prompt"]
+    assert first_turn(load_task("ocrbench").complete(case["question"])) == case["prompt"]
 
 
 def test_chunks(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import llava_prune
 from llava_prune import cli, llava_programs
 from llava_prune.eval.images import open_rgb, pixels
-from llava_prune.eval.prompt import token_ids, vicuna_v1
+from llava_prune.eval.prompt import first_turn, token_ids
 from llava_prune.models.config import SMALL
 
 pytest.importorskip("llava")
@@ -45,7 +45,7 @@ def ours(questions):
     with llava_prune.pruned(loaded.model, "autoprune", tokens=64) as handle:
         for row in questions:
             image = open_rgb(GQA / "data" / "images" / row["image"])
-            ids = token_ids(vicuna_v1(row["text"]), loaded.tokenizer)
+            ids = token_ids(first_turn(row["text"]), loaded.tokenizer)
             values = pixels(image, loaded.image_processor, True)[None]
             new = loaded.generate([ids], values, sizes=[image.size], max_new_tokens=NEW)
             assert handle.last.tokens_out[0].float().mean() <= 64.5
@@ -186,7 +186,7 @@ def test_controller_and_model_worker(questions, ours, tmp_path):
 
     def ask(row: dict) -> str:
         image = base64.b64encode((GQA / "data" / "images" / row["image"]).read_bytes()).decode()
-        prompt = vicuna_v1(row["text"])
+        prompt = first_turn(row["text"])
         given = {"model": "llava-tiny", "prompt": prompt, "images": [image], "stop": "</s>", "temperature": 0}
         parts = post(back, "worker_generate_stream", {**given, "max_new_tokens": NEW}).split(b"\0")
         last = json.loads([p for p in parts if p][-1])

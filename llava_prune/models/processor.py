@@ -1,0 +1,84 @@
+"""The processor of a checkpoint in transformers' format: image processor, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import PROCESSOR, read_json
+
+WHOLE = "processor_config.json"
+"""File of a processor in newer releases; older ones have PROCESSOR alone."""
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CLIP_LIKE = ("CLIP", "Llava", "LlavaNext")
+"""Image processors that resize and crop as CLIP's does; they differ before that, in what LLaVA's own code does."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What an AutoProcessor is made of, without its part for videos.
+
+    Attributes:
+        image_processor: of the checkpoint.
+        tokenizer: of the checkpoint.
+        chat_template: a Jinja template; None where the checkpoint has none.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    chat_template: str | None
+
+
+def load_processor(folder: Path, tokenizer: Any) -> Any:
+    """The processor of a checkpoint; None where it has no tokenizer or no files of a processor.
+
+    Raises:
+        ValueError: for broken files.
+    """
+    files = [folder / name for name in (WHOLE, PROCESSOR) if (folder / name).is_file()]
+    if tokenizer is None or not files:
+        return None
+    for file in files:
+        read_json(file)
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # of other libraries, for packages that are not installed
+        log.debug("%s: no AutoProcessor (%s)", folder, error)
+    try:
+        images = AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        log.debug("%s: no AutoImageProcessor (%s)", folder, error)
+        return None
+    return Processor(images, tokenizer, _template(folder) or getattr(tokenizer, "chat_template", None))
+
+
+def _template(folder: Path) -> str | None:
+    for name in TEMPLATES:
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8")
+            return text if name.endswith(".jinja") else str(json.loads(text)["chat_template"])
+    return None
+
+
+def clip_settings(folder: Path) -> dict[str, Any] | None:
+    """The image settings of a checkpoint whose image processor is CLIP's or LLaVA's; None for any other.
+
+    Raises:
+        ValueError: for broken files.
+    """
+    found: dict[str, Any] | None = None
+    if (folder / WHOLE).is_file():
+        found = read_json(folder / WHOLE).get("image_processor")
+    if found is None and (folder / PROCESSOR).is_file():
+        found = read_json(folder / PROCESSOR)
+    if not isinstance(found, dict):
+        return None
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "CLIPImageProcessor")
+    known = kind.partition("ImageProcessor")[0] in CLIP_LIKE or kind == "CLIPFeatureExtractor"
+    return found if known else None
