@@ -46,13 +46,13 @@ def text_config(language: str, **more: Any) -> Any:
     return build(**{**common, **own[language], **more})
 
 
-def vision_config(tower: str) -> Any:
-    """The config of a small vision tower of 4 blocks on 6 x 6 patches."""
+def vision_config(tower: str, side: int = SIDE) -> Any:
+    """The config of a small vision tower of 4 blocks on images of side x side pixels, 14 a patch."""
     import transformers
 
     build = {"clip": "CLIPVisionConfig", "siglip": "SiglipVisionConfig", "dinov2": "Dinov2Config"}[tower]
     sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": HEADS}
-    sizes |= {"image_size": SIDE, "patch_size": 14}
+    sizes |= {"image_size": side, "patch_size": 14}
     if tower != "dinov2":
         sizes["intermediate_size"] = 2 * WIDTH
     if tower == "siglip":
@@ -60,20 +60,22 @@ def vision_config(tower: str) -> Any:
     return getattr(transformers, build)(**sizes)
 
 
-def config(kind: str, language: str, tower: str = "clip", text: dict[str, Any] | None = None, **more: Any) -> Any:
-    """The config of a small LLaVA; `more` replaces entries."""
+def config(
+    kind: str, language: str, tower: str = "clip", text: dict[str, Any] | None = None, side: int = SIDE, **more: Any
+) -> Any:
+    """The config of a small LLaVA; `text` replaces entries of its language model, `more` of the whole."""
     import transformers
 
     plain = tower == "siglip"
     given: dict[str, Any] = {
         "text_config": text_config(language, **text or {}),
-        "vision_config": vision_config(tower),
+        "vision_config": vision_config(tower, side),
         "image_token_index": VOCAB,
         "vision_feature_layer": -1 if plain else -2,
         "vision_feature_select_strategy": "full" if plain else "default",
     }
     if kind != "llava":
-        given["image_grid_pinpoints"] = [[h, w] for w, h in PINPOINTS]
+        given["image_grid_pinpoints"] = [[h * side // SIDE, w * side // SIDE] for w, h in PINPOINTS]
     if kind == "onevision":
         given["video_token_index"] = VOCAB + 1
     return getattr(transformers, f"{CLASSES[kind]}Config")(**{**given, **more})
