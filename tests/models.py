@@ -103,11 +103,12 @@ def tower(seed: int = 1) -> Any:
     return model.eval()
 
 
-def config(kv_heads: int = HEADS, anyres: bool = False) -> dict[str, Any]:
+def config(kv_heads: int = HEADS, anyres: bool = False, language: str = "llama") -> dict[str, Any]:
     """config.json in haotian-liu/LLaVA's format. No end-of-sequence id, so that lengths of answers are known."""
     return {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
+        "architectures": [f"Llava{language.capitalize()}ForCausalLM"],
+        "model_type": f"llava_{language}",
+        **({"sliding_window": None} if language == "mistral" else {}),
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
         "num_hidden_layers": LAYERS,
@@ -139,7 +140,9 @@ def config(kv_heads: int = HEADS, anyres: bool = False) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path, seed: int = 0, kv_heads: int = HEADS, anyres: bool = False) -> Path:
+def write_checkpoint(
+    folder: Path, seed: int = 0, kv_heads: int = HEADS, anyres: bool = False, language: str = "llama"
+) -> Path:
     """A checkpoint in haotian-liu/LLaVA's format, the tower inside; returns `folder`."""
     from safetensors.torch import save_file
 
@@ -151,14 +154,14 @@ def write_checkpoint(folder: Path, seed: int = 0, kv_heads: int = HEADS, anyres:
         folder / "clip"
     )
     save_file(llm_state(seed, kv_heads, anyres), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config(kv_heads, anyres), indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config(kv_heads, anyres, language), indent=1), encoding="utf-8")
     return folder
 
 
 @functools.lru_cache(maxsize=8)
-def _built(family: str, anyres: bool, seed: int, kv_heads: int, attn: str) -> Any:
+def _built(family: str, anyres: bool, seed: int, kv_heads: int, attn: str, language: str = "llama") -> Any:
     with tempfile.TemporaryDirectory() as place:
-        folder = write_checkpoint(Path(place) / "tiny", seed, kv_heads, anyres)
+        folder = write_checkpoint(Path(place) / "tiny", seed, kv_heads, anyres, language)
         return llava_prune.load(folder, family=family, dtype="float32", device="cpu", attn=attn).model
 
 
@@ -175,6 +178,11 @@ def tiny_hf(seed: int = 0, kv_heads: int = HEADS, attn: str = "sdpa") -> Any:
 def tiny_next(seed: int = 0, kv_heads: int = HEADS, attn: str = "sdpa") -> Any:
     """A new LlavaNextForConditionalGeneration; `tiny_llava(anyres=True)` has the same weights."""
     return copy.deepcopy(_built("hf", True, seed, kv_heads, attn))
+
+
+def tiny_mistral(family: str, anyres: bool = False) -> Any:
+    """A new LlavaMistralForCausalLM, or transformers' twin of it, with two heads of keys and values."""
+    return copy.deepcopy(_built(family, anyres, 0, 2, "sdpa", "mistral"))
 
 
 def is_llava(model: Any) -> bool:

@@ -64,7 +64,6 @@ class PublishedTable:
         baseline: the unpruned model.
         rows: the pruned ones.
         counting: how FLOPs are counted where the table has them, see `StoredRun.flops_percent`; None where it has none.
-        evaluated: whether the evaluation covers the model.
     """
 
     name: str
@@ -75,7 +74,6 @@ class PublishedTable:
     baseline: Row
     rows: tuple[Row, ...]
     counting: str | None
-    evaluated: bool
 
     @property
     def tasks(self) -> list[str]:
@@ -108,7 +106,6 @@ def read_table(name: str) -> PublishedTable:
         baseline=_row({"venue": "", "run": {}, **raw["baseline"]}),
         rows=tuple(_row(r) for r in raw["rows"]),
         counting=raw.get("flops"),
-        evaluated=raw.get("evaluated", True),
     )
 
 

@@ -134,6 +134,15 @@ def test_another_template_is_another_run(checkpoints: dict[str, str], tmp_path: 
     assert modes == {None, "chatml_direct"}
 
 
+def test_the_table_of_llava_next(checkpoints: dict[str, str], data: Path, tmp_path: Path, capsys: Any) -> None:
+    argv = ["table", "next7b", "--model", checkpoints["llava"], "--data", str(data), "--store", str(tmp_path)]
+    argv += ["--task", "gqa", "--method", "autoprune", "--tokens", "160", "--limit", "2", "--device", "cpu"]
+    assert main([*argv, "--format", "csv"]) == 0
+    cells = [line.split(",") for line in capsys.readouterr().out.splitlines() if line.startswith("next7b,Ours,160,GQA")]
+    assert len(cells) == 1 and cells[0][5], "the cell of GQA is empty"
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
 def test_budgets_of_crops(checkpoints: dict[str, str], tmp_path: Path, capsys: Any) -> None:
     argv = ["eval", "gqa", "--model", checkpoints["llava"], "--data", MINI, "--out", str(tmp_path / "o")]
     assert main([*argv, "--tokens", "2953", "--limit", "1"]) == 1

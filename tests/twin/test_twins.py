@@ -13,7 +13,18 @@ import torch
 import llava_prune
 from tests import models
 from tests.contract.settings import NAMES
-from tests.models import SIDE, cache_lengths, crops, generate, inputs, prompt, tiny_hf, tiny_llava, tiny_next
+from tests.models import (
+    SIDE,
+    cache_lengths,
+    crops,
+    generate,
+    inputs,
+    prompt,
+    tiny_hf,
+    tiny_llava,
+    tiny_mistral,
+    tiny_next,
+)
 from tests.oracle.check import batch, check, small
 from tests.oracle.dense import near
 from tests.oracle.scripted import SCRIPT, Scripted
@@ -21,6 +32,8 @@ from tests.oracle.scripted import SCRIPT, Scripted
 
 @functools.lru_cache(maxsize=8)
 def model_of(kind: str) -> Any:
+    if kind.endswith("mistral"):
+        return tiny_mistral("hf" if kind.startswith(("hf", "next")) else "llava", kind.startswith(("anyres", "next")))
     builders = {"llava": tiny_llava, "hf": tiny_hf, "next": tiny_next}
     return tiny_llava(anyres=True) if kind == "anyres" else builders[kind]()
 
@@ -54,9 +67,11 @@ def pruned_somewhere(name: str, record: Any) -> bool:
     )
 
 
+@pytest.mark.parametrize("language", ["", "-mistral"])
 @pytest.mark.parametrize("name", NAMES)
-def test_both_packages_agree(name: str) -> None:
-    pairs = [run(model_of(k), small(name), batch(model_of(k), "padded")) for k in ("llava", "hf")]
+def test_both_packages_agree(name: str, language: str) -> None:
+    kinds = [f"{k}{language}" for k in ("llava", "hf")]
+    pairs = [run(model_of(k), small(name), batch(model_of(k), "padded")) for k in kinds]
     same(*pairs)
     record = pairs[0][1]
     assert pruned_somewhere(name, record)
@@ -139,16 +154,17 @@ def test_anyres_agrees(name: str, label: str) -> None:
     assert pruned_somewhere(name, pairs[0][1])
 
 
+@pytest.mark.parametrize("language", ["", "-mistral"])
 @pytest.mark.parametrize("name", NAMES)
-def test_anyres_agrees_for_every_method(name: str) -> None:
+def test_anyres_agrees_for_every_method(name: str, language: str) -> None:
     """A batch of two sizes; one of the methods' harder inputs."""
-    sizes = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)]
+    sizes, kinds = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)], [f"{k}{language}" for k in ("anyres", "next")]
     if "whole images" in small(name).requires:
-        for kind in ("anyres", "next"):
+        for kind in kinds:
             with pytest.raises(ValueError, match="crops"):
                 llava_prune.attach(model_of(kind), small(name))
         return
-    pairs = [run(model_of(k), small(name), anyres_inputs(model_of(k), sizes)) for k in ("anyres", "next")]
+    pairs = [run(model_of(k), small(name), anyres_inputs(model_of(k), sizes)) for k in kinds]
     same(*pairs)
 
 
