@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from typing import Any
 
@@ -229,11 +230,11 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
             "pixel_values to generate() or forward()"
         )
     source = None
-    if images.needs_source and images.interpolated:
+    if images.tokens is not None and images.interpolated:
         raise ValueError(
-            f"{handle.method.name or handle.method!r} needs the patch of each visual token, and this model makes fewer "
-            "tokens of the patches of a large image by interpolation (vision_aspect_ratio, anyres_max); give the image "
-            "with fewer pixels, or use a method that does not look at the vision tower, as fastv, pdrop or uniform"
+            f"{handle.method.name or handle.method!r} chooses patches before the language model, and this model makes "
+            "fewer tokens of the patches of a large image by interpolation (vision_aspect_ratio, anyres_max); give the "
+            "image with fewer pixels, or use a method inside the language model, as autoprune, fastv or pdrop"
         )
     if images.needs_source and images.source is not None:
         source = _spread(visual, images.source.to(visual.device))
@@ -266,10 +267,34 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
     again = {**kwargs, "image_newline": None if newline is None else newline.new_zeros(1).float()}
     if "vision_aspect_ratio" in kwargs:
         again["vision_aspect_ratio"] = WITHOUT_LIMIT
-    packed = stock(numbers, *args, **again)[0]
-    images.interpolated = sum(map(len, packed)) != sum(map(len, out[0]))
-    images.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
+    packed = [p.flatten().round().long() - 1 for p in stock(numbers, *args, **again)[0]]
+    images.interpolated = [len(p) for p in packed] != [len(p) for p in out[0]]
+    patches, most = features[0].shape[1], _most_patches(inner.config) or 1
+    pairs = zip(packed, out[0], strict=True)
+    images.source = torch.cat([p if len(p) == len(o) else _nearest(p, patches, most) for p, o in pairs])
     return out
+
+
+def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
+    """The patch nearest to each token of an image that the package interpolates, -1 for newline tokens.
+
+    Args:
+        numbers: (P + H (W + 1),) long, tokens of the image without interpolation: the whole image, then H rows.
+        patches: P, patches of a crop.
+        most: crops whose number of patches the others are interpolated to.
+
+    Source: `pack_image_features` of LlavaOnevision; the nearest patch as in torch's "nearest-exact".
+    """
+    rest = numbers[patches:]
+    width = int((rest < 0).to(torch.int8).argmax())  # the first newline token ends the first row
+    grid = rest.view(-1, width + 1)[:, :width]  # (H, W)
+    ratio = math.sqrt(grid.numel() / (most * patches))
+    sizes = [int(n // ratio) for n in grid.shape]
+    rows, columns = (
+        (2 * torch.arange(k, device=numbers.device) + 1) * n // (2 * k) for n, k in zip(grid.shape, sizes, strict=True)
+    )
+    coarse = nn.functional.pad(grid[rows][:, columns], (0, 1), value=-1)  # (H', W' + 1)
+    return torch.cat([numbers[:patches], coarse.flatten()])
 
 
 def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:

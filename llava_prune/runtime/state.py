@@ -137,8 +137,8 @@ class ImageState:
         patch_values: name -> (N, T).
         source: (V,) long, the patch of each visual token in the order in which the package packs them, -1 for none.
         encoded: whether the projector has run.
-        interpolated: whether the package made other tokens of the patches (LLaVA-OneVision), so that they have no
-            patch.
+        interpolated: whether the package made fewer tokens of the patches of an image (LLaVA-OneVision); `source` has
+            the nearest patch then.
     """
 
     tower: TowerPass | None = None

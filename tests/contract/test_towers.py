@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 import transformers
 
 import llava_prune
+from llava_prune.methods.registry import resolve
 from llava_prune.models.base import encoder_blocks
 from tests import combinations, models
 
 ROWS = [models.prompt(5, 7)]
-LONG = (3 * models.SIDE, models.SIDE)
+LONG = (5 * models.SIDE, models.SIDE)
 
 
 def model_with(tower: str, **more: Any) -> Any:
@@ -102,19 +105,42 @@ def onevision() -> Any:
 
 
 def test_interpolated_patches(onevision: Any) -> None:
-    """Inside the language model they are tokens as any other; methods that need their patch are refused."""
+    """Inside the language model they are tokens as any other; methods that choose patches before it are refused."""
     given = models.inputs(onevision, ROWS, [models.crops((170, 170))], [(170, 170)])
     everything = int((given["input_ids"] == models.VOCAB).sum())
     assert everything == models.PATCHES + models.GRID * (models.GRID + 1)  # 4 crops on the tokens of one
     with llava_prune.pruned(onevision, "fastv", tokens=40) as handle:
         models.generate(onevision, given, 1)
         assert handle.last.tokens_in[0, 0] == everything and handle.last.tokens_out[0, -1] < everything
-    for name in ("autoprune", "fastervlm"):
-        with llava_prune.pruned(onevision, name, tokens=40, class_token="received"):
-            with pytest.raises(ValueError, match=f"{name}' needs the patch of each visual token.*fewer pixels"):
-                models.generate(onevision, given, 1)
-            small = models.inputs(onevision, ROWS, [models.crops(LONG)], [LONG])
-            models.generate(onevision, small, 1)  # unpadding leaves no more than one crop has
+    with llava_prune.pruned(onevision, "fastervlm", tokens=40, class_token="received"):
+        with pytest.raises(ValueError, match="'fastervlm' chooses patches before the language model.*fewer pixels"):
+            models.generate(onevision, given, 1)
+        small = models.inputs(onevision, ROWS, [models.crops(LONG)], [LONG])
+        models.generate(onevision, small, 1)  # unpadding leaves no more than one crop has
+
+
+def test_patch_values_of_interpolated_patches(onevision: Any) -> None:
+    """Each token has the value of the patch nearest to it: those of patches numbered from left to right."""
+    seen: dict[str, torch.Tensor] = {}
+    side = models.GRID
+
+    class Numbers(llava_prune.Method):
+        def prune_vision(self, view: Any) -> None:
+            view.patch_values["column"] = (torch.arange(models.PATCHES) % side + 1.0).expand(len(view.features), -1)
+
+        def prune(self, layer: int, view: Any) -> None:
+            seen["column"] = view.patch_values("column")[view.visual]
+
+    given = models.inputs(onevision, ROWS, [models.crops((170, 170))], [(170, 170)])
+    with torch.inference_mode(), llava_prune.pruned(onevision, Numbers()):
+        onevision(**given)
+    whole, rest = seen["column"][: models.PATCHES], seen["column"][models.PATCHES :].view(side, side + 1)
+    assert whole.tolist() == [float(i % side + 1) for i in range(models.PATCHES)]
+    assert (rest[:, -1] == 0).all()  # newline tokens
+    assert (rest[:, :-1] == torch.tensor([2.0, 4.0, 6.0, 2.0, 4.0, 6.0])).all()  # 12 columns of two crops on 6 tokens
+    with llava_prune.pruned(onevision, "autoprune", tokens=40, class_token="received") as handle:
+        models.generate(onevision, given, 1)
+    assert handle.last.tokens_out.float().mean() == pytest.approx(40, abs=2)
 
 
 def test_several_images_of_onevision() -> None:
@@ -141,3 +167,40 @@ def test_videos_are_refused(onevision: Any) -> None:
         for call in (onevision, onevision.generate):
             with pytest.raises(ValueError, match="videos are not supported"):
                 call(input_ids=ids, pixel_values_videos=video)
+
+
+def documented() -> dict[str, list[str]]:
+    """The table of methods in docs/models.md: method -> cells."""
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    table = text.split("<!-- models: begin -->")[1].split("<!-- models: end -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def built(kind: str, tower: str, **more: Any) -> Any:
+    given = combinations.config(kind, "qwen2" if kind == "onevision" else "llama", tower, side=168, **more)
+    return getattr(transformers, f"{combinations.CLASSES[kind]}ForConditionalGeneration")(given)
+
+
+def outcome(model: Any, name: str) -> str:
+    known = inspect.signature(resolve(name)[0]).parameters
+    budget = {"tokens": 100} if "tokens" in known else {}
+    for mark, more in (("works", {}), ("substitute", {"class_token": "received"})):
+        if more.keys() <= known.keys():
+            try:
+                llava_prune.attach(model, name, **budget, **more).detach()
+            except ValueError:
+                continue
+            return mark
+    return "refused"
+
+
+def test_the_documented_table_is_true() -> None:
+    columns = [
+        built("llava", "clip"), built("llava", "siglip"), built("llava", "dinov2"), built("next", "clip"),
+        built("onevision", "siglip"), built("llava", "clip", vision_feature_layer=[-3, -2]),
+        built("llava", "clip", vision_feature_select_strategy="full"),
+    ]  # fmt: skip
+    for name, cells in documented().items():
+        assert [outcome(model, name) for model in columns] == cells, name
+    assert len(documented()) >= 15
