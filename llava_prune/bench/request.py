@@ -79,13 +79,8 @@ def _plain(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Call
 
 def _crops(loaded: Any) -> tuple[int, int]:
     """(visual tokens, crops) of a square image of twice the tower's image size."""
-    side = _side(loaded)
-    grid = loaded.model.config.vision_config.image_size // loaded.model.config.vision_config.patch_size
-    sizes = torch.tensor([[2 * side, 2 * side]])
-    features = torch.zeros(5, grid * grid, loaded.size.hidden)
-    newline = torch.zeros(loaded.size.hidden)
-    packed = loaded.model.model.pack_image_features([features], sizes, "default", image_newline=newline)[0]
-    return packed[0].shape[0], 5
+    side = 2 * _side(loaded)
+    return loaded.visual_tokens((side, side)), 5
 
 
 def _next(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Callable[[int], Any]:

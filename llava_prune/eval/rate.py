@@ -33,6 +33,7 @@ from .answers import ANSWERS, SETTINGS
 from .asking import Bench, load_model, prepare
 from .pieces import all_batches
 from .plan import Settings, plan_runs
+from .protocol import protocol_of
 from .run import evaluate, read_files
 from .show import finish
 from .task import Task, load_task
@@ -105,7 +106,7 @@ def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: in
         image_folder=str(images),
         question_file=str(questions),
         answers_file=str(answers),
-        conv_mode="vicuna_v1",
+        conv_mode=protocol_of(loaded.path).conv_mode,
         num_chunks=1,
         chunk_idx=0,
         temperature=0,

@@ -129,6 +129,12 @@ def most_crops(config: Any) -> int:
     return max((h // size) * (w // size) + 1 for h, w in points) if points else 1
 
 
+def counted_crops(config: Any) -> int:
+    """Crops whose patches papers count for an image: the largest number, or that of the limit with the whole image."""
+    most = _most_patches(config)
+    return most_crops(config) if most is None else min(most_crops(config), most + 1)
+
+
 def _count(pixels: Any) -> int | None:
     """Images of a call, None where it brings none."""
     return None if pixels is None else len(pixels)

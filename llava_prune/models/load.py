@@ -23,7 +23,7 @@ from .config import check_generation, is_original, pick_attention, pick_device, 
 from .family import family_of
 from .files import MORE, load_tokenizer, refuse_pointers
 from .generate import ask_hf, ask_llava
-from .hf import most_crops
+from .hf import counted_crops
 from .image_cache import LIMIT, ImageCache, cached_images
 from .llava import IMAGE
 from .parallel import check_engine, join, split
@@ -90,11 +90,13 @@ class Loaded:
     def size(self) -> Size:
         """Sizes of the language model, with the visual tokens that papers count for an image.
 
-        Of a model that sees images in crops these are the patches of the largest number of crops (2,880 for
-        LLaVA-NeXT), without newline tokens and unpadding; `visual_tokens` has what an image really becomes.
+        Of a model that sees images in crops these are the patches of the largest number of crops (2,880 for LLaVA-NeXT;
+        7,290 for LLaVA-OneVision, whose limit is ten crops), without newline tokens and unpadding; `visual_tokens` has
+        what an image really becomes.
         """
         c = self._family.language_model(self.model).config
-        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual * self.crops)
+        crops = counted_crops(self.model.config) if self.family == "hf" else self.crops
+        return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual * crops)
 
     def visual_tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of (width, height) before pruning, newline tokens included."""
@@ -215,7 +217,7 @@ def read_size(path: str | Path, model_base: str | Path | None = None) -> Size:
         raise ValueError(_message(path, torch.device("cpu"), error)) from error
     text, vision = full.text_config, full.vision_config
     whole = full.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
-    visual = ((vision.image_size // vision.patch_size) ** 2 + whole) * most_crops(full)
+    visual = ((vision.image_size // vision.patch_size) ** 2 + whole) * counted_crops(full)
     return Size(text.num_hidden_layers, text.hidden_size, text.intermediate_size, visual)
 
 

@@ -46,12 +46,13 @@ def load_processor(folder: Path, tokenizer: Any) -> Any:
         read_json(file)
     from transformers import AutoImageProcessor, AutoProcessor
 
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoProcessor.from_pretrained(str(folder), **options)
     except Exception as error:  # of other libraries, for packages that are not installed
         log.debug("%s: no AutoProcessor (%s)", folder, error)
     try:
-        images = AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        images = AutoImageProcessor.from_pretrained(str(folder), **options)
     except Exception as error:
         log.debug("%s: no AutoImageProcessor (%s)", folder, error)
         return None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llava_prune
-from tests import models
+from tests import combinations, models
 from tests.contract.settings import Setting
 
 SIZES = [(200, 90), (60, 160)]
@@ -18,10 +18,23 @@ TEXT = torch.tensor([len(r) - 1 for r in ROWS])[:, None]
 
 @pytest.fixture(scope="session")
 def anyres(tiny_models: dict[str, Any]) -> dict[str, Any]:
-    return {"llava": models.tiny_llava(anyres=True), "hf": tiny_models["next"]}
+    return {
+        "llava": models.tiny_llava(anyres=True),
+        "hf": tiny_models["next"],
+        "llava-mistral": models.tiny_mistral("llava", anyres=True),
+        "onevision": onevision(),
+    }
 
 
-@pytest.fixture(params=["llava", "hf"])
+def onevision() -> Any:
+    """A LlavaOnevision as deep as the other small models."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    config = combinations.config("onevision", "qwen2", "siglip", {"num_hidden_layers": models.LAYERS})
+    return combinations.randomise(LlavaOnevisionForConditionalGeneration(config))
+
+
+@pytest.fixture(params=["llava", "hf", "llava-mistral", "onevision"])
 def model(request: pytest.FixtureRequest, anyres: dict[str, Any]) -> Any:
     return anyres[request.param]
 
@@ -36,16 +49,18 @@ def hyper(chosen: Setting) -> dict[str, Any]:
     return {k: 3 * v if k == "tokens" else v for k, v in chosen.hyper.items()}
 
 
-def refused(name: str, hyper: dict[str, Any]) -> bool:
-    """Whether a method says that it cannot work on crops."""
-    return "whole images" in llava_prune.build(name, **hyper).requires
+def refused(name: str, hyper: dict[str, Any], model: Any) -> bool:
+    """Whether a method says that it cannot work on crops, or needs a class token that the tower does not have."""
+    needs = llava_prune.build(name, **hyper).requires
+    siglip = type(model).__name__.startswith("LlavaOnevision")
+    return "whole images" in needs or (siglip and "class token" in needs)
 
 
 def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, logits: Any) -> None:
     if chosen.keep_all is None:
         pytest.skip(f"{name} has no setting that keeps everything")
-    if refused(name, chosen.hyper):
-        pytest.skip(f"{name} works on whole images only")
+    if refused(name, chosen.hyper, model):
+        pytest.skip(f"{name} is refused by this model")
     base, everything = logits(model, given(model)), visual(model)
     most = 5 * models.PATCHES  # of the largest image: budgets before the language model are shared out over its crops
     more = {"tokens": most} if "tokens" in chosen.keep_all else {}
@@ -63,7 +78,7 @@ def visual(model: Any) -> torch.Tensor:
 
 
 def test_pruning_reaches_the_cache(name: str, chosen: Setting, hyper: dict[str, Any], model: Any) -> None:
-    if refused(name, hyper):
+    if refused(name, hyper, model):
         with pytest.raises(ValueError):
             llava_prune.attach(model, name, **hyper)
         return
@@ -84,8 +99,8 @@ def test_pruning_reaches_the_cache(name: str, chosen: Setting, hyper: dict[str, 
 
 
 def test_batch_equals_single_runs(name: str, hyper: dict[str, Any], model: Any) -> None:
-    if refused(name, hyper):
-        pytest.skip(f"{name} works on whole images only")
+    if refused(name, hyper, model):
+        pytest.skip(f"{name} is refused by this model")
     with llava_prune.pruned(model, name, **hyper) as handle:
         out = models.generate(model, given(model), 1)
         batch = handle.last

@@ -16,6 +16,8 @@ import llava_prune
 from llava_prune.eval import run
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.protocol import PROCESSOR, protocol_of
+from llava_prune.models.hf import counted_crops, most_crops
+from llava_prune.models.load import read_size
 from tests import combinations
 
 SIDE = 168
@@ -172,6 +174,18 @@ def test_evaluation_with_the_processor(name: str, folders: dict[str, Path], tmp_
     single = evaluated(folders[name], tmp_path / "one", name, 1)
     assert evaluated(folders[name], tmp_path / "four", name, 4) == single
     assert single[0] != single[1]
+
+
+def test_tokens_that_papers_count(folders: dict[str, Path]) -> None:
+    """The largest number of crops; of LLaVA-OneVision at most ten, to which those of large images are interpolated."""
+    patches = (SIDE // 14) ** 2
+    assert (
+        read_size(folders["next-mistral"]).visual == 5 * patches and read_size(folders["llava-qwen2"]).visual == patches
+    )
+    loaded = llava_prune.load(folders["next-mistral"], dtype="float32", device="cpu")
+    assert loaded.size == read_size(folders["next-mistral"]) and loaded.max_visual > loaded.size.visual
+    config = transformers.LlavaOnevisionConfig()
+    assert (most_crops(config), counted_crops(config)) == (37, 10)
 
 
 def test_onevision_is_asked_by_its_processor_alone(folders: dict[str, Path]) -> None:
