@@ -1,0 +1,12 @@
+"""Plugins for evaluation toolkits. Each toolkit imports its own; nothing else in the package does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lmms_eval_models() -> Any:
+    """The model that lmms-eval finds through the entry point group `lmms_eval.models`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="llava_prune", simple_class_path="llava_prune.integrations.lmms_eval.LlavaPrune")

@@ -1,0 +1,53 @@
+"""What the plugins share: a question of a toolkit as a prompt under LLaVA's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..eval.prompt import IMAGE_MARK
+from ..eval.protocol import PROCESSOR, Protocol
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question.
+
+    Attributes:
+        ids: token ids with -200 for each image.
+        images: pixels of each image, see `Protocol.pixels`.
+        sizes: (width, height) of each.
+    """
+
+    ids: list[int]
+    images: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+
+def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) -> Prompt:
+    """A question as the model is asked.
+
+    Args:
+        text: user text, instruction included. Images precede it unless it marks their places with "<image>".
+        images: PIL images.
+        protocol: of the checkpoint.
+        loaded: see `llava_prune.load`.
+
+    Raises:
+        ValueError: when the text marks another number of images, or for several images with a checkpoint whose chat
+            template is used.
+    """
+    pictures = [image.convert("RGB") for image in images]
+    marks = text.count(IMAGE_MARK)
+    if marks not in (0, len(pictures)):
+        raise ValueError(f"the text has {marks} {IMAGE_MARK} for {len(pictures)} images: {text[:80]!r}")
+    if protocol.conv_mode == PROCESSOR and (marks or len(pictures) > 1):
+        raise ValueError(f"{len(pictures)} images in a question: the chat template of the checkpoint is asked with one")
+    if len(pictures) > 1 and not marks:
+        text = f"{' '.join([IMAGE_MARK] * len(pictures))}\n{text}"
+        marks = len(pictures)
+    ids = protocol.token_ids(text, len(pictures) == 1 and not marks, loaded)
+    return Prompt(ids, [protocol.pixels(image, loaded) for image in pictures], [image.size for image in pictures])
