@@ -203,6 +203,8 @@ def _add_report(commands: Any) -> None:
     text = f"folders of runs, or above several (default {RESULTS})"
     p.add_argument("places", nargs="*", metavar="PLACE", help=text)
     _add_filters(p)
+    text = "questions of each benchmark whose images are in the page, flipped ones first; 0 for none (default 60)"
+    p.add_argument("--images", type=arguments.natural, default=60, metavar="N", help=text)
     text = f"file to write (default {RESULTS}/report.html)"
     p.add_argument("--out", type=Path, default=Path(RESULTS) / "report.html", metavar="FILE", help=text)
 

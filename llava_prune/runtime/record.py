@@ -80,6 +80,7 @@ class Record:
     Attributes:
         tokens_in: (B, n_layers) long, visual tokens entering each layer.
         tokens_out: (B, n_layers) long, visual tokens leaving each layer.
+        survival: (B, V) long, how many layers each visual token leaves.
         kept: list over layers of (B, n) long, original indices of the visual tokens that leave the layer, in
             sequence order; -1 for a merged token, -2 for padding.
         stats: name -> list of B floats (AutoPrune: mi0, mi1, slope, scale).
@@ -106,6 +107,20 @@ class Record:
     @property
     def kept(self) -> list[Tensor]:
         return [visual_ids(ids.cpu(), visual.cpu()) for ids, visual in self._all()[1:]]
+
+    @property
+    def survival(self) -> Tensor:
+        """(B, V) long: how many layers each visual token leaves, from the first on, by original index.
+
+        0 where it leaves none, merged tokens not counting. V is the largest number of visual tokens of a sample.
+        """
+        ids, visual = self._all()[0]
+        width = max(1, *self._seen.n_visual)
+        out = torch.zeros(ids.shape[0], width + 1, dtype=torch.long, device=ids.device)
+        for layer, (ids, visual) in enumerate(self._all()[1:], 1):
+            seen = (visual & (ids >= 0)).to(out.device)
+            out.scatter_(1, ids.to(out.device).masked_fill(~seen, width), layer)
+        return out[:, :width].cpu()
 
     @property
     def stats(self) -> dict[str, list[float]]:
