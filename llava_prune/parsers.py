@@ -247,7 +247,7 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
-    text = "run a program of package llava, unchanged, with its model pruned"
+    text = "run a program of package llava or a script that starts some, unchanged, with every model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
     p = commands.add_parser("run", help=text, epilog=epilog)
     text = "method, or file.py:name (default autoprune)"
@@ -255,7 +255,8 @@ def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "visual token budget (default the method's own)"
     p.add_argument("--tokens", type=arguments.positive, default=None, help=text)
     arguments.add_method_args(p, env, "mi_scale=8,k0=0.3", "--hyper")
-    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
+    text = "-- python -m llava.eval.model_vqa_loader ..., or a script that starts such programs: -- bash FILE ..."
+    p.add_argument("program", nargs=argparse.REMAINDER, help=text)
 
 
 def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
