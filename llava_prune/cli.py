@@ -116,6 +116,15 @@ def _report(args: argparse.Namespace) -> int:
     return report(args, thumbnails)
 
 
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ValueError("completion needs shtab; pip install 'llava-prune[completion]'") from error
+    sys.stdout.write(shtab.complete(make_parser({}), args.shell) + "\n")
+    return 0
+
+
 COMMANDS = {
     "eval": _eval,
     "table": _table,
@@ -130,6 +139,7 @@ COMMANDS = {
     "report": _report,
     "show": _show,
     "run": _run,
+    "completion": _completion,
 }
 """Name of a command -> what runs it; returns the exit status."""
 

@@ -259,6 +259,13 @@ def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("program", nargs=argparse.REMAINDER, help=text)
 
 
+def _add_completion(commands: Any) -> None:
+    text = "print a script that completes commands and flags in a shell"
+    epilog = "For bash: llava-prune completion bash > ~/.local/share/bash-completion/completions/llava-prune"
+    p = commands.add_parser("completion", help=text, epilog=epilog)
+    p.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+
+
 def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     """The parser of the command line.
 
@@ -279,6 +286,7 @@ def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_show(commands, env)
     _add_report(commands)
     _add_run(commands, env)
+    _add_completion(commands)
     return out
 
 

@@ -19,6 +19,7 @@ from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
 from .attention import catch_mlp_input, catch_queries, decoder_attention, head_group
+from .compat import CACHE
 from .decode import DecodeState, Stage
 from .layout import check_cut, lay_out, moved_ids, patch_table, vision_members
 from .masks import Masks, Rotary
@@ -169,7 +170,7 @@ class Prefill:
                 attention_mask=self.mask,
                 position_embeddings=rope,
                 position_ids=None,
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 use_cache=self.cache is not None,
                 **kwargs,
             )
