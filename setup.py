@@ -41,6 +41,8 @@ setup(
         "quant": ["bitsandbytes>=0.50"],
         "lmms-eval": ["lmms-eval>=0.7"],
         "report": ["jinja2>=3.1", "matplotlib>=3.7", "pandas>=2.2"],
+        # not a part of dev: gradio wants a Pillow older than that of constraints.txt
+        "demo": ["gradio>=6.31,<7"],
         "dev": [
             "ruff",
             "mypy",

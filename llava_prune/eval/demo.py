@@ -1,0 +1,248 @@
+"""`llava-prune demo`: a local page that asks a question of the unpruned model and of two methods, side by side.
+
+What the page shows is made here, without gradio; `demo_page` has the layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .. import arguments
+from ..bench.flops import average_tokens
+from ..console import stdout
+from ..methods.planner import Run, cases, plan
+from ..report.overlay import counted
+from .asking import check_loaded, load_model, out_of_memory, pads
+from .command import settings_of
+from .images import open_rgb
+from .kept import ask
+from .task import load_task
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 4
+"""Questions of the benchmark files that the page offers."""
+LARGEST = 1200
+"""Pixels of the longer side of an overlay that is sent to the page."""
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that other machines cannot reach."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one question of the page found.
+
+    Attributes:
+        image: the image, RGB.
+        pad: whether it was padded to a square.
+        answers: of the unpruned model and of each method; see `kept.ask`.
+        records: of the methods.
+    """
+
+    image: Any
+    pad: bool
+    answers: list[dict[str, Any]]
+    records: list[Any]
+
+    def overlay(self, number: int, layer: int) -> tuple[Any, str]:
+        """The image with the patches that a method keeps after a layer, and what it shows in words.
+
+        Args:
+            number: of the method, from 0.
+            layer: decoder layer.
+        """
+        record, answer = self.records[number], self.answers[number + 1]
+        drawn = record.draw(self.image, layer, padded=self.pad)
+        drawn.thumbnail((LARGEST, LARGEST))
+        _, merged = record.remaining(layer)
+        return drawn, f"{answer['name']} {counted(layer, answer['leaving'][layer], merged)}"
+
+    def facts(self, number: int) -> str:
+        """Tokens, FLOPs and times of an answer as an HTML table.
+
+        Args:
+            number: 0 for the unpruned model, then the methods.
+        """
+        found, unpruned = self.answers[number], self.answers[0]
+        entering, leaving, ms = found["entering"], found["leaving"], found["ms"]
+        rows = {
+            "Visual tokens": f"{entering[0]} in, {leaving[-1]} out",
+            "Average entering a layer": f"{average_tokens(entering):.1f}",
+            "Average leaving a layer": f"{average_tokens(leaving):.1f}",
+            "FLOPs of the prefill": f"{found['percent']:.1f} % ({_flops(found['tflops'])})",
+            "Vision tower": f"{ms['vision']:.0f} ms",
+            "Prefill": f"{ms['prefill']:.0f} ms",
+            "Whole answer": f"{ms['total']:.0f} ms, {found['new']} new token{'s' * (found['new'] != 1)}",
+        }
+        if number:
+            rows["Prefill"] += f" ({unpruned['ms']['prefill'] / ms['prefill']:.2f}x)"
+            about = self.records[number - 1].describe()
+            head, _, tail = about.partition(": ")
+            rows |= {head.capitalize(): tail} if tail else {}
+        body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows.items())
+        return f"<table>{body}</table>"
+
+    def curves(self) -> list[dict[str, Any]]:
+        """Visual tokens leaving each layer, one row for each answer and layer."""
+        names = ["unpruned", *(f"{letter}: {a['name']}" for letter, a in zip("AB", self.answers[1:], strict=False))]
+        return [
+            {"layer": layer, "tokens": tokens, "model": name}
+            for name, answer in zip(names, self.answers, strict=True)
+            for layer, tokens in enumerate(answer["leaving"])
+        ]
+
+
+def _flops(tera: float) -> str:
+    return f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A loaded model and what the page asks it.
+
+    Attributes:
+        loaded: see `llava_prune.load`.
+        model: the checkpoint, for messages.
+        pad: whether images are padded to a square.
+        new: largest number of new tokens of an answer.
+        hyper: hyper-parameters for every method that has them.
+        seed: random seed of methods that draw.
+    """
+
+    loaded: Any
+    model: str
+    pad: bool
+    new: int = 64
+    hyper: dict[str, Any] | None = None
+    seed: int = 0
+
+    def runs(self, chosen: Sequence[tuple[str, str]]) -> list[Run]:
+        """The methods of the page.
+
+        Args:
+            chosen: name and budget of each, a number of visual tokens or a share of them, as 64 or 11%.
+
+        Raises:
+            ValueError: for an unknown method, or a budget that it cannot have.
+        """
+        out = []
+        for name, budget in chosen:
+            if not name or not name.strip():
+                raise ValueError("no method chosen; choose one, such as autoprune")
+            try:
+                budgets = arguments.budgets(budget)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"budget of {name}: {error}") from error
+            hyper = self.hyper or {}
+            found = plan(cases([name.strip()], budgets, hyper, seed=self.seed, size=self.loaded.size))
+            if len(found) != 1:
+                raise ValueError(
+                    f"{name} with a budget of {budget} gives {len(found)} runs; give one method and budget"
+                )
+            out += found
+        check_loaded(self.loaded, self.model, out)
+        return out
+
+    def ask(self, image: str | None, question: str, short: bool, chosen: Sequence[tuple[str, str]]) -> Shown:
+        """Answer a question with the unpruned model and with each method.
+
+        Args:
+            image: image file, None where none was given.
+            question: text of the user.
+            short: add LLaVA's instruction for short answers.
+            chosen: see `runs`.
+
+        Raises:
+            ValueError: for what the user can mend, in one line.
+        """
+        if image is None:
+            raise ValueError("no image given; upload one, or choose an example")
+        opened = open_rgb(image, Path(image).name)
+        runs = self.runs(chosen)
+        answers, records = ask(self.loaded, opened, self.pad, question, runs, self.new, short)
+        return Shown(opened, self.pad, answers, records[1:])
+
+
+def message(error: Exception) -> str:
+    """What the page says about an error; one that is not the user's is logged with its traceback."""
+    if isinstance(error, ValueError):
+        return " ".join(str(error).split())
+    log.error("a question of the page failed", exc_info=error)
+    if out_of_memory(error):
+        return "out of memory; use a smaller --dtype or another --device"
+    detail = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{detail[:200]} (the terminal has the details)"
+
+
+def examples(data: str) -> list[list[Any]]:
+    """Image, question and `short` of questions about different images; none where GQA's files are absent."""
+    task = load_task("gqa")
+    folder = Path(data).expanduser() / "gqa"
+    questions = folder / task.files["questions"].places[0]
+    images = [folder / place for place in task.files["images"].places]
+    if not questions.is_file():
+        return []
+    found: dict[str, list[Any]] = {}
+    with questions.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            image = next((p / row["image"] for p in images if (p / row["image"]).is_file()), None)
+            if image is not None and row["image"] not in found:
+                found[row["image"]] = [str(image), row["text"].removesuffix(f"\n{task.suffix}"), True]
+            if len(found) == EXAMPLES:
+                break
+    return list(found.values())
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse an address on which nothing can listen.
+
+    Raises:
+        ValueError: naming it.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"--host {host}: {error.strerror or error}; give an address of this machine") from error
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            reason = str(error.strerror or error).lower()
+            raise ValueError(f"port {port} of {host} cannot be used ({reason}); give another with --port") from error
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run `llava-prune demo` until it is interrupted; returns its exit status.
+
+    Raises:
+        ValueError: for bad input, a port that is taken, or when gradio is not installed.
+    """
+    from .demo_page import build, check_gradio, serve
+
+    check_gradio()
+    if len(args.method) > 2:
+        raise ValueError(f"--method {','.join(args.method)}: the page compares two methods; give at most two")
+    check_port(args.host, args.port)
+    settings = settings_of(args, methods=args.method, tokens=[64])
+    pad = pads(settings.model)
+    loaded = load_model(settings)
+    served = Demo(loaded, settings.model, pad, args.new, args.method_args or {}, args.seed)
+    first = (args.method * 2)[:2]
+    served.runs([(name, args.tokens) for name in first])
+    page = build(served, first, args.tokens, examples(args.data), args.short)
+    address = serve(page, args.host, args.port)
+    if args.host not in LOCAL:
+        log.warning("whoever reaches %s can use the model; there is no password", args.host)
+    stdout().print(f"{address} (Ctrl+C ends it)", markup=False, highlight=False, soft_wrap=True)
+    page.block_thread()
+    return 0
