@@ -23,15 +23,15 @@ from ..report.overlay import counted
 from .asking import check_loaded, load_model, out_of_memory, pads
 from .command import settings_of
 from .images import open_rgb
-from .kept import ask
+from .kept import ask, flops_text
 from .task import load_task
 
 log = logging.getLogger(__name__)
 
 EXAMPLES = 4
 """Questions of the benchmark files that the page offers."""
-LARGEST = 1200
-"""Pixels of the longer side of an overlay that is sent to the page."""
+SMALLEST, LARGEST = 448, 1200
+"""Pixels of the longer side of an overlay on the page; smaller and larger ones are resized."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that other machines cannot reach."""
 
@@ -43,8 +43,7 @@ class Shown:
     Attributes:
         image: the image, RGB.
         pad: whether it was padded to a square.
-        answers: of the unpruned model and of each method; see `kept.ask`.
-        records: of the methods.
+        answers, records: of the unpruned model and of each method; see `kept.ask`.
     """
 
     image: Any
@@ -52,56 +51,51 @@ class Shown:
     answers: list[dict[str, Any]]
     records: list[Any]
 
+    def label(self, number: int) -> str:
+        """Name of an answer, 0 being the unpruned model's: "A: autoprune-64"."""
+        return f"{'AB'[number - 1]}: {self.answers[number]['name']}" if number else "Unpruned"
+
     def overlay(self, number: int, layer: int) -> tuple[Any, str]:
         """The image with the patches that a method keeps after a layer, and what it shows in words.
 
         Args:
-            number: of the method, from 0.
+            number: of the answer; 1 is A's.
             layer: decoder layer.
         """
-        record, answer = self.records[number], self.answers[number + 1]
+        record, answer = self.records[number], self.answers[number]
         drawn = record.draw(self.image, layer, padded=self.pad)
+        factor = -(-SMALLEST // max(drawn.size))
+        if factor > 1:
+            drawn = drawn.resize((drawn.width * factor, drawn.height * factor))
         drawn.thumbnail((LARGEST, LARGEST))
         _, merged = record.remaining(layer)
-        return drawn, f"{answer['name']} {counted(layer, answer['leaving'][layer], merged)}"
+        words = f"{answer['name']} {counted(layer, answer['leaving'][layer], merged)}"
+        about = record.describe()
+        return drawn, f"{words}; {about}" if ":" in about else words
 
     def facts(self, number: int) -> str:
-        """Tokens, FLOPs and times of an answer as an HTML table.
-
-        Args:
-            number: 0 for the unpruned model, then the methods.
-        """
-        found, unpruned = self.answers[number], self.answers[0]
+        """Tokens, FLOPs and times of an answer as an HTML table; see `label`."""
+        found = self.answers[number]
         entering, leaving, ms = found["entering"], found["leaving"], found["ms"]
         rows = {
             "Visual tokens": f"{entering[0]} in, {leaving[-1]} out",
-            "Average entering a layer": f"{average_tokens(entering):.1f}",
-            "Average leaving a layer": f"{average_tokens(leaving):.1f}",
-            "FLOPs of the prefill": f"{found['percent']:.1f} % ({_flops(found['tflops'])})",
+            "Entering a layer": f"{average_tokens(entering):.1f} on average",
+            "Leaving a layer": f"{average_tokens(leaving):.1f} on average",
+            "FLOPs": f"{found['percent']:.1f} %, {flops_text(found['tflops'])}",
             "Vision tower": f"{ms['vision']:.0f} ms",
             "Prefill": f"{ms['prefill']:.0f} ms",
             "Whole answer": f"{ms['total']:.0f} ms, {found['new']} new token{'s' * (found['new'] != 1)}",
         }
-        if number:
-            rows["Prefill"] += f" ({unpruned['ms']['prefill'] / ms['prefill']:.2f}x)"
-            about = self.records[number - 1].describe()
-            head, _, tail = about.partition(": ")
-            rows |= {head.capitalize(): tail} if tail else {}
         body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows.items())
         return f"<table>{body}</table>"
 
     def curves(self) -> list[dict[str, Any]]:
         """Visual tokens leaving each layer, one row for each answer and layer."""
-        names = ["unpruned", *(f"{letter}: {a['name']}" for letter, a in zip("AB", self.answers[1:], strict=False))]
         return [
-            {"layer": layer, "tokens": tokens, "model": name}
-            for name, answer in zip(names, self.answers, strict=True)
+            {"layer": layer, "tokens": tokens, "model": self.label(number)}
+            for number, answer in enumerate(self.answers)
             for layer, tokens in enumerate(answer["leaving"])
         ]
-
-
-def _flops(tera: float) -> str:
-    return f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ class Demo:
         opened = open_rgb(image, Path(image).name)
         runs = self.runs(chosen)
         answers, records = ask(self.loaded, opened, self.pad, question, runs, self.new, short)
-        return Shown(opened, self.pad, answers, records[1:])
+        return Shown(opened, self.pad, answers, records)
 
 
 def message(error: Exception) -> str:

@@ -16,12 +16,25 @@ UPLOAD = "20mb"
 """Largest image file."""
 KEPT = (600, 3600)
 """Seconds between clean-ups of uploaded images, and age at which they are deleted."""
+SECONDS = 20
+"""How long an error is shown."""
 COLOURS = ("#8A8F98", "#0072B2", "#D55E00")
 """Curves of the unpruned model, A and B; they stand out from white and from black."""
 CSS = """
-.facts table { width: 100%; font-size: 0.9rem; border-collapse: collapse; }
-.facts th { text-align: left; font-weight: normal; padding: 0.15rem 0.5rem 0.15rem 0; }
-.facts td { text-align: right; padding: 0.15rem 0; }
+.facts { font-size: 0.9rem; padding: 0 0.25rem; }
+.facts table { width: 100%; border-collapse: collapse; }
+.facts :is(th, td) { padding: 0.15rem 0; border-bottom: 1px solid var(--border-color-primary); }
+.facts th { text-align: left; font-weight: normal; }
+.facts td { text-align: right; }
+"""
+HEAD = """
+# Visual token pruning
+One question, answered by the unpruned model and by two methods. A budget is a number of visual tokens, such as 64, or a
+share of them, such as 11%.
+"""
+FOOT = """
+Dropped patches are grey and dark. FLOPs are those of a prefill in the language model. Each time is measured once, after a
+warm-up prefill, and reading and preprocessing the image is not counted; `llava-prune bench` measures medians.
 """
 
 
@@ -53,75 +66,98 @@ def build(demo: Demo, methods: Sequence[str], budget: str, examples: Sequence[Se
     """
     import gradio as gr
 
+    layers = demo.loaded.size.layers
     with gr.Blocks(analytics_enabled=False, title="Visual token pruning", delete_cache=KEPT) as page:
-        gr.Markdown("# Visual token pruning\nOne question, answered by the unpruned model and by two methods.")
+        gr.Markdown(HEAD)
         shown = gr.State(None)
         with gr.Row():
             with gr.Column():
-                image = gr.Image(label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"])
+                image = gr.Image(
+                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280
+                )
             with gr.Column():
                 question = gr.Textbox(label="Question", placeholder="What color is the circle?", max_lines=4)
                 brief = gr.Checkbox(short, label="Ask for a single word or phrase")
                 chosen = [_method(letter, name, budget) for letter, name in zip("AB", methods, strict=True)]
                 button = gr.Button("Ask", variant="primary")
-                if examples:
-                    gr.Examples([list(row) for row in examples], [image, question, brief], cache_examples=False)
-        layers = demo.loaded.size.layers
-        with gr.Row(equal_height=False):
-            cards = [_card(name, layers) for name in ("Unpruned", "A", "B")]
-        axes = {"x_title": "decoder layer", "y_title": "visual tokens leaving a layer", "color_title": "model"}
-        plot = gr.LinePlot(x="layer", y="tokens", color="model", label="Retention", height=260, **axes)
-        gr.Markdown(
-            "Times are those of a single request, after a warm-up prefill. Reading and preprocessing the image is not "
-            "counted. The prefill is that of the language model."
-        )
-        sliders = [card[2] for card in cards[1:]]
-        inputs = [image, question, brief, *(c for pair in chosen for c in pair), *sliders]
-        outputs = [shown, plot, *(c for card in cards for c in (*card[:2], *card[3:]))]
-        gr.on(
-            [button.click, question.submit],
-            functools.partial(_answer, demo),
-            inputs,
-            outputs,
-            concurrency_limit=1,  # a model has one method at a time
+        if examples:
+            gr.Examples(
+                [list(row) for row in examples],
+                [image, question, brief],
+                cache_examples=False,
+                example_labels=[str(row[1]) for row in examples],  # a button each, which the keyboard reaches
+            )
+        with gr.Row():
+            with gr.Column(min_width=280):
+                unpruned = _answered("Unpruned")
+                axes = {"x_title": "decoder layer", "y_title": "visual tokens leaving a layer", "color_title": "model"}
+                plot = gr.LinePlot(x="layer", y="tokens", color="model", label="Retention", **axes)
+            pruned = []
+            for letter in "AB":
+                with gr.Column(min_width=280):
+                    pruned.append((*_answered(letter), *_overlaid(letter, layers)))
+        gr.Markdown(FOOT)
+        _connect(demo, button, [image, question, brief, *chosen[0], *chosen[1]], [shown, plot, *unpruned], pruned)
+    return page
+
+
+def _connect(demo: Demo, button: Any, inputs: Sequence[Any], outputs: Sequence[Any], pruned: Sequence[Any]) -> None:
+    """Let the button and the question's field ask, and the sliders draw.
+
+    Args:
+        demo: what answers.
+        button: asks, too.
+        inputs: image, question, `short`, and method and budget of A and B.
+        outputs: what was found, plot, and answer and facts of the unpruned model.
+        pruned: answer, facts, slider, overlay and its caption, of A and B.
+    """
+    import gradio as gr
+
+    gr.on(
+        [button.click, inputs[1].submit],
+        functools.partial(_answer, demo),
+        [*inputs, *(parts[2] for parts in pruned)],
+        [*outputs, *(part for parts in pruned for part in (*parts[:2], *parts[3:]))],
+        concurrency_limit=1,  # a model has one method at a time
+        api_visibility="private",
+    )
+    for number, (_, _, slider, *overlay) in enumerate(pruned):
+        slider.input(
+            functools.partial(_draw, number),
+            [outputs[0], slider],
+            overlay,
+            show_progress="hidden",
+            trigger_mode="always_last",
             api_visibility="private",
         )
-        for number, card in enumerate(cards[1:]):
-            card[2].input(
-                functools.partial(_draw, number),
-                [shown, card[2]],
-                card[3],
-                show_progress="hidden",
-                trigger_mode="always_last",
-                api_visibility="private",
-            )
-    return page
 
 
 def _method(letter: str, name: str, budget: str) -> tuple[Any, Any]:
     """The fields of a method: its name and its budget."""
     import gradio as gr
 
+    choices = sorted({*names(), name})
     with gr.Row():
-        method = gr.Dropdown(
-            sorted({*names(), name}), value=name, label=f"Method {letter}", allow_custom_value=True, min_width=140
-        )
-        tokens = gr.Textbox(budget, label=f"Budget of {letter} (visual tokens, as 64 or 11%)", min_width=140)
+        method = gr.Dropdown(choices, value=name, label=f"Method {letter}", allow_custom_value=True, min_width=120)
+        tokens = gr.Textbox(budget, label=f"Budget of {letter}", min_width=120)
     return method, tokens
 
 
-def _card(name: str, layers: int) -> list[Any]:
-    """What is shown of an answer: text and facts; of a method also a slider and the overlay."""
+def _answered(name: str) -> tuple[Any, Any]:
+    """The fields of an answer: its text and its facts."""
     import gradio as gr
 
-    with gr.Column(min_width=240):
-        parts = [gr.Textbox(label=name, interactive=False, lines=2), gr.HTML(elem_classes="facts")]
-        if name in "AB":
-            parts += [
-                gr.Slider(0, layers - 1, layers // 2, step=1, label=f"Layer of {name}", buttons=[]),
-                gr.Image(label=f"Patches that {name} keeps", interactive=False, buttons=["fullscreen"]),
-            ]
-    return parts
+    text = gr.Textbox(label=name, interactive=False, lines=2)
+    return text, gr.HTML(elem_classes="facts", apply_default_css=False)
+
+
+def _overlaid(letter: str, layers: int) -> tuple[Any, Any, Any]:
+    """The fields of a method's overlay: slider, image, caption."""
+    import gradio as gr
+
+    slider = gr.Slider(0, layers - 1, layers // 2, step=1, label=f"Layer of {letter}", buttons=[])
+    image = gr.Image(label=f"Patches that {letter} keeps", interactive=False, buttons=["fullscreen"], height=300)
+    return slider, image, gr.HTML(elem_classes="facts", apply_default_css=False)
 
 
 def _answer(demo: Demo, image: str | None, question: str, short: bool, *given: Any) -> list[Any]:
@@ -129,46 +165,44 @@ def _answer(demo: Demo, image: str | None, question: str, short: bool, *given: A
     import gradio as gr
     import pandas as pd
 
-    chosen = [(given[0] or "", given[1]), (given[2] or "", given[3])]
+    chosen = [(given[0] or "", given[1] or ""), (given[2] or "", given[3] or "")]
     try:
-        shown = demo.ask(image, question, short, chosen)
+        shown = demo.ask(image, question or "", short, chosen)
         curves = pd.DataFrame(shown.curves())
-        out: list[Any] = [
-            shown,
-            gr.LinePlot(curves, color_map=dict(zip(curves["model"].unique(), COLOURS, strict=False))),
-        ]
+        colours = dict(zip(curves["model"].unique(), COLOURS, strict=False))
+        out: list[Any] = [shown, gr.LinePlot(curves, color_map=colours)]
         for number, answer in enumerate(shown.answers):
-            label = "Unpruned" if not number else f"{'AB'[number - 1]}: {answer['name']}"
-            out += [gr.Textbox(answer["answer"], label=label), shown.facts(number)]
+            out += [gr.Textbox(answer["answer"], label=shown.label(number)), shown.facts(number)]
             if number:
-                out.append(_overlay(shown, number - 1, int(given[3 + number])))
+                out += _overlay(shown, number, int(given[3 + number]))
     except Exception as error:
         raise _shown(error) from error
     return out
 
 
-def _draw(number: int, shown: Shown | None, layer: float) -> Any:
+def _draw(number: int, shown: Shown | None, layer: float) -> list[Any]:
     """The overlay after a layer; nothing before the first answer."""
     if shown is None:
-        return None
+        return [None, ""]
     try:
-        return _overlay(shown, number, int(layer))
+        return _overlay(shown, number + 1, int(layer))
     except Exception as error:
         raise _shown(error) from error
 
 
-def _overlay(shown: Shown, number: int, layer: int) -> Any:
+def _overlay(shown: Shown, number: int, layer: int) -> list[Any]:
+    """Image and caption of an overlay."""
     import gradio as gr
 
     drawn, words = shown.overlay(number, layer)
-    return gr.Image(drawn, label=words, alt_text=f"Patches kept: {words}")
+    return [gr.Image(drawn, alt_text=f"Patches kept by {words}"), escape(words)]
 
 
 def _shown(error: Exception) -> Any:
     """An error as gradio shows it; its messages are HTML."""
     import gradio as gr
 
-    return gr.Error(escape(message(error)), duration=None, print_exception=False)
+    return gr.Error(escape(message(error)), duration=SECONDS, print_exception=False)
 
 
 def serve(page: Any, host: str, port: int) -> str:

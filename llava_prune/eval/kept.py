@@ -119,13 +119,16 @@ def line(found: Mapping[str, Any]) -> str:
 
 def cost(found: Mapping[str, Any]) -> str:
     """Visual tokens and FLOPs of a prefill."""
-    tera = found["tflops"]
-    flops = f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
     return (
         f"visual tokens {found['entering'][0]} in, averages {average_tokens(found['entering']):.1f} entering and "
-        f"{average_tokens(found['leaving']):.1f} leaving a layer; {flops}, "
+        f"{average_tokens(found['leaving']):.1f} leaving a layer; {flops_text(found['tflops'])}, "
         f"{found['percent']:.1f} % of unpruned"
     )
+
+
+def flops_text(tera: float) -> str:
+    """FLOPs in a readable unit."""
+    return f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
 
 
 def write(args: argparse.Namespace, image: Any, pad: bool, found: Mapping[str, Any], record: Any) -> list[Path]:
