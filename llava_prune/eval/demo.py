@@ -1,199 +1,244 @@
-"""`llava-prune demo`: a local page that asks a question of the unpruned model and of two methods, side by side.
+"""`llava-prune demo`: a local page that asks the unpruned model and two methods.
 
-What the page shows is made here, without gradio; `demo_page` has the layout.
+The page is made with gradio, which is an extra of the package and imported inside functions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import logging
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from .. import arguments
-from ..bench.flops import average_tokens
 from ..console import stdout
-from ..methods.planner import Run, cases, plan
-from ..report.overlay import counted
-from .asking import check_loaded, load_model, out_of_memory, pads
+from ..methods.registry import names
+from .asking import load_model, pads
 from .command import settings_of
-from .images import open_rgb
-from .kept import ask, flops_text
-from .task import load_task
+from .side_by_side import NAMES, Shown, SideBySide, examples, message
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 4
-"""Questions of the benchmark files that the page offers."""
-SMALLEST, LARGEST = 448, 1200
-"""Pixels of the longer side of an overlay on the page; smaller and larger ones are resized."""
+GRADIO = 6
+"""Major version of gradio that the page is written for."""
+UPLOAD = "20mb"
+"""Largest image file."""
+KEPT = (600, 3600)
+"""Seconds between clean-ups of uploaded images, and age at which they are deleted."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that other machines cannot reach."""
+SECONDS = 20
+"""How long an error is shown."""
+COLOURS = dict(zip(NAMES, ("#8A8F98", "#0072B2", "#D55E00"), strict=True))
+"""Curves, whose colours stand out from white and from black."""
+CSS = """
+.facts { font-size: 0.9rem; padding: 0 0.25rem; }
+.facts table { width: 100%; border-collapse: collapse; }
+.facts :is(th, td) { padding: 0.15rem 0; border-bottom: 1px solid var(--border-color-primary); }
+.facts th { text-align: left; font-weight: normal; }
+.facts td { text-align: right; }
+"""
+HEAD = """
+# Visual token pruning
+One question, answered by the unpruned model and by two methods. A budget is a number of visual tokens, such as 64, or a
+share of them, such as 11%.
+"""
+FOOT = """
+Dropped patches are grey and dark. FLOPs are those of a prefill in the language model. Each time is measured once, after
+a warm-up prefill. Reading and preprocessing the image is not timed. `llava-prune bench` measures medians.
+"""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What one question of the page found.
+def check_gradio() -> None:
+    """Refuse to go on without gradio.
 
-    Attributes:
-        image: the image, RGB.
-        pad: whether it was padded to a square.
-        answers, records: of the unpruned model and of each method; see `kept.ask`.
+    Raises:
+        ValueError: with the way out.
     """
-
-    image: Any
-    pad: bool
-    answers: list[dict[str, Any]]
-    records: list[Any]
-
-    def label(self, number: int) -> str:
-        """Name of an answer, 0 being the unpruned model's: "A: autoprune-64"."""
-        return f"{'AB'[number - 1]}: {self.answers[number]['name']}" if number else "Unpruned"
-
-    def overlay(self, number: int, layer: int) -> tuple[Any, str]:
-        """The image with the patches that a method keeps after a layer, and what it shows in words.
-
-        Args:
-            number: of the answer; 1 is A's.
-            layer: decoder layer.
-        """
-        record, answer = self.records[number], self.answers[number]
-        drawn = record.draw(self.image, layer, padded=self.pad)
-        factor = -(-SMALLEST // max(drawn.size))
-        if factor > 1:
-            drawn = drawn.resize((drawn.width * factor, drawn.height * factor))
-        drawn.thumbnail((LARGEST, LARGEST))
-        _, merged = record.remaining(layer)
-        words = f"{answer['name']} {counted(layer, answer['leaving'][layer], merged)}"
-        about = record.describe()
-        return drawn, f"{words}; {about}" if ":" in about else words
-
-    def facts(self, number: int) -> str:
-        """Tokens, FLOPs and times of an answer as an HTML table; see `label`."""
-        found = self.answers[number]
-        entering, leaving, ms = found["entering"], found["leaving"], found["ms"]
-        rows = {
-            "Visual tokens": f"{entering[0]} in, {leaving[-1]} out",
-            "Entering a layer": f"{average_tokens(entering):.1f} on average",
-            "Leaving a layer": f"{average_tokens(leaving):.1f} on average",
-            "FLOPs": f"{found['percent']:.1f} %, {flops_text(found['tflops'])}",
-            "Vision tower": f"{ms['vision']:.0f} ms",
-            "Prefill": f"{ms['prefill']:.0f} ms",
-            "Whole answer": f"{ms['total']:.0f} ms, {found['new']} new token{'s' * (found['new'] != 1)}",
-        }
-        body = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows.items())
-        return f"<table>{body}</table>"
-
-    def curves(self) -> list[dict[str, Any]]:
-        """Visual tokens leaving each layer, one row for each answer and layer."""
-        return [
-            {"layer": layer, "tokens": tokens, "model": self.label(number)}
-            for number, answer in enumerate(self.answers)
-            for layer, tokens in enumerate(answer["leaving"])
-        ]
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("the demo needs gradio; pip install 'llava-prune[demo]'") from error
+    if gradio.__version__.partition(".")[0] != str(GRADIO):
+        raise ValueError(
+            f"the demo needs gradio {GRADIO}, and {gradio.__version__} is installed; pip install 'llava-prune[demo]'"
+        )
 
 
-@dataclass(frozen=True)
-class Demo:
-    """A loaded model and what the page asks it.
+def build(asked: SideBySide, methods: Sequence[str], budget: str, offered: Sequence[Sequence[Any]], short: bool) -> Any:
+    """The page, a `gradio.Blocks`.
 
-    Attributes:
-        loaded: see `llava_prune.load`.
-        model: the checkpoint, for messages.
-        pad: whether images are padded to a square.
-        new: largest number of new tokens of an answer.
-        hyper: hyper-parameters for every method that has them.
-        seed: random seed of methods that draw.
+    Args:
+        asked: what answers.
+        methods: names that A and B have at first.
+        budget: that both have at first.
+        offered: examples, image, question and `short` of each.
+        short: whether short answers are asked for at first.
     """
+    import gradio as gr
 
-    loaded: Any
-    model: str
-    pad: bool
-    new: int = 64
-    hyper: dict[str, Any] | None = None
-    seed: int = 0
-
-    def runs(self, chosen: Sequence[tuple[str, str]]) -> list[Run]:
-        """The methods of the page.
-
-        Args:
-            chosen: name and budget of each, a number of visual tokens or a share of them, as 64 or 11%.
-
-        Raises:
-            ValueError: for an unknown method, or a budget that it cannot have.
-        """
-        out = []
-        for name, budget in chosen:
-            if not name or not name.strip():
-                raise ValueError("no method chosen; choose one, such as autoprune")
-            try:
-                budgets = arguments.budgets(budget)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"budget of {name}: {error}") from error
-            hyper = self.hyper or {}
-            found = plan(cases([name.strip()], budgets, hyper, seed=self.seed, size=self.loaded.size))
-            if len(found) != 1:
-                raise ValueError(
-                    f"{name} with a budget of {budget} gives {len(found)} runs; give one method and budget"
+    layers = asked.loaded.size.layers
+    with gr.Blocks(analytics_enabled=False, title="Visual token pruning", delete_cache=KEPT) as page:
+        gr.Markdown(HEAD)
+        shown = gr.State(None)
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280
                 )
-            out += found
-        check_loaded(self.loaded, self.model, out)
-        return out
-
-    def ask(self, image: str | None, question: str, short: bool, chosen: Sequence[tuple[str, str]]) -> Shown:
-        """Answer a question with the unpruned model and with each method.
-
-        Args:
-            image: image file, None where none was given.
-            question: text of the user.
-            short: add LLaVA's instruction for short answers.
-            chosen: see `runs`.
-
-        Raises:
-            ValueError: for what the user can mend, in one line.
-        """
-        if image is None:
-            raise ValueError("no image given; upload one, or choose an example")
-        opened = open_rgb(image, Path(image).name)
-        runs = self.runs(chosen)
-        answers, records = ask(self.loaded, opened, self.pad, question, runs, self.new, short)
-        return Shown(opened, self.pad, answers, records)
-
-
-def message(error: Exception) -> str:
-    """What the page says about an error; one that is not the user's is logged with its traceback."""
-    if isinstance(error, ValueError):
-        return " ".join(str(error).split())
-    log.error("a question of the page failed", exc_info=error)
-    if out_of_memory(error):
-        return "out of memory; use a smaller --dtype or another --device"
-    detail = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{detail[:200]} (the terminal has the details)"
+            with gr.Column():
+                question = gr.Textbox(label="Question", placeholder="What color is the circle?", max_lines=4)
+                brief = gr.Checkbox(short, label="Ask for a single word or phrase")
+                chosen = [_method(letter, name, budget) for letter, name in zip("AB", methods, strict=True)]
+                button = gr.Button("Ask", variant="primary")
+        if offered:
+            gr.Examples(
+                [list(row) for row in offered],
+                [image, question, brief],
+                cache_examples=False,
+                example_labels=[str(row[1]) for row in offered],  # a button each, which the keyboard reaches
+            )
+        with gr.Row():
+            with gr.Column(min_width=280):
+                unpruned = _answered("Unpruned")
+                axes = {"x_title": "decoder layer", "y_title": "visual tokens leaving a layer", "color_title": "model"}
+                plot = gr.LinePlot(x="layer", y="tokens", color="model", label="Retention", color_map=COLOURS, **axes)
+            pruned = []
+            for letter in "AB":
+                with gr.Column(min_width=280):
+                    pruned.append((*_answered(letter), *_overlaid(letter, layers)))
+        gr.Markdown(FOOT)
+        _connect(asked, button, [image, question, brief, *chosen[0], *chosen[1]], [shown, plot, *unpruned], pruned)
+    return page
 
 
-def examples(data: str) -> list[list[Any]]:
-    """Image, question and `short` of questions about different images; none where GQA's files are absent."""
-    task = load_task("gqa")
-    folder = Path(data).expanduser() / "gqa"
-    questions = folder / task.files["questions"].places[0]
-    images = [folder / place for place in task.files["images"].places]
-    if not questions.is_file():
-        return []
-    found: dict[str, list[Any]] = {}
-    with questions.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            image = next((p / row["image"] for p in images if (p / row["image"]).is_file()), None)
-            if image is not None and row["image"] not in found:
-                found[row["image"]] = [str(image), row["text"].removesuffix(f"\n{task.suffix}"), True]
-            if len(found) == EXAMPLES:
-                break
-    return list(found.values())
+def _connect(
+    asked: SideBySide, button: Any, inputs: Sequence[Any], outputs: Sequence[Any], pruned: Sequence[Any]
+) -> None:
+    """Let the button and the question's field ask, and the sliders draw.
+
+    Args:
+        asked: what answers.
+        button: asks, too.
+        inputs: image, question, `short`, and method and budget of A and B.
+        outputs: what was found, plot, and answer and facts of the unpruned model.
+        pruned: answer, facts, slider, overlay and its caption, of A and B.
+    """
+    import gradio as gr
+
+    gr.on(
+        [button.click, inputs[1].submit],
+        functools.partial(_answer, asked),
+        [*inputs, *(parts[2] for parts in pruned)],
+        [*outputs, *(part for parts in pruned for part in (*parts[:2], *parts[3:]))],
+        concurrency_limit=1,  # a model has one method at a time
+        api_visibility="private",
+    )
+    for number, (_, _, slider, *overlay) in enumerate(pruned):
+        slider.input(
+            functools.partial(_draw, number),
+            [outputs[0], slider],
+            overlay,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            api_visibility="private",
+        )
+
+
+def _method(letter: str, name: str, budget: str) -> tuple[Any, Any]:
+    """The fields of a method: its name and its budget."""
+    import gradio as gr
+
+    choices = sorted({*names(), name})
+    with gr.Row():
+        method = gr.Dropdown(choices, value=name, label=f"Method {letter}", allow_custom_value=True, min_width=120)
+        tokens = gr.Textbox(budget, label=f"Budget of {letter}", min_width=120)
+    return method, tokens
+
+
+def _answered(name: str) -> tuple[Any, Any]:
+    """The fields of an answer: its text and its facts."""
+    import gradio as gr
+
+    text = gr.Textbox(label=name, interactive=False, lines=2)
+    return text, gr.HTML(elem_classes="facts", apply_default_css=False)
+
+
+def _overlaid(letter: str, layers: int) -> tuple[Any, Any, Any]:
+    """The fields of a method's overlay: slider, image, caption."""
+    import gradio as gr
+
+    slider = gr.Slider(0, layers - 1, layers // 2, step=1, label=f"Layer of {letter}", buttons=[])
+    image = gr.Image(
+        label=f"Patches that {letter} keeps", show_label=False, interactive=False, buttons=["fullscreen"], height=300
+    )
+    return slider, image, gr.HTML(elem_classes="facts", apply_default_css=False)
+
+
+def _answer(asked: SideBySide, image: str | None, question: str, short: bool, *given: Any) -> list[Any]:
+    """The outputs of the page for a question; `given` are method, budget, method, budget, layer, layer."""
+    import gradio as gr
+    import pandas as pd
+
+    chosen = [(given[0] or "", given[1] or ""), (given[2] or "", given[3] or "")]
+    try:
+        shown = asked.ask(image, question or "", short, chosen)
+        out: list[Any] = [shown, pd.DataFrame(shown.curves())]
+        for number, answer in enumerate(shown.answers):
+            out += [gr.Textbox(answer["answer"], label=shown.label(number)), shown.facts(number)]
+            if number:
+                out += _overlay(shown, number, int(given[3 + number]))
+    except Exception as error:
+        raise _shown(error) from error
+    return out
+
+
+def _draw(number: int, shown: Shown | None, layer: float) -> list[Any]:
+    """The overlay after a layer; nothing before the first answer."""
+    if shown is None:
+        return [None, ""]
+    try:
+        return _overlay(shown, number + 1, int(layer))
+    except Exception as error:
+        raise _shown(error) from error
+
+
+def _overlay(shown: Shown, number: int, layer: int) -> list[Any]:
+    """Image and caption of an overlay."""
+    import gradio as gr
+
+    drawn, words = shown.overlay(number, layer)
+    return [gr.Image(drawn, alt_text=f"Patches kept by {words}"), escape(words)]
+
+
+def _shown(error: Exception) -> Any:
+    """An error as gradio shows it; its messages are HTML."""
+    import gradio as gr
+
+    return gr.Error(escape(message(error)), duration=SECONDS, print_exception=False)
+
+
+def serve(page: Any, host: str, port: int) -> str:
+    """Start the server in the background; returns its address.
+
+    Raises:
+        ValueError: when the port has been taken in the meantime.
+    """
+    import gradio as gr
+
+    font = ("system-ui", "sans-serif")  # no font is fetched
+    theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
+    try:
+        _, address, _ = page.queue(api_open=False).launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, show_error=True, share=False,
+            inbrowser=False, footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
+            enable_monitoring=False, max_file_size=UPLOAD, theme=theme, css=CSS,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"port {port} of {host} cannot be used; give another with --port") from error
+    return str(address)
 
 
 def check_port(host: str, port: int) -> None:
@@ -221,8 +266,6 @@ def demo(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for bad input, a port that is taken, or when gradio is not installed.
     """
-    from .demo_page import build, check_gradio, serve
-
     check_gradio()
     if len(args.method) > 2:
         raise ValueError(f"--method {','.join(args.method)}: the page compares two methods; give at most two")
@@ -230,7 +273,7 @@ def demo(args: argparse.Namespace) -> int:
     settings = settings_of(args, methods=args.method, tokens=[64])
     pad = pads(settings.model)
     loaded = load_model(settings)
-    served = Demo(loaded, settings.model, pad, args.new, args.method_args or {}, args.seed)
+    served = SideBySide(loaded, settings.model, pad, args.new, args.method_args or {}, args.seed)
     first = (args.method * 2)[:2]
     served.runs([(name, args.tokens) for name in first])
     page = build(served, first, args.tokens, examples(args.data), args.short)
