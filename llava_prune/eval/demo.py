@@ -6,6 +6,7 @@ The page is made with gradio, which is an extra of the package and imported insi
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import socket
@@ -14,6 +15,7 @@ from html import escape
 from typing import Any
 
 from ..console import stdout
+from ..methods.planner import cases
 from ..methods.registry import names
 from .asking import load_model, pads
 from .command import settings_of
@@ -182,7 +184,8 @@ def _answer(asked: SideBySide, image: str | None, question: str, short: bool, *g
     import gradio as gr
     import pandas as pd
 
-    chosen = [(given[0] or "", given[1] or ""), (given[2] or "", given[3] or "")]
+    words = [(text or "").strip() for text in given[:4]]
+    chosen = [(words[0], words[1]), (words[2], words[3])]
     try:
         shown = asked.ask(image, question or "", short, chosen)
         out: list[Any] = [shown, pd.DataFrame(shown.curves())]
@@ -256,6 +259,8 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"--host {host} is not an address of this machine; give 127.0.0.1") from error
             reason = str(error.strerror or error).lower()
             raise ValueError(f"port {port} of {host} cannot be used ({reason}); give another with --port") from error
 
@@ -269,11 +274,13 @@ def demo(args: argparse.Namespace) -> int:
     check_gradio()
     if len(args.method) > 2:
         raise ValueError(f"--method {','.join(args.method)}: the page compares two methods; give at most two")
+    hyper = args.method_args or {}
+    cases(args.method, [64], hyper)  # raises for a name or a hyper-parameter that does not exist
     check_port(args.host, args.port)
     settings = settings_of(args, methods=args.method, tokens=[64])
     pad = pads(settings.model)
     loaded = load_model(settings)
-    served = SideBySide(loaded, settings.model, pad, args.new, args.method_args or {}, args.seed)
+    served = SideBySide(loaded, settings.model, pad, args.new, hyper, args.seed)
     first = (args.method * 2)[:2]
     served.runs([(name, args.tokens) for name in first])
     page = build(served, first, args.tokens, examples(args.data), args.short)

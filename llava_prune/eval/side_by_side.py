@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from .. import arguments
 from ..bench.flops import average_tokens
 from ..methods.planner import Run, cases, plan
+from ..methods.registry import resolve
 from ..report.overlay import counted
 from .asking import check_loaded, out_of_memory
 from .images import open_rgb
@@ -109,7 +111,7 @@ class SideBySide:
     model: str
     pad: bool
     new: int = 64
-    hyper: dict[str, Any] | None = None
+    hyper: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def runs(self, chosen: Sequence[tuple[str, str]]) -> list[Run]:
@@ -123,14 +125,15 @@ class SideBySide:
         """
         out = []
         for name, budget in chosen:
-            if not name or not name.strip():
+            if not name:
                 raise ValueError("no method chosen; choose one, such as autoprune")
             try:
                 budgets = arguments.budgets(budget)
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"budget of {name}: {error}") from error
-            hyper = self.hyper or {}
-            found = plan(cases([name.strip()], budgets, hyper, seed=self.seed, size=self.loaded.size))
+            known = inspect.signature(resolve(name)[0]).parameters
+            hyper = {k: v for k, v in self.hyper.items() if k in known}
+            found = plan(cases([name], budgets, hyper, seed=self.seed, size=self.loaded.size))
             if len(found) != 1:
                 raise ValueError(
                     f"{name} with a budget of {budget} gives {len(found)} runs; give one method and budget"
