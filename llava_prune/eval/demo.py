@@ -39,7 +39,7 @@ CSS = """
 .facts { font-size: 0.9rem; padding: 0 0.25rem; }
 .facts table { width: 100%; border-collapse: collapse; }
 .facts :is(th, td) { padding: 0.15rem 0; border-bottom: 1px solid var(--border-color-primary); }
-.facts th { text-align: left; font-weight: normal; }
+.facts th { text-align: left; font-weight: normal; white-space: nowrap; padding-right: 0.5rem; }
 .facts td { text-align: right; }
 """
 HEAD = """
@@ -136,6 +136,7 @@ def _connect(
         [*inputs, *(parts[2] for parts in pruned)],
         [*outputs, *(part for parts in pruned for part in (*parts[:2], *parts[3:]))],
         concurrency_limit=1,  # a model has one method at a time
+        show_progress_on=[outputs[2], *(parts[0] for parts in pruned)],
         api_visibility="private",
     )
     for number, (_, _, slider, *overlay) in enumerate(pruned):
