@@ -29,6 +29,8 @@ UPLOAD = "20mb"
 """Largest image file."""
 KEPT = (600, 3600)
 """Seconds between clean-ups of uploaded images, and age at which they are deleted."""
+TABS = 100
+"""Tabs whose last image and record are remembered, for the sliders."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that other machines cannot reach."""
 SECONDS = 20
@@ -238,7 +240,7 @@ def serve(page: Any, host: str, port: int) -> str:
         _, address, _ = page.queue(api_open=False).launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, show_error=True, share=False,
             inbrowser=False, footer_links=[], run_history=False, ssr_mode=False, pwa=False, mcp_server=False,
-            enable_monitoring=False, max_file_size=UPLOAD, theme=theme, css=CSS,
+            enable_monitoring=False, max_file_size=UPLOAD, state_session_capacity=TABS, theme=theme, css=CSS,
         )  # fmt: skip
     except OSError as error:
         raise ValueError(f"port {port} of {host} cannot be used; give another with --port") from error
