@@ -117,9 +117,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from .eval.pictures import thumbnails
     from .report.html import report
 
-    return report(args)
+    return report(args, thumbnails)
 
 
 COMMANDS = {

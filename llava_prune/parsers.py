@@ -203,6 +203,8 @@ def _add_report(commands: Any) -> None:
     text = f"folders of runs, or above several (default {RESULTS})"
     p.add_argument("places", nargs="*", metavar="PLACE", help=text)
     _add_filters(p)
+    text = "questions of each benchmark whose images are in the page, flipped ones first; 0 for none (default 60)"
+    p.add_argument("--images", type=arguments.natural, default=60, metavar="N", help=text)
     text = f"file to write (default {RESULTS}/report.html)"
     p.add_argument("--out", type=Path, default=Path(RESULTS) / "report.html", metavar="FILE", help=text)
 
@@ -270,7 +272,7 @@ def _add_demo(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
-    text = "run a program of package llava, unchanged, with its model pruned"
+    text = "run a program of package llava or a script that starts some, unchanged, with every model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
     p = commands.add_parser("run", help=text, epilog=epilog)
     text = "method, or file.py:name (default autoprune)"
@@ -278,7 +280,8 @@ def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "visual token budget (default the method's own)"
     p.add_argument("--tokens", type=arguments.positive, default=None, help=text)
     arguments.add_method_args(p, env, "mi_scale=8,k0=0.3", "--hyper")
-    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
+    text = "-- python -m llava.eval.model_vqa_loader ..., or a script that starts such programs: -- bash FILE ..."
+    p.add_argument("program", nargs=argparse.REMAINDER, help=text)
 
 
 def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:

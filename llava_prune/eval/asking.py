@@ -26,6 +26,7 @@ from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
 from .images import pixels
+from .pictures import pack_layers
 from .plan import Settings
 from .prompt import check_tokenizer, token_ids, vicuna_v1
 from .task import Question, Sources, Task, place_of
@@ -355,6 +356,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     entering = handle.last.tokens_in.tolist() if with_image else none
     leaving = handle.last.tokens_out.tolist() if with_image else none
     stats = handle.last.stats if with_image else {}
+    patches = pack_layers(handle.last.survival) if with_image else [None] * len(numbers)
     places = {k: _not_finite_in(bench, run, numbers[k]) for k, flag in enumerate(bad) if flag}
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
@@ -367,7 +369,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "model_id": name,
             "metadata": {},
             **question.extra,
-            "kept": {"entering": entering[k], "leaving": leaving[k]},
+            "kept": {"entering": entering[k], "leaving": leaving[k], "patches": patches[k]},
             "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
             **({"not_finite": places[k]} if k in places else {}),
             "row": i,
