@@ -50,8 +50,9 @@ One question, answered by the unpruned model and by two methods. A budget is a n
 share of them, such as 11%.
 """
 FOOT = """
-Dropped patches are grey and dark. FLOPs are those of a prefill in the language model. Each time is measured once, after
-a warm-up prefill. Reading and preprocessing the image is not timed. `llava-prune bench` measures medians.
+Dropped patches are grey and dark, and those of merged tokens are tinted. FLOPs are those of a prefill in the language
+model. Each time is measured once, after a warm-up prefill. Reading and preprocessing the image is not timed.
+`llava-prune bench` measures medians.
 """
 
 

@@ -65,7 +65,7 @@ class Shown:
             drawn = drawn.resize((drawn.width * factor, drawn.height * factor))
         drawn.thumbnail((LARGEST, LARGEST))
         _, merged = record.remaining(layer)
-        words = f"{answer['name']} {counted(layer, answer['leaving'][layer], merged)}"
+        words = f"{answer['name']} {counted(layer, answer['leaving'][layer], len(merged))}"
         about = record.describe()
         return drawn, f"{words}; {about}" if ":" in about else words
 

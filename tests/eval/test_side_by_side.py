@@ -18,7 +18,6 @@ import llava_prune
 from llava_prune.cli import main
 from llava_prune.eval.demo import check_port
 from llava_prune.eval.side_by_side import Shown, SideBySide, examples, message
-from llava_prune.report.overlay import draw_overlay
 
 QUESTION = "What is the yellow object?"
 CHOSEN = [("autoprune", "64"), ("fastv", "11%")]
@@ -60,12 +59,13 @@ def test_overlays_are_those_of_the_records(shown: Shown) -> None:
     for number, layer in ((1, 0), (1, 11), (2, 6)):
         record = shown.records[number]
         drawn, words = shown.overlay(number, layer)
-        (view,) = record.views(shown.image)
-        expected = draw_overlay(shown.image, view.boxes, record.remaining(layer)[0])
+        expected = record.draw(shown.image, layer, padded=True)
         assert drawn.size == (504, 378)  # twice as large
         assert drawn.tobytes() == expected.resize(drawn.size).tobytes()
         leaving = shown.answers[number]["leaving"][layer]
         assert words.startswith(f"{shown.answers[number]['name']} after layer {layer}: {leaving} tokens")
+    merged = len(shown.records[1].remaining(11)[1])
+    assert merged and f"tokens ({merged} merged); this question: slope" in shown.overlay(1, 11)[1]
     assert "slope" in shown.overlay(1, 0)[1] and "slope" not in shown.overlay(2, 0)[1]
 
 
