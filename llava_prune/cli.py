@@ -109,6 +109,13 @@ def _show(args: argparse.Namespace) -> int:
     return show(args)
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from .eval.demo import demo
+
+    _quiet()
+    return demo(args)
+
+
 def _report(args: argparse.Namespace) -> int:
     from .eval.pictures import thumbnails
     from .report.html import report
@@ -138,6 +145,7 @@ COMMANDS = {
     "figure": _figure,
     "report": _report,
     "show": _show,
+    "demo": _demo,
     "run": _run,
     "completion": _completion,
 }

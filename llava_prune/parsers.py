@@ -234,6 +234,14 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
     flag("method", "autoprune", "method, or file.py:name", type=arguments.method)
     flag("tokens", "64", "visual token budget", type=arguments.positive)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_one_model(flag)
+    text = f"file: .png, .pdf, .svg or .html; without suffix a .pdf and a .png (default {RESULTS}/figures/kept)"
+    p.add_argument("--out", type=Path, default=Path(RESULTS) / "figures" / "kept", help=text)
+    _add_json(p)
+
+
+def _add_one_model(flag: Any) -> None:
+    """Flags of commands that ask a model single questions."""
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
     flag("family", "auto", "auto, llava or hf")
@@ -241,9 +249,26 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
     flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
-    text = f"file: .png, .pdf, .svg or .html; without suffix a .pdf and a .png (default {RESULTS}/figures/kept)"
-    p.add_argument("--out", type=Path, default=Path(RESULTS) / "figures" / "kept", help=text)
-    _add_json(p)
+
+
+def _add_demo(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "demo",
+        help="a local page that compares the answers of two methods with the unpruned one",
+        description="Serves a page on this machine. It needs gradio: pip install 'llava-prune[demo]'.",
+        epilog=ENVIRONMENT,
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
+    p.add_argument("--port", type=arguments.whole(1, 65535), default=7860, help="port to listen on (default 7860)")
+    p.add_argument("--short", action="store_true", help="ask for a single word or phrase at first")
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    text = "methods at first, one or two; a method of yours as file.py:name"
+    flag("method", "autoprune,fastv", text, type=arguments.names)
+    flag("tokens", "64", "budget at first: visual tokens, or percent of them")
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_one_model(flag)
+    flag("data", DATA, "folder with the benchmarks' files; GQA's give the examples")
 
 
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
@@ -285,6 +310,7 @@ def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_figure(commands)
     _add_show(commands, env)
     _add_report(commands)
+    _add_demo(commands, env)
     _add_run(commands, env)
     _add_completion(commands)
     return out

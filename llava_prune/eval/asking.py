@@ -161,8 +161,7 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     loaded = loaded or load_model(settings)
     seconds = time.perf_counter() - start
     check_loaded(loaded, settings.model, runs)
-    text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
-    rows = tokenised(files, loaded, getattr(text_config, "max_position_embeddings", None))
+    rows = tokenised(files, loaded, context_of(loaded))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
     feed = ImageFeed(functools.partial(read_image, files.sources, loaded.image_processor, pad))
@@ -229,13 +228,25 @@ def tokenised(files: Files, loaded: Any, limit: int | None) -> list[list[int]]:
             where = place_of(number, q, files.sources)
             raise ValueError(f"{where}: the tokenizer refuses the text ({detail})") from error
         length = len(ids) + (loaded.n_visual - 1 if q.image is not None else 0)
-        if limit is not None and length > limit:
-            where = place_of(number, q, files.sources)
-            raise ValueError(
-                f"{where}: the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
-            )
+        long = too_long(length, limit)
+        if long:
+            raise ValueError(f"{place_of(number, q, files.sources)}: {long}")
         out.append(ids)
     return out
+
+
+def too_long(length: int, limit: int | None) -> str:
+    """What is wrong with a prompt of more tokens than the model's context; "" where nothing is."""
+    if limit is None or length <= limit:
+        return ""
+    return f"the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
+
+
+def context_of(loaded: Any) -> int | None:
+    """Tokens of the model's context; None where its config does not state them."""
+    text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    return limit
 
 
 @contextlib.contextmanager

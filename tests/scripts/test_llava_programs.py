@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -39,12 +40,12 @@ def questions():
     return [json.loads(line) for line in text.splitlines()[:3]]
 
 
-@pytest.fixture(scope="module")
-def ours(questions):
+def answers(rows):
+    """What this package answers to texts about images."""
     loaded = llava_prune.load(MODEL, family="llava", dtype=torch.float32, device="cpu")
     said = []
     with llava_prune.pruned(loaded.model, "autoprune", tokens=64) as handle:
-        for row in questions:
+        for row in rows:
             image = open_rgb(GQA / "data" / "images" / row["image"])
             ids = token_ids(vicuna_v1(row["text"]), loaded.tokenizer)
             values = pixels(image, loaded.image_processor, True)[None]
@@ -54,11 +55,15 @@ def ours(questions):
     return said
 
 
-def run(*program: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def ours(questions):
+    return answers(questions)
+
+
+def run(*program: str, typed: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llava_prune", "run", "--method", "autoprune", "--tokens", "64", "--"]
-    return subprocess.run(
-        [*command, "python", "-m", *program], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
-    )
+    command += ["python", "-m", *program]
+    return subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_model_vqa_loader(questions, ours, tmp_path):
@@ -112,6 +117,20 @@ def test_run_llava(questions, ours):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith(ours[0])
+
+
+def test_cli():
+    """A second question about the image is a prefill of the whole conversation."""
+    row = {"image": "n9000003.jpg", "text": "What is the yellow object?"}
+    done = run(
+        "llava.serve.cli", "--model-path", str(MODEL), "--conv-mode", "vicuna_v1", "--image-file",
+        str(GQA / "data" / "images" / row["image"]), "--temperature", "0", "--max-new-tokens", str(NEW),
+        typed=f"{row['text']}\nWhat color is it?\n\n",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = re.findall(r"ASSISTANT: (.+)", done.stdout)
+    assert first == answers([row])[0] and second and done.stdout.rstrip().endswith("exit...")
+    assert "64.0 leaving" in " ".join(done.stderr.split())
 
 
 def test_model_vqa(questions, ours, tmp_path):
