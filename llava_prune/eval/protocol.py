@@ -36,6 +36,11 @@ class Protocol:
     resolutions: tuple[tuple[int, int], ...] = ()
 
     @property
+    def padded(self) -> bool | None:
+        """`padded` for the overlays of a `Record`: None for crops, whose padding it knows."""
+        return None if self.resolutions else self.pad
+
+    @property
     def places_known(self) -> bool:
         """Whether the sizes of images say where their pixels went: with padding or in crops."""
         return self.pad or bool(self.resolutions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from ..eval.prompt import IMAGE_MARK
 from ..eval.protocol import PROCESSOR, Protocol
+from ..methods.planner import Run, cases, plan
+
+DEFAULT = 64
+"""Budget where none is given."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,18 @@ class Prompt:
     ids: list[int]
     images: list[Tensor]
     sizes: list[tuple[int, int]]
+
+
+def one_run(method: str, tokens: int | None, hyper: Mapping[str, Any]) -> Run:
+    """The method that a toolkit names.
+
+    Raises:
+        ValueError: for an unknown method, hyper-parameter or budget, and a name of several methods.
+    """
+    runs = plan(cases([method], [DEFAULT if tokens is None else tokens], dict(hyper)))
+    if len(runs) != 1:
+        raise ValueError(f"method={method} names {len(runs)} methods; give one")
+    return runs[0]
 
 
 def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) -> Prompt:

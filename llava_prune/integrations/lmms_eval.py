@@ -14,8 +14,7 @@ from tqdm import tqdm
 from .. import attach, load
 from ..eval.asking import auto_batch, check_loaded, stacked
 from ..eval.protocol import protocol_of
-from ..methods.planner import cases, plan
-from .answering import Prompt, prepared
+from .answering import Prompt, one_run, prepared
 
 GREEDY = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None)}
 """Values of generation arguments that greedy search has."""
@@ -32,7 +31,7 @@ class LlavaPrune(lmms):
     Args:
         pretrained: checkpoint folder or hub id.
         method: name of a method, "full" for the unpruned model.
-        tokens: visual token budget; default the method's own.
+        tokens: visual token budget, 64 by default; methods without one ignore it.
         batch_size: samples of a batch, or "auto".
         device: device of a single process; several processes have a GPU each.
         max_batch_size: not used.
@@ -54,7 +53,7 @@ class LlavaPrune(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: Any = None,
-        family: str = "auto",
+        family: Any = "auto",
         dtype: str | None = None,
         attn: str | None = None,
         model_base: str | None = None,
@@ -65,7 +64,7 @@ class LlavaPrune(lmms):
         **hyper: Any,
     ) -> None:
         super().__init__()
-        (run,) = plan(cases([method], [tokens], hyper))
+        run = one_run(method, tokens, hyper)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available() or device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 or device in (None, "cuda"):
@@ -165,7 +164,9 @@ def new_tokens(given: Mapping[str, Any]) -> int:
     """
     for name, values in GREEDY.items():
         if given.get(name, values[0]) not in values:
-            raise ValueError(f"{name}={given[name]}: llava_prune searches greedily; give --gen_kwargs {name}={values[0]}")
+            raise ValueError(
+                f"{name}={given[name]}: llava_prune searches greedily; give --gen_kwargs {name}={values[0]}"
+            )
     unknown = sorted(set(given) - {*GREEDY, *IGNORED, "max_new_tokens"})
     if unknown:
         raise ValueError(f"generation argument {unknown[0]}={given[unknown[0]]!r} is not supported; leave it out")
