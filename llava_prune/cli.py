@@ -123,6 +123,12 @@ def _report(args: argparse.Namespace) -> int:
     return report(args, thumbnails)
 
 
+def _vlmevalkit(args: argparse.Namespace) -> int:
+    from .integrations.vlmevalkit import command
+
+    return command(args)
+
+
 def _completion(args: argparse.Namespace) -> int:
     try:
         import shtab
@@ -147,6 +153,7 @@ COMMANDS = {
     "show": _show,
     "demo": _demo,
     "run": _run,
+    "vlmevalkit": _vlmevalkit,
     "completion": _completion,
 }
 """Name of a command -> what runs it; returns the exit status."""

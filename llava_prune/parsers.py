@@ -244,14 +244,19 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
 
 def _add_one_model(flag: Any) -> None:
     """Flags of commands that ask a model single questions."""
+    _add_model_flags(flag)
+    flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
+    flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
+
+
+def _add_model_flags(flag: Any) -> None:
+    """Flags that say which model is loaded, and how."""
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
     flag("family", "auto", "auto, llava or hf")
     flag("conv-mode", None, CONV_MODE)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
-    flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
-    flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
 
 
 def _add_demo(commands: Any, env: Mapping[str, str]) -> None:
@@ -287,6 +292,23 @@ def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     p.add_argument("program", nargs=argparse.REMAINDER, help=text)
 
 
+def _add_vlmevalkit(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "vlmevalkit",
+        help="run VLMEvalKit with the pruned model among its models",
+        description="The model is called CHECKPOINT-METHOD-TOKENS, and is chosen unless the program names another.",
+        epilog=ENVIRONMENT,
+    )
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    flag("method", "autoprune", "method, or file.py:name", type=arguments.method)
+    flag("tokens", "64", "visual token budget", type=arguments.positive)
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_model_flags(flag)
+    text = "-- run.py --data MME POPE, of a clone of VLMEvalKit, or -- vlmeval.run --data ... of an installed one"
+    p.add_argument("program", nargs=argparse.REMAINDER, help=text)
+
+
 def _add_completion(commands: Any) -> None:
     text = "print a script that completes commands and flags in a shell"
     epilog = "For bash: llava-prune completion bash > ~/.local/share/bash-completion/completions/llava-prune"
@@ -315,6 +337,7 @@ def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_report(commands)
     _add_demo(commands, env)
     _add_run(commands, env)
+    _add_vlmevalkit(commands, env)
     _add_completion(commands)
     return out
 

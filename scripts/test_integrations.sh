@@ -13,7 +13,9 @@ if [ ! -e "$VENV/.integrations" ]; then
     pip_install accelerate datasets evaluate httpx jsonlines numexpr pybind11 pytablewriter sacrebleu scikit-learn einops \
         ftfy openai nltk wandb==0.25.0 tiktoken loguru tenacity zstandard sympy latex2sympy2 tqdm-multiprocess \
         python-dotenv zss pydantic "sentencepiece<0.2.3" "filelock<4" # the pins of the extra lmms-eval
-    pip_install --no-deps lmms-eval==0.7.3
+    pip_install openpyxl pandas portalocker sty tabulate timeout-decorator validators "xlsxwriter<=3.2.3" omegaconf \
+        imageio matplotlib opencv-python-headless
+    pip_install --no-deps lmms-eval==0.7.3 nvidia-vlmeval==26.3 decord
     touch "$VENV/.integrations"
 fi
 exec "$VENV/bin/python" -m pytest -q -m integrations tests/integrations "$@"
