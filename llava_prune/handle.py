@@ -102,7 +102,7 @@ def attach(
     Args:
         model: haotian-liu/LLaVA's LlavaLlamaForCausalLM or LlavaMistralForCausalLM, or transformers'
             LlavaForConditionalGeneration, LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration
-            with a Llama, Mistral, Qwen2 or Qwen3 language model.
+            with a Llama, Mistral, Qwen2 or Qwen3 language model. Or a transformers pipeline of one of the latter.
         method: a name (`llava_prune.names()`) or a Method instance.
         check: verify every cut on the host (for tests of new methods; slow).
         graphs: experimental, see llava_prune.experimental: replay captured CUDA graphs.

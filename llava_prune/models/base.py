@@ -85,6 +85,8 @@ def refuse_wrappers(model: Any) -> None:
     Raises:
         ValueError: with the way out.
     """
+    if is_pipeline(model):
+        model = model.model
     kind = type(model).__name__
     if kind in ("DataParallel", "DistributedDataParallel"):
         raise ValueError(
@@ -98,8 +100,15 @@ def refuse_wrappers(model: Any) -> None:
         )
 
 
+def is_pipeline(model: Any) -> bool:
+    """Whether this is a pipeline of transformers, which holds a model."""
+    return any(c.__name__ == "Pipeline" and c.__module__.startswith("transformers.") for c in type(model).__mro__)
+
+
 def peel(model: Any) -> Any:
-    """The LLaVA inside a PeftModel, a compiled model or DeepSpeed's inference engine; any other model as it is."""
+    """The LLaVA inside a pipeline, a PeftModel, a compiled model or DeepSpeed's inference engine; others as they are."""
+    if is_pipeline(model):
+        return peel(model.model)
     if type(model).__name__ == "OptimizedModule":
         return peel(model._orig_mod)
     if type(model).__name__ == "InferenceEngine":

@@ -151,9 +151,13 @@ def test_pipeline(name: str, folders: dict[str, Path]) -> None:
     loaded = llava_prune.load(folders[name], dtype="float32", device="cpu")
     pipe = transformers.pipeline("image-text-to-text", model=loaded.model, processor=loaded.processor)
     content = [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]
-    with llava_prune.pruned(loaded.model, "autoprune", tokens=64) as handle:
+    with llava_prune.pruned(pipe, "autoprune", tokens=64) as handle:
         out = pipe(text=[{"role": "user", "content": content}], max_new_tokens=3)
     assert out and handle.last.tokens_out.float().mean() == pytest.approx(64, abs=2)
+    assert handle.model is loaded.model and not handle.attached
+    pipe.model = torch.nn.DataParallel(loaded.model)
+    with pytest.raises(ValueError, match="DataParallel is not supported"):
+        llava_prune.attach(pipe, "autoprune", tokens=64)
 
 
 def evaluated(folder: Path, out: Path, name: str, batch: int) -> list[Any]:
