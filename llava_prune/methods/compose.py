@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.merging import Merge
 from ..ops.selection import Cut, Positions
-from .base import Method, MethodInfo, prunes_before, prunes_inside
+from .base import EntryMethod, Method, MethodInfo, prunes_before, prunes_inside
 from .views import Spans, View, VisionCut, VisionView
 
 SHARE = 2.5
@@ -48,6 +48,7 @@ class Composed(Method):
         if tokens is None and not fixed and isinstance(inside, int):
             tokens = int(SHARE * inside)
         self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
+        self.entry = self.vision if isinstance(self.vision, EntryMethod) else None
         requires = self.vision.requires | self.language.requires  # an instance may have others than its class
         vars(self).update(positions=self.language.positions, decode=self.language.decode, requires=requires)
         for name in inspect.signature(type(self)).parameters:
@@ -119,9 +120,9 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
         ValueError: when the first does not act before the language model only, the second not inside it, or the second
             needs the patch of each token and the first makes tokens without one.
     """
-    if prunes_inside(first) or not prunes_before(first):
+    if not issubclass(first, EntryMethod) and (prunes_inside(first) or not prunes_before(first)):
         raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
-    if not prunes_inside(second):
+    if not prunes_inside(second) or issubclass(second, EntryMethod):
         raise ValueError(f"{name!r}: {second.name!r} does not work in the language model; put such a method second")
     if first.makes_tokens and "patch positions" in second.requires:
         raise ValueError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.views import ImageLayout
 from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
@@ -124,7 +126,8 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
-    with request(handle, _count(kwargs.get("pixel_values"))):
+    with request(handle, _count(kwargs.get("pixel_values"))) as state:
+        state.layout = _layouts_of(handle.model.model, kwargs)
         return stock(*args, **kwargs)
 
 
@@ -161,6 +164,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
     given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given.get("past_key_values")
     with request(handle, _count(given.get("pixel_values"))) as state:
+        state.layout = _layouts_of(inner, given)
         if ids is None:
             refuse_embeddings()
         if cache is not None and decode_state(cache) is not None:
@@ -228,6 +232,22 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
     packed = stock(numbers, *args, **again)[0]
     images.source = torch.cat([p.flatten() for p in packed]).round().long() - 1
     return out
+
+
+def _layouts_of(inner: Any, given: dict[str, Any]) -> Callable[[], list[ImageLayout]] | None:
+    """See `VisionView.layout`; None for images that are seen whole."""
+    sizes = given.get("image_sizes")
+    if sizes is None or not getattr(inner.config, "image_grid_pinpoints", None):
+        return None
+
+    def found() -> list[ImageLayout]:
+        out = []
+        for height, width in torch.as_tensor(sizes).tolist():
+            _, rows, columns = _layout(inner, 0, (height, width))
+            out.append(ImageLayout(1 + rows * columns, rows, columns, (width, height)))
+        return out
+
+    return found
 
 
 def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:

@@ -69,12 +69,11 @@ def decoder_attention(
     """
     attn: Any = layer.self_attn
     norm: Any = layer.input_layernorm
-    batch, length = hidden.shape[:2]
+    length = hidden.shape[1]
     cos, sin = rope
     if keys is None:
         states = norm(hidden)
-        keys = attn.k_proj(states).view(batch, length, -1, attn.head_dim).transpose(1, 2)
-        keys = _rotate(keys, cos, sin)
+        keys = _project_keys(attn, states, rope)
         queries = attn.q_proj(states[:, positions]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, positions]))
@@ -95,6 +94,19 @@ def decoder_attention(
     if valid is not None:
         score.masked_fill_(~valid[:, None, None], lowest)
     return all_heads(attn, score.softmax(-1, dtype=torch.float32))
+
+
+def decoder_keys(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor | None) -> Tensor:
+    """(B, KV, L, dh) keys of all heads of a decoder layer, with rotary positions; arguments as `decoder_attention`."""
+    attn: Any = layer.self_attn
+    norm: Any = layer.input_layernorm
+    return all_heads(attn, _project_keys(attn, norm(hidden), rope) if keys is None else keys)
+
+
+def _project_keys(attn: Any, states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, KV, L, dh) keys of this process's heads from normed states (B, L, D)."""
+    keys = attn.k_proj(states).view(*states.shape[:2], -1, attn.head_dim).transpose(1, 2)
+    return _rotate(keys, *rope)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

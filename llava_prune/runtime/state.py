@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..methods.views import ImageLayout
 from .merging import Merging
 
 Sizes = list[tuple[int, int]]
@@ -182,6 +183,7 @@ class RequestState:
         images: images that this call encoded, None before.
         splice: gives the place of the visual tokens when the language model is entered; None for a call without images.
         has_ids: whether the prompt was given as token ids, so that it is known to be text where there is no splice.
+        layout: gives how the images of the call became crops; None where they are seen whole.
         numbers: (N, T, D) patch numbers that stand for features while package llava's splice is asked for their order.
     """
 
@@ -191,6 +193,7 @@ class RequestState:
     images: ImageState | None = None
     splice: Callable[[], Splice] | None = None
     has_ids: bool = False
+    layout: Callable[[], list[ImageLayout]] | None = None
     numbers: Tensor | None = None
 
 

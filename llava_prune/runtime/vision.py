@@ -163,6 +163,7 @@ class VisionHooks:
             crops=self.tower.crops,
             feature_layer=self.tower.feature_layer,
             find_padding=padding,
+            find_layout=request.layout,
         )
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -34,6 +34,7 @@ SETTINGS: dict[str, Setting] = {
     "fastv": Setting({"tokens": 16}),
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),
+    "dart": Setting({"tokens": 16}),
     "fastervlm+topv": Setting({"tokens": 16}),
 }
 
