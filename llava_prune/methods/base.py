@@ -212,9 +212,7 @@ class EntryMethod(Method):
     positions = "renumber"
     decode = "cache"
 
-    def choose(
-        self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The tokens that remain, in output order.
 
         Args:

@@ -15,7 +15,7 @@ from ..ops.similarity import wide
 from .base import Method, MethodInfo
 from .checks import at_most_one, choice, integer
 from .registry import register
-from .views import Spans, View
+from .views import View
 
 PIVOTS = 4
 """Pivots of the image, and as many of the text."""
@@ -105,8 +105,8 @@ class DART(Method):
     """After the first 2 layers, keep a few pivots and the visual tokens least similar to them.
 
     Pivots: the 4 visual and the 4 text tokens (after the image) with the largest L1 norm of their keys in layer index
-    `layer` - 1. Each pivot in turn keeps the visual tokens of smallest cosine with it, cosine of the layer's output after
-    the model's final norm. No attention is read. Remaining tokens keep their positions.
+    `layer` - 1. Each pivot in turn keeps the visual tokens of smallest cosine with it, in the layer's output after the
+    model's final norm. No attention is read. Remaining tokens keep their positions.
 
     Source: ZichenWen1/DART @ 5a19452. Deviations: exactly `keep` tokens remain, while the official code keeps 4 + 8
     floor(keep / 8); pivots take their turns in the order found (visual, then text, by falling norm), while the official
@@ -211,8 +211,8 @@ class DART(Method):
         each = keep // (2 * PIVOTS)
         if 2 * PIVOTS * each > n_visual - PIVOTS:
             raise ValueError(
-                f"strict=True: {2 * PIVOTS} pivots cannot take {each} of {n_visual} visual tokens each; give a keep below "
-                f"{n_visual - PIVOTS + 2 * PIVOTS - (n_visual - PIVOTS) % (2 * PIVOTS)}"
+                f"strict=True: {2 * PIVOTS} pivots cannot take {each} of {n_visual} visual tokens each; give "
+                f"a keep below {n_visual - PIVOTS + 2 * PIVOTS - (n_visual - PIVOTS) % (2 * PIVOTS)}"
             )
         return full, PIVOTS + 2 * PIVOTS * each
 

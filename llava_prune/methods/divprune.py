@@ -99,9 +99,7 @@ class DivPrune(EntryMethod):
         if self.tokens is None and self.ratio is None:
             object.__setattr__(self, "tokens", 64)
 
-    def choose(
-        self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         order, _ = max_min(tokens, real, max(keep), self.strict)
         if self.order == "raster":
             order = in_raster_order(order, keep)

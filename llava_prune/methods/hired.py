@@ -86,8 +86,8 @@ class HiRED(Method):
 
     Images that are seen whole: the patches with the largest attention of the class token in the block whose output is
     the feature map, which is FasterVLM's selection. Images in crops: half of the budget goes to the whole image, the
-    other half to its tiles, in proportion to how many of the patches with the largest attention in the first block they
-    show. Source: hasanar1f/HiRED @ 502d6dd. Deviations: patches are counted in the area of each tile, while the official
+    other half to its tiles, in proportion to how many of the patches with the largest attention in block 0 they show.
+    Source: hasanar1f/HiRED @ 502d6dd. Deviations: patches are counted in the area of each tile, while the official
     code counts equal runs in raster order; what is rounded off goes to other tiles; newline tokens stay where the
     package has them. `strict` undoes these three.
 

@@ -17,7 +17,11 @@ from .views import VisionCut, VisionView
 
 
 def cover(
-    features: Tensor, attention: Tensor, count: int, alpha: float = 1.0, combine: Literal["multiply", "add"] = "multiply"
+    features: Tensor,
+    attention: Tensor,
+    count: int,
+    alpha: float = 1.0,
+    combine: Literal["multiply", "add"] = "multiply",
 ) -> Tensor:
     """Choose patches one by one: the largest gain of coverage, weighted by attention.
 

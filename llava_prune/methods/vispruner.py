@@ -71,14 +71,14 @@ def _check_rounds(others: int, diverse: int) -> None:
     while left > diverse > 0:
         if left % 2:
             raise ValueError(
-                f"strict=True: the official code cannot split {left} patches into even and odd places; give another number "
-                "of tokens, or leave strict out"
+                f"strict=True: the official code cannot split {left} patches into even and odd places; give another "
+                "number of tokens, or leave strict out"
             )
         count = min(ROUND, left - diverse)
         if count > left // 2:
             raise ValueError(
-                f"strict=True: the official code cannot remove {count} of {left // 2} patches; give more tokens, or leave "
-                "strict out"
+                f"strict=True: the official code cannot remove {count} of {left // 2} patches; give more tokens, or "
+                "leave strict out"
             )
         left -= count
 

@@ -192,7 +192,9 @@ class Prefill:
         keys = functools.partial(decoder_keys, layer, before, rope, cached)
         if i + 1 == len(layers):
             if prunes_inside(type(self.method)):
-                final: Callable[[], tuple[Tensor, Tensor]] = _LastCut(self.method, i, score, wanted, self._view(None, keys=keys))
+                final: Callable[[], tuple[Tensor, Tensor]] = _LastCut(
+                    self.method, i, score, wanted, self._view(None, keys=keys)
+                )
                 if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
                     final = functools.partial(_given, final())
                 self.trace.final = final

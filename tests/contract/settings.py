@@ -35,6 +35,7 @@ SETTINGS: dict[str, Setting] = {
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),
     "dart": Setting({"tokens": 16}),
+    "text-only": Setting({}, None),
     "fastervlm+topv": Setting({"tokens": 16}),
 }
 

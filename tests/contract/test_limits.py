@@ -14,6 +14,7 @@ from tests.contract.settings import NAMES, Setting, setting
 ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
 NEEDS_CLASS_TOKEN = {
     "autoprune", "autoprune-flash", "fastervlm", "visionzip", "prumerge", "prumerge+", "tome",
+    "vispruner", "scope", "holov", "hired",
     "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm",
 }  # fmt: skip
 

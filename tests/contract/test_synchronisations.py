@@ -38,6 +38,7 @@ def beyond(name: str) -> list[str]:
 CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
+    ("dart", {"keep": 12, "strict": True}, ["prefill.py:decide"]),
     ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["prefill.py:decide"] * 3),
 ]
 
