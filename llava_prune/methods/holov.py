@@ -185,7 +185,7 @@ class HoloV(EntryMethod):
     def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         places, _ = view.visual_tokens()
         attention, patch = (view.patch_values(name).gather(1, places) for name in ("cls", "patch"))  # (B, V) each
-        parts = [self.parts(n, k) for n, k in zip(view.spans.n_visual, keep, strict=True)]
+        parts = [self.strips(n, k) for n, k in zip(view.spans.n_visual, keep, strict=True)]
         order, total = select(tokens, attention, real & (patch > 0), keep, parts, self.alpha, self.strict)
         order = order[:, : max(keep)]
         if not self.strict:
@@ -194,7 +194,7 @@ class HoloV(EntryMethod):
         zeros = torch.zeros_like(tokens[:, : order.shape[1]])
         return torch.where(slots < total, order, tokens.shape[1] + slots), zeros
 
-    def parts(self, n_visual: int, keep: int) -> int:
+    def strips(self, n_visual: int, keep: int) -> int:
         """Strips of an image."""
         if self.regions is not None:
             return min(self.regions, max(n_visual, 1))
