@@ -42,6 +42,7 @@ class Composed(Method):
         first, second = self.parts
         mine, its = (inspect.signature(p).parameters for p in (first, second))
         given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
+        self.given = hyper
         self.language = second(**{k: v for k, v in hyper.items() if k in its})
         tokens, inside = hyper.get("vision_tokens"), getattr(self.language, "tokens", None)
         fixed = "tokens" not in mine or any(given.get(k) is not None for k in first.fixes_budget)
@@ -56,7 +57,7 @@ class Composed(Method):
             setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt, (*self.parts, self.name, self.hyper())  # pickle would not find a class made for a composition
+        return rebuilt, (*self.parts, self.name, self.given)  # pickle would not find a class made for a composition
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)

@@ -41,6 +41,8 @@ SETTINGS: dict[str, Setting] = {
 
 COMPOSITIONS = ["visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm"]
 """A class token and merged rows; places of patches; counts that the data decide; another tower and recycling."""
+COMPOSITIONS += ["divprune+dart", "holov+autoprune"]
+"""First parts at the entry of the language model, before one that keeps positions and one that renumbers them."""
 NAMES = [*llava_prune.names(), *COMPOSITIONS]
 
 

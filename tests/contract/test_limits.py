@@ -15,7 +15,7 @@ ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
 NEEDS_CLASS_TOKEN = {
     "autoprune", "autoprune-flash", "fastervlm", "visionzip", "prumerge", "prumerge+", "tome",
     "vispruner", "scope", "holov", "hired",
-    "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm",
+    "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm", "holov+autoprune",
 }  # fmt: skip
 
 
