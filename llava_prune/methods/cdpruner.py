@@ -153,7 +153,8 @@ class CDPruner(EntryMethod):
         weight: w, share of the relevance in the kernel.
         sign: 1 prefers tokens that are similar to the text, -1 the others.
         halves: choose half of the tokens from each half of the sequence, as openvino.genai does by default.
-        strict: raise an error where the kernel's rank is too small, in place of filling up.
+        strict: go on choosing by gains below rounding, as the official codes, in place of filling up; an error where
+            that names a token twice. One synchronisation with the device.
     """
 
     tokens: int = 64

@@ -59,6 +59,14 @@ class Composed(Method):
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuilt, (*self.parts, self.name, self.given)  # pickle would not find a class made for a composition
 
+    def hyper(self) -> dict[str, Any]:
+        """Those of the second by name; where the first has another value under the same name, as "vision_" + name."""
+        out = super().hyper()
+        for name in inspect.signature(self.parts[0]).parameters:
+            if name != "tokens" and getattr(self.vision, name) != out[name]:
+                out[f"vision_{name}"] = getattr(self.vision, name)
+        return out
+
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)
         for block, wanted in self.language.vision_queries(feature_layer).items():
