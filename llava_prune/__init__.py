@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .models.load import Loaded, load
     from .ops.merging import Merge
     from .ops.selection import Cut
+    from .runtime.questions import questions
     from .runtime.record import Record
     from .runtime.sizes import image_sizes
 
@@ -26,6 +27,7 @@ _HOME = {
     "models.load": "Loaded load",
     "ops.merging": "Merge",
     "ops.selection": "Cut",
+    "runtime.questions": "questions",
     "runtime.record": "Record",
     "runtime.sizes": "image_sizes",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "load",
     "names",
     "pruned",
+    "questions",
     "register",
 ]
 

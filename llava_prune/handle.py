@@ -11,6 +11,7 @@ from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .models.parallel import check_split
+from .models.text_tower import text_tower
 from .runtime.geometry import Geometry
 from .runtime.language import language_forward
 from .runtime.patching import Patch, replace_method
@@ -134,6 +135,9 @@ def attach(
     handle = Handle(model, method, check)
     handle.vision = VisionHooks(handle, method, family.tower_facts(model))
     handle.geometry = family.geometry(model)
+    folder = getattr(method, "clip", None)
+    if folder is not None:
+        handle.vision.text_tower = text_tower(folder)
     if graphs or fused or text_step is not None:
         from .experimental.engine import Engine
 

@@ -22,12 +22,13 @@ from ..models.load import resolve
 from ..models.parallel import smallest
 from ..models.placement import devices
 from ..runtime.patching import execution_device
+from ..runtime.questions import questions
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
 from .images import pixels
 from .plan import Settings
-from .prompt import check_tokenizer, token_ids, vicuna_v1
+from .prompt import bare, check_tokenizer, token_ids, vicuna_v1
 from .task import Question, Sources, Task, place_of
 
 log = logging.getLogger(__name__)
@@ -282,15 +283,17 @@ def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
 
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     """(B, new) long: new token ids for a batch of questions."""
-    names = [q.image for q in (bench.files.questions[i] for i in numbers) if q.image is not None]
+    asked = [bench.files.questions[i] for i in numbers]
+    names = [q.image for q in asked if q.image is not None]
     found = [bench.feed.get(name) for name in names]
-    return bench.loaded.generate(
-        [bench.rows[i] for i in numbers],
-        torch.stack([image for image, _ in found]) if found else None,
-        sizes=[size for _, size in found] or None,
-        keys=names or None,
-        max_new_tokens=bench.task.max_new_tokens,
-    )
+    with questions([bare(q.text) for q in asked if q.image is not None]):
+        return bench.loaded.generate(
+            [bench.rows[i] for i in numbers],
+            torch.stack([image for image, _ in found]) if found else None,
+            sizes=[size for _, size in found] or None,
+            keys=names or None,
+            max_new_tokens=bench.task.max_new_tokens,
+        )
 
 
 def _not_finite_in(bench: Bench, run: Run, number: int) -> str:

@@ -56,6 +56,7 @@ class Method:
             class token, "whole images": images that are not cut into crops, "patch positions": the patch of every
             visual token, which merged tokens do not have.
         fixes_budget: arguments that fix the counts in place of `tokens`. A run that sets one of them has no budget.
+        uses_images: whether `prune_vision` has something to do; an instance may do without.
         makes_tokens: whether its `VisionCut` has tokens that stand for no patch.
         entry: in a composition, a first method that cuts at the entry of the language model.
         replays: whether cuts are operations on the device alone, given what `decide` returned, so that a captured
@@ -69,6 +70,7 @@ class Method:
     vision_positions: ClassVar[Literal["keep", "renumber"] | None] = None
     requires: ClassVar[frozenset[Requirement]] = frozenset()
     fixes_budget: ClassVar[tuple[str, ...]] = ()
+    uses_images: bool = True
     makes_tokens: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     entry: EntryMethod | None = None

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..ops.selection import per_sample, take
 from ..ops.similarity import cosines, unit, wide
 from .base import EntryMethod, MethodInfo, in_raster_order
-from .checks import choice, integer, real
+from .checks import choice, integer, real, shown
 from .registry import register
-from .views import View
+from .views import View, VisionView
 
 EPS = 1e-6
 LEAST = 1e-6
@@ -139,9 +139,11 @@ class CDPruner(EntryMethod):
 
     Embedding form: relevance is the cosine of a projected visual token with the mean input embedding of all text tokens
     of the prompt, scaled to 0..1 over the visual tokens; the kernel is (1 - w) S + w r S r with S the cosines among
-    visual tokens. Source: openvinotoolkit/openvino.genai @ da1db86, whole image. The official form (Theia-4869/CDPruner
-    @ 9541616) takes the relevance from CLIP's text tower, which LLaVA's checkpoints do not have; its functions are
-    `clip_relevance`, `clip_kernel` and `greedy` in this module.
+    visual tokens. Source: openvinotoolkit/openvino.genai @ da1db86, whole image.
+
+    Official form, with `clip`: relevance is the negated cosine of a patch with the question in CLIP's shared space; the
+    kernel is r S r. LLaVA's checkpoints do not hold CLIP's text tower, so its folder has to be given, and the question
+    of each image with `llava_prune.questions([...])`. Source: Theia-4869/CDPruner @ 9541616.
 
     Deviations: exactly `tokens` tokens remain where the kernel's rank is smaller (the others by their diagonal entry),
     and a constant relevance counts as 1. Visual tokens of images in crops are one list, newline tokens included.
@@ -150,18 +152,20 @@ class CDPruner(EntryMethod):
 
     Args:
         tokens: visual tokens kept in every layer.
-        weight: w, share of the relevance in the kernel.
-        sign: 1 prefers tokens that are similar to the text, -1 the others.
+        weight: w, share of the relevance in the kernel of the embedding form.
+        sign: 1 prefers tokens that are similar to the text, -1 the others; by default 1, and -1 with `clip`.
         halves: choose half of the tokens from each half of the sequence, as openvino.genai does by default.
         strict: go on choosing by gains below rounding, as the official codes, in place of filling up; an error where
             that names a token twice. One synchronisation with the device.
+        clip: folder of a whole CLIP whose vision tower the model has, for the official form.
     """
 
     tokens: int = 64
     weight: float = 0.5
-    sign: int = 1
+    sign: int | None = None
     halves: bool = False
     strict: bool = False
+    clip: str | None = None
 
     info = MethodInfo(
         paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning, NeurIPS 2025",
@@ -173,11 +177,39 @@ class CDPruner(EntryMethod):
     def __post_init__(self) -> None:
         integer("tokens", self.tokens, 1, none=False)
         real("weight", self.weight, 0, 1, none=False)
-        choice("sign", self.sign, (1, -1))
+        if self.sign is not None:
+            choice("sign", self.sign, (1, -1))
         for name in ("halves", "strict"):
             choice(name, getattr(self, name), (True, False))
+        if self.clip is not None and not isinstance(self.clip, str):
+            raise ValueError(f"clip={shown(self.clip)}: must be the folder of a CLIP with its text tower")
+        if self.clip is not None and (self.halves or self.weight != 0.5):
+            raise ValueError("weight and halves belong to the embedding form; leave them out, or clip")
+        object.__setattr__(self, "uses_images", self.clip is not None)
+
+    def prune_vision(self, view: VisionView) -> None:
+        if self.clip is None:
+            return
+        patches, texts = view.clip_embeddings(self.strict)
+        images = view.layout
+        times = len(images) // max(len(texts), 1)  # beams
+        if not texts or times * len(texts) != len(images):
+            raise ValueError(f"{len(texts)} questions for {len(images)} images; give one for each image")
+        found, start = [], 0
+        for i, image in enumerate(images):
+            rows = patches[start : start + image.crops]
+            found.append(clip_relevance(rows, texts[i // times], self.sign or -1, self.strict))
+            start += image.crops
+        view.patch_values["relevance"] = torch.cat(found).float()  # (N, T); 0 on newline tokens, which come last
 
     def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        if self.clip is not None:
+            places, _ = view.visual_tokens()
+            kernel = clip_kernel(tokens, view.patch_values("relevance").gather(1, places), self.strict)
+            order, _ = greedy(kernel, real, max(keep), strict=self.strict)
+            if self.strict:
+                refuse_repeats(order)
+            return in_raster_order(order, keep), None
         text = view.valid & ~view.visual
         mean = (text[:, None].float() @ view.hidden.float())[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
         return in_raster_order(self.order(tokens, mean, real, keep), keep), None
@@ -204,7 +236,7 @@ class CDPruner(EntryMethod):
         return torch.cat(found, 1).gather(1, packed)
 
     def _order(self, tokens: Tensor, text: Tensor, real: Tensor, count: int) -> Tensor:
-        relevance = embedding_relevance(tokens, text, real, self.sign)
+        relevance = embedding_relevance(tokens, text, real, self.sign or 1)
         order, _ = greedy(embedding_kernel(tokens, relevance, self.weight), real, count, EPS, self.strict)
         if self.strict:
             refuse_repeats(order)

@@ -198,6 +198,7 @@ class VisionView:
         patch_values: name -> (N, T), values for `View.patch_values`; a method fills it.
         find_padding: what `padding` returns.
         find_layout: what `layout` returns; None where every image is seen whole.
+        find_clip: what `clip_embeddings` returns.
     """
 
     features: Tensor
@@ -212,6 +213,7 @@ class VisionView:
     patch_values: dict[str, Tensor] = field(default_factory=dict)
     find_padding: Callable[[], Tensor | None] = field(default=lambda: None)
     find_layout: Callable[[], list[ImageLayout]] | None = None
+    find_clip: Callable[[bool], tuple[Tensor, list[Tensor]]] | None = None
 
     @property
     def padding(self) -> Tensor | None:
@@ -235,6 +237,19 @@ class VisionView:
             raise ValueError(f"{n} images and crops were encoded, and {len(found)} images make another number; give "
                              "input_ids and images to generate() or forward() together")  # fmt: skip
         return found
+
+    def clip_embeddings(self, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Patches and questions in the space of the CLIP that a method's argument `clip` names.
+
+        Returns:
+            (N, T, C) float32, and (M, C) float32 for the segments of each image's question.
+
+        Raises:
+            ValueError: where no CLIP or no questions were given.
+        """
+        if self.find_clip is None:
+            raise ValueError("no CLIP with a text tower was given; name its folder, as clip=...")
+        return self.find_clip(strict)
 
     def class_attention(self) -> Tensor:
         """(N, T) float32: attention of the class token on each patch in the one recorded block, mean over heads.

@@ -49,6 +49,7 @@ class Hints:
         image_sizes: (width, height) of the images before padding.
         image_keys: identities of the images, for the image cache; valid for a single pass of the vision tower.
         prompts: token ids on the host.
+        questions: one for each image.
         explicit: whether the caller said something about sizes, be it None.
         logits_to_keep: number of logits that the caller wants; 0 for all, which the caller has to line up.
     """
@@ -56,6 +57,7 @@ class Hints:
     image_sizes: Sizes | None = None
     image_keys: list[Hashable] | None = None
     prompts: HostPrompts | None = None
+    questions: list[str] | None = None
     explicit: bool = False
     logits_to_keep: int = 0
 

@@ -82,7 +82,8 @@ class VisionHooks:
         self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
-        self.acts = prunes_before(type(method))
+        self.acts = prunes_before(type(method)) and method.uses_images
+        self.text_tower: Any = None
         late = [b for b in self.queries if not 0 <= b < tower.depth]
         if late:
             raise ValueError(
@@ -164,7 +165,19 @@ class VisionHooks:
             feature_layer=self.tower.feature_layer,
             find_padding=padding,
             find_layout=request.layout,
+            find_clip=None if self.text_tower is None else functools.partial(self._clip, features, request),
         )
+
+    def _clip(self, features: Tensor, request: RequestState, strict: bool) -> tuple[Tensor, list[Tensor]]:
+        """See `VisionView.clip_embeddings`."""
+        asked = request.hints.questions
+        if asked is None:
+            raise ValueError(
+                f"{self.method.name or self.method!r} compares patches with the question; wrap the call in "
+                "llava_prune.questions([...]), one for each image"
+            )
+        texts = [self.text_tower.text(question, features.device, strict) for question in asked]
+        return self.text_tower.patches(features), texts
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projector hook: keep the tokens of the method, hand the package the features of all patches."""
@@ -203,7 +216,7 @@ def check_requirements(method: Method, tower: Tower) -> None:
             f"{name} cannot work on images in crops (LLaVA-NeXT's anyres); use a checkpoint that sees images whole, or "
             "another method"
         )
-    if not prunes_before(type(method)):
+    if not prunes_before(type(method)) or not method.uses_images:
         return
     if tower.depth == 0:
         raise ValueError(

@@ -432,3 +432,111 @@ def test_text_only_is_the_prompt_without_its_image(tiny: Any, logits: Any) -> No
 def test_refused_values(name: str, hyper: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llava_prune.build(name, **hyper)
+
+
+# CLIP's text tower ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP with the vision width of the small models, and a tokenizer of single words."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers import models as kinds
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<pad>", "what", "is", "red", "left", "<unk>", "<s>", "</s>"])}
+    tokenizer = Tokenizer(kinds.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 6), ("</s>", 7)])
+    folder = tmp_path_factory.mktemp("clip")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ids = {"vocab_size": 8, "bos_token_id": 6, "eos_token_id": 7, "pad_token_id": 0}
+    config = CLIPConfig(text_config={**sizes, **ids}, vision_config={**sizes, "image_size": 28}, projection_dim=16)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 8**-0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_cdpruner_with_clip_by_hand(clip_folder: str, tiny: Any) -> None:
+    """Relevance of two images by their questions, from the parts of CLIP called one by one."""
+    from transformers import CLIPModel
+
+    texts, pixels = ["what is red", "is that left"], models.pixels(2)
+    rows = [models.prompt(4, 6), models.prompt(5, 8, seed=1)]
+    seen: dict[str, Tensor] = {}
+    projector = tiny.model.mm_projector if models.is_llava(tiny) else tiny.model.multi_modal_projector
+    hook = projector.register_forward_hook(
+        lambda module, args, output: seen.update(
+            features=args[0][:, : models.PATCHES], tokens=output[:, : models.PATCHES]
+        )
+    )
+    try:
+        for sign in (-1, 1):
+            hyper = {"tokens": 12, "clip": clip_folder, "sign": sign}
+            with llava_prune.pruned(tiny, "cdpruner", check=True, **hyper) as handle, llava_prune.questions(texts):
+                models.generate(tiny, models.inputs(tiny, rows, pixels), 2)
+                models.generate(tiny, models.inputs(tiny, rows, pixels), 2, num_beams=2)
+            clip = CLIPModel.from_pretrained(clip_folder)
+            ids = torch.tensor([[6, 1, 2, 3, 7], [6, 2, 5, 4, 7]])
+            with torch.no_grad():
+                vision = getattr(clip.vision_model, "vision_model", clip.vision_model)
+                e = clip.visual_projection(vision.post_layernorm(seen["features"]))
+                t = clip.text_projection(clip.text_model(input_ids=ids).last_hidden_state[:, -1])
+            for n in range(2):
+                relevance = cdpruner.clip_relevance(e[n : n + 1], t[n : n + 1], sign)
+                kernel = cdpruner.clip_kernel(seen["tokens"][n : n + 1], relevance)
+                order, _ = cdpruner.greedy(kernel, every(models.PATCHES), 12)
+                kept = handle.last.kept[0]
+                assert kept[n * kept.shape[0] // 2].tolist() == sorted(order[0].tolist())
+    finally:
+        hook.remove()
+
+
+def test_cdpruner_reads_long_questions_in_segments(clip_folder: str) -> None:
+    from llava_prune.models.text_tower import text_tower
+
+    tower, cpu = text_tower(clip_folder), torch.device("cpu")
+    long = "what is red " * 40
+    ours, official = tower.text(long, cpu), tower.text(long, cpu, strict=True)
+    assert ours.shape == official.shape == (2, 16)
+    assert not torch.allclose(ours[0], official[0]) and torch.equal(ours[1], official[1])
+    assert torch.equal(tower.text("is red", cpu), tower.text("is red", cpu, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llava", "next"])
+def test_cdpruner_with_clip_on_crops(family: str, clip_folder: str, tiny_models: Any) -> None:
+    model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
+    size = (2 * models.SIDE, models.SIDE)
+    given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
+    with llava_prune.questions(["what"]), llava_prune.pruned(model, "cdpruner", tokens=40, clip=clip_folder) as handle:
+        models.generate(model, given, 2)
+    assert handle.last.tokens_in.tolist() == [[40] * models.LAYERS]
+
+
+def test_cdpruner_refusals_with_clip(clip_folder: str, tiny: Any, tmp_path: Any) -> None:
+    given = models.inputs(tiny, [models.prompt(4, 6)], models.pixels(1))
+    with pytest.raises(ValueError, match="is no folder with a CLIP and its text tower .*leave clip out"):
+        llava_prune.attach(tiny, "cdpruner", tokens=12, clip=str(tmp_path))
+    with llava_prune.pruned(tiny, "cdpruner", tokens=12, clip=clip_folder):
+        with pytest.raises(ValueError, match=r"compares patches with the question; wrap the call in llava_prune.quest"):
+            models.generate(tiny, given, 1)
+        with pytest.raises(ValueError, match="2 questions for 1 images"), llava_prune.questions(["a", "what"]):
+            models.generate(tiny, given, 1)
+        with pytest.raises(ValueError, match="must be a list of strings"), llava_prune.questions("what"):
+            pass
+    for hyper in ({"weight": 1.0}, {"halves": True}):
+        with pytest.raises(ValueError, match="belong to the embedding form"):
+            llava_prune.build("cdpruner", clip=clip_folder, **hyper)
+    with pytest.raises(ValueError, match="clip=3: must be the folder"):
+        llava_prune.build("cdpruner", clip=3)
