@@ -54,10 +54,12 @@ class Handle:
     def install(self, family: Family) -> None:
         """Put hooks and replacements in place, all of them or none."""
         model, lm = self.model, family.language_model(self.model)
-        blocks = encoder_blocks(family.encoder(model))
+        encoder = family.encoder(model)
         try:
             self._undo.append(replace_method(lm, "forward", language_forward, self, lm))
-            self._undo.extend(self.vision.install(family.tower(model), blocks, family.projector(model)))
+            self._undo.extend(
+                self.vision.install(family.tower(model), encoder, encoder_blocks(encoder), family.projector(model))
+            )
             self._undo.extend(family.install(model, self))
             setattr(model, ATTRIBUTE, self)
         except BaseException:

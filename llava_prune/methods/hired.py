@@ -139,6 +139,8 @@ class HiRED(Method):
             return view.keep_top(last, self.budget(1, t, 1))
         live, start = [], 0
         for image in view.layout:
+            if image.rows * image.columns != image.crops - 1:
+                raise ValueError(f"hired: the grid of an image's {image.crops} crops is not known; pass image_sizes")
             tiles = tile_of_patch(image, view.grid, self.strict) if image.crops > 1 else []
             rows = slice(start, start + image.crops)
             budget = self.budget(image.crops, t, view.crops)

@@ -28,6 +28,15 @@ def rectangle(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max(fair, key=lambda p: (p[0] * p[1], -abs(p[0] - p[1]), p[1]))
 
 
+def grid_counts(tokens: int, n_visual: int, n_layers: int) -> list[int]:
+    """Visual tokens entering each layer: the cells of `rectangle`, or all tokens where the budget allows them."""
+    if tokens >= n_visual:
+        return [n_visual] * n_layers
+    side = round(n_visual**0.5)
+    rows, columns = rectangle(tokens, (side, side) if side * side == n_visual else (n_visual, n_visual))
+    return [rows * columns] * n_layers
+
+
 @register("pool")
 @dataclass(frozen=True)
 class Pool(Method):
@@ -66,9 +75,4 @@ class Pool(Method):
         return VisionCut(live, pooled.to(view.features.dtype), ids, counts=[rows * columns] * n)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
-        if self.tokens >= n_visual:
-            return [n_visual] * n_layers
-        side = round(n_visual**0.5)
-        grid = (side, side) if side * side == n_visual else (n_visual, n_visual)
-        rows, columns = rectangle(self.tokens, grid)
-        return [rows * columns] * n_layers
+        return grid_counts(self.tokens, n_visual, n_layers)

@@ -199,6 +199,8 @@ class VisionView:
         find_padding: what `padding` returns.
         find_layout: what `layout` returns; None where every image is seen whole.
         find_clip: what `clip_embeddings` returns.
+        encode: function of (rows, columns) -> (N, rows x columns, Dv), features of the images resized to that many
+            patches, position embeddings interpolated; a further pass of the tower.
     """
 
     features: Tensor
@@ -214,6 +216,7 @@ class VisionView:
     find_padding: Callable[[], Tensor | None] = field(default=lambda: None)
     find_layout: Callable[[], list[ImageLayout]] | None = None
     find_clip: Callable[[bool], tuple[Tensor, list[Tensor]]] | None = None
+    encode: Callable[[int, int], Tensor] | None = None
 
     @property
     def padding(self) -> Tensor | None:

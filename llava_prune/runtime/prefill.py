@@ -189,11 +189,10 @@ class Prefill:
         attended = self.masks.attended(s)
         cached = self._keys(i)
         score = _Attention(layer, before, rope, attended, cached, queries, self.kernels)
-        keys = functools.partial(decoder_keys, layer, before, rope, cached)
         if i + 1 == len(layers):
             if prunes_inside(type(self.method)):
                 final: Callable[[], tuple[Tensor, Tensor]] = _LastCut(
-                    self.method, i, score, wanted, self._view(None, keys=keys)
+                    self.method, i, score, wanted, self._view(None, keys=score.layer_keys)
                 )
                 if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
                     final = functools.partial(_given, final())
@@ -201,7 +200,7 @@ class Prefill:
             return None
         following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
         attention = None if wanted is None else score(wanted)
-        return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None, keys)
+        return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None, score.layer_keys)
 
     def prune(self, i: int, view: View) -> None:
         """The cut after a layer, for which everything is decided."""
@@ -297,13 +296,22 @@ class _Attention:
         self.layer, self.hidden, self.rope, self.attended = layer, hidden, rope, attended
         self.keys, self.queries, self.kernels = keys, queries, kernels
 
-    def __call__(self, positions: Positions) -> Tensor:
-        home = self.hidden.device
-        there = execution_device(self.layer, home)  # the next layer may be on another device
+    def layer_keys(self) -> Tensor:
+        """(B, KV, L, dh) keys with rotary positions."""
+        home, (hidden, rope, _) = self.hidden.device, self._there()
+        return decoder_keys(self.layer, hidden, rope, self.keys).to(home)
+
+    def _there(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Input, rotary table and mask where the layer runs; the next layer may be on another device."""
+        there = execution_device(self.layer, self.hidden.device)
         hidden, rope, attended = self.hidden, self.rope, self.attended
-        if there != home:
+        if there != self.hidden.device:
             hidden, rope = hidden.to(there), (rope[0].to(there), rope[1].to(there))
             attended = None if attended is None else attended.to(there)
+        return hidden, rope, attended
+
+    def __call__(self, positions: Positions) -> Tensor:
+        home, (hidden, rope, attended) = self.hidden.device, self._there()
         queries = self.queries[0] if self.queries else None
         return decoder_attention(self.layer, hidden, rope, positions, attended, self.keys, queries, self.kernels).to(
             home

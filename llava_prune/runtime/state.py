@@ -79,6 +79,7 @@ class TowerPass:
         attention: block -> what the block showed.
         cls: (N, Dv) feature of the class token.
         merging: tokens merged inside the tower, None where nothing merges.
+        pixels: (N, 3, H, W), what the tower was given; None where it got another form.
         merges: whether a method that merges inside the tower does so in this pass.
     """
 
@@ -86,6 +87,7 @@ class TowerPass:
     attention: dict[int, Any] = field(default_factory=dict)
     cls: Tensor | None = None
     merging: Merging | None = None
+    pixels: Tensor | None = None
     merges: bool = True
 
 

@@ -84,6 +84,7 @@ class VisionHooks:
         self.variant = variant_of(method, tower)
         self.acts = prunes_before(type(method)) and method.uses_images
         self.text_tower: Any = None
+        self.encoder: Any = None
         late = [b for b in self.queries if not 0 <= b < tower.depth]
         if late:
             raise ValueError(
@@ -91,11 +92,12 @@ class VisionHooks:
                 f"features after block {tower.feature_layer}; use a checkpoint that takes them after an earlier block"
             )
 
-    def install(self, tower: Any, blocks: Any, projector: Any) -> list[Any]:
+    def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
         """Put all hooks in place; returns what removes them."""
         if not self.acts:
             return []
-        undo: list[Any] = [tower.register_forward_pre_hook(self.start)]
+        self.encoder = encoder
+        undo: list[Any] = [tower.register_forward_pre_hook(self.start, with_kwargs=True)]
         undo += record_attention(blocks, self.queries, self.tower.feature_layer)
         undo += [
             replace_method(blocks[block], "forward", _merging_forward, self, blocks[block], block, count)
@@ -105,11 +107,13 @@ class VisionHooks:
         undo.append(projector.register_forward_hook(self.after_projector))
         return undo
 
-    def start(self, module: Any = None, args: Any = None) -> None:
+    def start(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: the first pass in a request is that of its images; later ones are left alone."""
         request = active(self.handle)
         if request is not None and request.images is None:
-            request.images = ImageState(TowerPass(self.queries))
+            given = args[0] if args else kwargs.get("pixel_values", kwargs.get("images"))
+            pixels = given if isinstance(given, Tensor) and given.ndim == 4 else None
+            request.images = ImageState(TowerPass(self.queries, pixels=pixels))
 
     def _encoding(self) -> ImageState | None:
         """The images of the open request, while they are being encoded."""
@@ -165,6 +169,7 @@ class VisionHooks:
             feature_layer=self.tower.feature_layer,
             find_padding=padding,
             find_layout=request.layout,
+            encode=None if found.pixels is None else functools.partial(self._resized, found.pixels),
             find_clip=None if self.text_tower is None else functools.partial(self._clip, features, request),
         )
 
@@ -178,6 +183,21 @@ class VisionHooks:
             )
         texts = [self.text_tower.text(question, features.device, strict) for question in asked]
         return self.text_tower.patches(features), texts
+
+    def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """See `VisionView.encode`."""
+        inner = getattr(self.encoder, "vision_model", self.encoder)
+        patch = inner.embeddings.patch_size
+        small = torch.nn.functional.interpolate(
+            pixels.float(), (rows * patch, columns * patch), mode="bicubic", antialias=True
+        )
+        weight = inner.embeddings.patch_embedding.weight
+        states = inner.embeddings(small.to(weight.device, weight.dtype), interpolate_pos_encoding=True)
+        states = inner.pre_layrnorm(states) if hasattr(inner, "pre_layrnorm") else states  # CLIP's own spelling
+        for block in inner.encoder.layers[: self.tower.feature_layer + 1]:
+            states = block(states, None)
+            states = states[0] if isinstance(states, tuple) else states
+        return states[:, states.shape[1] - rows * columns :]  # (N, rows x columns, Dv)
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projector hook: keep the tokens of the method, hand the package the features of all patches."""

@@ -540,3 +540,27 @@ def test_cdpruner_refusals_with_clip(clip_folder: str, tiny: Any, tmp_path: Any)
             llava_prune.build("cdpruner", clip=clip_folder, **hyper)
     with pytest.raises(ValueError, match="clip=3: must be the folder"):
         llava_prune.build("cdpruner", clip=3)
+
+
+# resize --------------------------------------------------------------------------------------------------------
+
+
+def test_resize_is_the_tower_on_a_smaller_image(tiny: Any) -> None:
+    """Against transformers' own interpolation of position embeddings."""
+    pixels = models.pixels(2)
+    rows = [models.prompt(4, 6), models.prompt(5, 8, seed=1)]
+    seen: list[Tensor] = []
+    projector = tiny.model.mm_projector if models.is_llava(tiny) else tiny.model.multi_modal_projector
+    with llava_prune.pruned(tiny, "resize", tokens=12, check=True) as handle:
+        hook = projector.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+        try:
+            models.generate(tiny, models.inputs(tiny, rows, pixels), 2)
+        finally:
+            hook.remove()
+    assert handle.last.tokens_in.tolist() == [[12] * models.LAYERS] * 2
+    tower = tiny.get_vision_tower().vision_tower if models.is_llava(tiny) else tiny.model.vision_tower
+    small = torch.nn.functional.interpolate(pixels, (3 * 14, 4 * 14), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        out = tower(small, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states[-2][:, 1:]
+    assert torch.allclose(seen[0][:, models.PATCHES :], out, atol=1e-5)
+    assert seen[0].shape[1] == models.PATCHES + 12, "the package has the features of the full image"

@@ -94,7 +94,7 @@ def test_a_changed_tower_cannot_be_read(tiny: Any) -> None:
         llava_prune.attach(tiny, "tome", tokens=3)
 
 
-FIRSTS = ["fastervlm", "visionzip", "prumerge", "prumerge+", "tome", "vispruner", "scope", "hired", "pool"]
+FIRSTS = ["fastervlm", "visionzip", "prumerge", "prumerge+", "tome", "vispruner", "scope", "hired", "pool", "resize"]
 FIRSTS += ["divprune", "cdpruner", "holov"]
 
 
