@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .base import Method, MethodInfo
@@ -28,18 +29,47 @@ def rectangle(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max(fair, key=lambda p: (p[0] * p[1], -abs(p[0] - p[1]), p[1]))
 
 
-def grid_counts(tokens: int, n_visual: int, n_layers: int) -> list[int]:
-    """Visual tokens entering each layer: the cells of `rectangle`, or all tokens where the budget allows them."""
-    if tokens >= n_visual:
-        return [n_visual] * n_layers
-    side = round(n_visual**0.5)
-    rows, columns = rectangle(tokens, (side, side) if side * side == n_visual else (n_visual, n_visual))
-    return [rows * columns] * n_layers
+@dataclass(frozen=True)
+class Coarser(Method):
+    """A coarser grid of features in place of the patches; a subclass makes it.
+
+    Args:
+        tokens: most visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
+    """
+
+    tokens: int = 64
+
+    positions = "renumber"
+    decode = "cache"
+    makes_tokens = True
+
+    def __post_init__(self) -> None:
+        integer("tokens", self.tokens, 1, none=False)
+
+    def grid_features(self, view: VisionView, rows: int, columns: int) -> Tensor:
+        """(N, rows x columns, Dv) features in raster order."""
+        raise TypeError(f"{self!r} must define grid_features()")
+
+    def prune_vision(self, view: VisionView) -> VisionCut | None:
+        keep = view.tokens_per_crop(self.tokens)
+        if keep >= view.features.shape[1]:
+            return None
+        features = self.grid_features(view, *rectangle(keep, view.grid)).to(view.features)  # (N, K, Dv)
+        live = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        ids = torch.full_like(live, MERGED, dtype=torch.long)
+        return VisionCut(live, features, ids, counts=[features.shape[1]] * features.shape[0])
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        if self.tokens >= n_visual:
+            return [n_visual] * n_layers
+        side = round(n_visual**0.5)
+        rows, columns = rectangle(self.tokens, (side, side) if side * side == n_visual else (n_visual, n_visual))
+        return [rows * columns] * n_layers
 
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Method):
+class Pool(Coarser):
     """Replace the patch features by averages over a coarser grid, before the projector.
 
     The grid is that of `rectangle`: 192 tokens are 12 x 16, 128 are 8 x 16, 64 are 8 x 8. A cell averages the patches
@@ -50,29 +80,10 @@ class Pool(Method):
         tokens: most visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
     """
 
-    tokens: int = 64
-
     info = MethodInfo(
         paper="baseline", where="before the language model, on the vision tower's features", source="ours", licence="-"
     )
-    positions = "renumber"
-    decode = "cache"
-    makes_tokens = True
 
-    def __post_init__(self) -> None:
-        integer("tokens", self.tokens, 1, none=False)
-
-    def prune_vision(self, view: VisionView) -> VisionCut | None:
-        n, t, width = view.features.shape
-        keep = view.tokens_per_crop(self.tokens)
-        if keep >= t:
-            return None
-        rows, columns = rectangle(keep, view.grid)
+    def grid_features(self, view: VisionView, rows: int, columns: int) -> Tensor:
         cells = view.features.float().transpose(1, 2).unflatten(2, view.grid)  # (N, Dv, height, width)
-        pooled = adaptive_avg_pool2d(cells, (rows, columns)).flatten(2).transpose(1, 2)  # (N, K, Dv)
-        live = torch.ones(n, rows * columns, dtype=torch.bool, device=pooled.device)
-        ids = torch.full_like(live, MERGED, dtype=torch.long)
-        return VisionCut(live, pooled.to(view.features.dtype), ids, counts=[rows * columns] * n)
-
-    def plan(self, n_visual: int, n_layers: int) -> list[int]:
-        return grid_counts(self.tokens, n_visual, n_layers)
+        return adaptive_avg_pool2d(cells, (rows, columns)).flatten(2).transpose(1, 2)
