@@ -351,6 +351,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
+        dropped = {"image": True} if with_image and not entering[k][0] else {}  # tells the row from one without image
         out.append({
             "question_id": question.id,
             "prompt": question.stored,
@@ -359,7 +360,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "model_id": name,
             "metadata": {},
             **question.extra,
-            "kept": {"entering": entering[k], "leaving": leaving[k]},
+            "kept": {"entering": entering[k], "leaving": leaving[k], **dropped},
             "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
             **({"not_finite": places[k]} if k in places else {}),
             "row": i,

@@ -34,7 +34,7 @@ class Facts:
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean visual tokens of samples with an image, entering and leaving, by layer and over layers."""
     out: dict[str, Any] = {}
-    rows = [r for r in rows if r["kept"]["entering"][0]] or rows
+    rows = [r for r in rows if _has_image(r)] or rows
     for way in ("entering", "leaving"):
         layers = [sum(column) / len(rows) for column in zip(*(r["kept"][way] for r in rows), strict=True)]
         out[f"average_{way}"] = average_tokens(layers)
@@ -47,9 +47,9 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):
         only = both = full_only = full_both = 0.0
-        groups = Counter((tuple(r["kept"][way]), r["kept"]["entering"][0], t) for r, t in zip(rows, text, strict=True))
-        for (counts, n, t), times in groups.items():
-            start = [size.visual if n else 0] * len(counts)
+        groups = Counter((tuple(r["kept"][way]), _has_image(r), t) for r, t in zip(rows, text, strict=True))
+        for (counts, image, t), times in groups.items():
+            start = [size.visual if image else 0] * len(counts)
             only += times * flops_visual_only(counts, size)
             both += times * flops_with_text(counts, t, size)
             full_only += times * flops_visual_only(start, size)
@@ -60,6 +60,11 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
                 "percent_of_full": 100 * value / full if full else None,
             }
     return out
+
+
+def _has_image(row: Mapping[str, Any]) -> bool:
+    """Whether a row's question has an image, also where a method drops all of it."""
+    return bool(row["kept"]["entering"][0] or row["kept"].get("image"))
 
 
 def without_figure(score: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
