@@ -173,7 +173,7 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
 def catch_mlp_input(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
     """Catch the input of a decoder layer's MLP while it runs in this thread: a list of one tensor (B, L, D)."""
     norm: Any = layer.post_attention_layernorm
-    return _output(norm, lambda x: x) if wanted else nullcontext([])
+    return output_of(norm, lambda x: x) if wanted else nullcontext([])
 
 
 def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractContextManager[list[Tensor]]:
@@ -181,18 +181,18 @@ def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractCont
     attn: Any = layer.self_attn
     if positions is None:
         return nullcontext([])
-    return _output(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
+    return output_of(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
 
 
 @contextmanager
-def _output(module: nn.Module, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def output_of(module: nn.Module, pick: Callable[[Any], Tensor]) -> Iterator[list[Tensor]]:
     """A list that holds `pick` of the module's output after it ran in this thread; empty before."""
     box: list[Tensor] = []
     thread = threading.get_ident()
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            box[:] = [pick(output.detach())]
+            box[:] = [pick(output).detach()]
 
     hook = module.register_forward_hook(keep)
     try:

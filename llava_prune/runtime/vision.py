@@ -15,7 +15,7 @@ from torch import Tensor
 from ..methods.base import Method, prunes_before
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take
-from .attention import tower_attention
+from .attention import output_of, tower_attention
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
 from .patching import replace_method
 from .sizes import known_sizes
@@ -84,7 +84,7 @@ class VisionHooks:
         self.variant = variant_of(method, tower)
         self.acts = prunes_before(type(method)) and method.uses_images
         self.text_tower: Any = None
-        self.encoder: Any = None
+        self.modules: tuple[Any, Any] | None = None
         late = [b for b in self.queries if not 0 <= b < tower.depth]
         if late:
             raise ValueError(
@@ -96,7 +96,7 @@ class VisionHooks:
         """Put all hooks in place; returns what removes them."""
         if not self.acts:
             return []
-        self.encoder = encoder
+        self.modules = tower, encoder
         undo: list[Any] = [tower.register_forward_pre_hook(self.start, with_kwargs=True)]
         undo += record_attention(blocks, self.queries, self.tower.feature_layer)
         undo += [
@@ -185,19 +185,19 @@ class VisionHooks:
         return self.text_tower.patches(features), texts
 
     def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
-        """See `VisionView.encode`."""
-        inner = getattr(self.encoder, "vision_model", self.encoder)
-        patch = inner.embeddings.patch_size
-        small = torch.nn.functional.interpolate(
-            pixels.float(), (rows * patch, columns * patch), mode="bicubic", antialias=True
-        )
-        weight = inner.embeddings.patch_embedding.weight
-        states = inner.embeddings(small.to(weight.device, weight.dtype), interpolate_pos_encoding=True)
-        states = inner.pre_layrnorm(states) if hasattr(inner, "pre_layrnorm") else states  # CLIP's own spelling
-        for block in inner.encoder.layers[: self.tower.feature_layer + 1]:
-            states = block(states, None)
-            states = states[0] if isinstance(states, tuple) else states
-        return states[:, states.shape[1] - rows * columns :]  # (N, rows x columns, Dv)
+        """See `VisionView.encode`. The package's tower is called as it is, since its weights may be offloaded."""
+        assert self.modules is not None
+        tower, encoder = self.modules
+        inner = getattr(encoder, "vision_model", encoder)
+        size = rows * inner.embeddings.patch_size, columns * inner.embeddings.patch_size
+        small = torch.nn.functional.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+        hook = encoder.register_forward_pre_hook(_interpolating, with_kwargs=True)
+        try:
+            with output_of(encoder, lambda out: out.hidden_states[self.tower.feature_layer + 1]) as states:
+                tower(small.to(pixels.dtype))
+        finally:
+            hook.remove()
+        return states[0][:, states[0].shape[1] - rows * columns :]  # (N, rows x columns, Dv)
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projector hook: keep the tokens of the method, hand the package the features of all patches."""
@@ -216,6 +216,11 @@ class VisionHooks:
         if merging is not None:  # each patch shows the token that it was merged into
             return take(output, merging.groups[:, 1:].to(output.device) - 1)
         return output[:, : self.tower.patches]
+
+
+def _interpolating(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of an encoder that takes images of any size; at the usual size the position embeddings are unchanged."""
+    return args, {**kwargs, "interpolate_pos_encoding": True, "output_hidden_states": True}
 
 
 def check_requirements(method: Method, tower: Tower) -> None:
