@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .handle import Handle, attach, detach, pruned
-    from .methods.base import Method, MethodInfo, ScoreMethod
+    from .methods.base import EntryMethod, Method, MethodInfo, ScoreMethod
     from .methods.registry import build, names, register
     from .methods.views import Spans, View, VisionCut, VisionView
     from .models.load import Loaded, load
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "handle": "attach detach pruned Handle",
-    "methods.base": "Method MethodInfo ScoreMethod",
+    "methods.base": "EntryMethod Method MethodInfo ScoreMethod",
     "methods.registry": "build names register",
     "methods.views": "Spans View VisionCut VisionView",
     "models.load": "Loaded load",
@@ -35,6 +35,7 @@ _MODULES = {name: module for module, listed in _HOME.items() for name in listed.
 
 __all__ = [
     "Cut",
+    "EntryMethod",
     "Handle",
     "Loaded",
     "Merge",

@@ -178,6 +178,17 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
     assert ours(found) == sorted([PROMPT, *beyond(name)])
 
 
+@pytest.mark.parametrize("family", ["next", "llava"])
+def test_hired_reads_counts_of_crops(family: str, tiny_models: Any) -> None:
+    """How many tokens each crop keeps, and in transformers the sizes of the images, which are on the host as a rule."""
+    model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
+    size = (2 * models.SIDE, models.SIDE)
+    given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
+    with llava_prune.pruned(model, "hired", tokens=30), reads() as found, torch.inference_mode():
+        model(**given, use_cache=True)
+    assert ours(found) == sorted([PROMPT, "vision.py:compact", *(["hf.py:found"] if family == "next" else [])])
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
 def test_beams_and_blank_images(known: bool, tiny: Any) -> None:
     """What `Loaded.generate` says of the prompts is what the device would have said."""
