@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.selection import per_sample, take
-from ..ops.similarity import cosines, unit, wide
+from ..ops.similarity import unit, wide
 from .base import EntryMethod, MethodInfo, in_raster_order
 from .checks import choice, integer, real, shown
 from .registry import register
@@ -68,10 +68,8 @@ def embedding_relevance(tokens: Tensor, text: Tensor, real: Tensor, sign: int = 
 
 def clip_kernel(tokens: Tensor, relevance: Tensor, strict: bool = False) -> Tensor:
     """(N, T, T) r_i S_ij r_j with S the cosines of (N, T, D); `strict` normalises in the dtype of `tokens`."""
-    similarity = cosines(tokens)
-    if strict:
-        rows = (tokens / tokens.norm(dim=2, keepdim=True)).float()
-        similarity = rows @ rows.transpose(1, 2)
+    rows = (tokens / tokens.norm(dim=2, keepdim=True)).float() if strict else unit(tokens)
+    similarity = rows @ rows.transpose(1, 2)
     return relevance[:, :, None] * similarity * relevance[:, None]
 
 
@@ -109,14 +107,12 @@ def greedy(kernel: Tensor, real: Tensor, count: int, eps: float = 0.0, strict: b
     left = gain
     rows = kernel.new_zeros(batch, count, size)
     order, gains = [], []
-    first = live = None
+    live, first = torch.ones_like(real[:, :1]), gain.amax(1, keepdim=True)  # (B, 1) each
     for step in range(count):
         best = gain.argmax(1, keepdim=True)  # (B, 1)
         value = gain.gather(1, best)
         if not strict:
-            first = value if first is None else first
-            enough = value > LEAST * first
-            live = enough if live is None else live & enough
+            live = live & (value > LEAST * first)
             best = torch.where(live, best, left.argmax(1, keepdim=True))
             left = left.scatter(1, best, -torch.inf)
         order.append(best)
@@ -195,11 +191,8 @@ class CDPruner(EntryMethod):
         times = len(images) // max(len(texts), 1)  # beams
         if not texts or times * len(texts) != len(images):
             raise ValueError(f"{len(texts)} questions for {len(images)} images; give one for each image")
-        found, start = [], 0
-        for i, image in enumerate(images):
-            rows = patches[start : start + image.crops]
-            found.append(clip_relevance(rows, texts[i // times], self.sign or -1, self.strict))
-            start += image.crops
+        parts = patches.split([image.crops for image in images])
+        found = [clip_relevance(p, texts[i // times], self.sign or -1, self.strict) for i, p in enumerate(parts)]
         view.patch_values["relevance"] = torch.cat(found).float()  # (N, T); 0 on newline tokens, which come last
 
     def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -207,9 +200,7 @@ class CDPruner(EntryMethod):
             places, _ = view.visual_tokens()
             kernel = clip_kernel(tokens, view.patch_values("relevance").gather(1, places), self.strict)
             order, _ = greedy(kernel, real, max(keep), strict=self.strict)
-            if self.strict:
-                refuse_repeats(order)
-            return in_raster_order(order, keep), None
+            return in_raster_order(refuse_repeats(order) if self.strict else order, keep), None
         text = view.valid & ~view.visual
         mean = (text[:, None].float() @ view.hidden.float())[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
         return in_raster_order(self.order(tokens, mean, real, keep), keep), None
@@ -238,16 +229,14 @@ class CDPruner(EntryMethod):
     def _order(self, tokens: Tensor, text: Tensor, real: Tensor, count: int) -> Tensor:
         relevance = embedding_relevance(tokens, text, real, self.sign or 1)
         order, _ = greedy(embedding_kernel(tokens, relevance, self.weight), real, count, EPS, self.strict)
-        if self.strict:
-            refuse_repeats(order)
-        return order
+        return refuse_repeats(order) if self.strict else order
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers
 
 
-def refuse_repeats(order: Tensor) -> None:
-    """Refuse an order (B, K) that names a token twice; reads from the device.
+def refuse_repeats(order: Tensor) -> Tensor:
+    """An order (B, K) that names no token twice; reads from the device.
 
     Raises:
         ValueError: naming the number of independent tokens.
@@ -258,3 +247,4 @@ def refuse_repeats(order: Tensor) -> None:
             f"strict=True: after {int(again.long().argmax())} tokens the others are combinations of them, and the "
             "official code then keeps fewer than asked; give fewer tokens, or leave strict out"
         )
+    return order
