@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,12 @@ def rectangle(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max(fair, key=lambda p: (p[0] * p[1], -abs(p[0] - p[1]), p[1]))
 
 
+def _cells(grid: tuple[int, int], size: tuple[int, int], live: Tensor) -> Tensor:
+    """(N, T) long: the cell of `size` (rows, columns) that the centre of each patch of `grid` is in."""
+    rows, columns = (((torch.arange(n) + 0.5) * k / n).long() for n, k in zip(grid, size, strict=True))
+    return (rows[:, None] * size[1] + columns).flatten().to(live.device).expand(live.shape[0], -1)
+
+
 @dataclass(frozen=True)
 class Coarser(Method):
     """A coarser grid of features in place of the patches; a subclass makes it.
@@ -54,10 +61,12 @@ class Coarser(Method):
         keep = view.tokens_per_crop(self.tokens)
         if keep >= view.features.shape[1]:
             return None
-        features = self.grid_features(view, *rectangle(keep, view.grid)).to(view.features)  # (N, K, Dv)
+        size = rectangle(keep, view.grid)
+        features = self.grid_features(view, *size).to(view.features)  # (N, K, Dv)
         live = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         ids = torch.full_like(live, MERGED, dtype=torch.long)
-        return VisionCut(live, features, ids, counts=[features.shape[1]] * features.shape[0])
+        groups = functools.partial(_cells, view.grid, size, live)
+        return VisionCut(live, features, ids, counts=[features.shape[1]] * features.shape[0], groups=groups)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         if self.tokens >= n_visual:

@@ -15,6 +15,7 @@ from .base import block_index
 from .config import is_original
 from .files import ATTENTION, PROCESSOR, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+from .llava import accept_cache
 from .tower import check_vision, load_tower, tower_config
 
 TOWER = "model.vision_tower."
@@ -64,6 +65,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
         raise ValueError(
             f"family 'llava' needs the package llava (pip install --no-deps llava-torch==1.2.2.post1): {error}"
         ) from error
+    accept_cache(LlavaLlamaForCausalLM)
     stored, base = shapes(source.weights), str(source.weights)
     options = LlavaConfig.from_pretrained(str(source.folder), trust_remote_code=False)
     place = tower_folder(source.folders, options.mm_vision_tower)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.counts import Size
+from ..runtime.geometry import Geometry
 from ..runtime.patching import execution_device
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import HostPrompts, hinting
@@ -78,6 +79,11 @@ class Loaded:
         """Sizes of the language model, with the visual tokens of one image or crop."""
         c = self._family.language_model(self.model).config
         return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where in an image its visual tokens are."""
+        return self._family.geometry(peel(self.model))
 
     @contextmanager
     def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:

@@ -394,6 +394,7 @@ def test_pool_averages() -> None:
     cut = llava_prune.build("pool", tokens=4).prune_vision(VisionView(x, {}, {}, (4, 4)))
     assert cut is not None and cut.ids is not None
     assert cut.features[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5] and cut.ids.unique().tolist() == [-1]
+    assert cut.groups is not None and cut.groups().tolist() == [[0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2]
 
 
 def test_text_only_is_the_prompt_without_its_image(tiny: Any, logits: Any) -> None:
