@@ -298,7 +298,7 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     asked = [bench.files.questions[i] for i in numbers]
     names = [q.image for q in asked if q.image is not None]
     found = [bench.feed.get(name) for name in names]
-    with questions([bare(q.text) for q in asked if q.image is not None]):
+    with questions([bare(q.text, bench.task.name) for q in asked if q.image is not None]):
         return bench.loaded.generate(
             [bench.rows[i] for i in numbers],
             torch.stack([image for image, _ in found]) if found else None,

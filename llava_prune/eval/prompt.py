@@ -84,8 +84,10 @@ INSTRUCTIONS = (
 """How to answer, at the end of a question."""
 
 
-def bare(text: str) -> str:
-    """A question without the instruction how to answer. Source: CDPruner's evaluation code."""
+def bare(text: str, task: str) -> str:
+    """A question without the instruction how to answer, but MMBench's as it is. Source: CDPruner's evaluation code."""
+    if task.startswith("mmbench"):
+        return text
     for instruction in INSTRUCTIONS:
         text = text.removesuffix(instruction)
     return text

@@ -14,6 +14,8 @@ from ..ops.selection import Cut, Positions
 from .base import EntryMethod, Method, MethodInfo, prunes_before, prunes_inside
 from .views import Spans, View, VisionCut, VisionView
 
+VISION = "vision_"
+"""Start of the name of an argument that goes to the first method alone."""
 SHARE = 2.5
 """Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
 
@@ -31,8 +33,9 @@ class Composed(Method):
 
     `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
     many (all, where that is more than there are); where the second is not given `tokens` either, the first has its own
-    default. Other hyper-parameters go to the one that has them, or to both. The second one's positions count from the
-    shortened prompt. Patch values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
+    default. Other hyper-parameters go to the one that has them, or to both; where the defaults of both differ, one that
+    starts with "vision_" goes to the first alone. The second one's positions count from the shortened prompt. Patch
+    values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
     """
 
     parts: ClassVar[tuple[type[Method], type[Method]]]
@@ -42,6 +45,8 @@ class Composed(Method):
         first, second = self.parts
         mine, its = (inspect.signature(p).parameters for p in (first, second))
         given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
+        own = {k: hyper.get(VISION + k) for k in mine if k != "tokens"}
+        given |= {k: v for k, v in own.items() if v is not None}
         self.given = hyper
         self.language = second(**{k: v for k, v in hyper.items() if k in its})
         tokens, inside = hyper.get("vision_tokens"), getattr(self.language, "tokens", None)
@@ -54,18 +59,10 @@ class Composed(Method):
         vars(self).update(positions=self.language.positions, decode=self.language.decode, requires=requires)
         for name in inspect.signature(type(self)).parameters:
             owner = self.language if name in its else self.vision
-            setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
+            setattr(self, name, getattr(owner, name if name in its or name in mine else name.removeprefix(VISION)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuilt, (*self.parts, self.name, self.given)  # pickle would not find a class made for a composition
-
-    def hyper(self) -> dict[str, Any]:
-        """Those of the second by name; where the first has another value under the same name, as "vision_" + name."""
-        out = super().hyper()
-        for name in inspect.signature(self.parts[0]).parameters:
-            if name != "tokens" and getattr(self.vision, name) != out[name]:
-                out[f"vision_{name}"] = getattr(self.vision, name)
-        return out
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)
@@ -144,7 +141,12 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
     for part in (second, first):
         for p in inspect.signature(part).parameters.values():
             if p.name != "tokens" or part is second:
-                table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                known = table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                if known.default != p.default:  # each keeps its own
+                    name_of_first = VISION + p.name
+                    table[name_of_first] = inspect.Parameter(
+                        name_of_first, inspect.Parameter.KEYWORD_ONLY, default=None
+                    )
     both = {f.name: f"{getattr(first.info, f.name)}; {getattr(second.info, f.name)}" for f in fields(MethodInfo)}
     facts = {
         "name": name,

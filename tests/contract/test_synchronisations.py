@@ -39,6 +39,7 @@ CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
     ("dart", {"keep": 12, "strict": True}, ["prefill.py:decide"]),
+    ("cdpruner", {"tokens": 12, "strict": True}, ["cdpruner.py:refuse_repeats"]),
     ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["prefill.py:decide"] * 3),
 ]
 
@@ -152,7 +153,7 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
             with torch.inference_mode():
                 tiny(**models.inputs(tiny, ROWS, models.pixels(2)), use_cache=True)
     assert ours(seen.found) == sorted(besides + ([] if known else [PROMPT]))
-    in_layers = [x for x in besides if not x.startswith("prumerge")]
+    in_layers = [x for x in besides if not x.startswith("prumerge")]  # the tower is outside of the language model
     assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
     assert seen.searches == [] and seen.calls == 1
     assert handle.last is not None and int(handle.last.tokens_in[0, -1]) <= 36

@@ -21,7 +21,7 @@ from llava_prune.eval import images, run
 from llava_prune.eval.asking import pads
 from llava_prune.eval.images import open_rgb, pixels, square
 from llava_prune.eval.plan import Settings
-from llava_prune.eval.prompt import check_tokenizer, token_ids, vicuna_v1
+from llava_prune.eval.prompt import bare, check_tokenizer, token_ids, vicuna_v1
 from llava_prune.eval.task import load_task, task_names
 
 HERE = Path(__file__).parent
@@ -36,6 +36,13 @@ FILE["vqav2"] = "llava_vqav2_mscoco_test-dev"
 @pytest.mark.parametrize("name", [n for n, p in PROMPTS.items() if "line_text" in p])
 def test_prompt_strings(name: str) -> None:
     assert vicuna_v1(PROMPTS[name]["line_text"]) == PROMPTS[name]["prompt"]
+
+
+def test_questions_without_the_instruction() -> None:
+    asked = "What is red?\nAnswer the question using a single word or phrase."
+    assert bare(asked, "gqa") == "What is red?" and bare("What is red?", "gqa") == "What is red?"
+    asked = "Which?\nA. red\nAnswer with the option's letter from the given choices directly."
+    assert bare(asked, "sqa") == "Which?\nA. red" and bare(asked, "mmbench_cn") == asked
 
 
 def test_gqa_suffix_is_the_question_files() -> None:

@@ -85,6 +85,16 @@ def test_what_makes_no_sense_is_refused(name: str, message: str) -> None:
         llava_prune.build(name)
 
 
+def test_a_name_that_both_parts_have_with_other_defaults() -> None:
+    for hyper, want in (({}, (False, True)), ({"strict": True}, (True, True)), ({"strict": False}, (False, False))):
+        method: Any = llava_prune.build("holov+autoprune", **hyper)
+        assert (method.vision.strict, method.language.strict) == want
+    method = llava_prune.build("holov+autoprune", vision_strict=True, strict=False)
+    assert (method.vision.strict, method.language.strict) == (True, False)
+    again: Any = llava_prune.build("holov+autoprune", **method.hyper())
+    assert again.vision.strict and not again.language.strict and again.hyper() == method.hyper()
+
+
 def test_a_changed_tower_cannot_be_read(tiny: Any) -> None:
     with pytest.raises(ValueError, match="changes the tower"):
         llava_prune.attach(tiny, "tome+autoprune", tokens=12, vision_tokens=20)
