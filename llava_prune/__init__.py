@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .handle import Handle, attach, detach, pruned
-    from .methods.base import Method, MethodInfo, ScoreMethod
+    from .methods.base import EntryMethod, Method, MethodInfo, ScoreMethod
     from .methods.registry import build, names, register
     from .methods.views import Spans, View, VisionCut, VisionView
     from .models.load import Loaded, load
     from .ops.merging import Merge
     from .ops.selection import Cut
+    from .runtime.questions import questions
     from .runtime.record import Record
     from .runtime.sizes import image_sizes
 
@@ -20,12 +21,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "handle": "attach detach pruned Handle",
-    "methods.base": "Method MethodInfo ScoreMethod",
+    "methods.base": "EntryMethod Method MethodInfo ScoreMethod",
     "methods.registry": "build names register",
     "methods.views": "Spans View VisionCut VisionView",
     "models.load": "Loaded load",
     "ops.merging": "Merge",
     "ops.selection": "Cut",
+    "runtime.questions": "questions",
     "runtime.record": "Record",
     "runtime.sizes": "image_sizes",
 }
@@ -33,6 +35,7 @@ _MODULES = {name: module for module, listed in _HOME.items() for name in listed.
 
 __all__ = [
     "Cut",
+    "EntryMethod",
     "Handle",
     "Loaded",
     "Merge",
@@ -51,6 +54,7 @@ __all__ = [
     "load",
     "names",
     "pruned",
+    "questions",
     "register",
 ]
 

@@ -11,6 +11,7 @@ from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
 from .models.parallel import check_split
+from .models.text_tower import text_tower
 from .runtime.decoder import refuse_window
 from .runtime.geometry import Geometry
 from .runtime.language import language_forward
@@ -54,10 +55,12 @@ class Handle:
     def install(self, family: Family) -> None:
         """Put hooks and replacements in place, all of them or none."""
         model, lm = self.model, family.language_model(self.model)
-        blocks = encoder_blocks(family.encoder(model))
+        encoder = family.encoder(model)
         try:
             self._undo.append(replace_method(lm, "forward", language_forward, self, lm))
-            self._undo.extend(self.vision.install(family.tower(model), blocks, family.projector(model)))
+            self._undo.extend(
+                self.vision.install(family.tower(model), encoder, encoder_blocks(encoder), family.projector(model))
+            )
             self._undo.extend(family.install(model, self))
             setattr(model, ATTRIBUTE, self)
         except BaseException:
@@ -137,6 +140,9 @@ def attach(
     handle = Handle(model, method, check)
     handle.vision = VisionHooks(handle, method, family.tower_facts(model))
     handle.geometry = family.geometry(model)
+    folder = getattr(method, "clip", None)
+    if folder is not None:
+        handle.vision.text_tower = text_tower(folder)
     if graphs or fused or text_step is not None:
         from .experimental.engine import Engine
 

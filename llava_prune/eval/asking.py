@@ -20,12 +20,13 @@ from ..methods.planner import Run, check_budgets
 from ..models.parallel import smallest
 from ..models.placement import devices
 from ..runtime.patching import execution_device
+from ..runtime.questions import questions
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
 from .pictures import pack_layers
 from .plan import Settings
-from .prompt import check_tokenizer
+from .prompt import bare, check_tokenizer
 from .protocol import Protocol, protocol_of
 from .task import Question, Sources, Task, place_of
 
@@ -268,15 +269,17 @@ def stacked(images: Sequence[torch.Tensor]) -> Any:
 
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
     """(B, new) long: new token ids for a batch of questions."""
-    names = [q.image for q in (bench.files.questions[i] for i in numbers) if q.image is not None]
+    asked = [bench.files.questions[i] for i in numbers]
+    names = [q.image for q in asked if q.image is not None]
     found = [bench.feed.get(name) for name in names]
-    return bench.loaded.generate(
-        [bench.rows[i] for i in numbers],
-        stacked([image for image, _ in found]) if found else None,
-        sizes=[size for _, size in found] if found and bench.protocol.places_known else None,
-        keys=names or None,
-        max_new_tokens=bench.task.max_new_tokens,
-    )
+    with questions([bare(q.text, bench.task.name) for q in asked if q.image is not None]):
+        return bench.loaded.generate(
+            [bench.rows[i] for i in numbers],
+            stacked([image for image, _ in found]) if found else None,
+            sizes=[size for _, size in found] if found and bench.protocol.places_known else None,
+            keys=names or None,
+            max_new_tokens=bench.task.max_new_tokens,
+        )
 
 
 def unpruned(bench: Bench, question: Question) -> dict[str, int]:
@@ -342,6 +345,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
+        dropped = {"image": True} if with_image and not entering[k][0] else {}  # tells the row from one without image
         out.append({
             "question_id": question.id,
             "prompt": question.stored,
@@ -351,7 +355,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "metadata": {},
             **question.extra,
             "kept": {
-                "entering": entering[k], "leaving": leaving[k], "patches": patches[k], **unpruned(bench, question)
+                "entering": entering[k], "leaving": leaving[k], "patches": patches[k], **unpruned(bench, question),
+                **dropped,
             },
             "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
             **({"not_finite": places[k]} if k in places else {}),

@@ -92,7 +92,11 @@ def ask(
     records = []
     asked: list[tuple[str, Any]] = [("unpruned", REFERENCE), *((run.label, run.method) for run in runs)]
     for name, method in asked:
-        with probing(loaded.model) as probe, llava_prune.pruned(loaded.model, method) as handle:
+        with (
+            probing(loaded.model) as probe,
+            llava_prune.pruned(loaded.model, method) as handle,
+            llava_prune.questions([question]),
+        ):
             request = functools.partial(loaded.generate, [ids], values, sizes=sizes)
             request(max_new_tokens=1)
             out, times = timed(functools.partial(request, max_new_tokens=new), probe)

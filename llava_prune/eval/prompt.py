@@ -118,3 +118,19 @@ def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str, generat
                 f"{where}: the tokenizer's {name} is {ours}, the model's is {theirs}; "
                 "it belongs to another model; put the right one in the checkpoint folder"
             )
+
+
+INSTRUCTIONS = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer with the option's letter from the given choices directly.",
+)
+"""How to answer, at the end of a question."""
+
+
+def bare(text: str, task: str = "") -> str:
+    """A question without the instruction how to answer, but MMBench's as it is. Source: CDPruner's evaluation code."""
+    if task.startswith("mmbench"):
+        return text
+    for instruction in INSTRUCTIONS:
+        text = text.removesuffix(instruction)
+    return text

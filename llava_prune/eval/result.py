@@ -37,7 +37,7 @@ class Facts:
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean visual tokens of samples with an image, entering and leaving, by layer and over layers."""
     out: dict[str, Any] = {}
-    rows = [r for r in rows if r["kept"]["entering"][0]] or rows
+    rows = [r for r in rows if _has_image(r)] or rows
     for way in ("entering", "leaving"):
         layers = [sum(column) / len(rows) for column in zip(*(r["kept"][way] for r in rows), strict=True)]
         out[f"average_{way}"] = average_tokens(layers)
@@ -54,7 +54,7 @@ def seen_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def before(row: Mapping[str, Any], size: Size) -> int:
     """Visual tokens of a row before pruning: those of its image in crops, else the model's; 0 without an image."""
     kept = row["kept"]
-    return int(kept.get("unpruned", size.visual if kept["entering"][0] else 0))
+    return int(kept.get("unpruned", size.visual if _has_image(row) else 0))
 
 
 def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
@@ -75,6 +75,11 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
                 "percent_of_full": 100 * value / full if full else None,
             }
     return out
+
+
+def _has_image(row: Mapping[str, Any]) -> bool:
+    """Whether a row's question has an image, also where a method drops all of it."""
+    return bool(row["kept"]["entering"][0] or row["kept"].get("image"))
 
 
 def without_figure(score: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..eval.prompt import IMAGE_MARK
+from ..eval.asking import stacked
+from ..eval.prompt import IMAGE_MARK, bare
 from ..eval.protocol import PROCESSOR, Protocol
 from ..methods.planner import Run, cases, plan
+from ..runtime.questions import questions
 
 DEFAULT = 64
 """Budget where none is given."""
@@ -24,11 +26,13 @@ class Prompt:
         ids: token ids with -200 for each image.
         images: pixels of each image, see `Protocol.pixels`.
         sizes: (width, height) of each.
+        questions: text of the question, once for each image.
     """
 
     ids: list[int]
     images: list[Tensor]
     sizes: list[tuple[int, int]]
+    questions: list[str]
 
 
 def one_run(method: str, tokens: int | None, hyper: Mapping[str, Any]) -> Run:
@@ -56,6 +60,7 @@ def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) 
         ValueError: when the text marks another number of images, or for several images with a checkpoint whose chat
             template is used.
     """
+    asked = text
     pictures = [image.convert("RGB") for image in images]
     marks = text.count(IMAGE_MARK)
     if marks not in (0, len(pictures)):
@@ -66,4 +71,25 @@ def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) 
         text = f"{' '.join([IMAGE_MARK] * len(pictures))}\n{text}"
         marks = len(pictures)
     ids = protocol.token_ids(text, len(pictures) == 1 and not marks, loaded)
-    return Prompt(ids, [protocol.pixels(image, loaded) for image in pictures], [image.size for image in pictures])
+    pixels, sizes = [protocol.pixels(image, loaded) for image in pictures], [image.size for image in pictures]
+    return Prompt(ids, pixels, sizes, [bare(asked)] * len(pictures))
+
+
+def answers(prompts: Sequence[Prompt], protocol: Protocol, loaded: Any, limit: int) -> list[str]:
+    """Greedy answers to prompts, all with images or all without.
+
+    Args:
+        prompts: see Prompt.
+        protocol, loaded: see `prepared`.
+        limit: largest number of new tokens.
+    """
+    pixels = [x for p in prompts for x in p.images]
+    sizes = [x for p in prompts for x in p.sizes]
+    with questions([text for p in prompts for text in p.questions] or None):
+        new = loaded.generate(
+            [p.ids for p in prompts],
+            stacked(pixels) if pixels else None,
+            sizes=sizes if pixels and protocol.places_known else None,
+            max_new_tokens=limit,
+        )
+    return [text.strip() for text in loaded.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -12,9 +12,9 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from .. import attach, load
-from ..eval.asking import auto_batch, check_loaded, stacked
+from ..eval.asking import auto_batch, check_loaded
 from ..eval.protocol import protocol_of
-from .answering import Prompt, one_run, prepared
+from .answering import Prompt, answers, one_run, prepared
 
 GREEDY = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None)}
 """Values of generation arguments that greedy search has."""
@@ -89,7 +89,7 @@ class LlavaPrune(lmms):
         Raises:
             ValueError: for sampling or beam search, and other arguments of generate().
         """
-        answers = [""] * len(requests)
+        said = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="llava-prune", disable=self.rank != 0)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].args[0]), reverse=True)
         groups: dict[str, list[int]] = {}
@@ -104,12 +104,12 @@ class LlavaPrune(lmms):
                 batch = some[at : at + size]
                 prompts = [first, *(self._prompt(requests[i]) for i in batch[1:])]
                 for i, text in zip(batch, self._answers(prompts, limit), strict=True):
-                    answers[i] = text
+                    said[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args[:2], text)
                 at += len(batch)
                 bar.update(len(batch))
         bar.close()
-        return answers
+        return said
 
     def _prompt(self, request: Any) -> Prompt:
         context, _, images_of, doc_id, task, split = request.args
@@ -123,17 +123,9 @@ class LlavaPrune(lmms):
             some = [i for i, p in enumerate(prompts) if bool(p.images) == with_images]
             if not some:
                 continue
-            pixels = [x for i in some for x in prompts[i].images]
-            sizes = [x for i in some for x in prompts[i].sizes]
-            new = self.loaded.generate(
-                [prompts[i].ids for i in some],
-                stacked(pixels) if pixels else None,
-                sizes=sizes if pixels and self.protocol.places_known else None,
-                max_new_tokens=limit,
-            )
-            texts = self.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(some, texts, strict=True):
-                out[i] = text.strip()
+            said = answers([prompts[i] for i in some], self.protocol, self.loaded, limit)
+            for i, text in zip(some, said, strict=True):
+                out[i] = text
         return out
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:

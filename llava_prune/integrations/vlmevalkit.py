@@ -16,13 +16,13 @@ from typing import Any
 from unittest import mock
 
 from .. import attach, load
-from ..eval.asking import check_loaded, stacked
+from ..eval.asking import check_loaded
 from ..eval.protocol import protocol_of
 from ..eval.task import load_task
 from ..eval.tasks.mmbench import text_of
 from ..methods.planner import Run
 from ..report.store import model_id
-from .answering import one_run, prepared
+from .answering import answers, one_run, prepared
 
 POLITE = "Please answer yes or no."
 """What VLMEvalKit's yes/no questions end with; LLaVA's have another instruction."""
@@ -100,13 +100,8 @@ def model_class() -> Any:
             images = [Image.open(part["value"]) for part in message if part["type"] == "image"]
             text = "\n".join(part["value"] for part in message if part["type"] == "text")
             prompt = prepared(text, images, self.protocol, self.loaded)
-            new = self.loaded.generate(
-                [prompt.ids],
-                stacked(prompt.images) if prompt.images else None,
-                sizes=prompt.sizes if prompt.images and self.protocol.places_known else None,
-                max_new_tokens=LIMITS.get(DATASET_TYPE(dataset) if dataset else "", 1024),
-            )
-            return str(self.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)[0]).strip()
+            limit = LIMITS.get(DATASET_TYPE(dataset) if dataset else "", 1024)
+            return answers([prompt], self.protocol, self.loaded, limit)[0]
 
     return LlavaPrune
 

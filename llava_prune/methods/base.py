@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..ops.merging import Merge
-from ..ops.selection import Cut, Positions
+from ..ops.selection import Cut, Positions, arranged, per_sample, take
 from .views import Spans, View, VisionCut, VisionView
 
 Requirement = Literal["class token", "whole images", "patch positions"]
@@ -56,6 +57,7 @@ class Method:
             visual token, which merged tokens do not have.
         fixes_budget: arguments that fix the counts in place of `tokens`. A run that sets one of them has no budget.
         makes_tokens: whether its `VisionCut` has tokens that stand for no patch.
+        entry: in a composition, a first method that cuts at the entry of the language model.
         replays: whether cuts are operations on the device alone, given what `decide` returned, so that a captured
             prefill can be replayed for another request (experimental).
     """
@@ -69,6 +71,7 @@ class Method:
     fixes_budget: ClassVar[tuple[str, ...]] = ()
     makes_tokens: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    entry: EntryMethod | None = None
 
     # the vision tower ----------------------------------------------------------------------------------------
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
@@ -204,6 +207,51 @@ class ScoreMethod(Method):
             return None
         keep = view.tokens_per_crop(getattr(self, "tokens"))  # noqa: B009 - a field of the subclass
         return None if keep >= view.features.shape[1] else view.keep_top(self.vision_scores(view), keep)
+
+
+class EntryMethod(Method):
+    """Choose among the projected visual tokens before the first layer; the others never enter the language model.
+
+    Define `choose` and `plan`. All visual tokens of a prompt are one list, newline tokens of images in crops included.
+    In a composition such a method comes first.
+    """
+
+    positions = "renumber"
+    decode = "cache"
+
+    def choose(self, view: View, tokens: Tensor, real: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The tokens that remain, in output order.
+
+        Args:
+            view: before the first layer.
+            tokens: (B, V, D) visual tokens of each sample.
+            real: (B, V) bool, False on ragged padding.
+            keep: how many remain of each sample; V at most.
+
+        Returns:
+            (B, K) long with K = max(keep), into the V tokens followed by C new ones, the first keep[b] being real; new
+            tokens (B, C, D), or None.
+        """
+        raise TypeError(f"{self!r} must define choose()")
+
+    def prune(self, layer: int, view: View) -> Cut | None:
+        keep = self.keep_after(layer, view.spans) if layer < 0 else None
+        if keep is None:
+            return None
+        places, real = view.visual_tokens()
+        order, merged = self.choose(view, take(view.hidden, places), real, keep)
+        everything = [k == n for k, n in zip(keep, view.spans.n_visual, strict=True)]
+        if any(everything):  # as if the sample were alone
+            whole = torch.tensor(everything)[:, None].to(order.device, non_blocking=True)
+            order = torch.where(whole, torch.arange(order.shape[1], device=order.device), order)
+        lengths = [n + k for n, k in zip(view.n_other, keep, strict=True)]
+        return arranged(order, keep, places, view.visual, view.valid, lengths, merged)
+
+
+def in_raster_order(order: Tensor, keep: Sequence[int]) -> Tensor:
+    """(B, K) an order whose first keep[b] entries are sorted."""
+    real = torch.arange(order.shape[1], device=order.device) < per_sample(keep, order)
+    return torch.where(real, order, torch.iinfo(order.dtype).max).sort(dim=1).values.where(real, order)
 
 
 def prunes_inside(cls: type[Method]) -> bool:

@@ -1,4 +1,4 @@
-"""Baselines that look at nothing: a random and a regular choice of visual tokens before the first layer."""
+"""Baselines that look at nothing: a random and a regular choice of visual tokens before the first layer, and none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .views import View
 
 
 class _Blind(ScoreMethod):
-    """Keep `tokens` of the visual tokens before the first layer, whatever they show.
+    """Keep some visual tokens before the first layer, whatever they show.
 
     The rest of the prompt moves up (positions 0..n-1), as if the image had that many patches.
     """
@@ -83,3 +83,15 @@ class Uniform(_Blind):
         k = min(self.tokens, n)
         out[[(2 * i + 1) * n // (2 * k) for i in range(k)]] = 1.0
         return out
+
+
+@register("text-only")
+@dataclass(frozen=True)
+class TextOnly(_Blind):
+    """Drop every visual token before the first layer: what the language model answers from the question alone."""
+
+    def scores(self, layer: int, view: View) -> Tensor:
+        return view.visual.float()
+
+    def plan(self, n_visual: int, n_layers: int) -> list[int]:
+        return [0] * n_layers

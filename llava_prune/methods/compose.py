@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..ops.merging import Merge
 from ..ops.selection import Cut, Positions
-from .base import Method, MethodInfo, prunes_before, prunes_inside
+from .base import EntryMethod, Method, MethodInfo, prunes_before, prunes_inside
 from .views import Spans, View, VisionCut, VisionView
 
+VISION = "vision_"
+"""Start of the name of an argument that goes to the first method alone."""
 SHARE = 2.5
 """Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
 
@@ -31,8 +33,9 @@ class Composed(Method):
 
     `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
     many (all, where that is more than there are); where the second is not given `tokens` either, the first has its own
-    default. Other hyper-parameters go to the one that has them, or to both. The second one's positions count from the
-    shortened prompt. Patch values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
+    default. Other hyper-parameters go to the one that has them, or to both; where the defaults of both differ, one that
+    starts with "vision_" goes to the first alone. The second one's positions count from the shortened prompt. Patch
+    values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
     """
 
     parts: ClassVar[tuple[type[Method], type[Method]]]
@@ -42,20 +45,24 @@ class Composed(Method):
         first, second = self.parts
         mine, its = (inspect.signature(p).parameters for p in (first, second))
         given = {k: v for k, v in hyper.items() if k in mine and k != "tokens"}
+        own = {k: hyper.get(VISION + k) for k in mine if k != "tokens"}
+        given |= {k: v for k, v in own.items() if v is not None}
+        self.given = hyper
         self.language = second(**{k: v for k, v in hyper.items() if k in its})
         tokens, inside = hyper.get("vision_tokens"), getattr(self.language, "tokens", None)
         fixed = "tokens" not in mine or any(given.get(k) is not None for k in first.fixes_budget)
         if tokens is None and not fixed and isinstance(inside, int):
             tokens = int(SHARE * inside)
         self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
+        self.entry = self.vision if isinstance(self.vision, EntryMethod) else None
         requires = self.vision.requires | self.language.requires  # an instance may have others than its class
         vars(self).update(positions=self.language.positions, decode=self.language.decode, requires=requires)
         for name in inspect.signature(type(self)).parameters:
             owner = self.language if name in its else self.vision
-            setattr(self, name, getattr(owner, "tokens" if name == "vision_tokens" else name))
+            setattr(self, name, getattr(owner, name if name in its or name in mine else name.removeprefix(VISION)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt, (*self.parts, self.name, self.hyper())  # pickle would not find a class made for a composition
+        return rebuilt, (*self.parts, self.name, self.given)  # pickle would not find a class made for a composition
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)
@@ -123,9 +130,9 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
         ValueError: when the first does not act before the language model only, the second not inside it, or the second
             needs the patch of each token and the first makes tokens without one.
     """
-    if prunes_inside(first) or not prunes_before(first):
+    if not issubclass(first, EntryMethod) and (prunes_inside(first) or not prunes_before(first)):
         raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
-    if not prunes_inside(second):
+    if not prunes_inside(second) or issubclass(second, EntryMethod):
         raise ValueError(f"{name!r}: {second.name!r} does not work in the language model; put such a method second")
     if first.makes_tokens and "patch positions" in second.requires:
         raise ValueError(
@@ -138,7 +145,12 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
     for part in (second, first):
         for p in inspect.signature(part).parameters.values():
             if p.name != "tokens" or part is second:
-                table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                known = table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                if known.default != p.default:  # each keeps its own
+                    name_of_first = VISION + p.name
+                    table[name_of_first] = inspect.Parameter(
+                        name_of_first, inspect.Parameter.KEYWORD_ONLY, default=None
+                    )
     both = {f.name: f"{getattr(first.info, f.name)}; {getattr(second.info, f.name)}" for f in fields(MethodInfo)}
     facts = {
         "name": name,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.attention import last_attention
-from ..ops.counts import tokens_after_full_layers
+from ..ops.counts import full_layers
 from .base import MethodInfo, ScoreMethod
 from .checks import at_most_one, integer, real
 from .registry import register
@@ -92,11 +92,4 @@ class FastV(ScoreMethod):
             return self.layer or min(2, n_layers - 1), round(n_visual * keep) if isinstance(keep, float) else keep
         if self.tokens >= n_visual:
             return self.layer or 1, n_visual
-        for full in (2, 1) if self.layer is None else (self.layer,):
-            keep = tokens_after_full_layers(self.tokens, n_visual, n_layers, full)
-            if keep >= 1:
-                return full, keep
-        raise ValueError(
-            f"tokens={self.tokens}: {full} full layer(s) of {n_layers} with {n_visual} visual tokens exceed that; "
-            f"give at least {full * n_visual // n_layers + 1}" + (" or a smaller layer" if full > 1 else "")
-        )
+        return full_layers(self.tokens, n_visual, n_layers, (2, 1) if self.layer is None else (self.layer,))

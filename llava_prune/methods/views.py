@@ -76,6 +76,8 @@ class View:
         rope: cosine and sine of the layer's positions, (B or 1, L, dh) each.
         layer_input: (B, L, D) input of the layer, None before the first.
         mlp_input: (B, L, D) input of the layer's MLP, after its norm, where `Method.needs_mlp_input` says so.
+        find_keys: what `keys` returns.
+        final_norm: function (B, R, D) -> (B, R, D), the norm after the model's last layer.
         kernels: fused kernels that replace single operations (experimental), None for plain torch.
     """
 
@@ -92,7 +94,19 @@ class View:
     rope: tuple[Tensor, Tensor] | None = None
     layer_input: Tensor | None = None
     mlp_input: Tensor | None = None
+    find_keys: Callable[[], Tensor] | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
     kernels: Any = None
+
+    def keys(self) -> Tensor:
+        """(B, KV, L, dh) keys of the layer with rotary positions, as the KV cache holds them.
+
+        Raises:
+            ValueError: before the first layer, where there are none.
+        """
+        if self.find_keys is None:
+            raise ValueError("there are no keys before the first layer")
+        return self.find_keys()
 
     def patch_values(self, name: str) -> Tensor:
         """(B, L) values that `Method.prune_vision` left for the patches under `name`; 0 on tokens without a patch.
@@ -108,6 +122,15 @@ class View:
             return torch.zeros_like(self.visual, dtype=values.dtype)
         picked = values.gather(1, self.ids.clamp(0, values.shape[1] - 1))  # (B, L)
         return picked.masked_fill(~self.visual | (self.ids < 0), 0)
+
+    def visual_tokens(self) -> tuple[Tensor, Tensor]:
+        """(B, V) long, positions of the visual tokens of each sample in order, and (B, V) bool, which are real.
+
+        V is the largest number that entered the language model.
+        """
+        width = max(self.spans.n_visual)
+        places = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+        return places, self.visual.gather(1, places)
 
     def keep_top(
         self, score: Tensor, keep: Sequence[int], recycle: Sequence[int] = (), clusters: Sequence[int] = ()
@@ -151,6 +174,22 @@ def _members(picked: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
     return picked, torch.zeros_like(picked) if label is None else label
 
 
+@dataclass(frozen=True)
+class ImageLayout:
+    """How an image became crops.
+
+    Attributes:
+        crops: the image as a whole, and its tiles; 1 where it is seen whole only.
+        rows, columns: of tiles; 0 where there are none.
+        size: (width, height) of the image; None where it is not known.
+    """
+
+    crops: int = 1
+    rows: int = 0
+    columns: int = 0
+    size: tuple[int, int] | None = None
+
+
 @dataclass
 class VisionView:
     """The images of a request between vision tower and projector.
@@ -171,6 +210,10 @@ class VisionView:
         leading: tokens of the tower before its patches: 1 with a class token, else 0.
         patch_values: name -> (N, T), values for `View.patch_values`; a method fills it.
         find_padding: what `padding` returns.
+        find_layout: what `layout` returns; None where every image is seen whole.
+        find_clip: what `clip_embeddings` returns.
+        encode: function of (rows, columns) -> (N, rows x columns, Dv), features of the images resized to that many
+            patches, position embeddings interpolated; a further pass of the tower.
     """
 
     features: Tensor
@@ -185,6 +228,9 @@ class VisionView:
     leading: int = 1
     patch_values: dict[str, Tensor] = field(default_factory=dict)
     find_padding: Callable[[], Tensor | None] = field(default=lambda: None)
+    find_layout: Callable[[], list[ImageLayout]] | None = None
+    find_clip: Callable[[bool], tuple[Tensor, list[Tensor]]] | None = None
+    encode: Callable[[int, int], Tensor] | None = None
 
     @property
     def padding(self) -> Tensor | None:
@@ -194,6 +240,33 @@ class VisionView:
             ValueError: when the sizes were given in another thread, or do not fit the number of images.
         """
         return self.find_padding()
+
+    @property
+    def layout(self) -> list[ImageLayout]:
+        """The images that the N rows are, in order; in transformers' LLaVA-NeXT this reads their sizes.
+
+        Raises:
+            ValueError: where the crops of the images are not known.
+        """
+        n = self.features.shape[0]
+        found = [ImageLayout()] * n if self.find_layout is None else self.find_layout()
+        if sum(image.crops for image in found) != n:
+            raise ValueError(f"{n} images and crops were encoded, and {len(found)} images make another number; give "
+                             "input_ids and images to generate() or forward() together")  # fmt: skip
+        return found
+
+    def clip_embeddings(self, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Patches and questions in the space of the CLIP that a method's argument `clip` names.
+
+        Returns:
+            (N, T, C) float32, and (M, C) float32 for the segments of each image's question.
+
+        Raises:
+            ValueError: where no CLIP or no questions were given.
+        """
+        if self.find_clip is None:
+            raise ValueError("no CLIP with a text tower was given; name its folder, as clip=...")
+        return self.find_clip(strict)
 
     def class_attention(self) -> Tensor:
         """(N, T) float32: attention of the class token on each patch in the one recorded block, mean over heads.
@@ -214,7 +287,14 @@ class VisionView:
         Neither newline tokens nor the unpadding of LLaVA-NeXT are applied to them.
         """
         every = torch.ones_like(score, dtype=torch.bool)
-        live = top(descending_order(score, every), [keep] * score.shape[0], every)
+        return self._raster(top(descending_order(score, every), [keep] * score.shape[0], every), keep)
+
+    def keep(self, patches: Tensor) -> VisionCut:
+        """Keep these patches (N, K) of each image or crop, each named once, in raster order; as `keep_top`."""
+        live = torch.zeros(self.features.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, patches, True)
+        return self._raster(live, patches.shape[1])
+
+    def _raster(self, live: Tensor, keep: int) -> VisionCut:
         patches = torch.arange(live.shape[1], device=live.device).expand_as(live)
         return VisionCut(live, self.features, patches, counts=[keep] * live.shape[0])
 

@@ -6,11 +6,13 @@ import functools
 import inspect
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.views import ImageLayout
 from ..runtime.compat import given_cache
 from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.geometry import Geometry
@@ -157,7 +159,8 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
-    with request(handle, _count(kwargs.get("pixel_values"))):
+    with request(handle, _count(kwargs.get("pixel_values"))) as state:
+        state.layout = _layouts_of(handle.model.model, kwargs)
         return stock(*args, **kwargs)
 
 
@@ -201,6 +204,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
     given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given_cache(given)
     with request(handle, _count(given.get("pixel_values"))) as state:
+        state.layout = _layouts_of(inner, given)
         if ids is None:
             refuse_embeddings()
         _refuse_videos(given)
@@ -302,6 +306,22 @@ def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
     )
     coarse = nn.functional.pad(grid[rows][:, columns], (0, 1), value=-1)  # (H', W' + 1)
     return torch.cat([numbers[:patches], coarse.flatten()])
+
+
+def _layouts_of(inner: Any, given: dict[str, Any]) -> Callable[[], list[ImageLayout]] | None:
+    """See `VisionView.layout`; None for images that are seen whole."""
+    sizes = given.get("image_sizes")
+    if sizes is None or not getattr(inner.config, "image_grid_pinpoints", None):
+        return None
+
+    def found() -> list[ImageLayout]:
+        out = []
+        for height, width in torch.as_tensor(sizes).tolist():
+            _, rows, columns = _layout(inner, 0, (height, width))
+            out.append(ImageLayout(1 + rows * columns, rows, columns, (width, height)))
+        return out
+
+    return found
 
 
 def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.views import ImageLayout
 from ..ops.selection import to_device
 from ..runtime.compat import CACHE, given_cache
 from ..runtime.decode import decode_state, refuse_later_image
@@ -196,6 +197,8 @@ def _prepare(
     if state is None or state.splice is not None or images is None or input_ids.shape[1] == 1:
         return stock(*given)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+    if _crop_counts(images) is not None:
+        state.layout = functools.partial(_image_layouts, model, images, image_sizes)
     out = stock(input_ids, position_ids, mask, past_key_values, torch.zeros_like(input_ids), images, image_sizes)
     _warn_of_truncation(model, input_ids, images, out[4].shape[1])
     visual = (out[5] == IGNORE) & out[2].bool()  # (B, L)
@@ -255,6 +258,12 @@ def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, 
         columns, rows = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, side)
         out.append((n, rows, columns) if n > 1 and rows * columns == n - 1 else (n, 0, 0))
     return out
+
+
+def _image_layouts(model: Any, images: Any, image_sizes: Any) -> list[ImageLayout]:
+    """See `VisionView.layout`."""
+    sizes = [None] * len(images) if image_sizes is None else checked_sizes(image_sizes)
+    return [ImageLayout(*cut, size) for cut, size in zip(_layouts(model, images, image_sizes), sizes, strict=True)]
 
 
 def _encode(handle: Any, stock: Any, images: Any) -> Any:

@@ -54,6 +54,28 @@ def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: in
     return round((tokens * n_layers - full * n_visual) / (n_layers - full))
 
 
+def full_layers(tokens: int, n_visual: int, n_layers: int, choices: Sequence[int]) -> tuple[int, int]:
+    """(full layers, tokens in the others) for a mean of `tokens` entering: the first choice that leaves a token.
+
+    Args:
+        tokens: budget, at most `n_visual`.
+        n_visual: visual tokens in the full layers.
+        n_layers: decoder layers.
+        choices: numbers of full layers, the preferred one first.
+
+    Raises:
+        ValueError: for a budget that the full layers of every choice exceed.
+    """
+    for full in choices:
+        rest = tokens_after_full_layers(tokens, n_visual, n_layers, full)
+        if rest >= 1:
+            return full, rest
+    raise ValueError(
+        f"tokens={tokens}: {full} full layer(s) of {n_layers} with {n_visual} visual tokens exceed that; "
+        f"give at least {full * n_visual // n_layers + 1}" + (" or a smaller layer" if full > 1 else "")
+    )
+
+
 def layer_flops(n: float, hidden: int, intermediate: int) -> float:
     """4 n d^2 + 2 n^2 d + 3 n d m: one decoder layer on n tokens. Source: equation (2) of the supplement.
 

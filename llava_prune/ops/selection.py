@@ -128,3 +128,44 @@ def assemble(
     width = max(lengths)
     live = None if all(n == width for n in lengths) else ordered[:, -width:] >= 0
     return Cut(index[:, index.shape[1] - width :], merged, live)
+
+
+def arranged(
+    order: Tensor,
+    counts: Sequence[int],
+    places: Tensor,
+    visual: Tensor,
+    valid: Tensor,
+    lengths: Sequence[int],
+    merged: Tensor | None = None,
+) -> Cut:
+    """A right-aligned Cut that sends chosen visual tokens in a given order, among text that stays where it is.
+
+    The j-th token of the order takes the j-th of the positions that the chosen tokens leave; new tokens follow the last
+    visual position.
+
+    Args:
+        order: (B, K) long, into the V visual tokens of a sample followed by the C tokens of `merged`; each once.
+        counts: how many of the K are real, at least one of them K.
+        places: (B, V) long, positions of the visual tokens.
+        visual: (B, L) bool.
+        valid: (B, L) bool.
+        lengths: tokens of each sample afterwards.
+        merged: (B, C, D) new tokens, or None.
+    """
+    (batch, length), (n_chosen, n_visual) = visual.shape, (order.shape[1], places.shape[1])
+    device, n_merged = order.device, 0 if merged is None else merged.shape[1]
+    numbers, slots = torch.arange(length + n_merged, device=device), torch.arange(n_chosen, device=device)
+    extra = numbers[length:].expand(batch, -1)
+    token = torch.cat([places, extra], 1).gather(1, order)  # (B, K) into L + C
+    real = (slots < per_sample(counts, order)).expand_as(order)
+    last = (visual * numbers[:length]).amax(1, keepdim=True)
+    slot = torch.where(order < n_visual, token, last).masked_fill(~real, length).sort(dim=1).values
+    step = n_chosen + 1  # room for all of them after one position
+    text = torch.where(valid & ~visual, numbers[:length] * step, -1)  # (B, L)
+    key = torch.cat([text, torch.where(real, slot * step + 1 + slots, -1)], 1)  # (B, L + K)
+    ordered, found = key.sort(dim=1, stable=True)
+    index = torch.cat([numbers[:length].expand(batch, -1), token], 1).gather(1, found)
+    width = max(lengths)
+    live = None if all(n == width for n in lengths) else ordered[:, -width:] >= 0
+    return Cut(index[:, index.shape[1] - width :], merged, live)

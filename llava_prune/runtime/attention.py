@@ -75,7 +75,7 @@ def decoder_attention(
     cos, sin = rope
     if keys is None:
         states = norm(hidden)
-        keys = _rotate(heads(attn, "k", attn.k_proj(states)), cos, sin)
+        keys = _project_keys(attn, states, rope)
         queries = attn.q_proj(states[:, positions]) if queries is None else queries
     elif queries is None:
         queries = attn.q_proj(norm(hidden[:, positions]))
@@ -97,6 +97,18 @@ def decoder_attention(
     if valid is not None:
         score.masked_fill_(~valid[:, None, None], lowest)
     return all_heads(attn, score.softmax(-1, dtype=torch.float32))
+
+
+def decoder_keys(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor | None) -> Tensor:
+    """(B, KV, L, dh) keys of all heads of a decoder layer, with rotary positions; arguments as `decoder_attention`."""
+    attn: Any = layer.self_attn
+    norm: Any = layer.input_layernorm
+    return all_heads(attn, _project_keys(attn, norm(hidden), rope) if keys is None else keys)
+
+
+def _project_keys(attn: Any, states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, KV, L, dh) keys of this process's heads from normed states (B, L, D)."""
+    return _rotate(heads(attn, "k", attn.k_proj(states)), *rope)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -174,7 +186,7 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
 def catch_mlp_input(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
     """Catch the input of a decoder layer's MLP while it runs in this thread: a list of one tensor (B, L, D)."""
     norm: Any = layer.post_attention_layernorm
-    return _output(norm, lambda x: x) if wanted else nullcontext([])
+    return output_of(norm, lambda x: x) if wanted else nullcontext([])
 
 
 def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractContextManager[list[Tensor]]:
@@ -182,18 +194,18 @@ def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractCont
     attn: Any = layer.self_attn
     if positions is None:
         return nullcontext([])
-    return _output(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
+    return output_of(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
 
 
 @contextmanager
-def _output(module: nn.Module, pick: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def output_of(module: nn.Module, pick: Callable[[Any], Tensor]) -> Iterator[list[Tensor]]:
     """A list that holds `pick` of the module's output after it ran in this thread; empty before."""
     box: list[Tensor] = []
     thread = threading.get_ident()
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            box[:] = [pick(output.detach())]
+            box[:] = [pick(output).detach()]
 
     hook = module.register_forward_hook(keep)
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
-from .attention import catch_mlp_input, catch_queries, decoder_attention, head_group
+from .attention import catch_mlp_input, catch_queries, decoder_attention, decoder_keys, head_group
 from .compat import CACHE
 from .decode import DecodeState, Stage
 from .layout import check_cut, lay_out, moved_ids, patch_table, vision_members
@@ -147,10 +147,23 @@ class Prefill:
 
     def begin(self) -> None:
         """The cut before the first layer."""
+        self._enter()
         cut = self.method.prune(-1, self._view(None))
         if cut is not None:
             self._apply(-1, cut)
         self._prepare(0)
+
+    def _enter(self) -> None:
+        """The cut of the first of two methods, after which its tokens count as the prompt's."""
+        first, spans = self.method.entry, self._spans()
+        keep = None if first is None else first.keep_after(-1, spans)
+        cut = None if first is None or keep is None else first.prune(-1, self._view(None))
+        if keep is None or cut is None:
+            return
+        self._apply(-1, cut)
+        self.n_visual, s = tuple(keep), self.sequence
+        s.renumber()
+        self.decode.starts = (s.valid.sum(1, keepdim=True) + s.start)[None]
 
     def _prepare(self, layer: int) -> None:
         """Rotary table and mask from `layer` on."""
@@ -182,10 +195,11 @@ class Prefill:
             self._prepare(i + 1)
             rope = (rope[0].to(s.hidden.device), rope[1].to(s.hidden.device))
         attended = self.masks.attended(s)
-        score = _Attention(layer, before, rope, attended, self._keys(i), queries, self.kernels)
+        cached = self._keys(i)
+        score = _Attention(layer, before, rope, attended, cached, queries, self.kernels)
         if i + 1 == len(layers):
             if prunes_inside(type(self.method)):
-                last = _LastCut(self.method, i, score, wanted, self._view(None), self.trace)
+                last = _LastCut(self.method, i, score, wanted, self._view(None, keys=score.layer_keys), self.trace)
                 final: Callable[[], tuple[Tensor, Tensor]] = last
                 if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
                     final = functools.partial(_given, final())
@@ -193,7 +207,7 @@ class Prefill:
             return None
         following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
         attention = None if wanted is None else score(wanted)
-        return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None)
+        return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None, score.layer_keys)
 
     def prune(self, i: int, view: View) -> None:
         """The cut after a layer, for which everything is decided."""
@@ -226,6 +240,7 @@ class Prefill:
         rope: tuple[Tensor, Tensor] | None = None,
         layer_input: Tensor | None = None,
         mlp_input: Tensor | None = None,
+        keys: Callable[[], Tensor] | None = None,
     ) -> View:
         s = self.sequence
         return View(
@@ -242,6 +257,8 @@ class Prefill:
             rope=rope,
             layer_input=layer_input,
             mlp_input=mlp_input,
+            find_keys=keys,
+            final_norm=functools.partial(_normed, self.lm.norm),
             kernels=self.kernels,
         )
 
@@ -287,13 +304,22 @@ class _Attention:
         self.layer, self.hidden, self.rope, self.attended = layer, hidden, rope, attended
         self.keys, self.queries, self.kernels = keys, queries, kernels
 
-    def __call__(self, positions: Positions) -> Tensor:
-        home = self.hidden.device
-        there = execution_device(self.layer, home)  # the next layer may be on another device
+    def layer_keys(self) -> Tensor:
+        """(B, KV, L, dh) keys with rotary positions."""
+        home, (hidden, rope, _) = self.hidden.device, self._there()
+        return decoder_keys(self.layer, hidden, rope, self.keys).to(home)
+
+    def _there(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Input, rotary table and mask where the layer runs; the next layer may be on another device."""
+        there = execution_device(self.layer, self.hidden.device)
         hidden, rope, attended = self.hidden, self.rope, self.attended
-        if there != home:
+        if there != self.hidden.device:
             hidden, rope = hidden.to(there), (rope[0].to(there), rope[1].to(there))
             attended = None if attended is None else attended.to(there)
+        return hidden, rope, attended
+
+    def __call__(self, positions: Positions) -> Tensor:
+        home, (hidden, rope, attended) = self.hidden.device, self._there()
         queries = self.queries[0] if self.queries else None
         return decoder_attention(self.layer, hidden, rope, positions, attended, self.keys, queries, self.kernels).to(
             home
@@ -319,6 +345,12 @@ class _LastCut:
             return view.ids, view.visual
         self.trace.cuts.append(Step(self.layer, cut.index, None, cut.members))
         return moved_ids(view.ids, cut)
+
+
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    """(B, R, D) states after the model's final norm, which may be on another device."""
+    out: Tensor = norm(states.to(execution_device(norm, states.device)))
+    return out.to(states.device)
 
 
 def _given(value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

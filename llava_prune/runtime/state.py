@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..methods.views import ImageLayout
 from .merging import Merging
 
 Sizes = list[tuple[int, int]]
@@ -48,6 +49,7 @@ class Hints:
         image_sizes: (width, height) of the images before padding.
         image_keys: identities of the images, for the image cache; valid for a single pass of the vision tower.
         prompts: token ids on the host.
+        questions: one for each image.
         explicit: whether the caller said something about sizes, be it None.
         logits_to_keep: number of logits that the caller wants; 0 for all, which the caller has to line up.
     """
@@ -55,6 +57,7 @@ class Hints:
     image_sizes: Sizes | None = None
     image_keys: list[Hashable] | None = None
     prompts: HostPrompts | None = None
+    questions: list[str] | None = None
     explicit: bool = False
     logits_to_keep: int = 0
 
@@ -76,6 +79,7 @@ class TowerPass:
         attention: block -> what the block showed.
         cls: (N, Dv) feature of the class token.
         merging: tokens merged inside the tower, None where nothing merges.
+        pixels: (N, 3, H, W), what the tower was given; None where it got another form.
         merges: whether a method that merges inside the tower does so in this pass.
     """
 
@@ -83,6 +87,7 @@ class TowerPass:
     attention: dict[int, Any] = field(default_factory=dict)
     cls: Tensor | None = None
     merging: Merging | None = None
+    pixels: Tensor | None = None
     merges: bool = True
 
 
@@ -188,6 +193,7 @@ class RequestState:
         images: images that this call encoded, None before.
         splice: gives the place of the visual tokens when the language model is entered; None for a call without images.
         has_ids: whether the prompt was given as token ids, so that it is known to be text where there is no splice.
+        layout: gives how the images of the call became crops; None where they are seen whole.
         numbers: (N, T, D) patch numbers that stand for features while package llava's splice is asked for their order.
     """
 
@@ -197,6 +203,7 @@ class RequestState:
     images: ImageState | None = None
     splice: Callable[[], Splice] | None = None
     has_ids: bool = False
+    layout: Callable[[], list[ImageLayout]] | None = None
     numbers: Tensor | None = None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take
-from .attention import tower_attention
+from .attention import output_of, tower_attention
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
 from .patching import replace_method
 from .sizes import known_sizes
@@ -84,6 +84,8 @@ class VisionHooks:
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
         self.acts = method.sees_patches
+        self.text_tower: Any = None
+        self.modules: tuple[Any, Any] | None = None
         late = [b for b in self.queries if not 0 <= b < tower.depth]
         if late:
             raise ValueError(
@@ -91,11 +93,12 @@ class VisionHooks:
                 f"features after block {tower.feature_layer}; use a checkpoint that takes them after an earlier block"
             )
 
-    def install(self, tower: Any, blocks: Any, projector: Any) -> list[Any]:
+    def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
         """Put all hooks in place; returns what removes them."""
         if not self.acts:
             return []
-        undo: list[Any] = [tower.register_forward_pre_hook(self.start)]
+        self.modules = tower, encoder
+        undo: list[Any] = [tower.register_forward_pre_hook(self.start, with_kwargs=True)]
         undo += record_attention(blocks, self.queries, self.tower.feature_layer)
         undo += [
             replace_method(blocks[block], "forward", _merging_forward, self, blocks[block], block, count)
@@ -105,11 +108,13 @@ class VisionHooks:
         undo.append(projector.register_forward_hook(self.after_projector))
         return undo
 
-    def start(self, module: Any = None, args: Any = None) -> None:
+    def start(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: the first pass in a request is that of its images; later ones are left alone."""
         request = active(self.handle)
         if request is not None and request.images is None:
-            request.images = ImageState(TowerPass(self.queries))
+            given = args[0] if args else kwargs.get("pixel_values", kwargs.get("images"))
+            pixels = given if isinstance(given, Tensor) and given.ndim == 4 else None
+            request.images = ImageState(TowerPass(self.queries, pixels=pixels))
 
     def _encoding(self) -> ImageState | None:
         """The images of the open request, while they are being encoded."""
@@ -166,7 +171,36 @@ class VisionHooks:
             feature_layer=self.tower.feature_layer,
             leading=self.tower.leading or 0,
             find_padding=padding,
+            find_layout=request.layout,
+            encode=None if found.pixels is None else functools.partial(self._resized, found.pixels),
+            find_clip=None if self.text_tower is None else functools.partial(self._clip, features, request),
         )
+
+    def _clip(self, features: Tensor, request: RequestState, strict: bool) -> tuple[Tensor, list[Tensor]]:
+        """See `VisionView.clip_embeddings`."""
+        asked = request.hints.questions
+        if asked is None:
+            raise ValueError(
+                f"{self.method.name or self.method!r} compares patches with the question; wrap the call in "
+                "llava_prune.questions([...]), one for each image"
+            )
+        texts = [self.text_tower.text(question, features.device, strict) for question in asked]
+        return self.text_tower.patches(features), texts
+
+    def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """See `VisionView.encode`. The package's tower is called as it is, since its weights may be offloaded."""
+        assert self.modules is not None
+        tower, encoder = self.modules
+        inner = getattr(encoder, "vision_model", encoder)
+        size = rows * inner.embeddings.patch_size, columns * inner.embeddings.patch_size
+        small = torch.nn.functional.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+        hook = encoder.register_forward_pre_hook(_interpolating, with_kwargs=True)
+        try:
+            with output_of(encoder, lambda out: out.hidden_states[self.tower.feature_layer + 1]) as states:
+                tower(small.to(pixels.dtype))
+        finally:
+            hook.remove()
+        return states[0][:, states[0].shape[1] - rows * columns :]  # (N, rows x columns, Dv)
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Projector hook: keep the tokens of the method, hand the package the features of all patches."""
@@ -185,6 +219,11 @@ class VisionHooks:
         if merging is not None:  # each patch shows the token that it was merged into
             return take(output, merging.groups[:, 1:].to(output.device) - 1)
         return output[:, : self.tower.patches]
+
+
+def _interpolating(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pre-hook of an encoder that takes images of any size; at the usual size the position embeddings are unchanged."""
+    return args, {**kwargs, "interpolate_pos_encoding": True, "output_hidden_states": True}
 
 
 def check_requirements(method: Method, tower: Tower) -> None:

@@ -34,11 +34,15 @@ SETTINGS: dict[str, Setting] = {
     "fastv": Setting({"tokens": 16}),
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),
+    "dart": Setting({"tokens": 16}),
+    "text-only": Setting({}, None),
     "fastervlm+topv": Setting({"tokens": 16}),
 }
 
 COMPOSITIONS = ["visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm"]
 """A class token and merged rows; places of patches; counts that the data decide; another tower and recycling."""
+COMPOSITIONS += ["divprune+dart", "holov+autoprune"]
+"""First parts at the entry of the language model, before one that keeps positions and one that renumbers them."""
 NAMES = [*llava_prune.names(), *COMPOSITIONS]
 
 

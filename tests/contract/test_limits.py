@@ -14,7 +14,8 @@ from tests.contract.settings import NAMES, Setting, setting
 ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
 NEEDS_CLASS_TOKEN = {
     "autoprune", "autoprune-flash", "fastervlm", "visionzip", "prumerge", "prumerge+", "tome",
-    "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm",
+    "vispruner", "scope", "holov", "hired",
+    "visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm", "holov+autoprune",
 }  # fmt: skip
 
 

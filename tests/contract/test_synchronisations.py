@@ -38,6 +38,8 @@ def beyond(name: str) -> list[str]:
 CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
     ("prumerge", {"adaptive": True}, ["prumerge.py:choose"]),
     ("prumerge+", {"adaptive": True}, ["prumerge.py:choose"]),
+    ("dart", {"keep": 12, "strict": True}, ["prefill.py:decide"]),
+    ("cdpruner", {"tokens": 12, "strict": True}, ["cdpruner.py:refuse_repeats"]),
     ("sparsevlm", {"version": "1.0", "layers": (1, 2, 4), "scale": 1.5}, ["prefill.py:decide"] * 3),
 ]
 
@@ -151,7 +153,7 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
             with torch.inference_mode():
                 tiny(**models.inputs(tiny, ROWS, models.pixels(2)), use_cache=True)
     assert ours(seen.found) == sorted(besides + ([] if known else [PROMPT]))
-    in_layers = [x for x in besides if not x.startswith("prumerge")]
+    in_layers = [x for x in besides if not x.startswith("prumerge")]  # the tower is outside of the language model
     assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
     assert seen.searches == [] and seen.calls == 1
     assert handle.last is not None and int(handle.last.tokens_in[0, -1]) <= 36
@@ -175,6 +177,17 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
     with llava_prune.pruned(model, name, tokens=30), reads() as found, torch.inference_mode():
         model(**given, use_cache=True)
     assert ours(found) == sorted([PROMPT, *beyond(name)])
+
+
+@pytest.mark.parametrize("family", ["next", "llava"])
+def test_hired_reads_counts_of_crops(family: str, tiny_models: Any) -> None:
+    """How many tokens each crop keeps, and in transformers the sizes of the images, which are on the host as a rule."""
+    model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
+    size = (2 * models.SIDE, models.SIDE)
+    given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
+    with llava_prune.pruned(model, "hired", tokens=30), reads() as found, torch.inference_mode():
+        model(**given, use_cache=True)
+    assert ours(found) == sorted([PROMPT, "vision.py:compact", *(["hf.py:found"] if family == "next" else [])])
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])

@@ -294,6 +294,19 @@ def test_readme_names_every_method_and_keeps_its_results_block() -> None:
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
 
 
+def test_the_table_of_methods_agrees_with_the_methods() -> None:
+    """Every method has one line, with the positions, the requirements and the licence that the method states."""
+    text = (ROOT / "docs/methods/index.md").read_text(encoding="utf-8")
+    lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in re.findall(r"^\| \[`.*", text, re.M)]
+    found = {name: cells for cells in lines for name in re.findall(r"\[`([\w+-]+)`\]", cells[0])}
+    assert sorted(found) == llava_prune.names()
+    for name, (_, _, _, needs, positions, licence, checked) in found.items():
+        method = llava_prune.build(name)
+        assert positions.split(" ")[0] == method.positions and checked, name
+        assert {n for n in method.requires if n not in needs} == set(), name
+        assert method.info.licence.startswith(licence), name
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_lines_and_fences(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").split("\n")

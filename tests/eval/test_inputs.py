@@ -20,7 +20,7 @@ from llava_prune.cli import main
 from llava_prune.eval import images, run
 from llava_prune.eval.images import crops, open_rgb, pixels, square
 from llava_prune.eval.plan import Settings
-from llava_prune.eval.prompt import TEMPLATES, check_tokenizer, first_turn, token_ids
+from llava_prune.eval.prompt import TEMPLATES, bare, check_tokenizer, first_turn, token_ids
 from llava_prune.eval.protocol import PROCESSOR, protocol_of
 from llava_prune.eval.task import load_task, task_names
 
@@ -110,6 +110,13 @@ def test_the_template_is_the_checkpoints(name: str, config: dict[str, Any], mode
         assert protocol_of(str(folder), "llava_v1").conv_mode == "llava_v1"
     with pytest.raises(ValueError, match="--conv-mode v9: choose one of vicuna_v1, .*, processor"):
         protocol_of(str(folder), "v9")
+
+
+def test_questions_without_the_instruction() -> None:
+    asked = "What is red?\nAnswer the question using a single word or phrase."
+    assert bare(asked, "gqa") == "What is red?" and bare("What is red?", "gqa") == "What is red?"
+    asked = "Which?\nA. red\nAnswer with the option's letter from the given choices directly."
+    assert bare(asked, "sqa") == "Which?\nA. red" and bare(asked, "mmbench_cn") == asked
 
 
 def test_gqa_suffix_is_the_question_files() -> None:

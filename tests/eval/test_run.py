@@ -123,6 +123,10 @@ def test_flops_of_prompts_without_an_image() -> None:
     only = layer(16) + layer(4)
     assert got["visual_only_entering"]["percent_of_full"] == pytest.approx(100 * only / (2 * layer(16)))
     assert flops_figures([text], [6], size)["visual_only_entering"]["percent_of_full"] is None
+    dropped = {"kept": {"entering": [0, 0], "leaving": [0, 0], "image": True}}  # text-only
+    got = flops_figures([dropped], [6], size)
+    assert got["visual_only_entering"]["percent_of_full"] == 0
+    assert got["with_text_entering"]["percent_of_full"] == pytest.approx(100 * layer(6) / layer(22))
 
 
 def test_a_finished_run_is_not_repeated(data: Path, tmp_path: Path, stand_in: Any) -> None:

@@ -17,6 +17,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # a first layer with all of an anyres 
     "fastv": {"tokens": 30},
     "pdrop": {"tokens": 30},
     "topv": {"tokens": 30},
+    "dart": {"tokens": 30},
     "fastervlm+topv": {"tokens": 30, "vision_tokens": 33},
     "prumerge++pdrop": {"tokens": 20},
 }

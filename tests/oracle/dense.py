@@ -19,6 +19,8 @@ from tests.models import PATCHES, is_llava, language_model
 
 NEWLINE, TEXT = -1, -2
 MERGED, VISION = "merged", "vision"
+ENTRY = -2
+"""Layer of the cut of a composition's first method, where that is at the entry of the language model."""
 
 
 # the spliced prompt -------------------------------------------------------------------------------------------
@@ -148,6 +150,17 @@ class Watch:
             self.asked.append(Asked(layer, *seen, answer))
             return answer
 
+        first = getattr(self.method, "entry", None)
+        if first is not None:
+            entry = first.prune
+
+            def watched_entry(layer: int, view: Any) -> Any:
+                answer = entry(layer, view)
+                states = (view.hidden, view.visual, view.valid, view.ids, None, None, view.spans, None)
+                self.asked.append(Asked(ENTRY, *states, answer))
+                return answer
+
+            object.__setattr__(first, "prune", watched_entry)
         for name, hook in (
             ("prune", watched_prune),
             ("queries", watched_queries),
@@ -381,6 +394,12 @@ def replay(
         board.move(layer, answer)
         renumbered = renumbered or method.positions == "renumber"
 
+    if ENTRY in asked:
+        board.check(asked[ENTRY])
+        cut(ENTRY)
+        for b, row in enumerate(board.columns):  # what is left counts as the prompt
+            place[b] = {c: n for n, c in enumerate([c for c in row if c is not None])}
+            base[b] = len(place[b])
     if -1 in asked:
         board.check(asked[-1])
     cut(-1)

@@ -1,0 +1,93 @@
+"""CLIP's text tower and its projections, which LLaVA's checkpoints do not have: a folder that holds a whole CLIP."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import shapes
+
+SEGMENT = 77
+"""Positions of the text tower."""
+NEEDED = ("text_projection.weight", "visual_projection.weight", "vision_model.post_layernorm.weight")
+
+
+class TextTower:
+    """Questions and patches in the space that CLIP shares between text and images; float32.
+
+    Args:
+        folder: a CLIP in transformers' format, with its tokenizer.
+
+    Raises:
+        ValueError: for a folder without a text tower.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        place = Path(folder).expanduser()
+        try:
+            stored = shapes(place)
+        except (OSError, ValueError):  # no folder, or one without weights
+            stored = {}
+        absent = [name for name in NEEDED if name not in stored]
+        if absent:
+            raise ValueError(
+                f"clip={folder}: is no folder with a CLIP and its text tower (no {absent[0]}); give the folder of the "
+                "whole CLIP whose vision tower the model has, or leave clip out to use the language model's embeddings"
+            )
+        model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        vision = getattr(model.vision_model, "vision_model", model.vision_model)
+        self.norm, self.visual = vision.post_layernorm, model.visual_projection
+        self.model, self.projection = model.text_model.eval(), model.text_projection
+
+    @torch.no_grad()
+    def patches(self, features: Tensor) -> Tensor:
+        """(N, T, C) float32 of patch features (N, T, Dv).
+
+        Raises:
+            ValueError: for features of another width.
+        """
+        if features.shape[2] != self.visual.in_features:
+            raise ValueError(
+                f"clip: the features are {features.shape[2]} wide, and those of this CLIP {self.visual.in_features}; "
+                "give the CLIP whose vision tower the model has"
+            )
+        out: Tensor = self.visual.to(features.device)(self.norm.to(features.device)(features.float()))
+        return out
+
+    @torch.no_grad()
+    def text(self, question: str, device: torch.device, strict: bool = False) -> Tensor:
+        """(M, C) float32, one vector for each segment of 77 tokens, filled up with id 0.
+
+        A segment is read at its end token; one without is read at its last token, or with `strict` at its largest id,
+        as the official code does.
+        """
+        ids = self.tokenizer(question, truncation=False, verbose=False).input_ids
+        segments = [ids[i : i + SEGMENT] for i in range(0, len(ids), SEGMENT)]
+        end = self.tokenizer.eos_token_id
+        at = [_place(segment, end, strict) for segment in segments]
+        padded = torch.tensor([s + [0] * (SEGMENT - len(s)) for s in segments])
+        mask = torch.tensor([[1] * len(s) + [0] * (SEGMENT - len(s)) for s in segments])
+        states = self.model.to(device)(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
+        rows = states[torch.arange(len(segments)), torch.tensor(at)]  # (M, Dt)
+        out: Tensor = self.projection.to(device)(rows)
+        return out
+
+
+def _place(segment: list[int], end: int, strict: bool) -> int:
+    """Where a segment is read."""
+    if end in segment:
+        return segment.index(end)
+    return segment.index(max(segment)) if strict else len(segment) - 1
+
+
+@functools.lru_cache(maxsize=2)
+def text_tower(folder: str) -> TextTower:
+    """The text tower of a folder, loaded once."""
+    return TextTower(folder)
