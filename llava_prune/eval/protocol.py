@@ -19,6 +19,8 @@ PROCESSOR = "processor"
 """Conversation mode of transformers: chat template and image processor of the checkpoint itself."""
 LLAMA_3, YI = 128_256, range(64_000, 64_128)
 """Smallest vocabulary of a Llama 3, and vocabularies of Yi-34B, which llava-v1.6-34b is made of."""
+POINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""(height, width) of the resolutions where a config in transformers' format states none."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,6 @@ def protocol_of(model: str, conv_mode: str | None = None) -> Protocol:
     mode = conv_mode or template_of(config, model)
     if is_original(config):
         return _original(model, config, mode)
-    points = config.get("image_grid_pinpoints") or []
     kind = config["model_type"]
     if kind == "llava_onevision" and mode != PROCESSOR:
         raise ValueError(
@@ -119,11 +120,8 @@ def protocol_of(model: str, conv_mode: str | None = None) -> Protocol:
         )
     if kind == "llava":
         return Protocol(mode, pad=mode != PROCESSOR)  # the format does not state it; LLaVA-1.5 pads
-    return Protocol(mode, resolutions=tuple((w, h) for h, w in points or DEFAULT_POINTS))
-
-
-DEFAULT_POINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""(height, width) of LLaVA-NeXT in transformers where a config states none."""
+    points = config.get("image_grid_pinpoints") or POINTS
+    return Protocol(mode, resolutions=tuple((w, h) for h, w in points))
 
 
 def _original(model: str, config: dict[str, Any], mode: str) -> Protocol:
@@ -153,14 +151,14 @@ def template_of(config: dict[str, Any], model: str) -> str:
 
     Source: llava/eval/run_llava.py and scripts/v1_5/eval of package llava; LLaVA-NeXT's for Llama 3 and Qwen.
     """
-    name = Path(model).name.lower()
-    text = config if is_original(config) else config["text_config"]
-    language = ORIGINAL[config["model_type"]] if is_original(config) else text.get("model_type", "llama")
-    tower = (
-        "clip" if is_original(config) else (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    )
-    if config["model_type"] == "llava_onevision" or not tower.startswith("clip"):
-        return PROCESSOR
+    name, text = Path(model).name.lower(), config
+    language = ORIGINAL.get(config["model_type"], "llama")
+    if not is_original(config):
+        text = config["text_config"]
+        language = text.get("model_type", "llama")
+        tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
+        if config["model_type"] == "llava_onevision" or not tower.startswith("clip"):
+            return PROCESSOR
     if language == "mistral":
         return "mistral_instruct"
     if language.startswith("qwen"):

@@ -77,7 +77,7 @@ class HF:
             leading=max(facts.features - facts.patches, 0),
             resolutions=tuple((w, h) for h, w in points),
             digits=7,
-            most=_most_patches(model.config),
+            most=_limit(getattr(model.config, "vision_aspect_ratio", None)),
         )
 
     def max_visual(self, model: Any) -> int:
@@ -104,13 +104,12 @@ def has_crops(model: Any) -> bool:
     return any(c.__name__ in CLASSES[1:] for c in type(model).__mro__)
 
 
-def _most_patches(config: Any) -> int | None:
-    """Crops that a larger number of them is interpolated to (LLaVA-OneVision); None for no limit.
+def _limit(rule: str | None) -> int | None:
+    """Crops that a larger number of them is interpolated to, from `vision_aspect_ratio` of LLaVA-OneVision.
 
     Raises:
-        ValueError: for another rule.
+        ValueError: for another rule than anyres_max_<number>, and None, which is no limit.
     """
-    rule = getattr(config, "vision_aspect_ratio", None)
     if rule is None:
         return None
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", rule)
@@ -134,7 +133,7 @@ def most_crops(config: Any) -> int:
 
 def counted_crops(config: Any) -> int:
     """Crops whose patches papers count for an image: the largest number, or that of the limit with the whole image."""
-    most = _most_patches(config)
+    most = _limit(getattr(config, "vision_aspect_ratio", None))
     return most_crops(config) if most is None else min(most_crops(config), most + 1)
 
 
@@ -280,7 +279,7 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
         again["vision_aspect_ratio"] = WITHOUT_LIMIT
     packed = [p.flatten().round().long() - 1 for p in stock(numbers, *args, **again)[0]]
     images.interpolated = [len(p) for p in packed] != [len(p) for p in out[0]]
-    patches, most = features[0].shape[1], _most_patches(inner.config) or 1
+    patches, most = features[0].shape[1], _limit(kwargs.get("vision_aspect_ratio")) or 1
     pairs = zip(packed, out[0], strict=True)
     images.source = torch.cat([p if len(p) == len(o) else _nearest(p, patches, most) for p, o in pairs])
     return out

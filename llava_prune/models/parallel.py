@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..runtime.attention import head_group
 from ..runtime.compat import split_by_plan
+from ..runtime.decoder import architecture
 from .base import Family, encoder_blocks
 
 ENGINES = ("deepspeed", "tp")
@@ -104,9 +105,10 @@ def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
         dtype: of the model.
 
     Raises:
-        ValueError: when the heads cannot be divided among the processes.
+        ValueError: when the heads cannot be divided among the processes, and for other language models than Llama's.
     """
     lm, world = family.language_model(model), processes()
+    _refuse_untested(lm, f"engine={engine!r}", "use device_map, load_8bit or load_4bit")
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(lm.config, name)
         if heads % world:
@@ -115,6 +117,13 @@ def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
         _deepspeed(model, type(lm.layers[0]), dtype, world)
     elif world > 1:
         split_by_plan(model, world)
+
+
+def _refuse_untested(lm: Any, what: str, way: str) -> None:
+    """Refuse what only Llama's layers were tested with: biases and norms of heads may have to be split, too."""
+    found = architecture(lm)
+    if found != "Llama":
+        raise ValueError(f"{what} is tested with Llama language models only, and this one is {found}; {way}")
 
 
 def _deepspeed(model: Any, layer: type, dtype: torch.dtype, world: int) -> None:
@@ -132,11 +141,13 @@ def _deepspeed(model: Any, layer: type, dtype: torch.dtype, world: int) -> None:
 
 
 def check_split(family: Family, model: Any, accelerated: bool) -> None:
-    """Refuse a model whose heads are split unevenly over processes, and acceleration of a model that is split.
+    """Refuse a model whose heads are split unevenly over processes, and acceleration where it was not tested.
 
     Raises:
         ValueError: with the way out.
     """
+    if accelerated:
+        _refuse_untested(family.language_model(model), "acceleration (graphs, fused)", "leave them out")
     for blocks in (family.language_model(model).layers, encoder_blocks(family.encoder(model))):
         attention: Any = getattr(blocks[0], "self_attn", None) if len(blocks) else None
         group = None if attention is None else head_group(attention)

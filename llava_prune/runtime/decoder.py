@@ -10,34 +10,24 @@ ARCHITECTURES = {"LlamaDecoderLayer": "Llama", "MistralDecoderLayer": "Mistral"}
 ARCHITECTURES |= {"Qwen2DecoderLayer": "Qwen2", "Qwen3DecoderLayer": "Qwen3"}
 """Decoder layers that can be pruned by class name. Their parts have the same names and are called in the same order; an
 attention with `q_norm` and `k_norm` (Qwen3) norms each head between projection and rotary embedding."""
-PARTS: tuple[str, ...] = (
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.head_dim",
-)
-PARTS += ("self_attn.scaling", "self_attn.num_key_value_groups", "post_attention_layernorm", "mlp")
-"""What a layer must have for its attention to be computed beside it, whatever its class is called."""
+PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+"""What a layer must have, whatever its class is called."""
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "num_key_value_groups")
+"""What its attention must have to be computed beside it."""
 
 
 def architecture(lm: Any) -> str | None:
     """The architecture of a language model by the class of its decoder layers; None where it is not supported."""
-    layers = getattr(lm, "layers", ())
-    kinds = {_kind(layer) for layer in layers}
+    one_of_each = {type(layer): layer for layer in getattr(lm, "layers", ())}
+    kinds = {_kind(layer) for layer in one_of_each.values()}
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def _kind(layer: Any) -> str | None:
-    if not all(_has(layer, part) for part in PARTS):
+    whole = all(hasattr(layer, part) for part in PARTS)
+    if not whole or not all(hasattr(layer.self_attn, part) for part in ATTENTION_PARTS):
         return None
     return next((ARCHITECTURES[c.__name__] for c in type(layer).__mro__ if c.__name__ in ARCHITECTURES), None)
-
-
-def _has(layer: Any, part: str) -> bool:
-    for name in part.split("."):
-        layer = getattr(layer, name, None)
-    return layer is not None
 
 
 def refuse_window(lm: Any) -> None:

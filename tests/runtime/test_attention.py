@@ -9,6 +9,8 @@ import torch
 import transformers
 
 import llava_prune
+from llava_prune.models.family import family_of
+from llava_prune.models.parallel import split
 from llava_prune.runtime.attention import decoder_attention
 from tests import combinations, models
 
@@ -68,6 +70,14 @@ def test_equals_the_stock_eager_attention(language: str, cached: bool) -> None:
             got = decoder_attention(layer, out.hidden_states[i], rope, slice(5, LENGTH), valid, keys)
             assert torch.allclose(got, out.attentions[i][:, :, 5:], atol=2e-6)
             assert float(got.amax()) > 0.5, "attention is too flat to tell architectures apart"
+
+
+def test_what_only_llama_was_tested_with_is_refused() -> None:
+    model = combinations.build("llava", "qwen3")
+    with pytest.raises(ValueError, match="graphs, fused. is tested with Llama language models only, and this one is Q"):
+        llava_prune.attach(model, "uniform", tokens=8, fused=True)
+    with pytest.raises(ValueError, match="engine='tp' is tested with Llama language models only.*use device_map"):
+        split(model, family_of(model), "tp", torch.float32)
 
 
 def window(language: str, **text: Any) -> Any:
