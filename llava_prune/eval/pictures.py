@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def pack_layers(survival: Tensor) -> list[str]:
-    """`Record.survival` as text, one for each sample; `report.thumbnails.unpack_layers` reads it."""
-    return [base64.b64encode(zlib.compress(bytes(row), 9)).decode() for row in survival.clamp(max=255).tolist()]
+    """`Record.survival` as text, one for each sample, without zeros at the end; `thumbnails.unpack_layers` reads it."""
+    rows = (bytes(row).rstrip(b"\0") for row in survival.clamp(max=255).tolist())
+    return [base64.b64encode(zlib.compress(row, 9)).decode() for row in rows]
 
 
 def thumbnails(run: StoredRun, rows: Sequence[int], side: int) -> list[Thumbnail | None]:

@@ -106,7 +106,7 @@ def is_pipeline(model: Any) -> bool:
 
 
 def peel(model: Any) -> Any:
-    """The LLaVA inside a pipeline, a PeftModel, a compiled model or DeepSpeed's inference engine; others as they are."""
+    """The LLaVA inside a pipeline, a PeftModel, a compiled model or DeepSpeed's inference engine; others unchanged."""
     if is_pipeline(model):
         return peel(model.model)
     if type(model).__name__ == "OptimizedModule":

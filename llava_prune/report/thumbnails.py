@@ -39,7 +39,7 @@ Images = Callable[[StoredRun, Sequence[int], int], Sequence["Thumbnail | None"]]
 
 
 def unpack_layers(packed: str) -> bytes:
-    """How many layers each visual token of a sample leaves, from the field `kept.patches` of an answer."""
+    """How many layers each visual token of a sample leaves, from the field `kept.patches` of an answer; then 0."""
     return zlib.decompress(base64.b64decode(packed))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import llava_prune
 from llava_prune.cli import main
 from llava_prune.eval.demo import check_port
+from llava_prune.eval.protocol import Protocol
 from llava_prune.eval.side_by_side import Shown, SideBySide, examples, message
 
 QUESTION = "What is the yellow object?"
@@ -25,7 +26,9 @@ CHOSEN = [("autoprune", "64"), ("fastv", "11%")]
 
 @pytest.fixture(scope="module")
 def asked(tiny_path: Path) -> SideBySide:
-    return SideBySide(llava_prune.load(tiny_path, device="cpu"), str(tiny_path), pad=True, new=4, seed=3)
+    return SideBySide(
+        llava_prune.load(tiny_path, device="cpu"), str(tiny_path), protocol=Protocol(pad=True), new=4, seed=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,7 @@ def test_the_same_method_twice_and_presets(asked: SideBySide) -> None:
 
 
 def test_hyper_parameters_go_to_the_methods_that_have_them(asked: SideBySide) -> None:
-    given = SideBySide(asked.loaded, asked.model, True, hyper={"k0": 0.3})
+    given = SideBySide(asked.loaded, asked.model, asked.protocol, hyper={"k0": 0.3})
     first, second = given.runs(CHOSEN)
     assert first.method.hyper()["k0"] == 0.3 and "k0" not in second.method.hyper()
 

@@ -22,7 +22,7 @@ from tests.report.browser import Opened, chromium
 from tests.report.conftest import make_run
 
 LAYERS = 3
-SURVIVAL = {"full": [LAYERS] * 4, "autoprune": [0, 1, 2, 3]}
+SURVIVAL = {"full": [LAYERS] * 4, "autoprune": [3, 1, 2, 0]}
 """How many layers each of the four tokens of an image leaves."""
 BOXES: list[Any] = [(0, 0, 10, 10), (10, 0, 20, 10), (0, 10, 10, 20), (10, 10, 20, 20)]
 
@@ -58,8 +58,8 @@ def filled(runs: list[StoredRun], count: int) -> dict[str, Any]:
 
 
 def test_layers_as_text() -> None:
-    survival = torch.tensor([[0, 3, 80, 12], [1, 1, 1, 1]])
-    assert [list(unpack_layers(text)) for text in pack_layers(survival)] == survival.tolist()
+    survival = torch.tensor([[0, 3, 80, 12, 0], [1, 1, 1, 0, 0], [0] * 5])
+    assert [list(unpack_layers(text)) for text in pack_layers(survival)] == [[0, 3, 80, 12], [1, 1, 1], []]
 
 
 def test_flipped_questions_come_first(runs: list[StoredRun]) -> None:
@@ -77,7 +77,7 @@ def test_places_are_stated_once(runs: list[StoredRun]) -> None:
     assert view == {"first": 0, "boxes": [list(map(float, box)) for box in BOXES]}
     for run, survival in zip(found["runs"], SURVIVAL.values(), strict=True):
         assert run["layers"] == LAYERS and set(run["patches"]) == {"0", "1", "3", "4"}
-        assert [ord(c) - FIRST for c in run["patches"]["1"]] == survival
+        assert [ord(c) - FIRST for c in run["patches"]["1"].ljust(4, chr(FIRST))] == survival
 
 
 def test_a_run_without_patches_has_none(runs: list[StoredRun]) -> None:

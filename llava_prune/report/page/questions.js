@@ -241,7 +241,7 @@
       for (const [view, clip, edge] of paths) {
         let path = "";
         view.boxes.forEach((box, k) => {
-          if (!depth || depth.charCodeAt(view.first + k) - FIRST <= layer) return;
+          if (!depth || !(depth.charCodeAt(view.first + k) - FIRST > layer)) return; // not a number past the end
           count += 1;
           if (box) path += `M${box[0]} ${box[1]}H${box[2]}V${box[3]}H${box[0]}Z`;
         });
