@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
+from transformers import LlavaProcessor
 
 import llava_prune
 from llava_prune.methods import registry
@@ -20,8 +22,12 @@ from llava_prune.methods import registry
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / n for n in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 RUN = ("README.md", "docs/quickstart.md", "docs/adding-a-method.md")
-RUN += ("docs/methods/autoprune.md", "docs/methods/compositions.md")
+RUN += ("docs/methods/autoprune.md", "docs/methods/compositions.md", "docs/transformers.md")
 IMAGE = ROOT / "playground/data/mini/gqa/data/images/n9000000.jpg"
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 BLOCK = re.compile(r"(?:<!-- test: ([^>]*?) -->\n)?^```(\w*)\n(.*?)^```", re.S | re.M)
 
 
@@ -47,7 +53,14 @@ def ready() -> dict[str, Any]:
     mask[1, 0] = 0
     size = loaded.model.config.vision_config.image_size
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, size, size)}
-    return {"model": loaded.model, "inputs": inputs}
+    tokenizer = loaded.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = LlavaProcessor(
+        loaded.image_processor, tokenizer, patch_size=loaded.model.config.vision_config.patch_size,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+    image = Image.open(IMAGE).convert("RGB")
+    return {"model": loaded.model, "inputs": inputs, "processor": processor, "image": image}
 
 
 @pytest.fixture
@@ -92,6 +105,10 @@ def test_python_blocks_run(name: str, ready: dict[str, Any], clean: Any, tmp_pat
         record = names["handle"].last
         assert record.tokens_in[:, 0].tolist() == [576, 576]
         assert record.tokens_out.float().mean(1).tolist() == pytest.approx([64, 64], abs=1)
+    if name == "docs/transformers.md":
+        out, start = names["out"], names["inputs"]["input_ids"].shape[1]
+        assert names["streamed"] == names["processor"].decode(out[0, start:], skip_special_tokens=True)
+        assert torch.equal(names["again"], out) and torch.equal(names["adapted"], out)  # a fresh LoRA changes nothing
 
 
 @pytest.mark.parametrize("name", ["norm", "cls-top"])
