@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
+import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -329,3 +332,26 @@ def test_lines_and_fences(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
     assert sum(line.startswith("```") for line in lines) % 2 == 0
     assert lines[-1] == "" and not any(line != line.rstrip() for line in lines)
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every code cell, with the outputs that are stored in it: text, and an image where there is one."""
+    path = ROOT / "docs" / "notebooks" / "quickstart.ipynb"
+    monkeypatch.chdir(path.parent)
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(tree, f"cell {number}", "exec"), names)
+            value = None if last is None else eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)
+        stored = cell["outputs"]
+        assert printed.getvalue() == "".join("".join(o["text"]) for o in stored if o["output_type"] == "stream")
+        for data in (o["data"] for o in stored if o["output_type"] == "execute_result"):
+            if "image/png" in data:
+                assert value._repr_png_().startswith(b"\x89PNG")
+            else:
+                assert repr(value) == "".join(data["text/plain"])
