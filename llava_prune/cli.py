@@ -109,10 +109,27 @@ def _show(args: argparse.Namespace) -> int:
     return show(args)
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from .eval.demo import demo
+
+    _quiet()
+    return demo(args)
+
+
 def _report(args: argparse.Namespace) -> int:
+    from .eval.pictures import thumbnails
     from .report.html import report
 
-    return report(args)
+    return report(args, thumbnails)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ValueError("completion needs shtab; pip install 'llava-prune[completion]'") from error
+    sys.stdout.write(shtab.complete(make_parser({}), args.shell) + "\n")
+    return 0
 
 
 COMMANDS = {
@@ -128,7 +145,9 @@ COMMANDS = {
     "figure": _figure,
     "report": _report,
     "show": _show,
+    "demo": _demo,
     "run": _run,
+    "completion": _completion,
 }
 """Name of a command -> what runs it; returns the exit status."""
 

@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .handle import attach
+from .llava_scripts import run_script
 from .methods.registry import build, resolve
 from .models.config import pick_dtype, weight_bytes
 
@@ -275,6 +276,8 @@ def command(args: argparse.Namespace) -> int:
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
         raise ValueError("no program given; write it after --, e.g. -- python -m llava.eval.run_llava ...")
+    if not (Path(program[0]).name.startswith("python") or program[0].startswith("llava.")):
+        return run_script(program, [a for a in args.argv[1 : len(args.argv) - len(args.program)] if a != "--"])
     hyper = dict(args.method_args)
     if args.tokens is not None:
         if "tokens" in hyper:

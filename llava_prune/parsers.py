@@ -205,6 +205,8 @@ def _add_report(commands: Any) -> None:
     text = f"folders of runs, or above several (default {RESULTS})"
     p.add_argument("places", nargs="*", metavar="PLACE", help=text)
     _add_filters(p)
+    text = "questions of each benchmark whose images are in the page, flipped ones first; 0 for none (default 60)"
+    p.add_argument("--images", type=arguments.natural, default=60, metavar="N", help=text)
     text = f"file to write (default {RESULTS}/report.html)"
     p.add_argument("--out", type=Path, default=Path(RESULTS) / "report.html", metavar="FILE", help=text)
 
@@ -234,6 +236,14 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
     flag("method", "autoprune", "method, or file.py:name", type=arguments.method)
     flag("tokens", "64", "visual token budget", type=arguments.positive)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_one_model(flag)
+    text = f"file: .png, .pdf, .svg or .html; without suffix a .pdf and a .png (default {RESULTS}/figures/kept)"
+    p.add_argument("--out", type=Path, default=Path(RESULTS) / "figures" / "kept", help=text)
+    _add_json(p)
+
+
+def _add_one_model(flag: Any) -> None:
+    """Flags of commands that ask a model single questions."""
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
     flag("family", "auto", "auto, llava or hf")
@@ -242,13 +252,30 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")
     flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
     flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
-    text = f"file: .png, .pdf, .svg or .html; without suffix a .pdf and a .png (default {RESULTS}/figures/kept)"
-    p.add_argument("--out", type=Path, default=Path(RESULTS) / "figures" / "kept", help=text)
-    _add_json(p)
+
+
+def _add_demo(commands: Any, env: Mapping[str, str]) -> None:
+    p = commands.add_parser(
+        "demo",
+        help="a local page that compares the answers of two methods with the unpruned one",
+        description="Serves a page on this machine. It needs gradio: pip install 'llava-prune[demo]'.",
+        epilog=ENVIRONMENT,
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
+    p.add_argument("--port", type=arguments.whole(1, 65535), default=7860, help="port to listen on (default 7860)")
+    p.add_argument("--short", action="store_true", help="ask for a single word or phrase at first")
+    e = p.add_argument_group("settings")
+    flag = functools.partial(arguments.flag, e, env)
+    text = "methods at first, one or two; a method of yours as file.py:name"
+    flag("method", "autoprune,fastv", text, type=arguments.names)
+    flag("tokens", "64", "budget at first: visual tokens, or percent of them")
+    arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
+    _add_one_model(flag)
+    flag("data", DATA, "folder with the benchmarks' files; GQA's give the examples")
 
 
 def _add_run(commands: Any, env: Mapping[str, str]) -> None:
-    text = "run a program of package llava, unchanged, with its model pruned"
+    text = "run a program of package llava or a script that starts some, unchanged, with every model pruned"
     epilog = "The environment variable METHOD_ARGS sets hyper-parameters, too."
     p = commands.add_parser("run", help=text, epilog=epilog)
     text = "method, or file.py:name (default autoprune)"
@@ -256,7 +283,15 @@ def _add_run(commands: Any, env: Mapping[str, str]) -> None:
     text = "visual token budget (default the method's own)"
     p.add_argument("--tokens", type=arguments.positive, default=None, help=text)
     arguments.add_method_args(p, env, "mi_scale=8,k0=0.3", "--hyper")
-    p.add_argument("program", nargs=argparse.REMAINDER, help="-- python -m llava.eval.model_vqa_loader ...")
+    text = "-- python -m llava.eval.model_vqa_loader ..., or a script that starts such programs: -- bash FILE ..."
+    p.add_argument("program", nargs=argparse.REMAINDER, help=text)
+
+
+def _add_completion(commands: Any) -> None:
+    text = "print a script that completes commands and flags in a shell"
+    epilog = "For bash: llava-prune completion bash > ~/.local/share/bash-completion/completions/llava-prune"
+    p = commands.add_parser("completion", help=text, epilog=epilog)
+    p.add_argument("shell", choices=["bash", "zsh", "tcsh"])
 
 
 def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -278,7 +313,9 @@ def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     _add_figure(commands)
     _add_show(commands, env)
     _add_report(commands)
+    _add_demo(commands, env)
     _add_run(commands, env)
+    _add_completion(commands)
     return out
 
 

@@ -16,11 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llava_prune"
 COMMANDS = ("eval", "table", "sweep", "results", "figure", "report", "show", "bench")
-COMMANDS += ("score", "data", "methods", "flops", "run")
+COMMANDS += ("score", "data", "methods", "flops", "run", "demo")
 
 # what is loaded ------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2")
+HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2", "gradio")
 COMPILER = ("torch._dynamo", "torch._inductor")
 RUN = """
 import json, sys
@@ -106,7 +106,8 @@ ALLOWED = {
     "eval": {"eval", "bench", "report", "stats", "experimental", "arguments", "console", "", *CORE},
     "report": {"report", "arguments", "console", "stats"},
     "stats": set(),
-    "llava_programs": {*CORE},
+    "llava_programs": {"llava_scripts", *CORE},
+    "llava_scripts": set(),
     "parsers": {"arguments", ""},
     "cli": {"eval", "bench", "report", "parsers", "console", "llava_programs"},
     "console": set(),

@@ -97,23 +97,25 @@ def once(ask: Ask, probe: Probe) -> dict[str, float]:
     Raises:
         ValueError: when the request had fewer than 2 new tokens.
     """
+    _, times = timed(ask, probe)
+    if "decode" not in times:
+        raise ValueError("a request has a single new token; decoding is timed from at least 2 new tokens")
+    return times
+
+
+def timed(ask: Ask, probe: Probe) -> tuple[Any, dict[str, float]]:
+    """What one request returns, and its times as in `once`; without "decode" where it has a single new token."""
     probe.calls.clear()
     probe.layers.clear()
     clock = probe.clock
     clock.wait()
     start = clock.mark()
-    ask()
+    answer = ask()
     end = clock.mark()
     clock.wait()
-    if len(probe.calls) < 2:
-        raise ValueError("a request has a single new token; decoding is timed from at least 2 new tokens")
-    spans = [clock.ms(a, b) for a, b in probe.calls]
-    return {
-        "vision": clock.ms(start, probe.calls[0][0]),
-        "prefill": spans[0],
-        "decode": statistics.median(spans[1:]),
-        "total": clock.ms(start, end),
-    }
+    prefill, *decode = [clock.ms(a, b) for a, b in probe.calls]
+    times = {"vision": clock.ms(start, probe.calls[0][0]), "prefill": prefill, "total": clock.ms(start, end)}
+    return answer, {**times, "decode": statistics.median(decode)} if decode else times
 
 
 @contextmanager

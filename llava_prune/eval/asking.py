@@ -23,6 +23,7 @@ from ..runtime.patching import execution_device
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
+from .pictures import pack_layers
 from .plan import Settings
 from .prompt import check_tokenizer
 from .protocol import Protocol, protocol_of
@@ -129,8 +130,7 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
     loaded = loaded or load_model(settings)
     seconds = time.perf_counter() - start
     check_loaded(loaded, settings.model, runs, protocol)
-    text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
-    rows = tokenised(files, loaded, protocol, getattr(text_config, "max_position_embeddings", None))
+    rows = tokenised(files, loaded, protocol, context_of(loaded))
     longest = max(len(r) for r in rows) + task.max_new_tokens
     batch = settings.batch or auto_batch(loaded, longest)
     feed = ImageFeed(functools.partial(read_image, files.sources, loaded, protocol))
@@ -196,13 +196,25 @@ def tokenised(files: Files, loaded: Any, protocol: Protocol, limit: int | None) 
             where = place_of(number, q, files.sources)
             raise ValueError(f"{where}: the tokenizer refuses the text ({detail})") from error
         length = len(ids) + (loaded.max_visual - 1 if q.image is not None else 0)
-        if limit is not None and length > limit:
-            where = place_of(number, q, files.sources)
-            raise ValueError(
-                f"{where}: the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
-            )
+        long = too_long(length, limit)
+        if long:
+            raise ValueError(f"{place_of(number, q, files.sources)}: {long}")
         out.append(ids)
     return out
+
+
+def too_long(length: int, limit: int | None) -> str:
+    """What is wrong with a prompt of more tokens than the model's context; "" where nothing is."""
+    if limit is None or length <= limit:
+        return ""
+    return f"the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
+
+
+def context_of(loaded: Any) -> int | None:
+    """Tokens of the model's context; None where its config does not state them."""
+    text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    return limit
 
 
 @contextlib.contextmanager
@@ -325,6 +337,9 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     entering = handle.last.tokens_in.tolist() if with_image else none
     leaving = handle.last.tokens_out.tolist() if with_image else none
     stats = handle.last.stats if with_image else {}
+    counts = [unpruned(bench, bench.files.questions[i]) for i in numbers]
+    widths = [found.get("unpruned") for found in counts]
+    patches = pack_layers(handle.last.survival, widths) if with_image else [None] * len(numbers)
     places = {k: _not_finite_in(bench, run, numbers[k]) for k, flag in enumerate(bad) if flag}
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
@@ -337,7 +352,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "model_id": name,
             "metadata": {},
             **question.extra,
-            "kept": {"entering": entering[k], "leaving": leaving[k], **unpruned(bench, question)},
+            "kept": {"entering": entering[k], "leaving": leaving[k], "patches": patches[k], **counts[k]},
             "stats": {s: float(v[k]) for s, v in stats.items() if math.isfinite(v[k])},
             **({"not_finite": places[k]} if k in places else {}),
             "row": i,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import llava_prune
 
 from ..bench.flops import average_tokens, flops_with_text
+from ..bench.latency import probing, timed
 from ..console import emit, stdout
-from ..methods.planner import Run, cases, plan
+from ..methods.planner import REFERENCE, Run, cases, plan
 from ..report.drawing import save
-from .asking import check_loaded, load_model, stacked
+from .asking import check_loaded, context_of, load_model, stacked, too_long
 from .command import settings_of
 from .images import open_rgb
 from .prompt import IMAGE_MARK
@@ -27,19 +29,18 @@ def show(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for bad input.
     """
-    if IMAGE_MARK in args.question or not args.question.strip():
-        raise ValueError(f"--question {args.question!r}: give a text without {IMAGE_MARK}, which is added")
+    check_question(args.question)
     image = open_rgb(args.image.expanduser())
     runs = plan(cases([args.method], [args.tokens], args.method_args or {}, seed=args.seed))
     if len(runs) != 1:
         raise ValueError(f"--method {args.method} names {len(runs)} methods; give one")
-    run = runs[0]
     settings = settings_of(args, methods=[args.method], tokens=[args.tokens])
     protocol = protocol_of(settings.model, settings.conv_mode)
     loaded = load_model(settings)
-    check_loaded(loaded, settings.model, [run], protocol)
-    found, record = ask(loaded, image, protocol, args.question, run, args.new, args.short)
-    paths = write(args, image, None if protocol.resolutions else protocol.pad, found, record)
+    check_loaded(loaded, settings.model, runs, protocol)
+    answers, records = ask(loaded, image, protocol, args.question, runs, args.new, args.short)
+    found = {"question": args.question, "answers": answers}
+    paths = write(args, image, protocol.padded, found, records[-1])
     if args.json:
         emit({**found, "files": [str(p) for p in paths]})
         return 0
@@ -51,29 +52,53 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_question(question: str) -> None:
+    """Refuse a question without text, and one with LLaVA's mark of an image.
+
+    Raises:
+        ValueError: naming the question.
+    """
+    if IMAGE_MARK in question or not question.strip():
+        raise ValueError(f"question {question!r}: give a text without {IMAGE_MARK}, which is added")
+
+
 def ask(
-    loaded: Any, image: Any, protocol: Protocol, question: str, run: Run, new: int, short: bool = False
-) -> tuple[dict[str, Any], Any]:
-    """The question with answers and costs of the unpruned and the pruned model, and the record of the pruned one.
+    loaded: Any, image: Any, protocol: Protocol, question: str, runs: Sequence[Run], new: int, short: bool = False
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Answers, costs and times of the unpruned model and of each run, and the records of their prefills.
+
+    Every answer is timed once, after a prefill that is not. Preprocessing of the image is not timed.
 
     Args:
         loaded: see `llava_prune.load`.
         image: RGB image.
         protocol: prompt and preprocessing.
         question: text of the user.
-        run: method and budget.
+        runs: methods and budgets.
         new: largest number of new tokens.
         short: add LLaVA's instruction for short answers.
+
+    Raises:
+        ValueError: for a question or an image that cannot be asked about, or a method that the model does not support.
     """
+    check_question(question)
     ids = protocol.token_ids(f"{question}\n{load_task('gqa').suffix}" if short else question, True, loaded)
+    long = too_long(len(ids) - 1 + loaded.max_visual, context_of(loaded))
+    if long:
+        raise ValueError(long)
     values = stacked([protocol.pixels(image, loaded)])
     sizes = [image.size] if protocol.places_known else None
     answers: list[dict[str, Any]] = []
-    for name, method in (("unpruned", "full"), (run.label, run.method)):
-        with llava_prune.pruned(loaded.model, method) as handle:
-            out = loaded.generate([ids], values, sizes=sizes, max_new_tokens=new)
+    records = []
+    asked: list[tuple[str, Any]] = [("unpruned", REFERENCE), *((run.label, run.method) for run in runs)]
+    for name, method in asked:
+        with probing(loaded.model) as probe, llava_prune.pruned(loaded.model, method) as handle:
+            request = functools.partial(loaded.generate, [ids], values, sizes=sizes)
+            request(max_new_tokens=1)
+            out, times = timed(functools.partial(request, max_new_tokens=new), probe)
         record = handle.last
         assert record is not None
+        records.append(record)
         entering, leaving = record.tokens_in[0].tolist(), record.tokens_out[0].tolist()
         flops = flops_with_text(entering, len(ids) - 1, loaded.size)
         answers.append({
@@ -83,8 +108,10 @@ def ask(
             "leaving": leaving,
             "tflops": flops / 1e12,
             "percent": 100 * flops / (answers[0]["tflops"] * 1e12 if answers else flops),
+            "ms": times,
+            "new": out.shape[1],
         })  # fmt: skip
-    return {"question": question, "answers": answers}, record
+    return answers, records
 
 
 def line(found: Mapping[str, Any]) -> str:
@@ -94,13 +121,16 @@ def line(found: Mapping[str, Any]) -> str:
 
 def cost(found: Mapping[str, Any]) -> str:
     """Visual tokens and FLOPs of a prefill."""
-    tera = found["tflops"]
-    flops = f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
     return (
         f"visual tokens {found['entering'][0]} in, averages {average_tokens(found['entering']):.1f} entering and "
-        f"{average_tokens(found['leaving']):.1f} leaving a layer; {flops}, "
+        f"{average_tokens(found['leaving']):.1f} leaving a layer; {flops_text(found['tflops'])}, "
         f"{found['percent']:.1f} % of unpruned"
     )
+
+
+def flops_text(tera: float) -> str:
+    """FLOPs in a readable unit."""
+    return f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
 
 
 def write(args: argparse.Namespace, image: Any, pad: bool | None, found: Mapping[str, Any], record: Any) -> list[Path]:

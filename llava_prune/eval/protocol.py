@@ -42,6 +42,11 @@ class Protocol:
         """Whether the sizes of images say where their pixels went: with padding or in crops."""
         return self.pad or bool(self.resolutions)
 
+    @property
+    def padded(self) -> bool | None:
+        """What an overlay is told about padding; None where crops tell it themselves."""
+        return None if self.resolutions else self.pad
+
     def token_ids(self, text: str, image: bool, loaded: Any) -> list[int]:
         """Token ids of a first turn, with -200 for the image.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
+from ..runtime.geometry import Geometry
 from ..stats import mean_interval, paired_difference
 from .task import QuestionScores
 
@@ -22,12 +23,14 @@ class Facts:
         task: benchmark.
         figure: name of the headline number.
         size: of the model.
+        geometry: where in an image its visual tokens are.
         settings: every setting that may have changed an answer.
     """
 
     task: str
     figure: str
     size: Size
+    geometry: Geometry
     settings: Mapping[str, Any]
 
 
@@ -123,6 +126,7 @@ def make_result(
         "details": score["details"],
         "visual_tokens": {"unpruned": facts.size.visual, **seen_tokens(rows), **token_figures(rows)},
         "flops": flops_figures(rows, text, size),
+        "geometry": asdict(facts.geometry),
         "method_stats": {n: fmean(r["stats"][n] for r in rows if n in r["stats"]) for n in names},
         "seconds": dict(seconds),
         "settings": dict(facts.settings),

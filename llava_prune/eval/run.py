@@ -244,7 +244,8 @@ def finish(
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
     seconds = {"load": bench.load, **seconds, "score": time.perf_counter() - start}
     text = [sum(i != IMAGE_ID for i in r) for r in bench.rows]
-    facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, settings)
+    geometry = dataclasses.replace(bench.loaded.geometry, padded=bench.protocol.pad)
+    facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, geometry, settings)
     result = make_result(facts, run.label, score, rows, text, seconds)
     cls, preset = resolve(run.name)
     defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()} | preset

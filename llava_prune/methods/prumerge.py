@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,12 @@ def absorb(
     centre = take(x, kept)
     left = (score * pool)[:, None] @ x  # (N, 1, Dv)
     return centre + share[..., :t] @ x + share[..., t:] @ centre, left[:, 0]
+
+
+def _rest(kept: Tensor, t: int) -> Tensor:
+    """(N, T) long: patches that are not among `kept` (N, K) are in the last token K, -1 for the others."""
+    named = torch.zeros(kept.shape[0], t + 1, dtype=torch.bool, device=kept.device).scatter(1, kept, True)[:, :t]
+    return torch.where(named, -1, kept.shape[1])
 
 
 @register("prumerge", presets=PRESETS)
@@ -147,7 +154,8 @@ class PruMerge(Method):
         real = torch.arange(kept.shape[1], device=kept.device) < column(counts, kept)
         live = torch.cat([real, real.new_ones(n, 1)], 1)
         ids = torch.cat([kept, kept.new_full((n, 1), MERGED)], 1)
-        return VisionCut(live, features, ids, by_canvas=False, counts=[c + 1 for c in counts])
+        groups = functools.partial(_rest, kept.masked_fill(~real, t), t)
+        return VisionCut(live, features, ids, by_canvas=False, counts=[c + 1 for c in counts], groups=groups)
 
     def share(self, t: int, crops: int) -> float:
         """The fixed ratio; `tokens` of t patches are tokens / t."""

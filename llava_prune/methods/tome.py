@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.merging import Merge, merge_tokens
-from ..ops.selection import take
+from ..ops.selection import inverse, take
 from .base import Method, MethodInfo
 from .checks import choice, integer, integers
 from .registry import register
@@ -187,8 +187,9 @@ class ToMe(Method):
             order = first.sort(dim=1).indices
             features = take(features, order)
             ids = ids.gather(1, order)
+            groups = inverse(order).gather(1, groups)
         live = torch.ones(n, k, dtype=torch.bool, device=features.device)
-        return VisionCut(live, features, ids, counts=[k] * n)
+        return VisionCut(live, features, ids, counts=[k] * n, groups=lambda: groups)
 
     def _after(self, view: VisionView, tokens: int) -> tuple[Tensor, Tensor]:
         """Reading (B): halve the final features until `tokens` are left."""

@@ -6,8 +6,9 @@ N images or crops, T patches of one, Dv width of the vision tower.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ class View:
             )
             if not recycle[0]:
                 return Cut(index)
-            return Cut(index, cluster_means(self.hidden, picked, recycle, clusters, self.kernels))
+            means, label = cluster_means(self.hidden, picked, recycle, clusters, self.kernels)
+            return Cut(index, means, members=functools.partial(_members, picked, label))
         best = descending_order(score, self.visual)  # (B, L) positions by rank
         kept = top(best, keep, self.visual)  # (B, L)
         if not any(recycle):
@@ -139,8 +141,14 @@ class View:
         else:
             slots = torch.arange(max(recycle), device=best.device)
             picked = best.gather(1, (column(keep, best) + slots).clamp(max=best.shape[1] - 1))
-        means = cluster_means(self.hidden, picked, recycle, clusters, self.kernels)  # (B, C, D)
-        return assemble(kept, self.visual, self.valid, lengths, means, clusters)
+        means, label = cluster_means(self.hidden, picked, recycle, clusters, self.kernels)  # (B, C, D)
+        cut = assemble(kept, self.visual, self.valid, lengths, means, clusters)
+        return replace(cut, members=functools.partial(_members, picked, label))
+
+
+def _members(picked: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `Cut.members`; without labels all are in one cluster."""
+    return picked, torch.zeros_like(picked) if label is None else label
 
 
 @dataclass
@@ -238,6 +246,8 @@ class VisionCut:
             places the patches of the others on the stitched image and sends them row by row, then tokens without a
             patch: those before the patches of their crop, crop by crop, then those after. False sends crop after crop.
         counts: live tokens of each image or crop, where the host knows them; otherwise they are read from the device.
+        groups: for tokens without a patch, what they were made of: a function that returns for each patch its token
+            (N, T), a position among the K, -1 for none. Only records call it.
     """
 
     live: Tensor
@@ -245,3 +255,4 @@ class VisionCut:
     ids: Tensor | None = None
     by_canvas: bool = True
     counts: Sequence[int] | None = None
+    groups: Callable[[], Tensor] | None = None

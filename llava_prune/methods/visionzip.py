@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,12 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
     slots = torch.arange(contextual, device=rest.device)
     label = label.index_copy(1, places, slots.expand(rest.shape[0], -1))
     return states[:, places] + mean.to(states.dtype), rest[:, places], label
+
+
+def _groups(order: Tensor, token: Tensor) -> Tensor:
+    """(N, T) long: the token (N, R) of the last R patches of an order (N, T), -1 for the others."""
+    rest = order[:, order.shape[1] - token.shape[1] :]
+    return torch.full_like(order, -1).scatter(1, rest, token)
 
 
 @register("visionzip", presets={"default": {"dominant": 191, "contextual": 30}})
@@ -132,14 +139,17 @@ class VisionZip(Method):
             assert view.cls is not None
             tokens.insert(0, view.cls[:, None].to(view.features.dtype))
             ids.insert(0, order.new_full((n, 1), MERGED))
+        groups = None
         if contextual:
             (keys,) = view.keys.values()  # (N, H, 1 + T, dh)
             metric = keys.mean(1)[:, 1:].to(order.device)  # (N, T, dh)
-            tokens.append(contextual_tokens(view.features, metric, order[:, patches:], contextual)[0])
+            made, _, label = contextual_tokens(view.features, metric, order[:, patches:], contextual)
+            tokens.append(made)
             ids.append(order.new_full((n, contextual), MERGED))
+            groups = functools.partial(_groups, order, label + dominant)
         features = torch.cat(tokens, 1)
         live = torch.ones_like(features[..., 0], dtype=torch.bool)
-        return VisionCut(live, features, torch.cat(ids, 1), counts=[live.shape[1]] * n)
+        return VisionCut(live, features, torch.cat(ids, 1), counts=[live.shape[1]] * n, groups=groups)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual) if self.tokens is not None else sum(self.split())] * n_layers

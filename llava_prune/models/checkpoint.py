@@ -15,6 +15,7 @@ from .base import block_index
 from .config import ORIGINAL, is_original
 from .files import ATTENTION, clip_processor, image_processor, shapes, tensors, tower_folder
 from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+from .llava import accept_cache
 from .processor import clip_settings
 from .tower import check_vision, load_tower, tower_config
 
@@ -60,6 +61,7 @@ def _from_pretrained(
 def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
     """haotian-liu/LLaVA format into the `llava` package's class."""
     build = _original_class(config)
+    accept_cache(build)
     stored, base = shapes(source.weights), str(source.weights)
     options = build.config_class.from_pretrained(str(source.folder), trust_remote_code=False)
     place = tower_folder(source.folders, options.mm_vision_tower)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.compat import given_cache
 from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
@@ -163,7 +164,7 @@ def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: An
     """Refuses what counts on one logit for each input id, in a prefill with images."""
     given = _named(model, args, kwargs)
     keep = given.get("logits_to_keep", 0)
-    if not _has_images(given) or decode_state(given.get("past_key_values")) is not None:
+    if not _has_images(given) or decode_state(given_cache(given)) is not None:
         return stock(*args, **kwargs)
     if given.get("labels") is not None:
         refuse_labels()
@@ -197,7 +198,7 @@ def _encoded(given: dict[str, Any], kind: str = "image") -> Any:
 def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """The multimodal model's forward opens a request of its own and says where the visual tokens of a prefill are."""
     given = _named(inner, args, kwargs)
-    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    ids, cache = given.get("input_ids"), given_cache(given)
     with request(handle, _count(given.get("pixel_values"))) as state:
         if ids is None:
             refuse_embeddings()

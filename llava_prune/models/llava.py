@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.selection import to_device
+from ..runtime.compat import CACHE, given_cache
 from ..runtime.decode import decode_state, refuse_later_image
 from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
@@ -84,6 +85,7 @@ class Llava:
         return image_tokens(side, side, _crops(model), tall)
 
     def install(self, model: Any, handle: Any) -> list[Any]:
+        accept_cache(type(model))
         return [
             replace_method(model, "generate", _generate, handle),
             replace_method(model, "forward", _forward, handle),
@@ -118,12 +120,32 @@ def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
 
 def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]
     """generate() splices text and images itself, then hands embeddings to forward()."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = given_cache(kwargs)
     if images is not None and decode_state(cache) is not None:
         refuse_later_image(cache.get_seq_length())
     with _open(handle, images, image_sizes) as state:
         state.has_ids = True  # the package refuses inputs_embeds
         return stock(inputs, images, image_sizes, **kwargs)
+
+
+def accept_cache(cls: Any) -> None:
+    """Let a class of the package take the KV cache under the name that this release of transformers gives it.
+
+    The package knows it as `past_key_values`. Since transformers 5.24, generate() calls it `cache`.
+    """
+    stock = cls.forward
+    if CACHE == "past_key_values" or getattr(stock, "accepts_cache", False):
+        return
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return stock(self, *args, **kwargs)
+
+    warnings.filterwarnings("ignore", "`past_key_values` is|Both `past_key_values`", FutureWarning, r"llava\.")
+    forward.accepts_cache = True  # type: ignore[attr-defined]
+    cls.forward = forward
 
 
 FORWARD = (
@@ -136,7 +158,7 @@ def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """forward() opens a request of its own; embeddings are taken from generate() alone."""
     given = {**dict(zip(FORWARD, args, strict=False)), **kwargs}
     ids, images = given.get("input_ids"), given.get("images")
-    if given.get("inputs_embeds") is None and decode_state(given.get("past_key_values")) is not None:
+    if given.get("inputs_embeds") is None and decode_state(given_cache(given)) is not None:
         return stock(*args, **kwargs)
     if given.get("inputs_embeds") is None:
         if images is not None and given.get("labels") is not None and ids is not None and ids.shape[1] > 1:

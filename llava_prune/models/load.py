@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.counts import Size
+from ..runtime.geometry import Geometry
 from ..runtime.patching import execution_device
 from ..runtime.sizes import checked_sizes
 from .adapter import Source, check_base
@@ -102,6 +103,11 @@ class Loaded:
         """Visual tokens of an image of (width, height) before pruning, newline tokens included."""
         geometry = self._family.geometry(self.model)
         return geometry.count(size) if geometry.resolutions else self.n_visual
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where in an image its visual tokens are."""
+        return self._family.geometry(peel(self.model))
 
     @contextmanager
     def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:

@@ -101,7 +101,7 @@ def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
 
 def cluster_means(
     hidden: Tensor, picked: Tensor, counts: Sequence[int], clusters: Sequence[int], kernels: Any = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Means of the clusters of some tokens.
 
     Args:
@@ -112,16 +112,18 @@ def cluster_means(
         kernels: see `View.kernels`.
 
     Returns:
-        (B, C, D) in the dtype of `hidden`.
+        (B, C, D) in the dtype of `hidden`; (B, Q) long, the cluster of each token as in `dpc_knn`, None where one
+        cluster takes them all.
     """
     if set(clusters) == {1} and all(n == picked.shape[1] for n in counts):  # one cluster takes them all
         size = picked.shape[1] + EPS
         if kernels is not None:
             mean: Tensor = kernels.mean_of(hidden, picked, size)
-            return mean
-        return take(hidden, picked).float().sum(1, keepdim=True).div_(size).to(hidden.dtype)  # (B, 1, D)
+            return mean, None
+        return take(hidden, picked).float().sum(1, keepdim=True).div_(size).to(hidden.dtype), None  # (B, 1, D)
     points = take(hidden, picked)  # (B, Q, D)
-    return average(points, dpc_knn(points, counts, clusters), max(clusters))
+    label = dpc_knn(points, counts, clusters)
+    return average(points, label, max(clusters)), label
 
 
 def average(points: Tensor, label: Tensor, n_clusters: int) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: B samples, L token positions, K or L' positions afterwards, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,14 @@ class Cut:
         index: (B, L') long, into the L tokens of the sequence followed by the C tokens of `merged`.
         merged: (B, C, D) new tokens, or None.
         valid: (B, L') bool, False on ragged padding; None when no position is padding.
+        members: what the merged tokens were made of: a function that returns positions (B, Q) among the L tokens, and
+            for each of them its place (B, Q) among the C merged tokens, -1 for none. Only records call it.
     """
 
     index: Tensor
     merged: Tensor | None = None
     valid: Tensor | None = None
+    members: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 def descending_order(score: Tensor, among: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .figures import chosen
 from .inline import drawn, svg
 from .questions import columns
 from .store import StoredRun
+from .thumbnails import Images, with_images
 from .together import bench_name, by_bench
 from .tokens import draw_survival
 
@@ -40,11 +41,12 @@ COLUMNS = {
 """Heading in the table of runs -> the number in `StoredRun.row` that it is sorted by; "" for text."""
 
 
-def report(args: Namespace) -> int:
+def report(args: Namespace, images: Images) -> int:
     """Write the page; prints its path.
 
     Args:
-        args: places, task, method, model, tokens, no_sweeps and out, see `cli`.
+        args: places, task, method, model, tokens, no_sweeps, images and out, see `cli`.
+        images: where the images of questions come from.
 
     Returns:
         The exit status.
@@ -54,23 +56,25 @@ def report(args: Namespace) -> int:
     """
     runs = chosen(args, args.places or [RESULTS])
     out = Path(args.out).expanduser()
-    text, left_out = page(runs)
+    text, left_out = page(runs, images, args.images)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(text.encode("utf-8", "replace"))  # answers may hold half of a surrogate pair
     for reason in left_out:
-        stderr().print(f"not among the questions: {reason}", markup=False, highlight=False, soft_wrap=True)
+        stderr().print(reason, markup=False, highlight=False, soft_wrap=True)
     stdout().print(str(out), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
-def page(runs: Sequence[StoredRun]) -> tuple[str, list[str]]:
+def page(runs: Sequence[StoredRun], images: Images, count: int) -> tuple[str, list[str]]:
     """The page of some runs.
 
     Args:
         runs: finished runs, see `together.comparable`.
+        images: where the images of questions come from.
+        count: largest number of images of a benchmark.
 
     Returns:
-        HTML, and why runs are left out of the browser of questions.
+        HTML, and sentences on the runs and images that it lacks.
 
     Raises:
         ValueError: when jinja2 is not installed.
@@ -84,9 +88,13 @@ def page(runs: Sequence[StoredRun]) -> tuple[str, list[str]]:
     benches = by_bench(runs)
     data, left_out = [], []
     for some in benches.values():
-        found, reasons = columns(some)
-        left_out += reasons
+        found, shown, reasons = columns(some)
+        left_out += [f"not among the questions: {reason}" for reason in reasons]
         if found is not None:
+            try:
+                with_images(found, shown, images, count)
+            except ValueError as error:
+                left_out.append(f"no images of {found['title']}: {error}")
             title, count = found["title"], len(found["runs"])
             data.append({"title": title, "count": count, "json": Markup(_embedded(found))})
     environment = Environment(

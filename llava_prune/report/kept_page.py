@@ -11,18 +11,20 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from .overlay import counted, draw_overlay
+from .overlay import MERGED, counted, draw_overlay
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..runtime.geometry import ImageView
+    from ..runtime.record import Remaining
 
 TEMPLATE = Path(__file__).with_name("page") / "kept.html"
 LARGEST = 1024
 """Pixels of the longer side of an image in a page."""
 PHOTO = 300_000
 """Pixels from which an image is stored as JPEG."""
+NOTE = "<p>Tinted patches were merged: those of one token have the same colour (colours repeat).</p>"
 NAMES = {"image": "The image as a whole", "crops": "The crops of the image"}
 WIDE, HIGH, LEFT, BELOW = 640, 200, 40, 24
 """Units of the chart: width and height of the plot, and margins for numbers."""
@@ -31,7 +33,7 @@ WIDE, HIGH, LEFT, BELOW = 640, 200, 40, 24
 def kept_page(
     image: Image,
     views: Sequence[ImageView],
-    layers: Sequence[tuple[Collection[int], int]],
+    layers: Sequence[Remaining],
     leaving: Sequence[int],
     curves: Mapping[str, Sequence[int]],
     label: str,
@@ -43,7 +45,7 @@ def kept_page(
     Args:
         image: the image as it was before preprocessing.
         views: places of the visual tokens.
-        layers: indices of the tokens that leave each layer, and the number of merged ones.
+        layers: the tokens that leave each layer.
         leaving: visual tokens leaving each layer.
         curves: the same for other questions, by label.
         label: of `leaving`.
@@ -54,7 +56,7 @@ def kept_page(
     rounded = [[None if b is None else [round(x, 1) for x in b] for b in view.boxes] for view in views]
     boxes: list[list[Any]] = [[None] * view.first + found for view, found in zip(views, rounded, strict=True)]
     data = [
-        {"kept": sorted(kept), "text": counted(i, n, merged), "x": x, "y": y}
+        {"kept": sorted(kept), "merged": _tinted(merged), "text": counted(i, n, len(merged)), "x": x, "y": y}
         for i, ((kept, merged), n, (x, y)) in enumerate(zip(layers, leaving, points, strict=True))
     ]
     dim = draw_overlay(image, views[0].boxes, ())
@@ -67,10 +69,17 @@ def kept_page(
         height=image.height,
         clear=_embedded(image.convert("RGB")),
         dim=_embedded(dim),
-        views="".join(_figure(i, view.name, image.size, boxes[i], layers[-1][0]) for i, view in enumerate(views)),
+        views="".join(_figure(i, view.name, image.size, boxes[i], layers[-1].kept) for i, view in enumerate(views)),
+        tints="".join(f"[data-tint='{i}'] {{ fill: rgb{colour} }} " for i, colour in enumerate(MERGED)),
+        note=NOTE if any(patches for layer in layers for patches in layer.merged) else "",
         curves=_chart(leaving, curves, label),
         data=json.dumps({"views": boxes, "layers": data}, separators=(",", ":")).replace("<", "\\u003c"),
     )
+
+
+def _tinted(merged: Sequence[Collection[int]]) -> list[list[int]]:
+    """The patches of each colour."""
+    return [sorted(i for some in merged[colour :: len(MERGED)] for i in some) for colour in range(len(MERGED))]
 
 
 def _embedded(image: Image) -> str:
@@ -89,11 +98,13 @@ def _embedded(image: Image) -> str:
 def _figure(number: int, name: str, size: tuple[int, int], boxes: Sequence[Any], kept: Collection[int]) -> str:
     """A view, as it is after the last layer until the slider moves."""
     path = "".join(f"M{b[0]} {b[1]}H{b[2]}V{b[3]}H{b[0]}Z" for i, b in enumerate(boxes) if i in kept and b is not None)
-    label = f"{NAMES[name]}; dropped patches are dark"
+    label = f"{NAMES[name]}; dropped patches are dark, merged ones tinted"
+    tints = "".join(f'<path class="tint" data-tint="{i}" id="tint{number}-{i}"/>' for i in range(len(MERGED)))
     return (
         f'<figure><svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">'
-        f'<defs><clipPath id="area{number}"><path id="clip{number}" d="{path}"/></clipPath></defs><use href="#dim"/>'
-        f'<use href="#clear" clip-path="url(#area{number})"/><path class="edge" id="edge{number}" d="{path}"/></svg>'
+        f'<defs><clipPath id="area{number}"><path id="clip{number}" d="{path}"/></clipPath></defs>'
+        f'<use href="#dim"/>{tints}<use href="#clear" clip-path="url(#area{number})"/>'
+        f'<path class="edge" id="edge{number}" d="{path}"/></svg>'
         f"<figcaption>{NAMES[name]}</figcaption></figure>"
     )
 

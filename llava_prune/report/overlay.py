@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..runtime.geometry import Box, ImageView
+    from ..runtime.record import Remaining
 
 LIGHT = 0.45
 """Brightness of dropped patches, relative to the image."""
@@ -29,6 +30,10 @@ TALLEST, CURVES = 2.6, 1.9
 """Inches of the tallest overlay in a contact sheet, and of its curves."""
 EDGE = (255, 214, 0)
 """Colour of the outline of kept patches."""
+MERGED = ((0, 158, 224), (230, 97, 1), (0, 158, 115), (204, 90, 160), (120, 100, 220), (170, 120, 60))
+"""Colours of merged patches: those of one token have one colour; colours repeat."""
+TINT = 0.4
+"""Share of that colour."""
 
 
 def pixel_box(box: Box) -> tuple[int, int, int, int]:
@@ -38,15 +43,21 @@ def pixel_box(box: Box) -> tuple[int, int, int, int]:
 
 
 def draw_overlay(
-    image: Image, boxes: Sequence[Box | None], kept: Collection[int], first: int = 0, outline: bool = False
+    image: Image,
+    boxes: Sequence[Box | None],
+    kept: Collection[int],
+    first: int = 0,
+    merged: Sequence[Collection[int]] = (),
+    outline: bool = False,
 ) -> Image:
-    """An image with dropped patches grey and dark, and kept ones as they are.
+    """An image with dropped patches grey and dark, kept ones as they are, and merged ones tinted.
 
     Args:
         image: the image as it was before preprocessing.
         boxes: place of each visual token, None for tokens without one.
         kept: indices of the visual tokens that are kept; others than those of `boxes` are ignored.
         first: index of the first token of `boxes`.
+        merged: for each merged token, the indices of the patches that it was made of.
         outline: draw a line around regions of kept patches, on pixels of their dropped neighbours.
 
     Returns:
@@ -57,15 +68,22 @@ def draw_overlay(
 
     image = image.convert("RGB")
     clear, seen = (np.zeros((image.height, image.width), dtype=bool) for _ in range(2))
+    colour = np.zeros((image.height, image.width), dtype=np.uint8)  # 0 for none
+    tokens = {index: 1 + token % len(MERGED) for token, some in enumerate(merged) for index in some}
     for index, box in enumerate(boxes, first):
         if box is None:
             continue
         left, top, right, bottom = pixel_box(box)
         seen[top:bottom, left:right] = True
         clear[top:bottom, left:right] |= index in kept
+        colour[top:bottom, left:right] = tokens.get(index, 0)
     faded = images.blend(image.convert("L").convert("RGB"), image, COLOUR)
     out = faded.point(lambda value: value * UNSEEN)
     out.paste(faded.point(lambda value: value * LIGHT), mask=images.fromarray(seen))
+    half = faded.point(lambda value: value * (1 + LIGHT) / 2)
+    for number, tint in enumerate(MERGED, 1):
+        area = images.fromarray(colour == number)
+        out.paste(images.blend(half, images.new("RGB", image.size, tint), TINT), mask=area)
     out.paste(image, mask=images.fromarray(clear))
     if outline:
         grown = clear.copy()
@@ -118,7 +136,7 @@ def counted(layer: int, leaving: int, merged: int) -> str:
 def contact_sheet(
     image: Image,
     views: Sequence[ImageView],
-    shown: Mapping[int, tuple[Collection[int], int]],
+    shown: Mapping[int, Remaining],
     leaving: Sequence[int],
     curves: Mapping[str, Sequence[int]],
     label: str,
@@ -129,7 +147,7 @@ def contact_sheet(
     Args:
         image: the image as it was before preprocessing.
         views: places of the visual tokens.
-        shown: layer -> indices of the tokens that leave it, and the number of merged ones.
+        shown: layer -> the tokens that leave it.
         leaving: visual tokens leaving each layer.
         curves: the same for other questions, by label.
         label: of `leaving` in the legend.
@@ -154,11 +172,11 @@ def contact_sheet(
     grid = figure.add_gridspec(down + 1, across, height_ratios=[tall] * down + [CURVES])
     for i, (layer, (kept, merged)) in enumerate(shown.items()):
         axes = figure.add_subplot(grid[i // across, i % across])
-        parts = [draw_overlay(large, boxes, kept, first, outline=True) for first, boxes in scaled]
+        parts = [draw_overlay(large, boxes, kept, first, merged, outline=True) for first, boxes in scaled]
         axes.imshow(side_by_side(parts), interpolation="none")
         axes.set_axis_off()
         number = range(len(leaving))[layer]
-        axes.set_title(counted(number, leaving[number], merged))
+        axes.set_title(counted(number, leaving[number], len(merged)))
     _draw_curves(figure.add_subplot(grid[down, :]), leaving, curves, label, [range(len(leaving))[x] for x in shown])
     drawing.legend(figure)
     if title:

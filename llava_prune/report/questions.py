@@ -10,14 +10,15 @@ from .store import UNPRUNED, StoredRun
 from .together import bench_name
 
 
-def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[str]]:
+def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[StoredRun], list[str]]:
     """Questions of a benchmark, and what each run answered.
 
     Args:
         runs: finished runs of one benchmark.
 
     Returns:
-        Columns with an entry for each question, and why runs are left out of them. None where every run is left out.
+        Columns with an entry for each question (None where every run is left out), the runs in them, and why the others
+        are left out.
 
         - `bench`, `title`: name of the benchmark, in files and for readers.
         - `ids`, `questions`: question ids, and texts as `Pair.prompt` has them.
@@ -26,6 +27,7 @@ def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[str]
         - `runs`: name, folder, `pruned`, and the columns `answers` (positions in `texts`) and `scores` (0..1 or None).
     """
     shown: list[dict[str, Any]] = []
+    readable: list[StoredRun] = []
     left_out: list[str] = []
     texts: dict[str, int] = {}
     first: tuple[StoredRun, list[dict[str, Any]], list[Any]] | None = None
@@ -40,6 +42,7 @@ def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[str]
             continue
         if first is None:
             first = run, rows, [s["type"] for s in scores]
+        readable.append(run)
         shown.append(
             {
                 "name": run.name,
@@ -50,19 +53,23 @@ def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[str]
             }
         )
     if first is None:
-        return None, left_out
+        return None, [], left_out
     run, rows, kinds = first
     types = sorted({k for k in kinds if k is not None})
-    return {
-        "bench": run.bench,
-        "title": bench_name(run.bench),
-        "ids": [row["question_id"] for row in rows],
-        "questions": questions([row["prompt"] for row in rows]),
-        "types": types,
-        "type": [None if k is None else types.index(k) for k in kinds],
-        "texts": list(texts),
-        "runs": shown,
-    }, left_out
+    return (
+        {
+            "bench": run.bench,
+            "title": bench_name(run.bench),
+            "ids": [row["question_id"] for row in rows],
+            "questions": questions([row["prompt"] for row in rows]),
+            "types": types,
+            "type": [None if k is None else types.index(k) for k in kinds],
+            "texts": list(texts),
+            "runs": shown,
+        },
+        readable,
+        left_out,
+    )
 
 
 def _short(score: float | None) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -9,16 +11,26 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import LlamaModel, repeat_kv, rotate_half
 
 FLOOR = Version("5.14")
 
 if Version(transformers.__version__) < FLOOR:
     raise ImportError(f"transformers {transformers.__version__} is too old for llava_prune; install >= {FLOOR}")
 
+CACHES = ("cache", "past_key_values")
+"""Names of the argument that holds the KV cache: since transformers 5.24, and before."""
+CACHE = next(name for name in CACHES if name in inspect.signature(LlamaModel.forward).parameters)
+"""The one of this release."""
+
 CAUSAL = ("sdpa", "flash_attention_2")
 """Backends that are causal by themselves when no mask is given, and take a mask of theirs without `create_causal_mask`:
 bool (B, 1, q, keys) or (B, keys)."""
+
+
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call, under either name; None where there is none."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 def split_by_plan(model: Any, processes: int) -> None:
@@ -45,11 +57,14 @@ def split_by_plan(model: Any, processes: int) -> None:
 
 
 __all__ = [
+    "CACHE",
+    "CACHES",
     "CAUSAL",
     "BaseModelOutputWithPast",
     "BaseModelOutputWithPooling",
     "DynamicCache",
     "create_causal_mask",
+    "given_cache",
     "repeat_kv",
     "rotate_half",
     "split_by_plan",

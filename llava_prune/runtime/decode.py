@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .compat import CAUSAL, create_causal_mask
+from .compat import CACHE, CAUSAL, create_causal_mask
 
 
 @dataclass
@@ -140,7 +140,7 @@ def through(
             attention_mask=masks[n],
             position_embeddings=turns[min(n, len(turns) - 1)],
             position_ids=None,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             **kwargs,
         )
@@ -190,7 +190,7 @@ class Decode:
             config=self.lm.config,
             inputs_embeds=hidden,
             attention_mask=live,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             position_ids=None,
             layer_idx=stage.first,
         )

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from .compat import BaseModelOutputWithPast, DynamicCache
+from .compat import CACHE, BaseModelOutputWithPast, DynamicCache
 from .decode import Decode, decode_state, refuse_later_image
 from .geometry import Seen
 from .prefill import Prefill
@@ -38,6 +38,8 @@ def language_forward(
     Raises:
         ValueError: for embeddings whose images are not known, and for what a sequence of changing length cannot do.
     """
+    cache = kwargs.pop("cache", None)  # its name since transformers 5.24; callers may use either
+    past_key_values = cache if past_key_values is None else past_key_values
     state, request = decode_state(past_key_values), active(handle)
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = None
@@ -53,7 +55,7 @@ def language_forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -80,7 +82,7 @@ def language_forward(
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=lm.config)
         hidden = _prefill(handle, lm, prompt, past_key_values, attention_mask, hidden, kwargs)
-    return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), past_key_values=past_key_values)
+    return BaseModelOutputWithPast(last_hidden_state=lm.norm(hidden), **{CACHE: past_key_values})
 
 
 def _prompt(

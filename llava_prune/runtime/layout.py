@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -96,6 +96,29 @@ def lay_out(
     patch = cut.ids.to(visual.device).flatten()[where]
     found = numbers[where // cut.ids.shape[1] * patches + patch.clamp(min=0)]
     return Placed(where, follows, found.masked_fill(patch < 0, MERGED), counts)
+
+
+def vision_members(
+    groups: Callable[[], Tensor], source: Tensor, visual: Tensor, placed: Placed, width: int
+) -> tuple[Tensor, Tensor]:
+    """`Cut.members` of tokens that took the places of the patches.
+
+    Args:
+        groups: see `VisionTokens`.
+        source: (B, L) long, patch at each position, counted over all images, -1 for none.
+        visual: (B, L) bool.
+        placed: the tokens of the batch.
+        width: K, tokens of an image.
+    """
+    token, source, visual, index = groups().cpu(), source.cpu(), visual.cpu(), placed.index.cpu()
+    first = torch.arange(token.shape[0])[:, None] * width
+    token = torch.where(token >= 0, token + first, -1).flatten()  # (N T) patch -> token of the request
+    mine = token[source.clamp(min=0)].masked_fill(~visual | (source < 0), -1)  # (B, L)
+    place = torch.full_like(mine, -1)
+    for sample, count in enumerate(placed.counts):
+        hit = mine[sample, :, None] == index[sample, :count]  # (L, count)
+        place[sample] = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), -1)
+    return torch.arange(mine.shape[1]).expand_as(mine), place
 
 
 def _orders(cut: VisionTokens, ids: Tensor | None) -> list[list[int]]:

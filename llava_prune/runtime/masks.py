@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compat import CAUSAL, create_causal_mask
+from .compat import CACHE, CAUSAL, create_causal_mask
 from .sequence import TokenSequence
 
 
@@ -77,7 +77,7 @@ class Masks:
             config=self.config,
             inputs_embeds=sequence.hidden,
             attention_mask=live,
-            past_key_values=cache,
+            **{CACHE: cache},
             position_ids=None,
             layer_idx=layer,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
 from .attention import catch_mlp_input, catch_queries, decoder_attention, head_group
+from .compat import CACHE
 from .decode import DecodeState, Stage
-from .layout import check_cut, lay_out, moved_ids, patch_table
+from .layout import check_cut, lay_out, moved_ids, patch_table, vision_members
 from .masks import Masks, Rotary
 from .patching import execution_device
 from .prompt import Prompt, after_image
-from .record import Trace
+from .record import Step, Trace
 from .sequence import TokenSequence
 from .state import VisionTokens
 
@@ -62,7 +64,7 @@ class Prefill:
         self.lm, self.method, self.cache, self.kernels, self.check = lm, method, cache, kernels, check
         self.sequence = sequence = TokenSequence.of(prompt, hidden, mask, method.positions)
         self.n_visual, self.n_other, self.n_text = prompt.n_visual, prompt.n_other, prompt.n_text
-        self.trace = Trace()
+        self.trace = Trace(start=sequence.ids)
         end = sequence.start + prompt.valid.sum(1, keepdim=True)  # (B, 1) position of the first new token
         self.decode = DecodeState([Stage(0, sequence.padding, sequence.length)], sequence.length, end[None])
         self.patch_table = patch_table(prompt.images, sequence.visual, prompt.source, max(self.n_visual))
@@ -84,7 +86,9 @@ class Prefill:
         """A prefill that goes on from here with another cache, while this one stays; tensors are shared."""
         fork = copy.copy(self)
         fork.sequence, fork.rotary, fork.masks = copy.copy(self.sequence), copy.copy(self.rotary), copy.copy(self.masks)
-        fork.trace = Trace(list(self.trace.entries), None, dict(self.trace.scratch))
+        fork.trace = copy.copy(self.trace)
+        fork.trace.entries, fork.trace.cuts = list(self.trace.entries), list(self.trace.cuts)
+        fork.trace.final, fork.trace.scratch = None, dict(self.trace.scratch)
         fork.decode, fork.cache = copy.copy(self.decode), cache
         return fork
 
@@ -119,6 +123,10 @@ class Prefill:
             none, places = torch.zeros_like(s.visual), s.patch_positions(placed.ids)
             given = embeds[placed.index]  # (B, C, D)
             cut = assemble(none, s.visual, s.valid, lengths, given, placed.counts, placed.after)
+            if tokens.groups is not None:
+                width = tokens.ids.shape[1]
+                members = functools.partial(vision_members, tokens.groups, prompt.source, s.visual, placed, width)
+                cut = replace(cut, members=members)
             self._apply(-1, cut, placed.ids, places)
             self.n_visual = tuple(placed.counts)
         if self.method.vision_positions == "renumber":
@@ -162,7 +170,7 @@ class Prefill:
                 attention_mask=self.mask,
                 position_embeddings=rope,
                 position_ids=None,
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 use_cache=self.cache is not None,
                 **kwargs,
             )
@@ -177,7 +185,8 @@ class Prefill:
         score = _Attention(layer, before, rope, attended, self._keys(i), queries, self.kernels)
         if i + 1 == len(layers):
             if prunes_inside(type(self.method)):
-                final: Callable[[], tuple[Tensor, Tensor]] = _LastCut(self.method, i, score, wanted, self._view(None))
+                last = _LastCut(self.method, i, score, wanted, self._view(None), self.trace)
+                final: Callable[[], tuple[Tensor, Tensor]] = last
                 if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
                     final = functools.partial(_given, final())
                 self.trace.final = final
@@ -242,6 +251,7 @@ class Prefill:
         if self.check:
             check_cut(cut, s.visual, s.valid)
         s.apply(cut, ids, places)
+        self.trace.cuts.append(Step(layer, cut.index, ids, cut.members))
         stage = Stage(layer + 1, s.padding, s.length)
         self.decode.stages = [t for t in self.decode.stages if t.first != layer + 1] + [stage]
 
@@ -293,8 +303,11 @@ class _Attention:
 class _LastCut:
     """The cut after the last layer. It changes no output, so it is computed only when its record is read."""
 
-    def __init__(self, method: Method, layer: int, score: _Attention, wanted: Positions | None, view: View) -> None:
+    def __init__(
+        self, method: Method, layer: int, score: _Attention, wanted: Positions | None, view: View, trace: Trace
+    ) -> None:
         self.method, self.layer, self.score, self.wanted, self.view = method, layer, score, wanted, view
+        self.trace = trace
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -304,6 +317,7 @@ class _LastCut:
         cut = self.method.prune(self.layer, view)
         if cut is None:
             return view.ids, view.visual
+        self.trace.cuts.append(Step(self.layer, cut.index, None, cut.members))
         return moved_ids(view.ids, cut)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,53 @@ PANELS = 6
 """Layers that `Record.show` chooses."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a cut did.
+
+    Attributes:
+        layer: the layer before it, -1 before the first.
+        index: (B, L') long, see `Cut.index`.
+        ids: (B, C) long, original indices of the tokens that it brought, where these are patches; None for merged ones.
+        members: see `Cut.members`.
+    """
+
+    layer: int
+    index: Tensor
+    ids: Tensor | None
+    members: Callable[[], tuple[Tensor, Tensor]] | None
+
+
+class Remaining(NamedTuple):
+    """The visual tokens of a sample that leave a layer.
+
+    Attributes:
+        kept: original indices of those that are patches.
+        merged: for each merged token, original indices of the patches that it was made of; empty where this is not
+            known, and for a class token.
+    """
+
+    kept: set[int]
+    merged: list[set[int]]
+
+
 @dataclass
 class Trace:
-    """Raw log of a prefill; one (ids, visual) pair for each layer's entry and one for the last exit."""
+    """Raw log of a prefill.
+
+    Attributes:
+        entries: (ids, visual) of each layer's entry.
+        final: makes those of the last exit.
+        scratch: of the request.
+        start: (B, L) long, ids before the first cut; None where cuts are not logged.
+        cuts: all cuts in their order.
+    """
 
     entries: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     final: Callable[[], tuple[Tensor, Tensor]] | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
+    start: Tensor | None = None
+    cuts: list[Step] = field(default_factory=list)
 
     def last(self) -> tuple[Tensor, Tensor]:
         """What leaves the last layer."""
@@ -40,6 +80,7 @@ class Record:
     Attributes:
         tokens_in: (B, n_layers) long, visual tokens entering each layer.
         tokens_out: (B, n_layers) long, visual tokens leaving each layer.
+        survival: (B, V) long, how many layers each visual token leaves.
         kept: list over layers of (B, n) long, original indices of the visual tokens that leave the layer, in
             sequence order; -1 for a merged token, -2 for padding.
         stats: name -> list of B floats (AutoPrune: mi0, mi1, slope, scale).
@@ -68,6 +109,20 @@ class Record:
         return [visual_ids(ids.cpu(), visual.cpu()) for ids, visual in self._all()[1:]]
 
     @property
+    def survival(self) -> Tensor:
+        """(B, V) long: how many layers each visual token leaves, from the first on, by original index.
+
+        0 where it leaves none, merged tokens not counting. V is the largest number of visual tokens of a sample.
+        """
+        ids, visual = self._all()[0]
+        width = max(1, *self._seen.n_visual)
+        out = torch.zeros(ids.shape[0], width + 1, dtype=torch.long, device=ids.device)
+        for layer, (ids, visual) in enumerate(self._all()[1:], 1):
+            seen = (visual & (ids >= 0)).to(out.device)
+            out.scatter_(1, ids.to(out.device).masked_fill(~seen, width), layer)
+        return out[:, :width].cpu()
+
+    @property
     def stats(self) -> dict[str, list[float]]:
         return dict(self._trace.scratch.get("stats", {}))
 
@@ -89,8 +144,8 @@ class Record:
         """
         return self._seen.views(image.size, sample, padded)
 
-    def remaining(self, layer: int, sample: int = 0) -> tuple[set[int], int]:
-        """Original indices of a sample's visual tokens that leave a layer, and how many merged tokens leave it.
+    def remaining(self, layer: int, sample: int = 0) -> Remaining:
+        """A sample's visual tokens that leave a layer, and the patches that merged tokens were made of.
 
         Raises:
             ValueError: for a layer that the model does not have.
@@ -98,9 +153,31 @@ class Record:
         n_layers = len(self._trace.entries)
         if not -n_layers <= layer < n_layers:
             raise ValueError(f"layer={layer}: the model has {n_layers} decoder layers; give 0 to {n_layers - 1}")
-        ids, visual = self._all()[1:][layer]
-        found = ids[sample][visual[sample]].tolist()
-        return {i for i in found if i >= 0}, found.count(MERGED)
+        ids, visual = (x[sample].tolist() for x in self._all()[1:][layer])
+        found = [i for i, seen in zip(ids, visual, strict=True) if seen]
+        merged: list[set[int]] = [set() for i in found if i == MERGED]
+        if merged and self._trace.start is not None:
+            origins = self._origins(layer % n_layers, sample)
+            merged = [o for o, i, seen in zip(origins, ids, visual, strict=True) if seen and i == MERGED]
+        return Remaining({i for i in found if i >= 0}, merged)
+
+    def _origins(self, layer: int, sample: int) -> list[set[int]]:
+        """Original indices of the patches in each token of the sequence that leaves a layer."""
+        assert self._trace.start is not None
+        now = [{i} if i >= 0 else set() for i in self._trace.start[sample].tolist()]
+        for step in self._trace.cuts:
+            if step.layer > layer:
+                break
+            index, length = step.index[sample].tolist(), len(now)
+            fresh: list[set[int]] = [set() for _ in range(max(index, default=0) + 1 - length)]
+            for place, i in zip(fresh, [] if step.ids is None else step.ids[sample].tolist(), strict=False):
+                place |= {i} - {MERGED}
+            if step.members is not None:
+                for position, place in zip(*(x[sample].tolist() for x in step.members()), strict=True):
+                    if 0 <= place < len(fresh):
+                        fresh[place] |= now[position]
+            now = [now[i] if i < length else fresh[i - length] for i in index]
+        return now
 
     def draw(self, image: Image, layer: int = -1, sample: int = 0, padded: bool | None = None) -> Image:
         """The image with the patches that do not leave a layer dimmed.
@@ -120,8 +197,8 @@ class Record:
         from ..report.overlay import draw_overlay, side_by_side
 
         views = self.views(image, sample, padded)
-        kept, _ = self.remaining(layer, sample)
-        return side_by_side([draw_overlay(image, view.boxes, kept, view.first) for view in views])
+        kept, merged = self.remaining(layer, sample)
+        return side_by_side([draw_overlay(image, view.boxes, kept, view.first, merged) for view in views])
 
     def show(
         self,

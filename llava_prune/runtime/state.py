@@ -92,7 +92,7 @@ class Chosen:
 
     Attributes:
         index: (N, K) long, the tokens among what the projector is given.
-        ids, counts, by_canvas, packed: see VisionTokens.
+        ids, counts, by_canvas, packed, groups: see VisionTokens.
     """
 
     index: Tensor
@@ -100,6 +100,7 @@ class Chosen:
     counts: list[int]
     by_canvas: bool
     packed: bool
+    groups: Callable[[], Tensor] | None
 
 
 @dataclass
@@ -115,6 +116,7 @@ class VisionTokens:
         packed: the tokens are patches and stay where the package packs them.
         layout: (crops, rows of crops, columns of crops) of each image; rows and columns are 0 where the crops are not
             laid out.
+        groups: see VisionCut; positions among the K here.
     """
 
     embeds: Tensor
@@ -124,6 +126,7 @@ class VisionTokens:
     by_canvas: bool
     packed: bool
     layout: list[tuple[int, int, int]]
+    groups: Callable[[], Tensor] | None = None
 
 
 @dataclass

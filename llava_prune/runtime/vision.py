@@ -7,6 +7,7 @@ and takes the place of the patches at the entry of the language model.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ class VisionHooks:
                 raise ValueError(f"{self.method!r} merges in the vision tower, so prune_vision must return its tokens")
             return None
         index, ids, counts = compact(answer, self.tower.patches)
-        images.chosen = Chosen(index, ids, counts, answer.by_canvas, answer.ids is None)
+        groups = None if answer.groups is None else functools.partial(_among, answer.groups, index, counts)
+        images.chosen = Chosen(index, ids, counts, answer.by_canvas, answer.ids is None, groups)
         if answer.features is features:
             return None
         images.chosen.index = features.shape[1] + torch.arange(index.shape[1], device=index.device).expand_as(index)
@@ -178,7 +180,7 @@ class VisionHooks:
         layout = [(1, 0, 0)] * len(chosen.counts)
         embeds = take(output, chosen.index.to(output.device))  # (N, K, D)
         images.tokens = VisionTokens(
-            embeds, chosen.ids, chosen.counts, self.tower.grid, chosen.by_canvas, chosen.packed, layout
+            embeds, chosen.ids, chosen.counts, self.tower.grid, chosen.by_canvas, chosen.packed, layout, chosen.groups
         )
         if merging is not None:  # each patch shows the token that it was merged into
             return take(output, merging.groups[:, 1:].to(output.device) - 1)
@@ -289,3 +291,13 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
         return index, ids, counts
     order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
     return order, ids.gather(1, order), counts
+
+
+def _among(groups: Callable[[], Tensor], index: Tensor, counts: list[int]) -> Tensor:
+    """(N, T) long: `VisionCut.groups` as positions among the live tokens `index` (N, K')."""
+    tokens, index = groups().cpu(), index.cpu()
+    out = torch.full_like(tokens, -1)
+    for image, count in enumerate(counts):
+        hit = tokens[image, :, None] == index[image, :count]  # (T, count)
+        out[image] = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), -1)
+    return out

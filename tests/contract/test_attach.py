@@ -27,10 +27,9 @@ def footprint(model: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path, module in model.named_modules():
         own = {k: v for k, v in module.__dict__.items() if callable(v)}
-        hooks = [
-            list(module.__dict__[k].values()) for k in module.__dict__ if k.endswith("_hooks") and module.__dict__[k]
-        ]
-        out[path] = (own, hooks)
+        found = (module.__dict__[k].values() for k in module.__dict__ if k.endswith("_hooks") and module.__dict__[k])
+        hooks = [[h for h in some if "output_captur" not in repr(h)] for some in found]  # transformers' own, in a call
+        out[path] = (own, [some for some in hooks if some])
     return out
 
 

@@ -48,13 +48,19 @@ def test_encoders_return_true_features(name: str, chosen: Setting, tiny: Any) ->
     assert torch.equal(encoded(tiny, pixels), base)
 
 
+def features(out: Any) -> torch.Tensor:
+    """(N, T, D): one tensor in releases of transformers before 5.24, a list since."""
+    found = out.image_hidden_states
+    return torch.stack(list(found.split(models.PATCHES) if isinstance(found, torch.Tensor) else found))
+
+
 def test_the_package_gets_true_features_in_a_request(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
     """What the splice of transformers is given: the features of every patch (a merged token's where ToMe merges)."""
     model, given = tiny_models["hf"], models.inputs(tiny_models["hf"], ROWS, models.pixels(2))
     with torch.inference_mode():
-        base = torch.stack(list(model(**given).image_hidden_states.split(models.PATCHES)))
+        base = features(model(**given))
         with llava_prune.pruned(model, name, **chosen.hyper) as handle:
-            got = torch.stack(list(model(**given).image_hidden_states.split(models.PATCHES)))
+            got = features(model(**given))
     assert got.abs().amax(2).min() > 0, "no patch is a placeholder"
     if not handle.vision.merges:
         assert torch.allclose(got, base, atol=1e-5)

@@ -60,6 +60,14 @@ def test_kept_indices(name: str, hyper: Any, tiny: Any) -> None:
             assert set(b[b >= 0].tolist()) <= set(a[a >= 0].tolist())
 
 
+def test_survival_counts_the_layers_that_a_token_leaves(name: str, hyper: Any, tiny: Any) -> None:
+    last, _ = run(tiny, name, hyper, ROWS, models.pixels(3))
+    assert last.survival.shape == (3, models.PATCHES)
+    for sample, survival in enumerate(last.survival.tolist()):
+        for index, layers in enumerate(survival):
+            assert layers == sum(index in kept[sample].tolist() for kept in last.kept)
+
+
 def test_plan_is_what_happens(name: str, hyper: Any, tiny: Any) -> None:
     plan = llava_prune.build(name, **hyper).plan(models.PATCHES, models.LAYERS)
     if plan is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import llava_prune
 from llava_prune.methods import registry
@@ -282,7 +283,8 @@ def test_quoted_error_messages_are_real() -> None:
 def test_changelog_names_the_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{llava_prune.__version__}]" in text
-    assert f'version="{llava_prune.__version__}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == llava_prune.__version__
 
 
 def test_readme_names_every_method_and_keeps_its_results_block() -> None:

@@ -19,6 +19,7 @@ import llava_prune
 from llava_prune.eval import asking, run
 from llava_prune.eval.protocol import Protocol
 from llava_prune.ops.counts import Size
+from llava_prune.runtime.geometry import Geometry
 
 SHORT = "Answer the question using a single word or phrase."
 
@@ -45,6 +46,7 @@ class Model:
     family, n_visual, max_visual, crops, tokenizer = "hf", 16, 16, 1, Tokenizer()
     bits, engine, device = None, None, torch.device("cpu")
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
+    geometry = Geometry(grid=(4, 4), side=8)
     image_processor = SimpleNamespace(image_mean=[0.5] * 3, to_dict=dict)
 
     def __init__(self, fail: dict[int, BaseException] | None = None) -> None:
@@ -96,7 +98,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
         kept = [[getattr(method, "tokens", None) or 16] * 2] * 64
         yield SimpleNamespace(
             last=SimpleNamespace(
-                tokens_in=torch.tensor(kept), tokens_out=torch.tensor(kept), stats={"mi1": [1.0] * 64}
+                tokens_in=torch.tensor(kept),
+                tokens_out=torch.tensor(kept),
+                survival=torch.tensor([[2] * kept[0][0] + [0] * (16 - kept[0][0])] * 64),
+                stats={"mi1": [1.0] * 64},
             ),
             vision=SimpleNamespace(variant=None),
         )

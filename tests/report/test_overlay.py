@@ -230,3 +230,88 @@ def test_contact_sheet(tiny: Any) -> None:
     assert own.get_ydata().tolist() == record.tokens_out[0].tolist()
     assert figure._repr_png_().startswith(b"\x89PNG")  # what notebooks call
     assert len(ask(tiny, "fastv", tokens=12).show(image, [1]).axes[-1].get_lines()) == 1
+
+
+# merged tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["autoprune", "sparsevlm"])
+def test_merged_tokens_are_means_of_the_patches_that_are_named(
+    tiny: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, cuts = type(llava_prune.build(method, tokens=12)), []
+    stock = cls.prune
+
+    def noted(self: Any, layer: int, view: Any) -> Any:
+        cut = stock(self, layer, view)
+        if cut is not None and cut.merged is not None:
+            cuts.append((layer, view.hidden.clone(), view.ids.clone(), cut))
+        return cut
+
+    monkeypatch.setattr(cls, "prune", noted)
+    record = ask(tiny, method, rows=2, sizes=None, tokens=12)
+    assert cuts
+    for _, hidden, _, cut in cuts:
+        position, place = cut.members()
+        for b, c in {(row, int(place[row, q])) for row, q in torch.nonzero(place >= 0).tolist()}:
+            mean = hidden[b, position[b][place[b] == c]].mean(0)
+            assert torch.allclose(mean, cut.merged[b, c], atol=1e-4), (b, c)
+    layer, _, ids, cut = cuts[0]
+    position, place = cut.members()
+    for b in range(2):
+        named = [set(ids[b, position[b][place[b] == c]].tolist()) for c in range(int(place[b].max()) + 1)]
+        assert sorted(record.remaining(layer, b).merged, key=min) == sorted(named, key=min)
+    for layer in range(record.tokens_in.shape[1]):
+        kept, merged = record.remaining(layer)
+        every = [i for some in merged for i in some]
+        assert all(merged) and len(set(every)) == len(every) and not kept & set(every)
+        assert len(kept) + len(merged) == record.tokens_out[0, layer]
+
+
+ANY: list[tuple[str, dict[str, Any]]] = [("visionzip", {"tokens": 20}), ("prumerge", {"tokens": 12}), ("prumerge", {})]
+WHOLE: list[tuple[str, dict[str, Any]]] = [
+    ("tome", {"tokens": 12} | more) for more in ({}, {"order": "raster"}, {"reading": "output"})
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "hyper"),
+    [("llava", *case) for case in ANY + WHOLE] + [(name, *case) for name in ("next", "anyres") for case in ANY],
+)
+def test_every_patch_is_kept_or_in_one_merged_token(
+    tiny_models: dict[str, Any], anyres: dict[str, Any], name: str, method: str, hyper: dict[str, Any]
+) -> None:
+    model = anyres["llava"] if name == "anyres" else tiny_models[name]
+    size = (200, 90)
+    if name == "llava":
+        record, newlines = ask(model, method, **hyper), 0
+    else:
+        given = models.inputs(model, [models.prompt(4, 5)], [models.crops(size)], [size])
+        with llava_prune.pruned(model, method, **hyper) as handle, torch.inference_mode():
+            model(**given)
+        record = handle.last
+        newlines = sum(b is None for view in geometry(model).views(size) for b in view.boxes)
+    kept, merged = record.remaining(-1)
+    every = [*kept, *(i for some in merged for i in some)]
+    assert len(every) == len(set(every)) == sum(record._seen.n_visual) - newlines
+    assert sum(not some for some in merged) == (method == "visionzip") * (
+        1 if name == "llava" else len(models.crops(size))
+    )
+
+
+def test_a_class_token_is_merged_from_nothing(tiny: Any) -> None:
+    kept, merged = ask(tiny, "visionzip", dominant=5, contextual=3).remaining(0)
+    assert len(kept) == 4 and [bool(some) for some in merged] == [False, True, True, True]
+    assert kept | set().union(*merged) == set(range(models.PATCHES))
+
+
+def test_merged_patches_are_tinted(tiny: Any) -> None:
+    record, white = ask(tiny, "visionzip", dominant=5, contextual=3), Image.new("RGB", SIZE, "white")
+    drawn = np.asarray(record.draw(white)).astype(int)
+    kept, merged = record.remaining(-1)
+    coloured = drawn.max(2) - drawn.min(2) > 10
+    assert np.array_equal(coloured, expected(set().union(*merged)))
+    first = [drawn[expected(some)][0].tolist() for some in merged if some]
+    assert len({tuple(c) for c in first}) == 3
+    for some, colour in zip([m for m in merged if m], first, strict=True):
+        assert (drawn[expected(some)] == colour).all()

@@ -60,6 +60,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def no_images(*_: Any) -> Any:
+    raise AssertionError("these runs have no images")
+
+
 def written(*argv: str) -> str:
     out = Path(argv[0]) / "made" / "page.html"
     assert main(["report", *argv, "--out", str(out)]) == 0
@@ -107,7 +111,7 @@ def test_texts_are_escaped_and_nothing_is_fetched(folder: Path) -> None:
 
 def test_figures(folder: Path) -> None:
     pytest.importorskip("matplotlib")
-    read = Read(page(comparable(read_runs([folder])))[0])
+    read = Read(page(comparable(read_runs([folder])), no_images, 9)[0])
     labels = [attrs["aria-label"] for tag, attrs in read.tags if tag == "svg"]
     assert labels == [
         "GQA: figure against prefill FLOPs, with 95 % intervals; the table of runs has the numbers",
@@ -116,7 +120,9 @@ def test_figures(folder: Path) -> None:
     assert sum(tag == "style" for tag, _ in read.tags) == 1  # rules of a figure would reach the page
     ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert page(comparable(read_runs([folder])))[0] == page(comparable(read_runs([folder])))[0]
+    assert (
+        page(comparable(read_runs([folder])), no_images, 9)[0] == page(comparable(read_runs([folder])), no_images, 9)[0]
+    )
 
 
 def test_figures_that_cannot_be_drawn_are_explained(folder: Path) -> None:
@@ -157,7 +163,7 @@ def test_runs_that_cannot_be_compared_are_left_out(folder: Path, capsys: pytest.
     assert "asked different questions" in err and "scores.jsonl cannot be read" in err
     read = Read(text)
     assert [run["name"] for run in json.loads(read.scripts[0])["runs"]] == ["full", "autoprune-128"]
-    assert "2 runs left out of the questions" in text
+    assert "Left out of this section: 2" in text
     for path in folder.rglob("answers.jsonl"):
         path.unlink()
     assert "No run has answers and scores that can be read." in written(str(folder))
@@ -174,7 +180,7 @@ def test_settings_are_stated_once(folder: Path) -> None:
 
 def test_partial_scores_are_kept(tmp_path: Path) -> None:
     made = make_run(tmp_path / "a", [("q", "a", 0.3), ("r", "b", 1.0), ("s", "a", None)])
-    found, left_out = columns([StoredRun(made, read_result(made / "result.json"))])
+    found, _, left_out = columns([StoredRun(made, read_result(made / "result.json"))])
     assert found is not None and not left_out
     assert json.dumps(found["runs"][0]["scores"]) == "[0.3, 1, null]" and found["texts"] == ["a", "b"]
 

@@ -12,7 +12,7 @@ import pytest
 from llava_prune.cli import main
 from llava_prune.report.compare import compare
 from llava_prune.report.store import StoredRun, read_result
-from tests.report.browser import chromium
+from tests.report.browser import Opened, chromium
 from tests.report.conftest import SHORT, make_run
 
 pytestmark = pytest.mark.browser
@@ -43,19 +43,8 @@ def browser() -> Iterator[Any]:
     yield from chromium()
 
 
-class Opened:
-    """The page in a tab, with what it asked for and complained about."""
-
-    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
-        self.file = file
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.tab = self.context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.tab.on("console", lambda message: self.complaints.append(message.text))
-        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.goto(file.as_uri())
+class Report(Opened):
+    """The page of a report."""
 
     def shown(self) -> list[int]:
         """Questions in the rows that are drawn."""
@@ -86,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def page(browser: Any, folder: Path) -> Iterator[Opened]:
-    opened = Opened(browser, folder / "report.html")
+def page(browser: Any, folder: Path) -> Iterator[Report]:
+    opened = Report(browser, folder / "report.html")
     yield opened
     opened.context.close()
     assert opened.complaints == [] and opened.requests == [opened.file.as_uri()]
@@ -123,7 +112,7 @@ def expected(a: StoredRun, b: StoredRun, needle: str = "", kind: str | None = No
     return flips + others
 
 
-def test_opens_with_the_unpruned_run_and_the_first_pruned_one(page: Opened, folder: Path) -> None:
+def test_opens_with_the_unpruned_run_and_the_first_pruned_one(page: Report, folder: Path) -> None:
     a, b = run_of(folder / "gqa" / "full"), run_of(folder / "gqa" / "autoprune-128")
     assert page.tab.locator("#head-a").text_content() == "A: full"
     assert page.tab.locator("#head-b").text_content() == "B: autoprune-128"
@@ -136,7 +125,7 @@ def test_opens_with_the_unpruned_run_and_the_first_pruned_one(page: Opened, fold
 
 
 @pytest.mark.parametrize(("needle", "kind"), [("", None), ("STAR", "verify"), ("yellow", None), ("number 1", "query")])
-def test_filters_show_what_the_files_say(page: Opened, folder: Path, needle: str, kind: str | None) -> None:
+def test_filters_show_what_the_files_say(page: Report, folder: Path, needle: str, kind: str | None) -> None:
     page.tab.get_by_label("Run B").select_option("autoprune-64")
     page.tab.get_by_label("Type").select_option(kind or "all")
     page.tab.get_by_label("Search questions and answers").fill(needle)
@@ -148,7 +137,7 @@ def test_filters_show_what_the_files_say(page: Opened, folder: Path, needle: str
         assert page.tab.locator("#found").text_content().startswith(str(len(wanted)))
 
 
-def test_another_benchmark_and_a_run_from_the_table(page: Opened, folder: Path) -> None:
+def test_another_benchmark_and_a_run_from_the_table(page: Report, folder: Path) -> None:
     page.tab.get_by_role("button", name="random-64", exact=True).click()
     assert page.tab.locator("#totals").text_content().startswith("POPE")
     assert page.shown() == expected(run_of(folder / "pope" / "full"), run_of(folder / "pope" / "random-64"))
@@ -157,7 +146,7 @@ def test_another_benchmark_and_a_run_from_the_table(page: Opened, folder: Path) 
     assert page.shown() == [] and page.tab.locator("#rows").is_hidden()
 
 
-def test_texts_are_text(page: Opened) -> None:
+def test_texts_are_text(page: Report) -> None:
     page.tab.locator("#search").fill("<")
     assert set(page.tab.locator(".question").all_text_contents()) == set(HOSTILE)
     assert page.tab.locator("#pairs :is(img, b, script)").count() == 0
@@ -165,7 +154,7 @@ def test_texts_are_text(page: Opened) -> None:
     assert page.tab.locator("mark").first.text_content() == "<"
 
 
-def test_sorting_by_keyboard(page: Opened) -> None:
+def test_sorting_by_keyboard(page: Report) -> None:
     names = "#table tbody tr:not([hidden]) th"
     page.tab.get_by_label("Benchmark").first.select_option("GQA")
     page.tab.get_by_role("columnheader", name="Run", exact=True).get_by_role("button").focus()
@@ -187,7 +176,7 @@ def test_sorting_by_keyboard(page: Opened) -> None:
     assert page.tab.locator(names).all_text_contents()[-1] == "full"  # it has no difference to itself
 
 
-def test_theme(page: Opened, browser: Any) -> None:
+def test_theme(page: Report, browser: Any) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     light = page.tab.evaluate(background)
     page.tab.get_by_role("button", name="Dark theme").click()
@@ -195,7 +184,7 @@ def test_theme(page: Opened, browser: Any) -> None:
     assert dark != light
     page.tab.get_by_role("button", name="Light theme").click()
     assert page.tab.evaluate(background) == light
-    other = Opened(browser, page.file, scheme="dark")
+    other = Report(browser, page.file, scheme="dark")
     assert other.tab.evaluate(background) == dark
     other.context.close()
 
@@ -223,7 +212,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_labels_and_landmarks(browser: Any, folder: Path, scheme: str) -> None:
-    opened = Opened(browser, folder / "report.html", scheme=scheme)
+    opened = Report(browser, folder / "report.html", scheme=scheme)
     opened.tab.locator("#search").fill("color")
     ratio, where = opened.tab.evaluate(CONTRAST)
     assert ratio >= 4.5, where
@@ -239,7 +228,7 @@ def test_contrast_labels_and_landmarks(browser: Any, folder: Path, scheme: str) 
 
 @pytest.mark.parametrize("width", [320, 375])
 def test_narrow_windows_do_not_scroll_sideways(browser: Any, folder: Path, width: int) -> None:
-    opened = Opened(browser, folder / "report.html", width)
+    opened = Report(browser, folder / "report.html", width)
     opened.tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert opened.tab.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.tab.locator("#pairs tbody tr").first.is_visible()
@@ -266,7 +255,7 @@ def test_ten_thousand_questions(browser: Any, tmp_path: Path, words: int) -> Non
         make_run(tmp_path / "gqa" / f"{method}{tokens}", rows, method=method, tokens=tokens)
     file = tmp_path / "report.html"
     assert main(["report", str(tmp_path / "gqa"), "--out", str(file)]) == 0
-    opened = Opened(browser, file)
+    opened = Report(browser, file)
     paint = opened.tab.evaluate(PAINT)
     search = opened.tab.evaluate(
         """() => Math.max(...["7", "star", "number 99", "", "green", "number 123"].map((text) => {

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_prune
-from llava_prune import cli, llava_programs
+from llava_prune import cli, llava_programs, llava_scripts
 from llava_prune.eval.images import open_rgb, pixels
 from llava_prune.eval.prompt import first_turn, token_ids
 from llava_prune.models.config import SMALL
@@ -28,7 +29,8 @@ from llava_prune.models.config import SMALL
 pytest.importorskip("llava")
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "playground" / "models" / "llava-tiny"
-GQA = ROOT / "playground" / "data" / "mini" / "gqa"
+MINI = ROOT / "playground" / "data" / "mini"
+GQA = MINI / "gqa"
 NEW = 4
 
 
@@ -38,12 +40,12 @@ def questions():
     return [json.loads(line) for line in text.splitlines()[:3]]
 
 
-@pytest.fixture(scope="module")
-def ours(questions):
+def answers(rows):
+    """What this package answers to texts about images."""
     loaded = llava_prune.load(MODEL, family="llava", dtype=torch.float32, device="cpu")
     said = []
     with llava_prune.pruned(loaded.model, "autoprune", tokens=64) as handle:
-        for row in questions:
+        for row in rows:
             image = open_rgb(GQA / "data" / "images" / row["image"])
             ids = token_ids(first_turn(row["text"]), loaded.tokenizer)
             values = pixels(image, loaded.image_processor, True)[None]
@@ -53,11 +55,15 @@ def ours(questions):
     return said
 
 
-def run(*program: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def ours(questions):
+    return answers(questions)
+
+
+def run(*program: str, typed: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llava_prune", "run", "--method", "autoprune", "--tokens", "64", "--"]
-    return subprocess.run(
-        [*command, "python", "-m", *program], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
-    )
+    command += ["python", "-m", *program]
+    return subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_model_vqa_loader(questions, ours, tmp_path):
@@ -111,6 +117,103 @@ def test_run_llava(questions, ours):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith(ours[0])
+
+
+def test_cli():
+    """A second question about the image is a prefill of the whole conversation."""
+    row = {"image": "n9000003.jpg", "text": "What is the yellow object?"}
+    done = run(
+        "llava.serve.cli", "--model-path", str(MODEL), "--conv-mode", "vicuna_v1", "--image-file",
+        str(GQA / "data" / "images" / row["image"]), "--temperature", "0", "--max-new-tokens", str(NEW),
+        typed=f"{row['text']}\nWhat color is it?\n\n",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = re.findall(r"ASSISTANT: (.+)", done.stdout)
+    assert first == answers([row])[0] and second and done.stdout.rstrip().endswith("exit...")
+    assert "64.0 leaving" in " ".join(done.stderr.split())
+
+
+def test_model_vqa(questions, ours, tmp_path):
+    asked, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in questions), encoding="utf-8")
+    done = run(
+        "llava.eval.model_vqa", "--model-path", str(MODEL), "--conv-mode", "vicuna_v1", "--question-file", str(asked),
+        "--image-folder", str(GQA / "data" / "images"), "--answers-file", str(answers), "--temperature", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert [row["text"].strip() for row in rows] == ours  # 1,024 new tokens: answers end by themselves
+    assert "64.0 leaving" in " ".join(done.stderr.split())
+
+
+def test_model_vqa_mmbench(tmp_path):
+    """The program reads the file with pandas and makes its own prompts, which are those of our evaluation."""
+    pytest.importorskip("pandas")
+    lines = (MINI / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    folder = tmp_path / "data" / "mmbench"
+    folder.mkdir(parents=True)
+    words = [
+        x for x in lines[1:] if not any(option.isdecimal() for option in x.split("\t")[3:7])
+    ]  # pandas reads numbers
+    (folder / "mmbench_dev_20230712.tsv").write_text("".join([lines[0], *words[:3]]), encoding="utf-8")
+    answers = tmp_path / "answers.jsonl"
+    done = run(
+        "llava.eval.model_vqa_mmbench", "--model-path", str(MODEL), "--conv-mode", "vicuna_v1", "--question-file",
+        str(folder / "mmbench_dev_20230712.tsv"), "--answers-file", str(answers), "--single-pred-prompt",
+        "--temperature", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    command = ["eval", "mmbench", "--model", str(MODEL), "--data", str(tmp_path / "data"), "--tokens", "64"]
+    assert cli.main([*command, "--no-reference", "--batch", "1", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "autoprune-64" / "answers.jsonl").read_text(encoding="utf-8")
+    mine = [json.loads(line) for line in text.splitlines()]
+    assert len(mine) == 3 and [r["text"] for r in mine] == [r["text"] for r in theirs]
+
+
+# scripts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_that_starts_programs(questions, ours, tmp_path):
+    """Two at once, as LLaVA's scripts start one for each GPU; other uses of Python are not changed."""
+    asked, script = tmp_path / "questions.jsonl", tmp_path / "all.sh"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in questions[:2]), encoding="utf-8")
+    script.write_text(
+        f"""
+for part in 0 1; do
+    python -m llava.eval.model_vqa_loader --model-path '{MODEL}' --question-file questions.jsonl --num-chunks 2 \\
+        --chunk-idx $part --image-folder '{GQA / "data" / "images"}' --answers-file "./answers $part.jsonl" \\
+        --conv-mode vicuna_v1 --temperature 0 --max_new_tokens {NEW} &
+done
+wait
+python3 -c "import sys; print('plain', sys.argv[1:])" -m llava.eval.model_vqa_loader "two words"
+exit 3
+""",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "llava_prune", "run", "--tokens", "64", "--", "bash", "all.sh"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert done.stdout == "plain ['-m', 'llava.eval.model_vqa_loader', 'two words']\n"
+    texts = [(tmp_path / f"answers {part}.jsonl").read_text(encoding="utf-8") for part in (0, 1)]
+    assert [json.loads(text)["text"].strip() for text in texts] == ours[:2]
+    assert " ".join(done.stderr.split()).count("64.0 leaving") == 2
+
+
+def test_modules_that_load_a_model():
+    found = llava_scripts.pruned_modules()
+    assert {f"llava.eval.{n}" for n in ("model_vqa_loader", "model_vqa", "model_vqa_science", "run_llava")} < set(found)
+    assert {"llava.serve.cli", "llava.serve.model_worker"} < set(found) and "llava.serve.controller" not in found
+
+
+def test_a_command_that_is_not_there():
+    with pytest.raises(ValueError, match="nosuch: no such command; give python -m llava.MODULE"):
+        llava_scripts.run_script(["nosuch"], [])
+
+
+def test_a_script_that_a_signal_ends():
+    assert llava_scripts.run_script(["sh", "-c", "kill -9 $$"], []) == 137
 
 
 def test_a_program_that_is_not_llavas_is_refused():

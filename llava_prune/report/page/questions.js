@@ -4,6 +4,7 @@
   const form = document.getElementById("browse");
   if (!form) return;
   const PAGE = 100;
+  const FIRST = 63; // see thumbnails.py
   const [bench, a, b, search, type, show] = ["bench", "a", "b", "search", "type", "show"].map((id) =>
     document.getElementById(id));
   const [totals, found, area] = ["totals", "found", "rows"].map((id) => document.getElementById(id));
@@ -158,9 +159,98 @@
     if (SHOWN.flipped(outcome(i))) out.className = "flip";
     const text = marked(element("span", "", "question"), data.questions[i]);
     const question = cell("", text, element("span", String(data.ids[i]), "id"));
+    if (data.images && data.images[i]) question.append(opener(out, i));
     const kind = data.type[i] === null ? "" : data.types[data.type[i]];
     out.append(question, cell("Type", kind), answer("A", data.runs[a.value], i), answer("B", data.runs[b.value], i));
     return out;
+  }
+
+  // A button that shows the image of a question below its row.
+  function opener(parent, i) {
+    const button = element("button", "Image");
+    button.type = "button";
+    button.className = "opener";
+    button.setAttribute("aria-expanded", "false");
+    button.setAttribute("aria-label", `Image of question ${data.ids[i]}`);
+    button.addEventListener("click", () => {
+      const open = button.getAttribute("aria-expanded") === "true";
+      button.setAttribute("aria-expanded", String(!open));
+      if (open) parent.nextElementSibling.remove();
+      else parent.after(overlays(i));
+    });
+    return button;
+  }
+
+  // The image with the patches that runs A and B keep after a layer, which a slider chooses.
+  function overlays(i) {
+    const out = element("tr", undefined, "overlays");
+    out.setAttribute("role", "row");
+    const inside = cell("");
+    inside.colSpan = 4;
+    const runs = [["A", data.runs[a.value]], ["B", data.runs[b.value]]];
+    const views = runs.map(([letter, run]) => drawing(letter, run, i));
+    const layers = Math.max(...runs.map(([, run]) => run.layers));
+    const slider = element("input");
+    Object.assign(slider, { type: "range", min: 0, max: layers - 1, value: layers - 1 });
+    const place = element("output");
+    const label = element("label", "After decoder layer ");
+    label.append(slider, place);
+    const show = () => {
+      place.textContent = slider.value;
+      for (const view of views) view.show(Number(slider.value));
+    };
+    slider.addEventListener("input", show);
+    const both = element("div", undefined, "figures");
+    both.append(...views.map((view) => view.figure));
+    inside.append(label, both);
+    out.append(inside);
+    show();
+    return out;
+  }
+
+  const SVG = "http://www.w3.org/2000/svg";
+  let clips = 0;
+  function shape(tag, values, ...content) {
+    const out = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(values)) out.setAttribute(name, value);
+    out.append(...content);
+    return out;
+  }
+
+  function drawing(letter, run, i) {
+    const { source, place } = data.images[i];
+    const { width, height, views } = data.places[place];
+    const figure = element("figure");
+    const caption = element("figcaption");
+    const depth = run.patches[i];
+    const paths = [];
+    const total = views.reduce((sum, view) => sum + view.boxes.length, 0);
+    for (const view of views) {
+      const [clip, edge] = [shape("path", {}), shape("path", { class: "edge" })];
+      const id = `clip-${clips += 1}`;
+      paths.push([view, clip, edge]);
+      const size = { href: source, width, height };
+      figure.append(shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
+        "aria-label": `Run ${letter}: dropped patches are dark` },
+      shape("clipPath", { id }, clip), shape("image", { ...size, class: "dropped" }),
+      shape("image", { ...size, "clip-path": `url(#${id})` }), edge));
+    }
+    figure.append(caption);
+    const show = (layer) => {
+      let count = 0;
+      for (const [view, clip, edge] of paths) {
+        let path = "";
+        view.boxes.forEach((box, k) => {
+          if (!depth || depth.charCodeAt(view.first + k) - FIRST <= layer) return;
+          count += 1;
+          if (box) path += `M${box[0]} ${box[1]}H${box[2]}V${box[3]}H${box[0]}Z`;
+        });
+        clip.setAttribute("d", path);
+        edge.setAttribute("d", count < total ? path : ""); // no grid over an unpruned image
+      }
+      caption.textContent = `${letter}: ${run.name}, ${depth ? `${number(count)} ${count === 1 ? "patch" : "patches"}` : "patches not recorded"}`;
+    };
+    return { figure, show };
   }
 
   function turn(to) {
