@@ -49,7 +49,7 @@ def split_by_plan(model: Any, processes: int) -> None:
         plan = model._resolve_parallel_plans(DistributedConfig(tp_size=processes, tp_plan="auto"))[0]
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"engine='tp' is not supported with transformers {transformers.__version__} (tested with 5.23.0); upgrade "
+            f"engine='tp' is not supported with transformers {transformers.__version__} (tested with 5.24.0); upgrade "
             "it, or use engine='deepspeed'"
         ) from error
     mesh = init_device_mesh("cuda" if get_backend() == "nccl" else "cpu", (processes,), mesh_dim_names=("tp",))
