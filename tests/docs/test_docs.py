@@ -334,6 +334,15 @@ def test_lines_and_fences(name: str) -> None:
     assert lines[-1] == "" and not any(line != line.rstrip() for line in lines)
 
 
+def test_the_site_has_every_page() -> None:
+    """The navigation of mkdocs.yml; scripts/site/build.sh builds the site and checks its links."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- (?:[^:\n]+: )?([\w/-]+\.md)$", text, re.M)
+    assert sorted(listed) == sorted(
+        path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")
+    )
+
+
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every code cell, with the outputs that are stored in it: text, and an image where there is one."""
     path = ROOT / "docs" / "notebooks" / "quickstart.ipynb"
