@@ -117,7 +117,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .eval.pictures import thumbnails
+    from .eval.run_images import thumbnails
     from .report.html import report
 
     return report(args, thumbnails)

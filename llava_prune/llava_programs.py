@@ -159,7 +159,7 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
 
 
 def _check_module(name: str) -> None:
-    """Refuse a name that is no module of package llava, with the nearest ones."""
+    """Refuse a name that is not a module of package llava, with the nearest ones."""
     spec = importlib.util.find_spec("llava")
     if spec is None:
         raise ValueError("package llava is not installed; pip install --no-deps llava-torch==1.2.2.post1")

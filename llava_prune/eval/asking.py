@@ -24,10 +24,10 @@ from ..runtime.questions import questions
 from .feed import ImageFeed, Prepared
 from .finite import Logits, locate
 from .identity import vision_tower
-from .pictures import pack_layers
 from .plan import Settings
 from .prompt import bare, check_tokenizer
 from .protocol import Protocol, protocol_of
+from .run_images import pack_layers
 from .task import Question, Sources, Task, place_of
 
 log = logging.getLogger(__name__)

@@ -63,7 +63,7 @@ def locate(loaded: Any, ask: Callable[[], Any]) -> str:
 
 
 def _finite(states: Any) -> bool:
-    """Whether all values are finite; True for an output that is no tensor."""
+    """Whether all values are finite; True for an output that is not a tensor."""
     return not isinstance(states, Tensor) or bool(torch.isfinite(states).all())
 
 

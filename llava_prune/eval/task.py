@@ -309,7 +309,7 @@ def check_questions(questions: Sequence[Question], sources: Sources) -> None:
         except UnicodeEncodeError as error:
             letter = f"\\u{ord(error.object[error.start]):04x}"
             raise ValueError(
-                f"{place_of(number, q, sources)}: the text contains {letter}, half of a surrogate pair, which is no "
+                f"{place_of(number, q, sources)}: the text contains {letter}, half of a surrogate pair and not a "
                 "character; fetch the file again"
             ) from error
 

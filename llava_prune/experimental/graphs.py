@@ -122,7 +122,7 @@ class Graphs:
             to rounding); None records exact lengths.
 
     Raises:
-        ValueError: for a device without CUDA graphs, or a step that is no positive whole number.
+        ValueError: for a device without CUDA graphs, or a step that is not a positive integer.
     """
 
     def __init__(self, method: Method, device: torch.device, text_step: int | None = None) -> None:
@@ -261,7 +261,7 @@ def _forked_cache(cache: Any) -> Any:
 
 
 def _forked(stop: _Stop) -> tuple[Prefill, View]:
-    """A prefill that goes on where another one is, which stays there; the tensors are the same."""
+    """A prefill that continues from another one, which stays there; the tensors are the same."""
     assert stop.view is not None
     prefill = stop.prefill.fork(_forked_cache(stop.prefill.cache))
     return prefill, replace(stop.view, scratch=prefill.trace.scratch)

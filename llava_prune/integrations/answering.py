@@ -61,18 +61,18 @@ def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) 
             template is used.
     """
     asked = text
-    pictures = [image.convert("RGB") for image in images]
+    found = [image.convert("RGB") for image in images]
     marks = text.count(IMAGE_MARK)
-    if marks not in (0, len(pictures)):
-        raise ValueError(f"the text has {marks} {IMAGE_MARK} for {len(pictures)} images: {text[:80]!r}")
-    if protocol.conv_mode == PROCESSOR and (marks or len(pictures) > 1):
-        raise ValueError(f"{len(pictures)} images in a question: the chat template of the checkpoint is asked with one")
-    if len(pictures) > 1 and not marks:
-        text = f"{' '.join([IMAGE_MARK] * len(pictures))}\n{text}"
-        marks = len(pictures)
-    ids = protocol.token_ids(text, len(pictures) == 1 and not marks, loaded)
-    pixels, sizes = [protocol.pixels(image, loaded) for image in pictures], [image.size for image in pictures]
-    return Prompt(ids, pixels, sizes, [bare(asked)] * len(pictures))
+    if marks not in (0, len(found)):
+        raise ValueError(f"the text has {marks} {IMAGE_MARK} for {len(found)} images: {text[:80]!r}")
+    if protocol.conv_mode == PROCESSOR and (marks or len(found) > 1):
+        raise ValueError(f"{len(found)} images in a question: the chat template of the checkpoint is asked with one")
+    if len(found) > 1 and not marks:
+        text = f"{' '.join([IMAGE_MARK] * len(found))}\n{text}"
+        marks = len(found)
+    ids = protocol.token_ids(text, len(found) == 1 and not marks, loaded)
+    pixels, sizes = [protocol.pixels(image, loaded) for image in found], [image.size for image in found]
+    return Prompt(ids, pixels, sizes, [bare(asked)] * len(found))
 
 
 def answers(prompts: Sequence[Prompt], protocol: Protocol, loaded: Any, limit: int) -> list[str]:

@@ -97,7 +97,7 @@ class VisPruner(Method):
     length and budgets below 16 work. `strict` takes the tower's dtype and refuses these. Images in crops: the same in
     each crop, neither newline tokens nor unpadding, as the official code forces.
 
-    Presets: "mme-64" is the published setting for MME. The shares behind the other published rows are not known; the
+    Presets: "mme-64" is the published setting for MME. The shares of the other published rows are not known; the
     scripts' default is 0.5.
 
     Args:

@@ -159,7 +159,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     """All (name, tensor) of a weight file.
 
     Raises:
-        ValueError: for a file that is cut off, is no weight file, or holds more than tensors.
+        ValueError: for a file that is cut off, is not a weight file, or holds more than tensors.
     """
     with _reading(file):
         if file.suffix == ".safetensors":

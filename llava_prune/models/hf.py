@@ -108,7 +108,7 @@ def _limit(rule: str | None) -> int | None:
     """Crops that a larger number of them is interpolated to, from `vision_aspect_ratio` of LLaVA-OneVision.
 
     Raises:
-        ValueError: for another rule than anyres_max_<number>, and None, which is no limit.
+        ValueError: for another rule than anyres_max_<number>, and None, which means no limit.
     """
     if rule is None:
         return None

@@ -37,8 +37,9 @@ class TextTower:
         absent = [name for name in NEEDED if name not in stored]
         if absent:
             raise ValueError(
-                f"clip={folder}: is no folder with a CLIP and its text tower (no {absent[0]}); give the folder of the "
-                "whole CLIP whose vision tower the model has, or leave clip out to use the language model's embeddings"
+                f"clip={folder}: is not a folder with a CLIP and its text tower (no {absent[0]}); give the folder of "
+                "the whole CLIP whose vision tower the model has, or leave clip out, which uses the language model's "
+                "embeddings"
             )
         model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)

@@ -35,7 +35,7 @@ class Thumbnail:
 
 
 Images = Callable[[StoredRun, Sequence[int], int], Sequence["Thumbnail | None"]]
-"""(run, positions of questions, pixels of the longer side) -> their images; see `eval.pictures.thumbnails`."""
+"""(run, positions of questions, pixels of the longer side) -> their images; see `eval.run_images.thumbnails`."""
 
 
 def unpack_layers(packed: str) -> bytes:

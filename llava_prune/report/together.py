@@ -20,7 +20,7 @@ BENCHES = {
 }
 """Benchmark -> its name in figures, in order."""
 UNITS = {"perception": "points", "right of all rows": "count"}
-"""Name of a figure that is no percentage -> its unit."""
+"""Name of a figure that is not a percentage -> its unit."""
 SYMBOLS = {
     "lam": (r"$\lambda$", "1 / bit"),
     "k0": ("$k_0$", "1 / layer"),

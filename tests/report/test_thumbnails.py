@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_prune.eval.pictures import pack_layers
+from llava_prune.eval.run_images import pack_layers
 from llava_prune.report.html import page
 from llava_prune.report.questions import columns
 from llava_prune.report.store import StoredRun, read_runs

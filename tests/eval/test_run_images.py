@@ -9,7 +9,7 @@ import pytest
 
 from llava_prune.cli import main
 from llava_prune.eval import run
-from llava_prune.eval.pictures import thumbnails
+from llava_prune.eval.run_images import thumbnails
 from llava_prune.report.store import find_run
 from llava_prune.report.thumbnails import unpack_layers
 from tests.eval.test_run import data, rows, settings  # noqa: F401
