@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # commands import what they need: --help stays quick
     from rich.console import Console
+    from rich.table import Table
 
 
 def stdout() -> Console:
@@ -23,6 +24,33 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def print_table(console: Console, table: Table, optional: Sequence[str] = ()) -> None:
+    """Print a table that fits: the first column is not wrapped, and columns are left out where the terminal is narrow.
+
+    Args:
+        console: where.
+        table: what.
+        optional: headings of columns that may be left out, the first of them first. The caption names those that are.
+    """
+    from rich.measure import Measurement
+
+    table.columns[0].no_wrap = True
+    wide = console.options.update(max_width=10_000)
+    left_out = []
+    for name in optional:
+        if Measurement.get(console, wide, table).maximum <= console.width:
+            break
+        headings = [column.header for column in table.columns]
+        if name not in headings:
+            continue
+        table.columns.pop(headings.index(name))
+        left_out.append(name)
+    if left_out:
+        note = f"not shown in {console.width} columns: {', '.join(left_out)}"
+        table.caption = f"{table.caption}; {note}" if table.caption else note
+    console.print(table)
 
 
 def emit(value: Any) -> None:

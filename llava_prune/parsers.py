@@ -155,7 +155,8 @@ def _add_data(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _add_methods(commands: Any) -> None:
-    p = commands.add_parser("methods", help="compare methods: hyper-parameters, tokens of every layer, cost, origin")
+    p = commands.add_parser("methods", help="compare methods: where they prune, tokens, FLOPs; --long for everything")
+    p.add_argument("--long", action="store_true", help="tokens of every layer, positions, origin and hyper-parameters")
     what = "method, preset, composition or file.py:name, a list of them, or all (default all)"
     p.add_argument("--method", type=arguments.names, default=["all"], help=what)
     text = "visual token budget, or a list 192,128,64 (default 64)"

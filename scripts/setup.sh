@@ -97,9 +97,11 @@ make_venv() {
 }
 
 fill_venv() {  # chained with &&: the caller tests the outcome, which switches "set -e" off in here
-    install_torch &&
+    say "1 of 3: torch" && install_torch &&
+        say "2 of 3: llava-prune and what it needs" &&
         pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
         pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava,report${EXTRA:+,$EXTRA}]" &&
+        say "3 of 3: package llava" &&
         pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1; it runs on the present one
         (cd / && "$VENV/bin/python" -c 'import llava_prune; llava_prune.load, llava_prune.attach')
 }

@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 import shlex
 
-from ..console import emit, stderr, stdout
+from ..console import emit, print_table, stderr, stdout
 from ..report.speed import plot
 from .show import speed_tables
 from .speed import Settings, first, out_folder, speed
+
+OPTIONAL = ("padding %", "efficiency without overhead", "bound x", "prefill q1-q3", "vision", "prefill MiB")
+"""Columns that narrow terminals do without; bench.json has all."""
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -34,6 +37,6 @@ def bench(args: argparse.Namespace) -> int:
         return 0
     console = stdout()
     for table in speed_tables(result):
-        console.print(table)
+        print_table(console, table, OPTIONAL)
     console.print(f"results: {out_folder(settings)}", markup=False, soft_wrap=True)
     return 0

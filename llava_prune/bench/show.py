@@ -15,12 +15,32 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+PLACES = {"before the language model": "before", "language model": "inside", "inside the vision tower": "in the tower"}
+"""Beginning of `MethodInfo.where` -> where a method prunes, seen from the language model."""
+
+
+def methods_table(rows: Sequence[Row], size: Size, text: float) -> Table:
+    """One line for each method and budget: where it prunes, both averages, and what a prefill costs."""
+    title = f"methods: {size.layers} layers, {size.visual} visual tokens, {text:g} text tokens"
+    caption = "FLOPs of a prefill by equation (2) on entering tokens, in percent of the unpruned model; --long has more"
+    table = Table(title=title, caption=caption)
+    for name in ("method", "budget", "prunes", "entering", "leaving", "FLOPs %"):
+        table.add_column(name, justify="left" if name in ("method", "prunes") else "right")
+    for r in rows:
+        averages = _number(r.average_entering), _number(r.average_leaving)
+        budget = "-" if r.tokens is None else str(r.tokens)
+        table.add_row(
+            r.name, budget, PLACES.get(r.where.partition(",")[0], "-"), *averages, _number(r.percent_with_text)
+        )
+    return table
+
+
 def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
     """Costs of the methods, their positions and origin, and their hyper-parameters."""
     about = f"{size.layers} layers, {size.visual} visual tokens; FLOPs of a prefill by equation (2) on entering tokens"
     cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers of C tokens")
     for name in ("method", "budget", "prunes", "tokens entering each layer", "avg in", "avg out"):
-        cost.add_column(name, overflow="fold")
+        cost.add_column(name)
     cost.add_column("FLOPs % visual only", justify="right")
     cost.add_column(f"FLOPs % with {text:g} text", justify="right")
     for r in rows:
@@ -37,10 +57,10 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
         )
     facts = Table(title="positions and origin")
     for name in ("method", "positions", "position of new tokens", "backends", "batch", "official code", "its licence"):
-        facts.add_column(name, overflow="fold")
+        facts.add_column(name)
     arguments = Table(title="hyper-parameters")
     for name in ("method", "about", "arguments and defaults", "presets"):
-        arguments.add_column(name, overflow="fold")
+        arguments.add_column(name)
     seen: set[str] = set()
     for r in rows:
         if r.name in seen:
@@ -59,7 +79,7 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
     how = [f"pruned: {name}" for name in ("fused", "graphs") if result["settings"].get(name)]
     where = ", ".join([machine["device"], machine["dtype"], f"{machine['threads']} threads", *how])
     times = Table(title=f"milliseconds, unpruned > pruned ({where})", caption="medians; decode: for each new token")
-    times.add_column("request", overflow="fold")
+    times.add_column("request")
     for name in ("vision", "prefill", "prefill q1-q3", "decode", "total", "prefill MiB"):
         times.add_column(name, justify="right")
     ratios = Table(
@@ -68,7 +88,7 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
         "merging) in percent of the unpruned prefill; bound x: upper bound by arithmetic and memory traffic; padding: "
         "ragged padding",
     )
-    ratios.add_column("request", overflow="fold")
+    ratios.add_column("request")
     for name in ("FLOPs x", "prefill x", "efficiency", "efficiency without overhead", "decode x", "total x"):
         ratios.add_column(name, justify="right")
     for name in ("overhead %", "bound x", "padding %"):

@@ -9,11 +9,14 @@ from typing import Any
 
 from rich.table import Table
 
-from ..console import emit, stdout
+from ..console import emit, print_table, stdout
 from .flops import Size
 from .flops import table as flops_of
 from .methods import table as methods_of
-from .show import methods_tables
+from .show import methods_table, methods_tables
+
+OPTIONAL = ("prunes", "its licence", "backends", "batch", "FLOPs % visual only", "avg out", "presets", "about")
+"""Columns of the long tables that narrow terminals do without."""
 
 
 def methods(args: argparse.Namespace) -> int:
@@ -27,8 +30,12 @@ def methods(args: argparse.Namespace) -> int:
     if args.json:
         emit([dataclasses.asdict(r) for r in rows])
         return 0
+    console = stdout()
+    if not args.long:
+        print_table(console, methods_table(rows, size, args.text), ("prunes", "leaving"))
+        return 0
     for shown in methods_tables(rows, size, args.text):
-        stdout().print(shown)
+        print_table(console, shown, OPTIONAL)
     return 0
 
 

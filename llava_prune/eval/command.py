@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..arguments import TINY
-from ..console import emit, stderr, stdout
+from ..console import emit, print_table, stderr, stdout
 from ..ops.counts import FlopsShare
 from .forecast import forecast, forecast_table
 from .launch import cores, launch, process_count
@@ -151,7 +151,8 @@ def _show_results(
         for name, runs in results.items():
             task = load_task(name)
             if runs:
-                console.print(results_table(runs, task.title, task.figure, task.columns))
+                optional = ("seconds", *task.columns, "tokens in/out", "FLOPs %")
+                print_table(console, results_table(runs, task.title, task.figure, task.columns), optional)
             else:
                 console.print(f"{name}: chunk {args.chunk_idx} of {args.num_chunks} done, other chunks are missing")
             for note in [*task.notes(runs), *dict.fromkeys(r["why_no_figure"] for r in runs if r["why_no_figure"])]:
@@ -160,4 +161,4 @@ def _show_results(
         if any(isinstance(budget, FlopsShare) for budget in settings.tokens):
             console.print("FLOPS budgets count visual tokens only; FLOPs % in the table counts the text as well")
         if len(results) > 1:
-            console.print(summary_table(results))
+            print_table(console, summary_table(results), ("rows", "figure"))

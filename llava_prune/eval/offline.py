@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..console import emit, stderr, stdout
+from ..console import emit, print_table, stderr, stdout
 from .data import download, inspect
 from .score import score_files
 from .show import Bars, data_table, score_table
@@ -30,7 +30,7 @@ def score(args: argparse.Namespace) -> int:
     if args.json:
         emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
     else:
-        stdout().print(score_table(result))
+        print_table(stdout(), score_table(result))
     return 0
 
 
@@ -53,7 +53,12 @@ def data(args: argparse.Namespace) -> int:
     else:
         console = stdout()
         for report in reports:
-            console.print(data_table(report))
+            print_table(console, data_table(report), ("release",))
+            for file in report["files"]:
+                place = file["path"] or "missing"
+                origin = f"{file['source']}, {file['url']}" + (" (--download)" if file["direct"] else "")
+                text = f"{file['kind']}: {place}\n  from {origin}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
             for problem in report["problems"]:
                 console.print(f"{report['bench']}: {problem}", markup=False, soft_wrap=True)
         if by_hand:

@@ -83,7 +83,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
     """
     table = Table(title=title, caption="figures with 95 % interval; TFLOPs of a prefill by equation (2)")
     for name in ("method", "budget", figure, "to full", *columns, "tokens in/out", "FLOPs %", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+        table.add_column(name, justify="left" if name == "method" else "right")
     for r in results:
         tokens, flops = r["visual_tokens"], r["flops"]
         table.add_row(
@@ -104,7 +104,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
     for name in ("benchmark", "figure", "rows", *labels):
-        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right", overflow="fold")
+        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right")
     for name, runs in results.items():
         by = {r["label"]: figure_text(r) for r in runs}
         if runs:
@@ -113,18 +113,17 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def data_table(report: Mapping[str, Any]) -> Table:
-    """The files of a benchmark: place, size, rows beside those of known releases, and who publishes them."""
+    """The files of a benchmark: whether they are there, size, and rows beside those of known releases."""
     state = "complete" if report["complete"] else "not complete"
     table = Table(title=f"{report['bench']}: {state}")
-    for name in ("kind", "place", "size", "rows", "release", "published by"):
-        table.add_column(name, overflow="fold")
+    for name in ("kind", "found", "size", "rows", "release"):
+        table.add_column(name)
     for f in report["files"]:
-        place = f["path"] or ("missing (optional)" if f["optional"] else "missing")
+        place = "yes" if f["path"] else "no (optional)" if f["optional"] else "no"
         size = "-" if f["bytes"] is None else f"{f['bytes'] / 1e6:.1f} MB, {f['files']} files"
         wanted = f["expected"]
         rows = f"{_text(f['rows'])} of {' or '.join(map(str, wanted)) if isinstance(wanted, list) else _text(wanted)}"
-        page = f"{f['source']} {f['url']}" + (" (--download)" if f["direct"] else "")
-        table.add_row(f["kind"], place, size, rows, _text(f["version"]), page)
+        table.add_row(f["kind"], place, size, rows, _text(f["version"]))
     return table
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 import llava_prune
+from llava_prune import console
+from llava_prune.bench import tables
 from llava_prune.bench.flops import Size, percent_visual_only
 from llava_prune.bench.methods import method_row, runs
 from llava_prune.cli import main
@@ -43,9 +48,34 @@ def test_autoprune_shows_a_stated_example() -> None:
 
 
 def test_the_tables_name_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods"]) == 0
+    for flags, count in (([], 1), (["--long"], 3)):
+        assert main(["methods", *flags]) == 0
+        out = capsys.readouterr().out
+        assert all(out.count(f" {n} ") >= count for n in llava_prune.names())
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("flags", [[], ["--long"]])
+def test_tables_fit_the_terminal(
+    width: int, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name of a method is broken, and columns that do not fit are named."""
+    monkeypatch.setattr(tables, "stdout", lambda: Console(width=width))
+    assert main(["methods", "--tokens", "192,64", *flags]) == 0
     out = capsys.readouterr().out
-    assert all(out.count(f" {n} ") >= 3 for n in llava_prune.names())
+    assert max(map(len, out.splitlines())) <= width
+    assert all(f" {n} " in out for n in llava_prune.names()) and "FLOPs %" in out
+    if not flags:
+        assert "not shown" not in out
+
+
+def test_columns_are_left_out_in_their_order() -> None:
+    table = Table("method", "a long heading", "another one", caption="about")
+    table.add_row("autoprune", "1", "2")
+    narrow = Console(width=32, file=io.StringIO())
+    console.print_table(narrow, table, ("absent", "another one", "a long heading"))
+    assert [column.header for column in table.columns] == ["method", "a long heading"]
+    assert table.caption == "about; not shown in 32 columns: another one"
 
 
 def test_budgets_above_the_visual_tokens_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

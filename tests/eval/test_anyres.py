@@ -35,7 +35,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[st
         for form in ("llava", "hf"):
             folder = tmp_path_factory.mktemp(form) / "llava-v1.6-mistral"
             shapes.make("small", folder, form, root / "playground/models/llava-tiny")  # type: ignore[arg-type]
-            (folder / "llava_prune.json").unlink()
             out[form] = str(folder)
     load_tokenizer(Path(out["llava"]), original=True).save_pretrained(out["hf"])  # conversions have a tokenizer.json
     return out
