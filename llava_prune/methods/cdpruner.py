@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .registry import register
 from .views import View, VisionView
 
 EPS = 1e-6
+THETA, CONTRIB_EPS = 0.5, 1e-5
+"""Exponent of the relevance, and what is added to a gain under the root, in the variant "contrib"."""
 LEAST = 1e-6
 """Smallest gain of a step, as a share of the first one's; below it the tokens left depend on those chosen."""
 
@@ -60,7 +62,26 @@ def embedding_relevance(tokens: Tensor, text: Tensor, real: Tensor, sign: int = 
     """
     t = wide(text)
     t = t / (t.square().sum(1, keepdim=True) + EPS).sqrt()
-    q = sign * (_unit(tokens) @ t[..., None])[..., 0]  # (B, V)
+    return _scaled(sign * (_unit(tokens) @ t[..., None])[..., 0], real)
+
+
+def rows_relevance(tokens: Tensor, directions: Tensor, real: Tensor, sign: int = -1) -> Tensor:
+    """Relevance as the mean cosine with all instruction tokens, of the variant "contrib".
+
+    Args:
+        tokens: (B, V, D), projected visual tokens.
+        directions: (B, D), mean over the instruction tokens of their input embeddings at length 1.
+        real: (B, V) bool.
+        sign: 1 or -1, of the cosines.
+
+    Returns:
+        As `embedding_relevance`.
+    """
+    return _scaled(sign * (_unit(tokens) @ wide(directions)[..., None])[..., 0], real)
+
+
+def _scaled(q: Tensor, real: Tensor) -> Tensor:
+    """(B, V) scores at 0..1 over the real tokens of each sample; 1 where all are alike."""
     low = q.masked_fill(~real, torch.inf).amin(1, keepdim=True)
     span = q.masked_fill(~real, -torch.inf).amax(1, keepdim=True) - low
     return torch.where(span > EPS, (q - low) / (span + EPS), 1.0)
@@ -78,6 +99,12 @@ def embedding_kernel(tokens: Tensor, relevance: Tensor, weight: float = 0.5) -> 
     rows = _unit(tokens)
     similarity = rows @ rows.transpose(1, 2)
     return similarity * ((1 - weight) + weight * relevance[:, :, None] * relevance[:, None])
+
+
+def exponential_kernel(tokens: Tensor, relevance: Tensor) -> Tensor:
+    """(B, V, V) exp(a r_i) S_ij exp(a r_j) with a = 0.5, of the variant "contrib"; S as in `embedding_kernel`."""
+    rows, weight = _unit(tokens), (THETA * relevance).exp()
+    return weight[:, :, None] * (rows @ rows.transpose(1, 2)) * weight[:, None]
 
 
 def _unit(tokens: Tensor) -> Tensor:
@@ -141,6 +168,10 @@ class CDPruner(EntryMethod):
     kernel is r S r. LLaVA's checkpoints do not hold CLIP's text tower, so its folder has to be given, and the question
     of each image with `llava_prune.questions([...])`. Source: Theia-4869/CDPruner @ 9541616.
 
+    Variant "contrib" of the embedding form: the negated mean cosine with all text tokens, and exp(r / 2) in place of
+    the weight. Source: openvinotoolkit/openvino_contrib @ 9b77af1, whose S is made of the tower's features; ours is
+    made of the projected tokens.
+
     Deviations: exactly `tokens` tokens remain where the kernel's rank is smaller (the others by their diagonal entry),
     and a constant relevance counts as 1. Visual tokens of images in crops are one list, newline tokens included.
 
@@ -149,7 +180,9 @@ class CDPruner(EntryMethod):
     Args:
         tokens: visual tokens kept in every layer.
         weight: w, share of the relevance in the kernel of the embedding form.
-        sign: 1 prefers tokens that are similar to the text, -1 the others; by default 1, and -1 with `clip`.
+        sign: 1 prefers tokens that are similar to the text, -1 the others; by default 1, but -1 with `clip` and
+            "contrib".
+        variant: "genai" or "contrib", of the embedding form.
         halves: choose half of the tokens from each half of the sequence, as openvino.genai does by default.
         strict: go on choosing by gains below rounding, as the official codes, in place of filling up; an error where
             that names a token twice. One synchronisation with the device.
@@ -159,6 +192,7 @@ class CDPruner(EntryMethod):
     tokens: int = 64
     weight: float = 0.5
     sign: int | None = None
+    variant: Literal["genai", "contrib"] = "genai"
     halves: bool = False
     strict: bool = False
     clip: str | None = None
@@ -175,12 +209,15 @@ class CDPruner(EntryMethod):
         real("weight", self.weight, 0, 1, none=False)
         if self.sign is not None:
             choice("sign", self.sign, (1, -1))
+        choice("variant", self.variant, ("genai", "contrib"))
         for name in ("halves", "strict"):
             choice(name, getattr(self, name), (True, False))
         if self.clip is not None and not isinstance(self.clip, str):
             raise ValueError(f"clip={shown(self.clip)}: must be the folder of a CLIP with its text tower")
-        if self.clip is not None and (self.halves or self.weight != 0.5):
-            raise ValueError("weight and halves belong to the embedding form; leave them out, or clip")
+        if self.clip is not None and (self.halves or self.weight != 0.5 or self.variant != "genai"):
+            raise ValueError("weight, variant and halves belong to the embedding form; leave them out, or clip")
+        if self.variant == "contrib" and (self.halves or self.weight != 0.5):
+            raise ValueError('weight and halves belong to the variant "genai"; leave them out')
 
     @property
     def sees_patches(self) -> bool:
@@ -205,7 +242,8 @@ class CDPruner(EntryMethod):
             order, _ = greedy(kernel, real, max(keep), strict=self.strict)
             return in_raster_order(refuse_repeats(order) if self.strict else order, keep), None
         text = view.valid & ~view.visual
-        mean = (text[:, None].float() @ view.hidden.float())[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
+        rows = view.hidden.float() if self.variant == "genai" else unit(view.hidden)
+        mean = (text[:, None].float() @ rows)[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
         return in_raster_order(self.order(tokens, mean, real, keep), keep), None
 
     def order(self, tokens: Tensor, text: Tensor, real: Tensor, keep: Sequence[int]) -> Tensor:
@@ -213,7 +251,7 @@ class CDPruner(EntryMethod):
 
         Args:
             tokens: (B, V, D), projected visual tokens.
-            text: (B, D), mean of the input embeddings of the instruction tokens.
+            text: (B, D), mean of the input embeddings of the instruction tokens, at length 1 each for "contrib".
             real: (B, V) bool.
             keep: tokens that remain of each sample.
         """
@@ -230,8 +268,12 @@ class CDPruner(EntryMethod):
         return torch.cat(found, 1).gather(1, packed)
 
     def _order(self, tokens: Tensor, text: Tensor, real: Tensor, count: int) -> Tensor:
-        relevance = embedding_relevance(tokens, text, real, self.sign or 1)
-        order, _ = greedy(embedding_kernel(tokens, relevance, self.weight), real, count, EPS, self.strict)
+        if self.variant == "contrib":
+            kernel = exponential_kernel(tokens, rows_relevance(tokens, text, real, self.sign or -1))
+            order, _ = greedy(kernel, real, count, CONTRIB_EPS, self.strict)
+        else:
+            relevance = embedding_relevance(tokens, text, real, self.sign or 1)
+            order, _ = greedy(embedding_kernel(tokens, relevance, self.weight), real, count, EPS, self.strict)
         return refuse_repeats(order) if self.strict else order
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:

@@ -225,7 +225,12 @@ def spoken(wide: Any, recorded: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "hyper"),
-    [("genai_keep", {}), ("genai_w1_keep", {"weight": 1.0}), ("genai_split_keep", {"halves": True})],
+    [
+        ("genai_keep", {}),
+        ("genai_w1_keep", {"weight": 1.0}),
+        ("genai_split_keep", {"halves": True}),
+        ("contrib_keep", {"variant": "contrib"}),
+    ],
 )
 @pytest.mark.parametrize("tokens", BUDGETS)
 def test_cdpruner_through_a_model(

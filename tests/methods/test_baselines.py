@@ -527,7 +527,7 @@ def test_cdpruner_with_clip_on_crops(family: str, clip_folder: str, tiny_models:
 
 def test_cdpruner_refusals_with_clip(clip_folder: str, tiny: Any, tmp_path: Any) -> None:
     given = models.inputs(tiny, [models.prompt(4, 6)], models.pixels(1))
-    with pytest.raises(ValueError, match="is no folder with a CLIP and its text tower .*leave clip out"):
+    with pytest.raises(ValueError, match="is not a folder with a CLIP and its text tower .*leave clip out"):
         llava_prune.attach(tiny, "cdpruner", tokens=12, clip=str(tmp_path))
     with llava_prune.pruned(tiny, "cdpruner", tokens=12, clip=clip_folder):
         with pytest.raises(ValueError, match=r"compares patches with the question; wrap the call in llava_prune.quest"):
