@@ -65,6 +65,11 @@ def first_turn(text: str, image: bool = True, mode: str = "vicuna_v1") -> str:
     return f"{before}{IMAGE_MARK}\n{text}{after}" if image else f"{before}{text}{after}"
 
 
+def vicuna_v1(text: str, image: bool = True) -> str:
+    """The prompt of a first turn with LLaVA-1.5; see `first_turn`."""
+    return first_turn(text, image, "vicuna_v1")
+
+
 def token_ids(prompt: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt, with -200 for each "<image>".
 
