@@ -56,7 +56,8 @@ def operations(model: Any, prefill: Callable[[], Any], most: int = MOST) -> dict
 
     Returns:
         "prefill" and "request": counts in the language model and in the whole call: "launches" of kernels,
-            "synchronisations" with the host, copies "to_host", and "calls" of the CUDA runtime by name (all 0 on a CPU).
+            "synchronisations" with the host, copies "to_host", and "calls" of the CUDA runtime by name. All are 0 on a
+            CPU.
         "layers": microseconds of the operations inside the decoder layers, and how many layers ran.
         "outside": the same outside the layers, in the language model.
         "operations": the most expensive ones outside the layers: name, calls, microseconds.

@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,7 +227,13 @@ def _padding(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
     )
 
 
-def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    arms: Sequence[Arm],
+    repeats: int,
+    loaded: Any = None,
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Time every arm once in each round, after a short round that is not timed.
 
     Args:
@@ -235,6 +241,7 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
         arms: what is timed.
         repeats: number of rounds.
         loaded: a loaded model.
+        progress: called with (label, seconds) of an arm after each of its timed rounds.
 
     Returns:
         {"machine", "model", "questions", "repeats", "rows"}. A row has the arm, its budget and batch size, quartiles of
@@ -258,6 +265,7 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
                 seconds = rate.seconds(arm, settings.limit if i else min(WARMUP, count))
                 if i:
                     took[arm.label].append(seconds)
+                    progress(arm.label, seconds)
     rows = []
     for arm in arms:
         mine = took[arm.label]

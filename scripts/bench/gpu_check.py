@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,22 +24,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"a": 45, "b": 55, "c": 130, "d1": 55, "d2": 70, "e": 75, "f": 40}
+LIMITS = {"a": 40, "b": 55, "c": 120, "d1": 75, "d2": 70, "e": 70, "f": 40}
 """Process -> seconds. Stage d has two: tests, whose failure may leave the GPU unusable, and times."""
 WHOLE = 480
 """Seconds of all of them."""
-PACKAGES: tuple[str, ...] = (
-    "torch",
-    "transformers",
-    "triton",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "pytest",
-    "hypothesis",
-    "rich",
-)
-PACKAGES += ("sentencepiece", "safetensors", "shortuuid", "llava-torch")
+PACKAGES: tuple[str, ...] = ("torch", "transformers", "triton", "accelerate", "numpy", "pillow", "pytest", "hypothesis")
+PACKAGES += ("rich", "sentencepiece", "safetensors", "shortuuid", "llava-torch")
 CARD = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
 CARD += ",temperature.gpu,utilization.gpu,compute_mode"
 METHODS = ("autoprune", "fastv", "visionzip")
@@ -61,9 +52,9 @@ class Plan:
     shape: str = "7b"
     repeats: int = 10
     warmup: int = 3
-    new: int = 8
+    new: int = 6
     batch: int = 16
-    questions: int = 160
+    questions: int = 128
     rounds: int = 2
     compared: int = 8
 
@@ -207,6 +198,7 @@ def run_tests(report: Report, arguments: Sequence[str]) -> None:
 
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures: dict[str, str] = {}
+    skips: Counter[str] = Counter()
 
     class Watcher:
         def pytest_runtest_logreport(self, report: Any) -> None:
@@ -215,14 +207,21 @@ def run_tests(report: Report, arguments: Sequence[str]) -> None:
                 if report.failed:
                     crash = getattr(report.longrepr, "reprcrash", None)
                     failures[report.nodeid] = str(crash.message if crash else report.longrepr)[:600]
+                if report.skipped:
+                    skips[reason(report)] += 1
                 note()
 
         def pytest_collectreport(self, report: Any) -> None:
             if report.failed:
                 failures[report.nodeid] = str(report.longrepr)[-600:]
+            if report.skipped:
+                skips[reason(report)] += 1
+
+    def reason(report: Any) -> str:
+        return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[-200:]
 
     def note() -> None:
-        report.put(tests={**counts, "failures": failures})
+        report.put(tests={**counts, "failures": failures, "skips": dict(skips)})
 
     base = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "--import-mode=importlib"]
     status = pytest.main([*base, "--rootdir", str(ROOT), *arguments], plugins=[Watcher()])
@@ -231,15 +230,13 @@ def run_tests(report: Report, arguments: Sequence[str]) -> None:
 
 
 def stage_c(plan: Plan, report: Report) -> None:
-    """Prefill, decode, total and memory: batch 1 and large at 64 tokens, other budgets and methods, then crops."""
+    """Prefill, decode, total and memory: batch 1 and large at 64 tokens, crops, then other budgets and methods."""
     loaded = _random(plan, plan.shape)
-    one = ("autoprune:64",)
-    more = ("autoprune:128", "autoprune:192", "autoprune-flash:64", "fastv:64", "visionzip:64")
-    times(plan, report, loaded, "batch 1", one)
-    times(plan, report, loaded, f"batch {plan.batch}", one, batches=(plan.batch,))
-    times(plan, report, loaded, "others", more)
-    del loaded
-    times(plan, report, _random(plan, plan.crops), "crops", ("autoprune:160",))
+    times(plan, report, loaded, "batch 1")
+    times(plan, report, loaded, f"batch {plan.batch}", batches=(plan.batch,))
+    times(plan, report, _random(plan, plan.crops), "crops", tokens=(160,))
+    times(plan, report, loaded, "budgets", tokens=(128, 192))
+    times(plan, report, loaded, "methods", methods=("autoprune-flash", "fastv", "visionzip"))
 
 
 def _random(plan: Plan, shape: str) -> Any:
@@ -250,13 +247,12 @@ def _random(plan: Plan, shape: str) -> Any:
     return random_model(shape, torch.device(plan.device), getattr(torch, plan.dtype), "sdpa")
 
 
-def times(plan: Plan, report: Report, loaded: Any, name: str, methods: Sequence[str], **more: Any) -> None:
-    """Add the rows of `llava-prune bench` for some methods, each as soon as it is measured."""
+def times(plan: Plan, report: Report, loaded: Any, name: str, **more: Any) -> None:
+    """Add rows of `llava-prune bench`, each as soon as it is measured; AutoPrune at 64 tokens unless `more` differs."""
     from llava_prune.bench.speed import Settings, results
 
-    settings = Settings(
-        shape=loaded.path, methods=methods, new=plan.new, repeats=plan.repeats, warmup=plan.warmup, **more
-    )
+    given = {"tokens": (64,), "new": plan.new, "repeats": plan.repeats, "warmup": plan.warmup, **more}
+    settings = Settings(shape=loaded.path, **given)
     before = report.values.get("rows", [])
     with report.attempt(name):
         for result in results(settings, print, loaded=loaded):
@@ -274,14 +270,14 @@ def stage_d1(plan: Plan, report: Report) -> None:
 def stage_d2(plan: Plan, report: Report) -> None:
     """Times at 64 tokens in plain torch, with fused cuts, with graphs, and with both."""
     loaded = _random(plan, plan.shape)
-    one = ("autoprune:64",)
-    for name, methods, more in (
-        ("plain", one, {}),
-        ("fused", one, {"fused": True}),
-        ("graphs", (*one, "full"), {"graphs": True}),
-        ("graphs and fused", one, {"graphs": True, "fused": True}),
-    ):
-        times(plan, report, loaded, name, methods, memory=False, **more)
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "fused": {"fused": True},
+        "graphs": {"graphs": True, "methods": ("autoprune", "full")},
+        "graphs and fused": {"graphs": True, "fused": True},
+    }
+    for name, more in variants.items():
+        times(plan, report, loaded, name, memory=False, **more)
 
 
 def stage_e(plan: Plan, report: Report) -> None:
@@ -291,8 +287,14 @@ def stage_e(plan: Plan, report: Report) -> None:
     from llava_prune.eval.rate import LOOP, Arm, measure
 
     settings = Settings(model=TINY, family="hf", tokens=(64,), limit=plan.questions, max_new_tokens=2)
-    arms = [Arm(LOOP), Arm("autoprune"), Arm("full"), Arm("autoprune", 1)]
-    report.put(model=plan.shape, **measure(settings, arms, plan.rounds, _answering(plan)))
+    arms = [Arm(LOOP), Arm("autoprune"), Arm("full")]
+    took: dict[str, list[float]] = {}
+
+    def note(arm: str, seconds: float) -> None:
+        took.setdefault(arm, []).append(seconds)
+        report.put(round_seconds=took)
+
+    report.put(model=plan.shape, **measure(settings, arms, plan.rounds, _answering(plan), note))
 
 
 def _answering(plan: Plan) -> Any:
@@ -381,6 +383,8 @@ def _tests(found: dict[str, Any]) -> Iterator[str]:
         yield f"   tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
         for test, text in list(tests["failures"].items())[:5]:
             yield f"   {test.rsplit('/', 1)[-1]}: {text.splitlines()[0][:110] if text else ''}"
+        for reason, number in tests["skips"].items():
+            yield f"   {number} skipped: {reason[:110]}"
 
 
 def _rows(found: dict[str, Any]) -> Iterator[str]:
@@ -391,8 +395,9 @@ def _rows(found: dict[str, Any]) -> Iterator[str]:
             continue
         s, floor = row["stages"], row["floor"]
         prefill, decode = (s[n]["full"]["median"] for n in ("prefill", "decode"))
+        measured = s["prefill"]["pruned"]["median"]
         yield (
-            f"{head} prefill {prefill:7.2f} > {s['prefill']['pruned']['median']:7.2f} ms ({floor['prefill_pruned']:.2f}) "
+            f"{head} prefill {prefill:7.2f} > {measured:7.2f} ms ({floor['prefill_pruned']:.2f}) "
             f"x{s['prefill']['speedup']['median']:.2f}, overhead {100 * row['overhead']['share_of_full']:.1f} %, "
             f"decode {decode:.2f} ms x{s['decode']['speedup']['median']:.2f}"
         )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a machine with a GPU shows of this package, in at most 8 minutes: stages in order of value, each a process with a
-# time limit of its own, which writes OUT/<stage>.json after every measurement. Weights are random and made on the GPU. It
+# time limit of its own (and the time that earlier ones left), which writes OUT/<stage>.json after every measurement. Weights are random and made on the GPU. It
 # needs no network, no virtual environment and no installation: a Python with torch, transformers, pytest and hypothesis,
 # about 40 GB of GPU memory, and triton for the kernels. The stages are described in scripts/bench/gpu_check.py.
 #   bash scripts/bench/gpu_check.sh
@@ -27,17 +27,21 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 check() { "$PYTHON" scripts/bench/gpu_check.py "$@"; }
 plan="$(check stages "$STAGES")"
+spare=0 # seconds that earlier stages did not need
 while read -r stage limit; do
     left=$((TIME_LIMIT - SECONDS))
     if [ "$left" -lt 10 ]; then
         echo "gpu_check.sh: no time left for stage $stage" >&2
         continue
     fi
+    limit=$((limit + spare))
     [ "$limit" -le "$left" ] || limit="$left"
     began="$SECONDS" status=0
     echo "== stage $stage" >>"$OUT/log.txt"
     timeout --signal=KILL "$limit" "$PYTHON" scripts/bench/gpu_check.py "$stage" --out "$OUT" --device "$DEVICE" \
         --shape "$SHAPE" </dev/null >>"$OUT/log.txt" 2>&1 || status=$?
+    spare=$((limit - SECONDS + began))
+    [ "$spare" -gt 0 ] || spare=0
     echo "stage $stage: status $status, $((SECONDS - began)) of $limit s"
 done <<<"$plan"
 check table --out "$OUT"
