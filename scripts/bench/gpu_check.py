@@ -43,17 +43,21 @@ class Plan:
     Attributes:
         device: "cuda" or "cpu".
         shape, crops: random models that see images whole and in crops, see `llava_prune.bench.shapes`.
+        tokens: budget.
         repeats, warmup, new, batch: see `llava_prune.bench.speed.Settings`; `batch` is the large one.
+        memory: measure peak memory as well, which takes long on a CPU.
         questions, rounds: of the rate of questions.
         compared: questions whose kept tokens are compared.
     """
 
     device: str
     shape: str = "7b"
+    tokens: int = 64
     repeats: int = 10
     warmup: int = 3
     new: int = 6
     batch: int = 16
+    memory: bool = True
     questions: int = 128
     rounds: int = 2
     compared: int = 8
@@ -71,7 +75,7 @@ def plan_of(device: str, shape: str) -> Plan:
     """Real sizes, or small ones that a CPU is done with in seconds."""
     if shape != "tiny":
         return Plan(device, shape)
-    return Plan(device, shape, repeats=2, warmup=1, new=2, batch=2, questions=4, rounds=1, compared=2)
+    return Plan(device, shape, 160, 1, 1, 2, batch=2, memory=False, questions=4, rounds=1, compared=1)
 
 
 class Report:
@@ -230,13 +234,14 @@ def run_tests(report: Report, arguments: Sequence[str]) -> None:
 
 
 def stage_c(plan: Plan, report: Report) -> None:
-    """Prefill, decode, total and memory: batch 1 and large at 64 tokens, crops, then other budgets and methods."""
+    """Prefill, decode, total and memory: batch 1 and a large one, crops, then other budgets and methods."""
     loaded = _random(plan, plan.shape)
     times(plan, report, loaded, "batch 1")
     times(plan, report, loaded, f"batch {plan.batch}", batches=(plan.batch,))
     times(plan, report, _random(plan, plan.crops), "crops", tokens=(160,))
     times(plan, report, loaded, "budgets", tokens=(128, 192))
-    times(plan, report, loaded, "methods", methods=("autoprune-flash", "fastv", "visionzip"))
+    for name in ("autoprune-flash", "fastv", "visionzip"):
+        times(plan, report, loaded, name, methods=(name,))
 
 
 def _random(plan: Plan, shape: str) -> Any:
@@ -248,10 +253,11 @@ def _random(plan: Plan, shape: str) -> Any:
 
 
 def times(plan: Plan, report: Report, loaded: Any, name: str, **more: Any) -> None:
-    """Add rows of `llava-prune bench`, each as soon as it is measured; AutoPrune at 64 tokens unless `more` differs."""
+    """Add rows of `llava-prune bench`, each as soon as it is measured; AutoPrune unless `more` says otherwise."""
     from llava_prune.bench.speed import Settings, results
 
-    given = {"tokens": (64,), "new": plan.new, "repeats": plan.repeats, "warmup": plan.warmup, **more}
+    given: dict[str, Any] = {"tokens": (plan.tokens,), "new": plan.new, "repeats": plan.repeats, "warmup": plan.warmup}
+    given |= {"memory": plan.memory, **more}
     settings = Settings(shape=loaded.path, **given)
     before = report.values.get("rows", [])
     with report.attempt(name):
@@ -268,7 +274,7 @@ def stage_d1(plan: Plan, report: Report) -> None:
 
 
 def stage_d2(plan: Plan, report: Report) -> None:
-    """Times at 64 tokens in plain torch, with fused cuts, with graphs, and with both."""
+    """Times in plain torch, with fused cuts, with graphs, and with both."""
     loaded = _random(plan, plan.shape)
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -294,7 +300,8 @@ def stage_e(plan: Plan, report: Report) -> None:
         took.setdefault(arm, []).append(seconds)
         report.put(round_seconds=took)
 
-    report.put(model=plan.shape, **measure(settings, arms, plan.rounds, _answering(plan), note))
+    result = measure(settings, arms, plan.rounds, _answering(plan), note)
+    report.put(**{**result, "model": plan.shape})
 
 
 def _answering(plan: Plan) -> Any:
@@ -370,7 +377,7 @@ def lines(folder: Path) -> Iterator[str]:
 
 def _sanity(found: dict[str, Any]) -> Iterator[str]:
     if "matrix_product_flops" in found:
-        yield f"   {found['matrix_product_flops'] / 1e12:.0f} TFLOP/s, {found['copy_bytes'] / 1e12:.2f} TB/s"
+        yield f"   {found['matrix_product_flops'] / 1e12:.3g} TFLOP/s, {found['copy_bytes'] / 1e12:.2f} TB/s"
     for row in found.get("against_cpu", found.get("bfloat16", [])):
         mean, least = row["overlap"].values()
         yield f"   {row['method']}: kept tokens in common {100 * mean:.1f} % (least {100 * least:.1f} %)"
