@@ -33,6 +33,7 @@ from ..bench.latency import quartiles
 from ..methods.planner import Run, expand
 from .answers import ANSWERS, SETTINGS
 from .asking import Bench, load_model, prepare
+from .identity import of_model
 from .loop import ask_one_by_one
 from .pieces import all_batches
 from .plan import Settings, plan_runs
@@ -151,6 +152,11 @@ class Rate:
         self.batch: dict[str, int] = {}
         self.padding: dict[str, float] = {}
 
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        """The identity of the model. Its checksum takes seconds for 7B parameters and belongs to loading."""
+        return of_model(self.loaded, self.settings.model, self.settings.model_base)
+
     def seconds(self, arm: Arm, limit: int | None) -> float:
         """Seconds of one evaluation, from question file to answer file and score, without loading the model."""
         if arm.method == LOOP:
@@ -160,8 +166,9 @@ class Rate:
     def _ours(self, arm: Arm, limit: int | None) -> float:
         out = self.folder / arm.label.replace(", ", "-").replace(" ", "-")
         settings = replace(_settings(self.settings, arm), out=str(out), limit=limit, restart=True)
+        model = self.model
         start = time.perf_counter()
-        evaluate(settings, loaded=self.loaded)
+        evaluate(settings, loaded=self.loaded, model=model)
         took = time.perf_counter() - start
         run = _run(settings, arm)
         self.batch[arm.label] = json.loads((out / run.label / SETTINGS).read_text(encoding="utf-8"))["batch"]

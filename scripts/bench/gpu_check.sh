@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What a machine with a GPU shows of this package, in at most 8 minutes: stages in order of value, each a process with a
-# time limit of its own (and the time that earlier ones left), which writes OUT/<stage>.json after every measurement. Weights are random and made on the GPU. It
-# needs no network, no virtual environment and no installation: a Python with torch, transformers, pytest and hypothesis,
-# about 40 GB of GPU memory, and triton for the kernels. The stages are described in scripts/bench/gpu_check.py.
+# What a machine with a GPU shows of this package, in at most 8 minutes. Stages run in order of value, each in processes of
+# its own with a time limit (and the time that earlier ones left), and write OUT/<stage>.json after every measurement.
+# Weights are random and made on the GPU. It needs no network, no virtual environment and no installation: a Python with
+# torch, transformers, pytest and hypothesis, triton for the kernels, and about 45 GB of GPU memory. It only reads the
+# GPU's settings. docs/performance.md and scripts/bench/gpu_check.py describe the stages.
 #   bash scripts/bench/gpu_check.sh
 #   STAGES="a b c" OUT=results bash scripts/bench/gpu_check.sh
 #   WHEELS=wheels bash scripts/bench/gpu_check.sh                      # a folder with wheels of missing packages
