@@ -113,7 +113,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     flag = functools.partial(arguments.flag, e, env)
     flag("model", None, "checkpoint folder or hub id; default a random model of SHAPE")
-    flag("shape", "300m", "size of the random model: tiny, 300m, 7b, 13b, next-7b or next-mistral-7b")
+    flag("shape", "300m", "size of the random model: tiny, next-tiny, 300m, 7b, 13b, next-7b or next-mistral-7b")
     flag("method", "autoprune", "method, list a,b, or all; a method of yours as file.py:name", type=arguments.names)
     flag("tokens", "192,128,64", "visual token budget, or a list", type=arguments.counts)
     flag("batch", "1", "batch size, or a list", type=arguments.counts)

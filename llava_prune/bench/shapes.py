@@ -48,6 +48,7 @@ class ModelShape:
 
 SHAPES = {
     "tiny": ModelShape(4, 64, 160, 4, 512, 3, 64, 128, 4),
+    "next-tiny": ModelShape(4, 64, 160, 4, 512, 3, 64, 128, 4, anyres=True),
     "300m": ModelShape(12, 1024, 2752, 16, 32000, 6, 512, 2048, 8),
     "7b": ModelShape(32, 4096, 11008, 32, 32000),
     "13b": ModelShape(40, 5120, 13824, 40, 32000),

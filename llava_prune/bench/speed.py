@@ -128,7 +128,7 @@ def load(settings: Settings) -> Any:
 
 
 def speed(settings: Settings, progress: Progress = lambda _: None, command: str = "") -> dict[str, Any]:
-    """Measure, and write bench.json and the traces. Of several processes of an engine the first one writes.
+    """Measure, and write bench.json after every row and the traces. Of several processes of an engine the first writes.
 
     Args:
         settings: what to measure.
@@ -136,7 +136,33 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
         command: recorded in the result.
 
     Returns:
-        {"command", "settings", "machine", "rows"}, the content of bench.json; see `measure` for a row.
+        The last of `results`, the content of bench.json.
+
+    Raises:
+        ValueError: for bad settings.
+    """
+    result: dict[str, Any] = {}
+    for result in results(settings, progress, command):
+        if first():
+            folder = out_folder(settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def results(
+    settings: Settings, progress: Progress = lambda _: None, command: str = "", loaded: Any = None
+) -> Iterator[dict[str, Any]]:
+    """The result so far after every row.
+
+    Args:
+        settings: what to measure.
+        progress: called before each measurement.
+        command: recorded in the result.
+        loaded: a model to measure in place of that of the settings.
+
+    Yields:
+        {"command", "settings", "machine", "rows"}; see `measure` for a row.
 
     Raises:
         ValueError: for bad settings.
@@ -153,27 +179,29 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     runs = plan_runs(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    progress(f"loading {settings.name}")
-    loaded = load(settings)
-    rows = list(_rows(settings, loaded, runs, progress))
-    result = {
-        "command": command,
-        "settings": {**dataclasses.asdict(settings), "family": loaded.family},
-        "machine": {
-            "device": _device_name(loaded.device),
-            "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
+    if loaded is None:
+        progress(f"loading {settings.name}")
+        loaded = load(settings)
+    rows: list[dict[str, Any]] = []
+    for row in _rows(settings, loaded, runs, progress):
+        rows.append(row)
+        yield {
+            "command": command,
+            "settings": {**dataclasses.asdict(settings), "family": loaded.family},
+            "machine": _machine(loaded),
+            "rows": list(rows),
+        }
+
+
+def _machine(loaded: Any) -> dict[str, Any]:
+    return {
+        "device": _device_name(loaded.device),
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
-    if first():
-        folder = out_folder(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
 
 
 def out_folder(settings: Settings) -> Path:

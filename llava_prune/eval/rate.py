@@ -1,5 +1,7 @@
 """Questions per second of whole evaluations and of LLaVA's own program, with the same model, questions and process.
 
+Where package llava is missing, a loop of the same structure can take the place of its program (`--loop`).
+
 python -m llava_prune.eval.rate --batch 1,8,auto --tokens 64
 """
 
@@ -14,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,8 @@ from ..bench.latency import quartiles
 from ..methods.planner import Run, expand
 from .answers import ANSWERS, SETTINGS
 from .asking import Bench, load_model, prepare
+from .identity import of_model
+from .loop import ask_one_by_one
 from .pieces import all_batches
 from .plan import Settings, plan_runs
 from .protocol import protocol_of
@@ -40,19 +44,23 @@ from .task import Task, load_task
 
 MODULE = "llava_prune.eval.rate"
 LOADER = "llava.eval.model_vqa_loader"
+LOOP = "one by one"
+"""The arm of `loop.ask_one_by_one`."""
 WARMUP = 8
 """Questions of the first round, which is not timed."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a batch size (None: auto), or LLaVA's own program (`method` "")."""
+    """A method at a batch size (None: auto), LLaVA's own program (`method` ""), or LOOP."""
 
     method: str
     batch: int | None = None
 
     @property
     def label(self) -> str:
+        if self.method == LOOP:
+            return LOOP
         return f"{self.method}, batch {self.batch or 'auto'}" if self.method else LOADER
 
 
@@ -144,15 +152,23 @@ class Rate:
         self.batch: dict[str, int] = {}
         self.padding: dict[str, float] = {}
 
+    @functools.cached_property
+    def model(self) -> dict[str, Any]:
+        """The identity of the model. Its checksum takes seconds for 7B parameters and belongs to loading."""
+        return of_model(self.loaded, self.settings.model, self.settings.model_base)
+
     def seconds(self, arm: Arm, limit: int | None) -> float:
         """Seconds of one evaluation, from question file to answer file and score, without loading the model."""
+        if arm.method == LOOP:
+            return self._loop(limit)
         return self._ours(arm, limit) if arm.method else self._theirs(limit)
 
     def _ours(self, arm: Arm, limit: int | None) -> float:
         out = self.folder / arm.label.replace(", ", "-").replace(" ", "-")
         settings = replace(_settings(self.settings, arm), out=str(out), limit=limit, restart=True)
+        model = self.model
         start = time.perf_counter()
-        evaluate(settings, loaded=self.loaded)
+        evaluate(settings, loaded=self.loaded, model=model)
         took = time.perf_counter() - start
         run = _run(settings, arm)
         self.batch[arm.label] = json.loads((out / run.label / SETTINGS).read_text(encoding="utf-8"))["batch"]
@@ -174,6 +190,14 @@ class Rate:
         new = self.settings.max_new_tokens or self.task.max_new_tokens
         took = ask_llava(self.loaded, asked, images, answers, new)
         self.texts[LOADER], self.batch[LOADER] = _texts(answers), 1
+        return took
+
+    def _loop(self, limit: int | None) -> float:
+        answers, some = self.folder / "loop.jsonl", replace(self.files, questions=self.files.questions[:limit])
+        protocol = protocol_of(self.settings.model, self.settings.conv_mode)
+        new = self.settings.max_new_tokens or self.task.max_new_tokens
+        took = ask_one_by_one(self.loaded, some, protocol, answers, new)
+        self.texts[LOOP], self.batch[LOOP] = _texts(answers), 1
         return took
 
 
@@ -210,7 +234,13 @@ def _padding(bench: Bench, answers: Sequence[dict[str, Any]]) -> float:
     )
 
 
-def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any = None) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    arms: Sequence[Arm],
+    repeats: int,
+    loaded: Any = None,
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Time every arm once in each round, after a short round that is not timed.
 
     Args:
@@ -218,18 +248,19 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
         arms: what is timed.
         repeats: number of rounds.
         loaded: a loaded model.
+        progress: called with (label, seconds) of an arm after each of its timed rounds.
 
     Returns:
         {"machine", "model", "questions", "repeats", "rows"}. A row has the arm, its budget and batch size, quartiles of
-        questions per second and of the ratio to LLaVA's program within a round, the ragged padding (padding tokens over
-        real ones), and the share of answers equal to that program's and to the first arm's.
+        questions per second and of the ratio to LLaVA's program and to the loop within a round, the ragged padding
+        (padding tokens over real ones), and the share of answers equal to theirs and to the first arm's.
 
     Raises:
         ValueError: for bad settings, see `evaluate` and `ask_llava`.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: give 1 or more")
-    budgets = {arm.label: _run(settings, arm).tokens for arm in arms if arm.method}
+    budgets = {arm.label: _run(settings, arm).tokens for arm in arms if arm.method not in ("", LOOP)}
     loaded = loaded or load_model(settings)
     parameter = next(loaded.model.parameters())
     took: dict[str, list[float]] = {arm.label: [] for arm in arms}
@@ -241,21 +272,23 @@ def measure(settings: Settings, arms: Sequence[Arm], repeats: int, loaded: Any =
                 seconds = rate.seconds(arm, settings.limit if i else min(WARMUP, count))
                 if i:
                     took[arm.label].append(seconds)
+                    progress(arm.label, seconds)
     rows = []
     for arm in arms:
         mine = took[arm.label]
         row: dict[str, Any] = {
             "arm": arm.label,
-            "method": arm.method or None,
+            "method": arm.method if arm.label in budgets else None,
             "tokens": budgets.get(arm.label),
             "batch": rate.batch[arm.label],
             "per_second": quartiles([count / s for s in mine]),
             "ragged_padding": rate.padding.get(arm.label, 0.0),  # LLaVA's program has batch size 1
             "same_answers": {"first": _same(rate.texts, arm.label, arms[0].label)},
         }
-        if LOADER in took:
-            row["times_llava"] = quartiles([b / a for a, b in zip(mine, took[LOADER], strict=True)])
-            row["same_answers"]["llava"] = _same(rate.texts, arm.label, LOADER)
+        for name, other in (("llava", LOADER), ("loop", LOOP)):
+            if other in took:
+                row[f"times_{name}"] = quartiles([b / a for a, b in zip(mine, took[other], strict=True)])
+                row["same_answers"][name] = _same(rate.texts, arm.label, other)
         rows.append(row)
     machine = {
         "device": parameter.device.type,
@@ -279,12 +312,14 @@ def table(result: dict[str, Any]) -> Table:
         f"{machine['threads']} threads",
         caption="question file to answer file, without loading; medians, quartiles in brackets",
     )
-    for name in ("run", "batch", "per second", "x LLaVA's program", "padding, %", "same answers, %"):
+    base = "loop" if all("times_llava" not in r for r in result["rows"]) else "llava"
+    times_title = "x LLaVA's program" if base == "llava" else f"x {LOOP}"
+    for name in ("run", "batch", "per second", times_title, "padding, %", "same answers, %"):
         out.add_column(name, justify="left" if name == "run" else "right")
     for r in result["rows"]:
-        rate, times = r["per_second"], r.get("times_llava")
+        rate, times = r["per_second"], r.get(f"times_{base}")
         label = r["arm"] + (f", {r['tokens']} tokens" if r["tokens"] else "")
-        same = r["same_answers"].get("llava", r["same_answers"]["first"])
+        same = r["same_answers"].get(base, r["same_answers"]["first"])
         out.add_row(
             label,
             str(r["batch"]),
@@ -330,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="largest number of new tokens of an answer; default the benchmark's own",
     )
     parser.add_argument("--no-llava", action="store_true", help=f"leave out {LOADER}")
+    parser.add_argument("--loop", action="store_true", help="add a loop that asks one question at a time")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the result")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
     args = parser.parse_args(argv)
@@ -348,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
     )
-    arms += [] if args.no_llava else [Arm("")]
+    arms += [Arm(LOOP)] * args.loop + ([] if args.no_llava else [Arm("")])
     return finish(MODULE, argv, lambda: measure(settings, arms, args.repeats), table, args.out, args.json)
 
 

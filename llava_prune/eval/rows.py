@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import shortuuid
-
 from .task import Question
 
 JOURNAL_ONLY = ("row", "piece", "seconds", "tower_seconds", "image_seconds")
@@ -21,6 +19,8 @@ Row = dict[str, Any]
 
 def seal(settings: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """The answer_id of a row: a checksum over the settings of its run (without the batch size) and its own content."""
+    import shortuuid
+
     key = {k: v for k, v in settings.items() if k != "batch"}
     content = {k: v for k, v in row.items() if k != "answer_id" and k not in JOURNAL_ONLY}
     text = json.dumps([key, content], sort_keys=True)

@@ -208,9 +208,7 @@ def test_a_single_new_token_is_no_decoding(tiny_shape: Any) -> None:
 
 def test_anyres_requests() -> None:
     """Five crops: 576 tokens of the whole image, and 48 rows of 48 tokens with a newline each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.SHAPES, "tiny-next", dataclasses.replace(shapes.SHAPES["tiny"], anyres=True))
-        loaded = shapes.random_model("tiny-next")
+    loaded = shapes.random_model("next-tiny")
     asked = request(loaded, 1, 8, 2)
     assert asked.visual == 576 + 48 * 49
     with llava_prune.pruned(loaded.model, "autoprune", tokens=320) as handle:

@@ -97,3 +97,28 @@ def test_batches() -> None:
     for text in ("", "0", "a", "1,-2"):
         with pytest.raises(argparse.ArgumentTypeError, match="batch size"):
             rate._batches(text)
+
+
+def test_one_by_one(tmp_path: Path) -> None:
+    """The loop needs no package llava, asks what the others ask, and reports every round."""
+    out, seen = tmp_path / "rate.json", []
+    args = ["--limit", "2", "--batch", "2", "--method", "full", "--repeats", "1", "--dtype", "float32", "--no-llava"]
+    assert rate.main([*args, "--loop", "--max-new-tokens", "2", "--out", str(out)]) == 0
+    ours, loop = json.loads(out.read_text())["rows"]
+    assert (loop["arm"], loop["method"], loop["tokens"], loop["batch"]) == (rate.LOOP, None, None, 1)
+    assert ours["same_answers"] == {"first": 1.0, "loop": 1.0} and loop["times_loop"]["median"] == 1
+    assert ours["times_loop"]["median"] == pytest.approx(ours["per_second"]["median"] / loop["per_second"]["median"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate.Rate, "seconds", lambda self, arm, limit: self.__dict__.update(
+            texts={rate.LOOP: ["a"]}, batch={rate.LOOP: 1}) or 2.0)  # fmt: skip
+        loaded = type("Loaded", (), {"model": torch.nn.Linear(1, 1)})()
+        rate.measure(Settings(limit=1), [rate.Arm(rate.LOOP)], 2, loaded, lambda *given: seen.append(given))
+    assert seen == [(rate.LOOP, 2.0)] * 2
+
+
+def test_the_loop_refuses_crops() -> None:
+    from llava_prune.eval.loop import ask_one_by_one
+
+    files: Any = SimpleNamespace(questions=[SimpleNamespace(image="a")])
+    with pytest.raises(ValueError, match="sees images whole"):
+        ask_one_by_one(SimpleNamespace(crops=5), files, rate.protocol_of(rate.TINY), Path("none"), 1)

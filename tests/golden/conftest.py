@@ -1,14 +1,38 @@
-"""The model of the recorded vectors, in both families."""
+"""The model of the recorded vectors, in both families.
+
+GOLDEN_DEVICE=cuda puts it on a GPU, where convolutions are kept from TF32.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llava_prune
 from tests.golden.reference import write_reference
+
+DEVICE = os.environ.get("GOLDEN_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_float32() -> Iterator[None]:
+    """cuDNN rounds float32 to TF32 unless it is told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def load(folder: Path, family: str) -> Any:
+    """The checkpoint in a family; skips where package llava is missing."""
+    if family == "llava":
+        pytest.importorskip("llava")
+    return llava_prune.load(folder, family=family, dtype="float32", device=DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +45,10 @@ def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deep_reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same with the tower of 24 blocks."""
     folder = write_reference(tmp_path_factory.mktemp("deep") / "model", deep=True)
-    return llava_prune.load(folder, family=request.param, dtype="float32", device="cpu")
+    return load(folder, request.param)
 
 
 @pytest.fixture(scope="session", params=["llava", "hf"])
 def reference(request: pytest.FixtureRequest, reference_folder: Path) -> Any:
     """`llava_prune.load` of it in package llava's classes, then in transformers'."""
-    return llava_prune.load(reference_folder, family=request.param, dtype="float32", device="cpu")
+    return load(reference_folder, request.param)

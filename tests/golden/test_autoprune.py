@@ -46,7 +46,7 @@ def run(loaded: Any, case: Case, tokens: int, **hyper: Any) -> tuple[Any, torch.
     with llava_prune.pruned(loaded.model, "autoprune", tokens=tokens, **hyper) as handle:
         out = models.generate(loaded.model, given, 5)
     lengths = [n - 4 for n in models.cache_lengths(out.past_key_values)]
-    return handle.last, torch.stack(out.logits)[:, 0], lengths
+    return handle.last, torch.stack(out.logits)[:, 0].cpu(), lengths
 
 
 def compare(name: str, recorded: dict[str, np.ndarray], last: Any, logits: torch.Tensor, lengths: list[int]) -> None:

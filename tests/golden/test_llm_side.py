@@ -62,7 +62,7 @@ def run(loaded: Any, case: Case, method: str, hyper: dict[str, Any], **options: 
     given = models.inputs(loaded.model, [case.ids], case.pixels)
     with llava_prune.pruned(loaded.model, method, **hyper) as handle:
         out = models.generate(loaded.model, given, 5, **options)
-    return handle.last, torch.stack(out.logits)[:, 0].numpy(), out
+    return handle.last, torch.stack(out.logits)[:, 0].cpu().numpy(), out
 
 
 def cached(out: Any) -> list[int]:

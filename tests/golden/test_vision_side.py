@@ -57,7 +57,7 @@ def compare(model: Any, run: str, name: str, hyper: dict[str, Any], kept: list[i
     last = handle.last
     assert last.tokens_in.tolist() == last.tokens_out.tolist() == [[len(kept)] * LAYERS]
     assert all(k.tolist() == [kept] for k in last.kept)
-    np.testing.assert_allclose(torch.stack(out.logits)[:, 0].numpy(), logits, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(torch.stack(out.logits)[:, 0].cpu().numpy(), logits, atol=2e-5, rtol=0)
 
 
 def patches(name: str, run: str, chosen: list[int]) -> list[int]:
