@@ -107,6 +107,7 @@ def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None
             assert score["figure"] == stored["figure"]
     labels = {p.parent.name for p in (tmp_path / "store").rglob("result.json")}
     assert labels == {"full", "autoprune-4", "autoprune-4,gamma=0", "random-4", "random-4,seed=1"}
+    assert all(row["share"] is None and "ratio" in row["ratio"] for row in found["rows"])
     calls = len(model.calls)
     for kind, start in (("text", " "), ("markdown", "**two methods**"), ("latex", "% two"), ("csv", "method,tokens")):
         assert main([*argv, "--format", kind]) == 0
@@ -114,7 +115,7 @@ def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None
     assert len(model.calls) == calls
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/ablation/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/[at]*/*.yaml")), ids=lambda p: p.stem)
 def test_the_sweeps_of_the_repository_can_be_run(path: Path, capsys: Any) -> None:
     assert main(["sweep", str(path), "--dry-run", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
