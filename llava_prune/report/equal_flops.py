@@ -31,10 +31,10 @@ def levels(table: Table) -> list[float]:
 def why_absent(row: Table) -> str | None:
     """Why a method has no cell at a budget: it spends other FLOPs than were asked for, or has no ratio; else None."""
     spent = row["flops_visual"]
-    if row["ratio"] is None or row["ratio"]["ratio"] is None:
-        return str((row["ratio"] or {}).get("why") or "no ratio")
     if row["share"] is not None and (spent is None or abs(spent - row["share"]) > TOLERANCE):
         return "FLOPs unknown" if spent is None else f"spends {spent:.1f}%"
+    if row["ratio"] is None or row["ratio"]["ratio"] is None:
+        return str((row["ratio"] or {}).get("why") or "no ratio")
     return None
 
 
