@@ -12,13 +12,17 @@ from typing import Any
 from ..arguments import budgets, flops_budgets, load_yaml
 from ..console import stderr
 from ..methods.planner import REFERENCE, Request
+from ..ops.counts import FlopsShare
 from ..report import formats
 from ..report.accuracy import draw_sweep
 from ..report.drawing import save
+from ..report.equal_flops import draw_equal_flops, flops_sheet
+from ..report.store import StoredRun
 from ..report.sweeps import Point, sweep_sheet, sweep_table
 from ..report.together import comparable
 from .command import evaluate_settings, settings_of
 from .plan import Settings
+from .resample import ratio_to_full
 from .stored import stored_runs
 from .task import load_task
 
@@ -39,6 +43,13 @@ class Sweep:
     title: str
     tasks: list[str]
     requests: list[Request]
+
+    @property
+    def compares(self) -> bool:
+        """Whether methods are compared at equal FLOPs: budgets in FLOPs, several benchmarks, no hyper-parameters."""
+        varied = any(name != SEED for r in self.requests for name in r.hyper)
+        shares = all(isinstance(b, FlopsShare) for r in self.requests for b in r.budgets)
+        return shares and len(self.tasks) > 1 and not varied
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -121,36 +132,42 @@ def sweep(args: argparse.Namespace) -> int:
     settings = settings_of(args, task=several, requests=found.requests)
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
+        full = stored_runs(settings, [Request([REFERENCE], [1])], found.tasks)[0][0][1]
         points = list(_points(found, settings))
-        table = sweep_table(found.title, found.tasks, points)
-        formats.show(sweep_sheet(table), args.format, args.json, table)
+        table = sweep_table(found.title, found.tasks, points, _ratios(found.tasks, full, points))
+        formats.show((flops_sheet if found.compares else sweep_sheet)(table), args.format, args.json, table)
         if args.figure:
-            _draw(found, settings, points, Path(args.figure).expanduser())
+            runs = [*full.values(), *(run for point in points for task in point.runs.values() for run in task)]
+            drawn = draw_equal_flops(table) if found.compares else draw_sweep(comparable(runs))
+            for path in save(drawn, Path(args.figure).expanduser()):
+                stderr().print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
 
     return evaluate_settings(args, settings, show)
 
 
-def _draw(found: Sweep, settings: Settings, points: Sequence[Point], out: Path) -> None:
-    """Draw the figure of a sweep; see `accuracy.draw_sweep`.
-
-    Raises:
-        ValueError: for a sweep that no figure can show, or when matplotlib is not installed.
-    """
-    full = stored_runs(settings, [Request([REFERENCE], [1])], found.tasks)[0][0][1]
-    runs = [run for point in points for task in point.runs.values() for run in task]
-    for path in save(draw_sweep(comparable([*full.values(), *runs])), out):
-        stderr().print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
+def _ratios(
+    tasks: Sequence[str], full: Mapping[str, StoredRun], points: Sequence[Point]
+) -> list[dict[str, Any]] | None:
+    """The mean ratio of each point to the unpruned model; None for a sweep of one benchmark."""
+    if len(tasks) == 1:
+        return None
+    loaded = [load_task(name) for name in tasks]
+    return [ratio_to_full(loaded, full, point.runs) for point in points]
 
 
 def _points(found: Sweep, settings: Settings) -> Iterator[Point]:
     """The points of a sweep with their runs; those that differ in their seed only are one."""
     points: dict[str, Point] = {}
     names = dict.fromkeys(name for request in found.requests for name in request.hyper if name != SEED)
-    for each in stored_runs(settings, found.requests, found.tasks):
+    single = [Request(r.methods, [budget], r.hyper) for r in found.requests for budget in r.budgets]
+    for request, each in zip(single, stored_runs(settings, single, found.tasks), strict=True):
+        (budget,) = request.budgets
         for run, runs in each:
             known = run.method.hyper()
             hyper = {k: known[k] for k in names if k in known}
-            point = points.setdefault(f"{run.name} {run.tokens} {hyper!r}", Point(run.name, run.tokens, hyper, {}))
+            share = budget.percent if isinstance(budget, FlopsShare) and run.tokens is not None else None
+            name = f"{run.name} {run.tokens} {share} {hyper!r}"
+            point = points.setdefault(name, Point(run.name, run.tokens, hyper, {}, share))
             for task, stored in runs.items():
                 if stored not in point.runs.setdefault(task, []):
                     point.runs[task].append(stored)

@@ -68,7 +68,8 @@ class Task:
         columns: heading -> dotted path into the details, for the table of results; a path that ends in "%" is that of
             a share, which is shown in percent.
         method_args: hyper-parameters of every method that has them, as the benchmark's official runner sets them.
-        scorer: module with load_labels, unknown and score; export, read_answers and read_questions are optional.
+        scorer: module with load_labels, unknown and score; export, read_answers, read_questions and units (see
+            `resample`) are optional.
     """
 
     name: str

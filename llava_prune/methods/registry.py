@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -48,7 +49,9 @@ def register(name: str, *, presets: dict[str, dict[str, Any]] | None = None) -> 
     return add
 
 
+@functools.cache
 def _discover() -> None:
+    """Import every module of the package, once: a search for a budget builds thousands of methods."""
     package = importlib.import_module("llava_prune.methods")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

@@ -12,6 +12,11 @@ from .formats import Sheet, number
 from .store import StoredRun
 from .together import text
 
+RATIO_NOTE = (
+    "ratio: mean over the benchmarks of the figure in percent of the unpruned model's, with the 95 % interval of a "
+    "paired bootstrap of the questions"
+)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -22,43 +27,57 @@ class Point:
         tokens: budget; None for a method without one.
         hyper: the hyper-parameters that the sweep sets, as far as the method has them.
         runs: benchmark -> its runs, one for each seed; benchmarks that were not run are absent.
+        share: budget in percent of the FLOPs of the visual tokens, where it was given so.
     """
 
     method: str
     tokens: int | None
     hyper: dict[str, Any]
     runs: dict[str, list[StoredRun]]
+    share: float | None = None
 
 
-def sweep_table(title: str, tasks: Sequence[str], points: Iterable[Point]) -> dict[str, Any]:
+def sweep_table(
+    title: str, tasks: Sequence[str], points: Iterable[Point], ratios: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """{"title", "tasks", "varied", "rows"}: what was measured for each point.
 
     A row has `method`, `tokens`, `hyper`, `scores` (benchmark -> figure, 95 % `interval` and `difference` to the
     unpruned model of a single run; of several seeds the mean, the standard deviation `sd` and their number), and means
-    over its runs: `flops` (percent of the unpruned model's, with text) and `tokens_measured` (leaving a layer).
+    over its runs: `flops` and `flops_visual` (percent of the unpruned model's, with text and without) and
+    `tokens_measured` (leaving a layer). `share` is the budget in FLOPs, `ratio` what `ratios` says.
 
     Args:
         title: of the sweep.
         tasks: benchmarks.
         points: combinations, in order.
+        ratios: for each point `ratio`, `low`, `high` (mean over benchmarks in percent of the unpruned model's figure,
+            with its bootstrap interval) and `why` where there is none; None for a sweep of one benchmark.
     """
     points = list(points)
     varied = list(dict.fromkeys(name for p in points for name in p.hyper))
-    return {"title": title, "tasks": list(tasks), "varied": varied, "rows": [_row(p) for p in points]}
+    rows = [_row(p) | {"ratio": ratios[i] if ratios else None} for i, p in enumerate(points)]
+    return {"title": title, "tasks": list(tasks), "varied": varied, "rows": rows}
 
 
 def _row(point: Point) -> dict[str, Any]:
     every = [run for runs in point.runs.values() for run in runs]
-    flops = [f for f in (run.flops_percent() for run in every) if f is not None]
     return {
         "method": point.method,
         "tokens": point.tokens,
+        "share": point.share,
         "hyper": point.hyper,
         "scores": {task: _score(runs) for task, runs in point.runs.items() if runs},
-        "flops": fmean(flops) if flops else None,
+        "flops": _mean([run.flops_percent() for run in every]),
+        "flops_visual": _mean([run.flops_percent("visual_only_entering") for run in every]),
         "tokens_measured": fmean(run.average_tokens() for run in every) if every else None,
         "runs": [str(run.folder) for run in every],
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None
 
 
 def _score(runs: Sequence[StoredRun]) -> dict[str, Any]:
@@ -75,6 +94,7 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
     head = ["method", "tokens", *varied]
     for task in tasks:
         head += [task, "to full"] if len(tasks) == 1 else [task]
+    head += ["ratio"] if len(tasks) > 1 else []
     rows, cells = [], []
     for row in table["rows"]:
         line = [row["method"], number(row["tokens"], 0), *(_shown(row["hyper"], name) for name in varied)]
@@ -86,12 +106,29 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
             low, high = score.get("interval") or (None, None)
             shown = {"figure": score.get("figure"), "low": low, "high": high, "sd": score.get("sd")}
             cells.append({**start, "task": task, **shown, "seeds": score.get("seeds", 0), "flops": row["flops"]})
+        line += [ratio_text(row["ratio"])] if len(tasks) > 1 else []
         rows.append([[*line, number(row["flops"])]])
     notes = [
         "95 % intervals, or the standard deviation over seeds",
         "FLOPs: percent of the unpruned model's, text counted",
+        *([RATIO_NOTE] if len(tasks) > 1 else []),
+        *dict.fromkeys(f"no ratio of {r['method']}: {r['ratio']['why']}" for r in table["rows"] if _why(r)),
     ]
     return Sheet(table["title"], [*head, "FLOPs"], rows, (0,), (), notes, cells)
+
+
+def _why(row: Mapping[str, Any]) -> str | None:
+    """Why a row has no ratio; None where it has one, or none was asked for."""
+    found: str | None = (row["ratio"] or {}).get("why")
+    return found
+
+
+def ratio_text(found: Mapping[str, Any] | None) -> str:
+    """A mean ratio with its interval; empty where there is none."""
+    if found is None or found["ratio"] is None:
+        return ""
+    ends = "" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]"
+    return f"{found['ratio']:.1f}{ends}"
 
 
 def _shown(hyper: Mapping[str, Any], name: str) -> str:

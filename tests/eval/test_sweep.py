@@ -10,6 +10,7 @@ import pytest
 
 from llava_prune.cli import main
 from llava_prune.eval.sweep import read_sweep
+from llava_prune.report.equal_flops import TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +108,7 @@ def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None
             assert score["figure"] == stored["figure"]
     labels = {p.parent.name for p in (tmp_path / "store").rglob("result.json")}
     assert labels == {"full", "autoprune-4", "autoprune-4,gamma=0", "random-4", "random-4,seed=1"}
+    assert all(row["share"] is None and "ratio" in row["ratio"] for row in found["rows"])
     calls = len(model.calls)
     for kind, start in (("text", " "), ("markdown", "**two methods**"), ("latex", "% two"), ("csv", "method,tokens")):
         assert main([*argv, "--format", kind]) == 0
@@ -114,7 +116,39 @@ def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None
     assert len(model.calls) == calls
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/ablation/*.yaml")), ids=lambda p: p.stem)
+def test_methods_at_equal_flops(nine: Path, tmp_path: Path, stand_in: Any, monkeypatch: Any, capsys: Any) -> None:
+    """A row for each method, a column for each budget; the seeds are one point, and what has no budget is a note."""
+    model = stand_in()
+    monkeypatch.setattr("llava_prune.eval.plan.read_size", lambda *_: model.size)
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    text = "tasks: [gqa, ocrbench]\nmethods: [random, uniform, text-only]\nflops: [50%, 25%]\nseeds: [0, 1]\n"
+    argv = ["sweep", str(write(tmp_path, text)), "--model", str(folder), "--data", str(nine)]
+    argv += ["--store", str(tmp_path / "store"), "--batch", "2"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = [(r["method"], r["share"], {t: s["seeds"] for t, s in r["scores"].items()}) for r in found["rows"]]
+    assert sorted(rows, key=str) == sorted(
+        [
+            (m, s, dict.fromkeys(("gqa", "ocrbench"), n))
+            for m, n in (("random", 2), ("uniform", 1))
+            for s in (50.0, 25.0)
+        ]
+        + [("text-only", None, {"gqa": 1, "ocrbench": 1})],
+        key=str,
+    )
+    spent = {r["share"]: r["flops_visual"] for r in found["rows"] if r["method"] == "uniform"}
+    for row in found["rows"]:
+        assert row["ratio"]["ratio"] == pytest.approx(100), row["ratio"]  # the stand-in answers as the unpruned one
+    assert main([*argv, "--format", "csv", "--figure", str(tmp_path / "f.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("method,budget,tokens,flops_visual") and (tmp_path / "f.png").is_file()
+    kept = {share for share, value in spent.items() if abs(value - share) <= TOLERANCE}
+    assert kept == {float(c[1]) for c in (x.split(",") for x in lines) if c[0] == "uniform" and not c[5]}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/[at]*/*.yaml")), ids=lambda p: p.stem)
 def test_the_sweeps_of_the_repository_can_be_run(path: Path, capsys: Any) -> None:
     assert main(["sweep", str(path), "--dry-run", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

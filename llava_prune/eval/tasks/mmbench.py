@@ -18,6 +18,7 @@ from ...stats import share
 from ..images import open_rgb
 from ..reading import last_by_id, read_table, unanswered
 from ..reading import read_answers as read_lines
+from ..resample import Units, mean_units
 from ..task import Question, QuestionScores, Sources
 
 LETTERS = "ABCD"
@@ -152,6 +153,15 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row], 
         gold = label.get("answer") if key in wanted else None
         out.append((None if gold is None else float(row["text"].strip() == gold), label.get("category")))
     return out
+
+
+def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
+    """Every question is a unit, with all its rotations."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for row in scores:
+        if row["score"] is not None:
+            groups[int(row["question_id"]) % CIRCLE].append(row["score"])
+    return mean_units([float(all(found)) for found in groups.values()])
 
 
 def score(

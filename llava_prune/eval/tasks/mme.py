@@ -10,6 +10,7 @@ from typing import Any
 
 from ..reading import read_answers as read_jsonl_answers
 from ..reading import read_rows, read_text, shown, unanswered
+from ..resample import Units
 from ..task import Question, QuestionScores, Sources
 from ..task import read_questions as read_lines
 
@@ -189,6 +190,17 @@ def _questions(
         right = float(label_of(row["text"]) == labels[key].lower()) if key is not None and counts else None
         out.append((right, None if key is None else key[0]))
     return out
+
+
+def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
+    """Every image of a perception task, with its two questions, is a unit of the task."""
+    right: dict[str, list[float]] = defaultdict(list)
+    for row in scores:
+        if row["score"] is not None and row["type"] in PERCEPTION:
+            right[row["type"]].append(row["score"])
+    pairs = [(task, a, b) for task, all_of in right.items() for a, b in zip(all_of[::2], all_of[1::2], strict=True)]
+    values = [[(a + b) / 2 + a * b] for _, a, b in pairs]
+    return Units([task for task, _, _ in pairs], values, lambda means: 100 * means[..., 0].sum(1))
 
 
 def score(

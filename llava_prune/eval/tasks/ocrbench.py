@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading import WAY_OUT, check_answers, read_json, read_rows
+from ..resample import Units, mean_units, scores_of
 from ..task import Question, Sources
 
 FORMULAS = "HME100k"
@@ -129,6 +130,12 @@ def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[i
         "the answers do not match OCRBench.json row by row: question_id must be the row's id in the file's order (ids "
         f"are not unique), its number or its image; repeated here: {', '.join(doubled) or 'none'}"
     )
+
+
+def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
+    """Every question is a unit; the figure is a sum."""
+    found = scores_of(scores)
+    return mean_units(found, len(found))
 
 
 def score(

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..reading import WAY_OUT, read_jsonl, shown
+from ..resample import Array, Units
 from ..task import Question, QuestionScores, Sources
 
 SPLITS = ("adversarial", "random", "popular")
@@ -155,6 +158,24 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Labels, golds: Mapp
         right = float(says_yes(row["text"]) == golds[key]) if key in golds else None
         out.append((right, labels.split[key]))
     return out
+
+
+def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
+    """Every question is a unit of its split; the mean F1 follows from the shares of TP, FP and FN in the splits."""
+    groups, values = [], []
+    for row, score in zip(answers, scores, strict=True):
+        if score["score"] is not None:
+            said, right = says_yes(row["text"]), score["score"] == 1
+            groups.append(str(score["type"]))
+            values.append([float(said and right), float(said and not right), float(not said and not right)])
+    return Units(groups, values, _mean_f1)
+
+
+def _mean_f1(shares: Array) -> Array:
+    """Mean F1 in percent; (draws, splits, 3), shares of TP, FP and FN. It is 0 in a draw without a right yes."""
+    tp, wrong = shares[..., 0], shares[..., 1] + shares[..., 2]
+    f1: Array = 2 * tp / np.maximum(2 * tp + wrong, 1e-12)  # (draws, splits)
+    return 100 * f1.mean(1)
 
 
 def score(

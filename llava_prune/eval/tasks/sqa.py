@@ -13,6 +13,7 @@ from ...stats import share
 from ..prompt import IMAGE_MARK
 from ..reading import check_answers, read_json, read_text, shown
 from ..reading import read_answers as read_lines
+from ..resample import Units, mean_units, scores_of
 from ..task import Question, QuestionScores, Sources
 
 LETTERS = "ABCDE"
@@ -155,6 +156,11 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label]
         right = float(_right(row["text"], labels[key])) if key in wanted else None
         out.append((right, "image" if IMAGE_MARK in row.get("prompt", "") else "text"))
     return out
+
+
+def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
+    """Every question with an image is a unit."""
+    return mean_units(scores_of([row for row in scores if row["type"] == "image"]))
 
 
 def score(

@@ -1,0 +1,166 @@
+"""Mean ratio of a method to the unpruned model over benchmarks, with a paired bootstrap interval.
+
+A benchmark's figure is recomputed from the stored scores of its questions in every draw, by the benchmark's own rule: a
+mean of scores, or what the scorer's `units` says (a mean of F1, a sum over tasks, a circular accuracy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..report.compare import check_same, scored
+from ..report.store import StoredRun
+from .task import Task
+
+DRAWS = 2000
+SEED = 0
+"""Random seed of the draws, so that a table can be repeated."""
+Array = NDArray[np.float64]
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a figure is computed from, in units that are drawn as a whole.
+
+    Attributes:
+        groups: the group of each unit. Units are drawn with replacement within their group, whose size stays.
+        values: (units, quantities), what a unit contributes.
+        figure: from the mean of each quantity in each group, (draws, groups, quantities) with groups in order of
+            appearance, to the figure, (draws,).
+    """
+
+    groups: Sequence[str]
+    values: Sequence[Sequence[float]]
+    figure: Callable[[Array], Array]
+
+
+def mean_units(scores: Sequence[float], scale: float = 100.0) -> Units:
+    """A figure that is a mean of scores, times `scale`; every score is a unit."""
+    return Units([""] * len(scores), [[s] for s in scores], lambda means: scale * means[:, 0, 0])
+
+
+def scores_of(rows: Rows) -> list[float]:
+    """Scores of the questions that have one."""
+    return [float(r["score"]) for r in rows if r["score"] is not None]
+
+
+def units_of(task: Task, run: StoredRun) -> Units:
+    """The units of a run.
+
+    Raises:
+        ValueError: for missing or broken files, or a figure that does not follow from the stored scores.
+    """
+    answers = run.answers()
+    rows = scored(run, answers)
+    make = getattr(task.scorer, "units", None)
+    out: Units = make(answers, rows) if make else mean_units(scores_of(rows))
+    found = float(figures(out, np.ones((1, len(out.groups))))[0]) if out.groups else float("nan")
+    if run.figure is None or not np.isclose(found, run.figure, rtol=1e-6, atol=1e-6):
+        raise ValueError(
+            f"{run.folder}: the figure is {run.figure}, but the scores of the questions give {found:g}; delete the "
+            "folder and run the evaluation again"
+        )
+    return out
+
+
+def figures(units: Units, weights: Array) -> Array:
+    """The figure in each draw.
+
+    Args:
+        units: see Units.
+        weights: (draws, units), how often each unit was drawn.
+    """
+    names, values = np.array(units.groups), np.array(units.values, dtype=float)
+    means = []
+    for group in dict.fromkeys(units.groups):
+        inside = names == group
+        means.append(weights[:, inside] @ values[inside] / inside.sum())  # (draws, quantities)
+    return units.figure(np.stack(means, axis=1))
+
+
+def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
+    """(draws, units): how often each unit is drawn, with replacement within its group."""
+    random, names = np.random.default_rng(seed), np.array(groups)
+    out = np.zeros((draws, len(groups)))
+    for group in dict.fromkeys(groups):
+        (places,) = np.nonzero(names == group)
+        out[:, places] = random.multinomial(len(places), np.full(len(places), 1 / len(places)), size=draws)
+    return out
+
+
+def mean_ratio(
+    pairs: Sequence[tuple[Units, Sequence[Units]]], draws: int = DRAWS, seed: int = SEED
+) -> tuple[float, float, float]:
+    """Mean over benchmarks of figure / figure of the unpruned model, with its 95 % percentile bootstrap interval.
+
+    In each draw the questions of each benchmark are drawn anew, the same ones for the pruned and the unpruned model.
+    Figures of several random seeds of a method are averaged; seeds are not drawn. Draw number i of benchmark number j
+    is the same in every call on the same questions, so that methods are compared on the same draws.
+
+    Args:
+        pairs: for each benchmark, the units of the unpruned model and those of the method's runs, one for each seed.
+        draws: number of bootstrap draws.
+        seed: random seed of the draws.
+
+    Returns:
+        (mean, low, high); NaN where the unpruned figure is 0 (of the interval: in a draw).
+
+    Raises:
+        ValueError: without benchmarks or runs, or for runs whose questions differ from those of the unpruned model.
+
+    Source: Efron, "Bootstrap methods: another look at the jackknife" (1979); the percentile interval.
+    """
+    if not pairs or not all(runs for _, runs in pairs):
+        raise ValueError("a mean ratio needs at least one benchmark, and a run of the method on each")
+    exact: list[Array] = []
+    drawn: list[Array] = []
+    for number, (full, runs) in enumerate(pairs):
+        if any(list(r.groups) != list(full.groups) for r in runs):
+            raise ValueError(f"the runs of benchmark {number + 1} have other questions than the unpruned model")
+        for weights, out in (
+            (np.ones((1, len(full.groups))), exact),
+            (draw(full.groups, draws, (seed, number)), drawn),
+        ):
+            ours, theirs = np.mean([figures(r, weights) for r in runs], axis=0), figures(full, weights)
+            out.append(np.divide(ours, theirs, out=np.full(len(weights), np.nan), where=theirs > 0))
+    low, high = np.percentile(np.mean(drawn, axis=0), (2.5, 97.5))
+    return float(np.mean(exact)), float(low), float(high)
+
+
+def ratio_to_full(
+    tasks: Sequence[Task], full: Mapping[str, StoredRun], runs: Mapping[str, Sequence[StoredRun]]
+) -> dict[str, Any]:
+    """`ratio`, `low` and `high` in percent over all benchmarks, and `why` where there is none; see `mean_ratio`.
+
+    Args:
+        tasks: benchmarks; all of them must have runs, so that no mean leaves one out.
+        full: benchmark -> run of the unpruned model.
+        runs: benchmark -> runs of a method, one for each seed.
+
+    Raises:
+        ValueError: see `units_of`, and for runs of different questions.
+    """
+    none = {"ratio": None, "low": None, "high": None}
+    absent = [t.name for t in tasks if t.name not in full or not runs.get(t.name)]
+    if absent:
+        return {**none, "why": f"not run on {', '.join(absent)}"}
+    unknown = [t.name for t in tasks if any(r.figure is None for r in (full[t.name], *runs[t.name]))]
+    if unknown:
+        return {**none, "why": f"no figure on {', '.join(unknown)}"}
+    zero = [t.name for t in tasks if not full[t.name].figure]
+    if zero:
+        return {**none, "why": f"the unpruned model has 0 on {', '.join(zero)}"}
+    pairs = []
+    for task in tasks:
+        first, rest = full[task.name], runs[task.name]
+        for run in rest:
+            check_same(first, run, first.answers(), run.answers())
+        pairs.append((units_of(task, first), [units_of(task, run) for run in rest]))
+    mean, low, high = (None if np.isnan(v) else 100 * v for v in mean_ratio(pairs))
+    return {"ratio": mean, "low": low, "high": high, "why": None}
