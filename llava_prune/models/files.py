@@ -91,9 +91,28 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
             raise ValueError(
                 f"{folder}: the tokenizer needs code of its own (auto_map in tokenizer_config.json), which is not run"
             ) from error
+        refuse_protobuf_clash(folder)
         names = ", ".join(path.name for path in found)
         detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{folder}: the tokenizer ({names}) cannot be read ({detail}); fetch it again") from error
+
+
+def refuse_protobuf_clash(folder: Path) -> None:
+    """Explain a tokenizer that cannot be read because of the packages protobuf and sentencepiece, where they clash.
+
+    transformers then tries other formats, and their errors say nothing of the cause.
+
+    Raises:
+        ValueError: naming both packages.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2  # noqa: F401
+    except Exception as error:  # protobuf has a class of its own for it
+        detail = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be read, because the installed sentencepiece and protobuf do not go together "
+            f"({detail}); upgrade protobuf, or pip install 'sentencepiece<0.2.3'"
+        ) from error
 
 
 def shards(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from llava_prune.models.base import block_index
 from llava_prune.models.checkpoint import rename
 from llava_prune.models.config import SMALL, pick_dtype, weight_bytes
 from llava_prune.models.family import family_of
+from llava_prune.models.files import load_tokenizer
 from tests import models
 
 FAMILIES = ["llava", "hf"]
@@ -398,3 +400,20 @@ def test_git_lfs_pointers(name: str, tiny_path: Path, tmp_path: Path) -> None:
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 13\n")
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer and not the file; run `git lfs pull`"):
         llava_prune.load(folder)
+
+
+def test_a_tokenizer_that_protobuf_does_not_read(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval pins packages that bring a protobuf older than sentencepiece's; see docs/toolkits.md."""
+    import sentencepiece
+    import transformers
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError(r"Error parsing line b'\x0e'")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(ValueError, match=r"tokenizer.model\) cannot be read .*Error parsing line"):
+        load_tokenizer(tiny_path, original=True)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    with pytest.raises(ValueError, match=r"sentencepiece and protobuf do not go together .*'sentencepiece<0.2.3'"):
+        load_tokenizer(tiny_path, original=True)
