@@ -110,8 +110,8 @@ def refuse_protobuf_clash(folder: Path) -> None:
     except Exception as error:  # protobuf has a class of its own for it
         detail = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{folder}: the tokenizer cannot be read, because the installed sentencepiece and protobuf do not go together "
-            f"({detail}); upgrade protobuf, or pip install 'sentencepiece<0.2.3'"
+            f"{folder}: the tokenizer cannot be read, because the installed sentencepiece and protobuf do not go "
+            f"together ({detail}); upgrade protobuf, or pip install 'sentencepiece<0.2.3'"
         ) from error
 
 
