@@ -114,6 +114,13 @@ def test_python_blocks_run(name: str, ready: dict[str, Any], clean: Any, tmp_pat
         assert torch.equal(names["again"], out) and torch.equal(names["adapted"], out)  # a fresh LoRA changes nothing
 
 
+@pytest.mark.parametrize("name", [n for n in map(relative, DOCS) if n not in RUN])
+def test_other_python_blocks_compile(name: str) -> None:
+    """Blocks of documents that are not run: they show one call on a model that the reader has."""
+    for _, code, line in blocks(ROOT / name, "python"):
+        compile("\n" * (line - 1) + code, name, "exec")
+
+
 @pytest.mark.parametrize("name", ["norm", "cls-top"])
 def test_example_methods_do_what_they_say(name: str, ready: dict[str, Any], clean: Any, tmp_path: Path) -> None:
     model, inputs = ready["model"], ready["inputs"]
