@@ -49,12 +49,16 @@ def register(name: str, *, presets: dict[str, dict[str, Any]] | None = None) -> 
     return add
 
 
-@functools.cache
 def _discover() -> None:
-    """Import every module of the package, once: a search for a budget builds thousands of methods."""
-    package = importlib.import_module("llava_prune.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    """Import every module of the package."""
+    _import_all(tuple(importlib.import_module("llava_prune.methods").__path__))
+
+
+@functools.cache
+def _import_all(folders: tuple[str, ...]) -> None:
+    """Import every module of some folders, once: a search for a budget builds thousands of methods."""
+    for module in pkgutil.iter_modules(folders):
+        importlib.import_module(f"llava_prune.methods.{module.name}")
 
 
 def names(presets: bool = False) -> list[str]:
