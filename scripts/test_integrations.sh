@@ -9,7 +9,7 @@ export VENV="$PWD/.venv-integrations"
 bash scripts/setup.sh
 pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 if [ ! -e "$VENV/.integrations" ]; then
-    pip_install -c constraints.txt pytest
+    pip_install -c constraints.txt pytest hypothesis
     pip_install accelerate datasets evaluate httpx jsonlines numexpr pybind11 pytablewriter sacrebleu scikit-learn einops \
         ftfy openai nltk wandb==0.25.0 tiktoken loguru tenacity zstandard sympy latex2sympy2 tqdm-multiprocess \
         python-dotenv zss pydantic "sentencepiece<0.2.3" "filelock<4" # the pins of the extra lmms-eval
