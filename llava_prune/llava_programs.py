@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import difflib
 import functools
-import importlib.util
 import json
 import logging
 import runpy
@@ -21,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .handle import attach
-from .llava_scripts import run_script
+from .llava_scripts import package_folders, run_script
 from .methods.registry import build, resolve
 from .models.config import pick_dtype, weight_bytes
 
@@ -160,11 +159,8 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
 
 def _check_module(name: str) -> None:
     """Refuse a name that is not a module of package llava, with the nearest ones."""
-    spec = importlib.util.find_spec("llava")
-    if spec is None:
-        raise ValueError("package llava is not installed; pip install --no-deps llava-torch==1.2.2.post1")
     names: list[str] = []
-    for folder in map(Path, spec.submodule_search_locations or ()):
+    for folder in package_folders():
         names += [".".join(("llava", *f.relative_to(folder).with_suffix("").parts)) for f in folder.rglob("*.py")]
     if name not in names or name.endswith(".__init__"):
         programs = sorted(n for n in names if n.startswith(("llava.eval.", "llava.serve.")) and "__init__" not in n)

@@ -16,8 +16,8 @@ NAMES = ("python", "python3")
 """Commands that scripts start Python with."""
 
 
-def pruned_modules() -> list[str]:
-    """Modules of package llava that load a model when they run as programs, by their source.
+def package_folders() -> list[Path]:
+    """Where package llava lies, without importing it.
 
     Raises:
         ValueError: when the package is not installed.
@@ -25,8 +25,17 @@ def pruned_modules() -> list[str]:
     spec = importlib.util.find_spec("llava")
     if spec is None:
         raise ValueError("package llava is not installed; pip install --no-deps llava-torch==1.2.2.post1")
+    return [Path(folder) for folder in spec.submodule_search_locations or ()]
+
+
+def pruned_modules() -> list[str]:
+    """Modules of package llava that load a model when they run as programs, by their source.
+
+    Raises:
+        ValueError: when the package is not installed.
+    """
     out = []
-    for folder in map(Path, spec.submodule_search_locations or ()):
+    for folder in package_folders():
         for part in ("eval", "serve"):
             files = sorted((folder / part).glob("*.py"))
             out += [f"llava.{part}.{f.stem}" for f in files if "load_pretrained_model" in f.read_text(encoding="utf-8")]

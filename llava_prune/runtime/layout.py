@@ -114,11 +114,16 @@ def vision_members(
     first = torch.arange(token.shape[0])[:, None] * width
     token = torch.where(token >= 0, token + first, -1).flatten()  # (N T) patch -> token of the request
     mine = token[source.clamp(min=0)].masked_fill(~visual | (source < 0), -1)  # (B, L)
-    place = torch.full_like(mine, -1)
-    for sample, count in enumerate(placed.counts):
-        hit = mine[sample, :, None] == index[sample, :count]  # (L, count)
-        place[sample] = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), -1)
-    return torch.arange(mine.shape[1]).expand_as(mine), place
+    return torch.arange(mine.shape[1]).expand_as(mine), places_among(mine, index, placed.counts)
+
+
+def places_among(numbers: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """(B, L) long: where each of `numbers` (B, L) is among the first counts[b] of `index` (B, K), -1 for nowhere."""
+    out = torch.full_like(numbers, -1)
+    for row, count in enumerate(counts):
+        hit = numbers[row, :, None] == index[row, :count]  # (L, count)
+        out[row] = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), -1)
+    return out
 
 
 def _orders(cut: VisionTokens, ids: Tensor | None) -> list[list[int]]:

@@ -17,6 +17,7 @@ from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take
 from .attention import output_of, tower_attention
+from .layout import places_among
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
 from .patching import replace_method
 from .sizes import known_sizes
@@ -334,9 +335,4 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
 
 def _among(groups: Callable[[], Tensor], index: Tensor, counts: list[int]) -> Tensor:
     """(N, T) long: `VisionCut.groups` as positions among the live tokens `index` (N, K')."""
-    tokens, index = groups().cpu(), index.cpu()
-    out = torch.full_like(tokens, -1)
-    for image, count in enumerate(counts):
-        hit = tokens[image, :, None] == index[image, :count]  # (T, count)
-        out[image] = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), -1)
-    return out
+    return places_among(groups().cpu(), index.cpu(), counts)
