@@ -24,8 +24,6 @@ from llava_prune.methods import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / n for n in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
-RUN = ("README.md", "docs/quickstart.md", "docs/adding-a-method.md")
-RUN += ("docs/methods/autoprune.md", "docs/methods/compositions.md", "docs/transformers.md")
 IMAGE = ROOT / "playground/data/mini/gqa/data/images/n9000000.jpg"
 TEMPLATE = (
     "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
@@ -45,9 +43,12 @@ def blocks(path: Path, language: str) -> list[tuple[str, str, int]]:
     return [(m[1] or "", m[3], text[: m.start(3)].count("\n") + 1) for m in found]
 
 
+WITH_PYTHON = [name for name in map(relative, DOCS) if blocks(ROOT / name, "python")]
+
+
 @pytest.fixture(scope="module")
 def ready() -> dict[str, Any]:
-    """What a reader has at hand: a model of transformers' classes and a batch for it."""
+    """The names that every document may use: a model of transformers' classes, a batch for it, a processor, an image."""
     torch.manual_seed(0)
     loaded = llava_prune.load(ROOT / "playground/models/llava-tiny", family="hf", dtype="float32", device="cpu")
     image = [loaded.model.config.image_token_id] * loaded.n_visual
@@ -74,13 +75,13 @@ def clean(clean_registry: None) -> Any:
         sys.modules.pop(name, None)
 
 
-def run_document(path: Path, ready: dict[str, Any], folder: Path) -> tuple[int, dict[str, Any]]:
-    """Run the Python blocks of a document in one namespace; returns how many ran."""
-    names: dict[str, Any] = {}
-    done = 0
+def run_document(path: Path, ready: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run the Python blocks of a document in one namespace, except those marked "compile, REASON"."""
+    names: dict[str, Any] = dict(ready)
     for instruction, code, line in blocks(path, "python"):
         compiled = compile("\n" * (line - 1) + code, str(path), "exec")
-        if instruction == "compile":
+        if instruction.startswith("compile"):
+            assert instruction.startswith("compile, "), f"{path}:{line}: give a reason"
             continue
         if instruction.startswith("method "):
             name = instruction.removeprefix("method ")
@@ -90,19 +91,16 @@ def run_document(path: Path, ready: dict[str, Any], folder: Path) -> tuple[int, 
             sys.modules[name] = module  # dataclasses look their module up
             exec(compiled, module.__dict__)
         else:
-            if instruction.startswith("uses "):
-                names.update({k.strip(): ready[k.strip()] for k in instruction.removeprefix("uses ").split(",")})
+            assert not instruction, f"{path}:{line}: {instruction}"
             exec(compiled, names)
-        done += 1
-    return done, names
+    return names
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_blocks_run(name: str, ready: dict[str, Any], clean: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(ROOT)
     before = "forward" in ready["model"].model.language_model.__dict__
-    done, names = run_document(ROOT / name, ready, tmp_path)
-    assert done >= 1
+    names = run_document(ROOT / name, ready, tmp_path)
     assert ("forward" in ready["model"].model.language_model.__dict__) == before == False  # noqa: E712
     if name == "README.md":
         record = names["handle"].last
@@ -112,13 +110,6 @@ def test_python_blocks_run(name: str, ready: dict[str, Any], clean: Any, tmp_pat
         out, start = names["out"], names["inputs"]["input_ids"].shape[1]
         assert names["streamed"] == names["processor"].decode(out[0, start:], skip_special_tokens=True)
         assert torch.equal(names["again"], out) and torch.equal(names["adapted"], out)  # a fresh LoRA changes nothing
-
-
-@pytest.mark.parametrize("name", [n for n in map(relative, DOCS) if n not in RUN])
-def test_other_python_blocks_compile(name: str) -> None:
-    """Blocks of documents that are not run: they show one call on a model that the reader has."""
-    for _, code, line in blocks(ROOT / name, "python"):
-        compile("\n" * (line - 1) + code, name, "exec")
 
 
 @pytest.mark.parametrize("name", ["norm", "cls-top"])
@@ -288,7 +279,7 @@ def test_commands_and_flags_exist(name: str) -> None:
 
 
 def test_environment_settings_are_flags() -> None:
-    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
     listed = re.search(r"flag of the same name: ([A-Z_,\s]+)\.", text)
     assert listed
     names = {n.strip() for n in listed[1].split(",")}
@@ -307,7 +298,7 @@ def messages() -> list[str]:
 
 
 def test_quoted_error_messages_are_real() -> None:
-    text = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split("## Limits and errors")[1]
+    text = (ROOT / "docs/faq.md").read_text(encoding="utf-8").split("## Error messages")[1]
     quoted = re.findall(r"^\| `([^`]+)` \|", text, re.M)
     assert len(quoted) >= 15
     known = messages()

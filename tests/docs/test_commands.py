@@ -1,0 +1,76 @@
+"""Every command of the documents runs, or is listed here with the reason why not. Marked slow: minutes.
+
+Commands run with `LIMIT=2`, one process and a results folder of their own, so that figures are not those of the documents.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_docs import DOCS, ROOT, blocks, relative
+
+NOT_RUN = {
+    r"liuhaotian/|llava-hf/|photo\.jpg|MODEL=": "needs a checkpoint, data or an image of the user",
+    r"playground/data/eval": "needs the original benchmarks",
+    r"^pip install|setup\.sh": "installs packages",
+    r"scripts/test": "runs these tests",
+    r"^sbatch|^export|^cd |scripts/v1_5": "needs a cluster or another repository; tests/scripts runs the Slurm script with stand-ins",
+    r"CUDA_VISIBLE_DEVICES|GPUS=|gpu_check": "needs a GPU; tests/bench rehearses gpu_check.sh",
+    r"llava-prune demo|llava\.serve": "starts a server; tests/eval/test_demo_page.py and tests/scripts do",
+    r"playground\.tiny": "regenerates or trains the miniature model; tests/tiny covers it",
+    r"scripts/(scale|bench)/|llava-prune bench|timeit|^S=": "measures for minutes; tests/bench and tests/eval cover it",
+    r"equal_flops": "77 runs on each of nine benchmarks; tests/eval and tests/report cover it",
+    r"norm\.py|answers\.jsonl|my-sweep\.yaml": "needs a file that the reader writes; tests/eval and tests/methods cover it",
+    r"--runs playground/results/bench": "needs a measurement",
+    r"^lmms-eval|run\.py": "needs the toolkit; scripts/test_integrations.sh runs it",
+    r"torchrun --standalone --nproc-per-node 4|accelerate launch": "four processes; tests/eval/test_parallel.py covers it",
+}
+"""Patterns of commands that are not run, and why."""
+
+
+def commands(path: Path) -> list[str]:
+    """The commands of a document's bash blocks, without comments; one that spans lines is joined."""
+    lines = "\n".join(code for _, code, _ in blocks(path, "bash")).replace("\\\n", " ").split("\n")
+    return [line for line in (re.sub(r"\s+#.*", "", raw).strip() for raw in lines) if line and line[0] != "#"]
+
+
+def reason(command: str) -> str | None:
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command)), None)
+
+
+WITH_COMMANDS = [relative(p) for p in DOCS if any(reason(c) is None for c in commands(p))]
+
+
+def test_every_reason_is_used() -> None:
+    listed = [command for path in DOCS for command in commands(path)]
+    assert [p for p in NOT_RUN if not any(re.search(p, command) for command in listed)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_commands_run(name: str, tmp_path: Path) -> None:
+    """The commands of a document, one after another."""
+    results = tmp_path / "playground" / "results"
+    settings = {"STORE": str(results), "LIMIT": "2", "PROCS": "1", "VENV": str(Path(sys.prefix))}
+    env = {**os.environ, **settings, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if name in ("docs/figures.md", "docs/evaluation.md", "docs/quickstart.md", "docs/report.md", "README.md"):
+        first = "llava-prune eval gqa,pope --method autoprune,fastervlm,random --tokens 192,128,64"
+        run(first, tmp_path, env)
+    for command in commands(ROOT / name):
+        if reason(command) is None:
+            run(command, tmp_path, env)
+
+
+def run(command: str, folder: Path, env: dict[str, str]) -> None:
+    here = command.replace(".venv/bin/", "")
+    here = re.sub(r"(?<![\w/])(scripts/|playground/(?:data|models)/)", lambda m: f"{shlex.quote(str(ROOT))}/{m[1]}", here)
+    done = subprocess.run(["bash", "-c", here], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr
