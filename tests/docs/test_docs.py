@@ -48,7 +48,7 @@ WITH_PYTHON = [name for name in map(relative, DOCS) if blocks(ROOT / name, "pyth
 
 @pytest.fixture(scope="module")
 def ready() -> dict[str, Any]:
-    """The names that every document may use: a model of transformers' classes, a batch for it, a processor, an image."""
+    """The names that every document may use: a transformers model, a batch for it, a processor, an image."""
     torch.manual_seed(0)
     loaded = llava_prune.load(ROOT / "playground/models/llava-tiny", family="hf", dtype="float32", device="cpu")
     image = [loaded.model.config.image_token_id] * loaded.n_visual
