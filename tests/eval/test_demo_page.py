@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llava_prune.cli import main
-from tests.report.browser import chromium
+from tests.report.browser import Opened, chromium
 
 pytestmark = pytest.mark.browser
 IMAGES = Path("playground/data/mini/gqa/data/images")
@@ -100,19 +100,11 @@ def server(browser: Any, root: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert "OUTSIDE" not in out.text()
 
 
-class Page:
-    """The page in a tab, with what it asked for and complained about."""
+class Page(Opened):
+    """The page of the demo."""
 
     def __init__(self, browser: Any, server: Server, width: int = 1280, scheme: str = "light") -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.tab = self.context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.tab.on("console", lambda message: self.complaints.append(message.text))
-        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.home = f"http://127.0.0.1:{server.port}/"
-        self.tab.goto(self.home)
+        super().__init__(browser, f"http://127.0.0.1:{server.port}/", width, scheme)
         self.button = self.tab.get_by_role("button", name="Ask", exact=True)
         self.button.wait_for()
 
@@ -150,7 +142,7 @@ def opened(browser: Any, server: Server) -> Iterator[Callable[..., Page]]:
     for page in pages:
         page.context.close()
         assert [text for text in page.complaints if not text.startswith(OWN)] == []
-        assert {url for url in page.requests if not url.startswith((page.home, "data:", "blob:"))} == set()
+        assert {url for url in page.requests if not url.startswith((page.url, "data:", "blob:"))} == set()
 
 
 @pytest.fixture

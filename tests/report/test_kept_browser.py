@@ -28,7 +28,7 @@ def page(browser: Any, tmp_path: Path, tiny: Any) -> Iterator[tuple[Opened, Any]
     file = tmp_path / "kept.html"
     image = Image.new("RGB", SIZE, "white")
     file.write_text(record.page(image, "Is 1 < 2 & <b>bold</b>?", {"unpruned": "<i>yes</i>"}), encoding="utf-8")
-    opened = Opened(browser, file)
+    opened = Opened(browser, file.as_uri())
     yield opened, record
     opened.context.close()
     assert opened.complaints == [] and opened.requests == [file.as_uri()]
@@ -82,7 +82,7 @@ def test_texts_are_text(page: tuple[Opened, Any]) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_windows_and_both_themes(page: tuple[Opened, Any], browser: Any, scheme: str) -> None:
-    opened = Opened(browser, page[0].file, 375, scheme)
+    opened = Opened(browser, page[0].url, 375, scheme)
     assert opened.tab.evaluate("document.documentElement.scrollWidth") <= 375
     light = opened.tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light == (scheme == "light")

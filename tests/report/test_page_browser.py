@@ -76,10 +76,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page(browser: Any, folder: Path) -> Iterator[Report]:
-    opened = Report(browser, folder / "report.html")
+    opened = Report(browser, (folder / "report.html").as_uri())
     yield opened
     opened.context.close()
-    assert opened.complaints == [] and opened.requests == [opened.file.as_uri()]
+    assert opened.complaints == [] and opened.requests == [opened.url]
 
 
 def run_of(folder: Path) -> StoredRun:
@@ -184,7 +184,7 @@ def test_theme(page: Report, browser: Any) -> None:
     assert dark != light
     page.tab.get_by_role("button", name="Light theme").click()
     assert page.tab.evaluate(background) == light
-    other = Report(browser, page.file, scheme="dark")
+    other = Report(browser, page.url, scheme="dark")
     assert other.tab.evaluate(background) == dark
     other.context.close()
 
@@ -212,7 +212,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_labels_and_landmarks(browser: Any, folder: Path, scheme: str) -> None:
-    opened = Report(browser, folder / "report.html", scheme=scheme)
+    opened = Report(browser, (folder / "report.html").as_uri(), scheme=scheme)
     opened.tab.locator("#search").fill("color")
     ratio, where = opened.tab.evaluate(CONTRAST)
     assert ratio >= 4.5, where
@@ -228,7 +228,7 @@ def test_contrast_labels_and_landmarks(browser: Any, folder: Path, scheme: str) 
 
 @pytest.mark.parametrize("width", [320, 375])
 def test_narrow_windows_do_not_scroll_sideways(browser: Any, folder: Path, width: int) -> None:
-    opened = Report(browser, folder / "report.html", width)
+    opened = Report(browser, (folder / "report.html").as_uri(), width)
     opened.tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert opened.tab.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.tab.locator("#pairs tbody tr").first.is_visible()
@@ -255,7 +255,7 @@ def test_ten_thousand_questions(browser: Any, tmp_path: Path, words: int) -> Non
         make_run(tmp_path / "gqa" / f"{method}{tokens}", rows, method=method, tokens=tokens)
     file = tmp_path / "report.html"
     assert main(["report", str(tmp_path / "gqa"), "--out", str(file)]) == 0
-    opened = Report(browser, file)
+    opened = Report(browser, file.as_uri())
     paint = opened.tab.evaluate(PAINT)
     search = opened.tab.evaluate(
         """() => Math.max(...["7", "star", "number 99", "", "green", "number 123"].map((text) => {

@@ -105,7 +105,7 @@ def browser() -> Iterator[Any]:
 def test_overlays_in_a_browser(browser: Any, runs: list[StoredRun], tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(page(runs, images, 2)[0], encoding="utf-8")
-    opened = Opened(browser, file)
+    opened = Opened(browser, file.as_uri())
     tab = opened.tab
     assert tab.get_by_role("button", name="Image of question").count() == 2
     button = tab.get_by_role("button", name="Image of question 1")
