@@ -133,8 +133,7 @@ def images(paths: Sequence[Path]) -> str:
 
 
 def source(run: Run) -> str | None:
-    """Return the sha256 of the file that defines a method from outside the package; None for a method of the package.
-    """
+    """Return the sha256 of the file that defines a method outside the package; None for a method of the package."""
     cls = type(run.method)
     if cls.__module__.split(".")[0] == __name__.split(".")[0]:
         return None
