@@ -37,8 +37,7 @@ TINT = 0.4
 
 
 def pixel_box(box: Box) -> tuple[int, int, int, int]:
-    """Return the pixels of a box as (left, top, right, bottom), the last two exclusive; touching boxes share no pixel.
-    """
+    """Return the pixels of a box: (left, top, right, bottom), the last two exclusive. Touching boxes share no pixel."""
     left, top, right, bottom = (round(x) for x in box)
     return left, top, right, bottom
 
