@@ -183,8 +183,9 @@ def _logging() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status: 0 for success, 1 for an error, 2 for wrong usage, 130 when
-    interrupted.
+    """Run the command and return its exit status.
+
+    The status is 0 for success, 1 for an error, 2 for wrong usage and 130 after an interruption.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser(os.environ).parse_args(argv)

@@ -105,8 +105,9 @@ class OnCPU(TorchFunctionMode):
         stock(thread)
 
     def cast(self, model: Any, weights: Path, config: Path) -> None:
-        """Cast a model that was loaded in float16 to the dtype that `llava_prune.load` would choose; replace float16 by
-        that dtype.
+        """Cast a model that was loaded in float16 to the dtype that `llava_prune.load` would choose.
+
+        From then on, that dtype replaces float16 everywhere.
 
         Args:
             model: the model.

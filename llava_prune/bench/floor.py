@@ -28,8 +28,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype, tokens: int, size: Size) -> Machine:
-    """Measure a device with the fastest product of `tokens` rows with an MLP weight of the model, and the fastest copy.
-    """
+    """Measure the fastest product of `tokens` rows with an MLP weight of the model, and the fastest copy."""
     clock = Clock(device)
     rows = torch.randn(tokens, size.hidden, device=device).to(dtype)
     weight = torch.randn(size.intermediate, size.hidden, device=device).to(dtype)
@@ -57,8 +56,7 @@ def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float
 
 
 def layer_bytes(size: Size, cached: float, width: int) -> float:
-    """Return the least number of bytes that a decoder layer moves: its weights once, and the KV cache of `cached`
-    tokens.
+    """Return the least bytes that a decoder layer moves: its weights once, and the KV cache of `cached` tokens.
 
     Args:
         size: the model.
@@ -86,8 +84,7 @@ def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, mac
 
 
 def _causal(n: float, size: Size) -> float:
-    """Return equation (2) for one layer with half of its attention, since causal attention computes one triangle only.
-    """
+    """Return equation (2) for one layer with half of its attention: causal attention computes one triangle only."""
     return layer_flops(n, size.hidden, size.intermediate) - n**2 * size.hidden
 
 

@@ -66,8 +66,7 @@ class Probe:
         self.calls[-1].append(self.clock.mark())
 
     def layer(self, *_: Any) -> None:
-        """Record the entry or exit of a decoder layer during the prefill, the first call; a forward hook and pre-hook.
-        """
+        """Record entry or exit of a decoder layer in the prefill, the first call; a forward hook and pre-hook."""
         if len(self.calls) == 1:
             self.layers.append(self.clock.mark())
 
@@ -105,7 +104,9 @@ def once(ask: Ask, probe: Probe) -> dict[str, float]:
 
 
 def timed(ask: Ask, probe: Probe) -> tuple[Any, dict[str, float]]:
-    """Run one request and return its result and its times as in `once`, without "decode" if it has a single new token.
+    """Run one request and return its result, and its times as in `once`.
+
+    "decode" is absent if the request has a single new token.
     """
     probe.calls.clear()
     probe.layers.clear()

@@ -39,8 +39,7 @@ class Request:
 
 
 def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Request:
-    """Return a request of `batch` prompts with `text` text tokens around an image, which greedily generates `new`
-    tokens.
+    """Return a request of `batch` prompts with `text` text tokens around an image, which generates `new` tokens.
 
     LLaVA-NeXT gets a square image of 672 pixels, i.e. five crops of 576 patches.
 

@@ -218,8 +218,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progress) -> Iterator[dict[str, Any]]:
-    """Yield one row for each run, batch size and prompt length. A run that is out of memory gives a row with "error".
-    """
+    """Yield one row for each run, batch size and prompt length; if memory runs out, the row has "error"."""
     for batch in settings.batches:
         for text in settings.texts:
             asked = request(loaded, batch, text, settings.new, settings.seed)

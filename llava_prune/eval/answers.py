@@ -141,8 +141,9 @@ def merge(folder: Path, count: int, stem: str) -> bool:
 
 
 def read_timing(path: Path) -> list[dict[str, Any]]:
-    """Return piece and seconds of each answer; an empty list if the file is missing or broken, since no figure depends
-    on it.
+    """Return piece and seconds of each answer.
+
+    The list is empty if the file is missing or broken, which is not an error, since no figure depends on it.
     """
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -251,8 +252,7 @@ def rank_journal(folder: Path, rank: int, stem: str = "") -> Path:
 
 
 class Answers(AnswerWriter):
-    """The answers of one method on one benchmark, in a folder of their own, as seen by the first process of an
-    evaluation.
+    """The answers of one method on one benchmark, in a folder of their own, as managed by the first process.
 
     Attributes:
         complete: whether every question has an answer in the answer file.
@@ -323,9 +323,7 @@ class Answers(AnswerWriter):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _agree(self, settings: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of the answers: the given ones, or those of earlier answers after checking that they
-        agree.
-        """
+        """Return the settings of the answers: the given ones, or those of earlier answers, which must agree."""
         now = json.loads(json.dumps(settings))
         free = [k for k in fill if now.get(k) is None]
         if self._stem and (self.folder / ANSWERS).exists():
@@ -381,8 +379,7 @@ class Answers(AnswerWriter):
                 other.truncate(0)  # an empty journal is removed when it is closed
 
     def finish(self) -> list[Row]:
-        """Write the answer file and the timing file in question order, empty the journal, set `seconds` and return the
-        rows.
+        """Write the answer and timing files in question order, empty the journal, set `seconds` and return the rows.
 
         Raises:
             ValueError: if an answer is missing.

@@ -308,8 +308,9 @@ def _not_finite_in(bench: Bench, run: Run, number: int) -> str:
 
 
 def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: str) -> list[dict[str, Any]]:
-    """Answer a batch of questions and return the rows of the answer file. The batch size is halved when memory runs
-    out.
+    """Answer a batch of questions and return its rows of the answer file.
+
+    The batch size is halved when memory runs out.
 
     Args:
         bench: model and questions.

@@ -60,8 +60,7 @@ def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
 
 
 def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) -> int:
-    """Evaluate in as many processes as `args` ask for, show the results in the first process, and return the exit
-    status.
+    """Evaluate in as many processes as `args` ask for; the first process shows the results. Return the exit status.
 
     If every run is finished already, no model is loaded. With --dry-run, only the planned work is shown.
 

@@ -23,8 +23,9 @@ class Logits:
         self._bad: Tensor | None = None
 
     def see(self, module: Any, inputs: Any, logits: Tensor) -> None:
-        """Check the last position of (B, L, V) logits without reading on the host; a forward hook of the output
-        embeddings.
+        """Check the last position of (B, L, V) logits without a host synchronisation.
+
+        This is a forward hook of the output embeddings.
         """
         bad = ~logits[:, -1].isfinite().all(-1)  # (B,)
         self._bad = bad if self._bad is None or len(self._bad) != len(bad) else self._bad | bad

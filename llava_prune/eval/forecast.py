@@ -77,9 +77,7 @@ def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, r
 
 
 def _conflict(path: Path, now: Mapping[str, Any]) -> str | None:
-    """Describe how the settings of earlier answers differ, as far as that is known without a model; None if they do
-    not.
-    """
+    """Describe how the settings of earlier answers differ, as far as known without a model; None if they agree."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -50,9 +50,7 @@ def checksum(value: Any) -> str:
 
 
 def _tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
-    """Return names and values of all parameters and buffers, sorted by name, also of a model that is split or
-    offloaded.
-    """
+    """Return names and values of all parameters and buffers, sorted by name, also of a split or offloaded model."""
     return ((name, whole(model, name, t)) for name, t in stored_tensors(model))
 
 

@@ -65,8 +65,7 @@ def check_question(question: str) -> None:
 def ask(
     loaded: Any, image: Any, protocol: Protocol, question: str, runs: Sequence[Run], new: int, short: bool = False
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Answer a question with the unpruned model and with each run; return the answers and the records of their
-    prefills.
+    """Answer a question with the unpruned model and with each run; return the answers and their records.
 
     An answer has its text, its tokens, FLOPs and times. It is timed once, after an untimed prefill. Preprocessing of
     the image is not timed.

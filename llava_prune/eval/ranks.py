@@ -84,8 +84,9 @@ class Ranks:
         return self.rank == 0
 
     def device(self, given: str | None) -> str | None:
-        """Return the device of this process: a GPU of its own; `given` itself for one process, with `together`, and on
-        a CPU.
+        """Return the device of this process: a GPU of its own if there are several processes, else `given`.
+
+        All processes keep `given` on a CPU and with `together`.
 
         Raises:
             ValueError: if several processes would share a GPU.
@@ -134,9 +135,7 @@ def _fresh(store: Store, rank: int, count: int) -> Store:
 
 
 class SharedTask:
-    """One benchmark that several processes evaluate. Use it as a context manager, which tells the others about a
-    failure.
-    """
+    """One benchmark that several processes evaluate; a context manager that tells the others about a failure."""
 
     def __init__(self, store: Store, rank: int, count: int, together: bool = False) -> None:
         self._store, self.rank, self.count, self.together = store, rank, count, together

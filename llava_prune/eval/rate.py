@@ -155,15 +155,11 @@ class Rate:
 
     @functools.cached_property
     def model(self) -> dict[str, Any]:
-        """The identity of the model. Its checksum takes seconds for 7B parameters and counts as loading, so it is not
-        timed.
-        """
+        """The identity of the model. Its checksum takes seconds for 7B parameters and counts as loading time."""
         return of_model(self.loaded, self.settings.model, self.settings.model_base)
 
     def seconds(self, arm: Arm, limit: int | None) -> float:
-        """Run one evaluation and return its seconds, from question file to answer file and score, without loading the
-        model.
-        """
+        """Run one evaluation and return its seconds, from question file to answer file and score, loading excluded."""
         if arm.method == LOOP:
             return self._loop(limit)
         return self._ours(arm, limit) if arm.method else self._theirs(limit)

@@ -101,8 +101,7 @@ def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
 def mean_ratio(
     pairs: Sequence[tuple[Units, Sequence[Units]]], draws: int = DRAWS, seed: int = SEED
 ) -> tuple[float, float, float]:
-    """Return the mean over benchmarks of figure / figure of the unpruned model, with its 95 % percentile bootstrap
-    interval.
+    """Return the mean ratio of a method's figures to the unpruned model's, with its 95 % percentile bootstrap interval.
 
     In each draw, the questions of each benchmark are drawn again, the same ones for the pruned and the unpruned model.
     Figures of several random seeds of a method are averaged; seeds are not resampled. Draw number i of benchmark number
@@ -141,8 +140,9 @@ def mean_ratio(
 def ratio_to_full(
     tasks: Sequence[Task], full: Mapping[str, StoredRun], runs: Mapping[str, Sequence[StoredRun]]
 ) -> dict[str, Any]:
-    """Return `ratio`, `low` and `high` in percent over all benchmarks (see `mean_ratio`), and `why` if there is no
-    ratio.
+    """Return the mean ratio over all benchmarks in percent: `ratio`, `low`, `high`, and `why` if there is none.
+
+    See `mean_ratio`.
 
     Args:
         tasks: benchmarks; all of them must have runs, so that every mean covers the same benchmarks.

@@ -55,16 +55,18 @@ def seen_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def before(row: Mapping[str, Any], size: Size) -> int:
-    """Return the visual tokens of a row before pruning: those of its image in crops, else the model's; 0 without an
-    image.
+    """Return the visual tokens of a row before pruning; 0 without an image.
+
+    For images in crops the number is stored in the row; otherwise it is that of the model.
     """
     kept = row["kept"]
     return int(kept.get("unpruned", size.visual if _has_image(row) else 0))
 
 
 def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
-    """Return the mean TFLOPs of a prefill by equation (2), and their share of the unpruned model's, for each way of
-    counting.
+    """Return the mean TFLOPs of a prefill by equation (2) and their share of the unpruned model's.
+
+    There is one entry for each way of counting tokens.
     """
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):

@@ -59,8 +59,9 @@ def present(name: str, data: Path) -> bool:
 
 
 def tasks_of(settings: Settings) -> list[str]:
-    """Return the names of the benchmarks to run: a name, a list a,b, or "all" for every benchmark whose data are
-    present.
+    """Return the names of the benchmarks to run.
+
+    They are a name, a list a,b, or "all" for every benchmark whose data are present.
 
     Raises:
         ValueError: for unknown names, or if no data are present.
@@ -227,8 +228,7 @@ def finish(
     before: Sequence[dict[str, Any]],
     origin: Origin,
 ) -> dict[str, Any]:
-    """Score a complete run, write the official formats, the scores and the result unless they exist, and return the
-    result.
+    """Score a complete run, write its official formats, scores and result unless they exist, and return the result.
 
     Args:
         bench: model and questions.

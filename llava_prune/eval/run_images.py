@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def pack_layers(survival: Tensor) -> list[str]:
-    """Encode `Record.survival` as text, one for each sample, without trailing zeros; `thumbnails.unpack_layers` decodes
-    it.
+    """Encode `Record.survival` as one text for each sample, without trailing zeros.
+
+    `thumbnails.unpack_layers` decodes it.
     """
     rows = (bytes(row).rstrip(b"\0") for row in survival.clamp(max=255).tolist())
     return [base64.b64encode(zlib.compress(row, 9)).decode() for row in rows]

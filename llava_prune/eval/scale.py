@@ -108,8 +108,7 @@ def makespan(benchmarks: Sequence[Sequence[float]], cluster: Cluster, draw: rand
 
 
 def _work(pieces: list[float], speeds: Sequence[float], limit: float | None) -> tuple[float, list[float]]:
-    """Return the seconds until all pieces are answered or a failure occurs after `limit` seconds, and the remaining
-    pieces.
+    """Simulate work until no piece is left, or until a failure after `limit` seconds; return seconds and pieces left.
     """
     queue = iter(pieces)
     ahead = [next(queue, None) for _ in speeds]  # the next piece of each process, claimed one piece ahead

@@ -65,8 +65,9 @@ def _interval(share: Mapping[str, Any]) -> str:
 
 
 def _look_up(details: Mapping[str, Any], path: str) -> str:
-    """Return the text of a figure of the details by its dotted path. The path of a share ends in "%", which shows
-    percent.
+    """Return the text of a figure of the details by its dotted path.
+
+    A path that ends in "%" refers to a share, which is shown in percent.
     """
     value: Any = details
     for part in path.removesuffix("%").split("."):
@@ -102,9 +103,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
 
 
 def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Return the table of several benchmarks: one row for each benchmark and one column for each run, the reference
-    first.
-    """
+    """Return the table of several benchmarks: one row for each, and one column for each run, the reference first."""
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
     for name in ("benchmark", "figure", "rows", *labels):

@@ -87,8 +87,9 @@ class Work:
         self.report(progress)
 
     def _claims(self) -> Iterator[int]:
-        """Yield the pieces of this process. The next piece is already claimed then, so that its images are read in the
-        background.
+        """Yield the pieces of this process.
+
+        The next piece is claimed before one is yielded, so that its images are read in the background.
         """
         ahead = self._claim()
         while ahead is not None:

@@ -149,8 +149,7 @@ class LlavaPrune(lmms):
 
 
 def new_tokens(given: Mapping[str, Any]) -> int:
-    """Return the largest number of new tokens from generation arguments, after checking that they ask for greedy
-    search.
+    """Return the largest number of new tokens of generation arguments; refuse anything but greedy search.
 
     Raises:
         ValueError: for other arguments.

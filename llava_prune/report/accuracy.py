@@ -182,9 +182,7 @@ def _changes(run: StoredRun, centre: StoredRun, changed: Sequence[str]) -> list[
 
 
 def _centre(group: Sequence[StoredRun], changed: Sequence[str]) -> StoredRun | None:
-    """Return the run from which all others differ in one hyper-parameter, preferably the default; None if there is
-    none.
-    """
+    """Return the run from which all others differ in one hyper-parameter, preferably the default; else None."""
     for run in sorted(group, key=lambda r: not _is_default(r, changed)):
         if all(len(_changes(r, run, changed)) == 1 for r in group if r is not run):
             return run

@@ -186,8 +186,9 @@ def scored(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def questions(prompts: Sequence[str]) -> list[str]:
-    """Return the questions in stored prompts, without the line of the image and without the last line if all prompts
-    share it.
+    """Return the questions in stored prompts.
+
+    The line of the image is left out, and so is the last line if all prompts share it.
     """
     lines = [[x for x in p.split("\n") if x.strip() and x.strip() != IMAGE_LINE] for p in prompts]
     shared = {x[-1] if x else "" for x in lines}

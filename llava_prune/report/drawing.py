@@ -80,9 +80,7 @@ def style() -> Iterator[None]:
 
 
 def look(index: int) -> dict[str, Any]:
-    """Return colour, marker and line style of line number `index` in a figure; the first 16 lines differ in their
-    marker.
-    """
+    """Return colour, marker and line style of line number `index` in a figure; the first 16 lines differ in marker."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": MARKERS[index % len(MARKERS)],

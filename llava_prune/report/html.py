@@ -172,9 +172,7 @@ def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
 
 
 def _settings(benches: Mapping[str, Sequence[StoredRun]]) -> dict[str, Any]:
-    """Return the settings, each stated once: those shared by all runs, by the runs of a benchmark, and those of each
-    run.
-    """
+    """Return the settings, each stated once: shared by all runs, shared within a benchmark, or of a single run."""
     told = {bench: [_told(r) for r in runs] for bench, runs in benches.items()}
     everywhere = _common([t for some in told.values() for t in some])
     out = []

@@ -112,8 +112,10 @@ def side_by_side(images: Sequence[Image]) -> Image:
 
 
 def resized(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple[int, list[Box | None]]]]:
-    """Resize an image for a contact sheet; return it with, for each view, its first token and the boxes in the new
-    image.
+    """Resize an image for a contact sheet.
+
+    Returns:
+        The image, and for each view its first token and the boxes in the new image.
     """
     longest = max(image.size)
     factor: float = max(1, -(-LEAST // longest))  # a whole number, so that patch borders stay between pixels

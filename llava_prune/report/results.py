@@ -102,9 +102,7 @@ def _write_csv(runs: Sequence[StoredRun], file: str) -> None:
 
 
 def _plain(text: Any, most: int = 0) -> Text:
-    """Return text from a file for a cell, without markup and control characters, cut to `most` characters unless `most`
-    is 0.
-    """
+    """Return text for a cell, without markup and control characters, cut to `most` characters (0 for no limit)."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return Text(shown if not most or len(shown) <= most else f"{shown[: most - 1]}…")
 

@@ -155,8 +155,9 @@ class StoredRun:
         }
 
     def answers(self) -> list[dict[str, Any]]:
-        """Read the answer file, in question order: question_id, prompt, text, `kept` and `stats` of each row, see
-        `eval.rows`.
+        """Read the rows of the answer file, in question order; see `eval.rows`.
+
+        A row has question_id, prompt, text, `kept` and `stats`, among others.
 
         Raises:
             ValueError: for a missing or broken file.

@@ -17,8 +17,7 @@ Runs = Mapping[str, StoredRun]
 
 
 def published_table(table: PublishedTable) -> dict[str, Any]:
-    """Return a published table alone: {"table", "columns", "baseline", "rows": [{"method", "avg_tokens", "scores",
-    ...}]}.
+    """Return a published table alone: {"table", "columns", "baseline", "rows": [{"method", "scores", ...}], ...}.
 
     `ratio_recomputed` follows from the published scores; `ratio_published` is the ratio as printed.
     """
@@ -170,8 +169,9 @@ Cells = list[dict[str, Any]]
 
 
 def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
-    """Return a table for display, with one line for each row, or three with measured values: measured, published,
-    difference.
+    """Return a table for display.
+
+    A row has one line, or three with measured values: measured, published and difference.
 
     Args:
         table: table of `measured_table` or `published_table`.
@@ -255,7 +255,9 @@ def _notes(table: Mapping[str, Any], ends: Sequence[str], measured: bool) -> lis
 
 
 def _cells(table: Mapping[str, Any], ends: Sequence[str]) -> Cells:
-    """Return one dictionary for each cell: table, method, avg_tokens, column, published, measured, low, high,
+    """Return one dictionary for each cell of a table, for CSV.
+
+    Its keys are table, method, avg_tokens, column, published and, with measured values, measured, low, high,
     difference.
     """
     out = []

@@ -172,9 +172,7 @@ def draw_information(runs: Sequence[StoredRun]) -> Figure:
 
 
 def _by_type(run: StoredRun) -> dict[str, list[Mapping[str, float]]]:
-    """Return type of question -> statistics of its questions, starting with all questions, then the types sorted by
-    name.
-    """
+    """Return type of question -> statistics of its questions: all questions first, then the types sorted by name."""
     rows = run.answers()
     types: list[Any] = [None] * len(rows)
     if (run.folder / SCORES).is_file():
@@ -196,8 +194,9 @@ def _by_type(run: StoredRun) -> dict[str, list[Mapping[str, float]]]:
 
 
 def _boxes(axes: Axes, data: Sequence[Sequence[float]], colour: str) -> None:
-    """Draw horizontal boxes from the top down, by hand, because matplotlib's versions name the orientation of boxplot
-    differently.
+    """Draw horizontal boxes from the top down.
+
+    They are drawn by hand, because the argument for the orientation of `Axes.boxplot` differs between versions.
     """
     low, high = np.array([np.percentile(d, OUTER) for d in data]).T
     q1, median, q3 = np.array([np.percentile(d, MIDDLE) for d in data]).T

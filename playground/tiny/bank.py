@@ -143,10 +143,10 @@ def pack(
 
 
 def attention_bias(prefix: int, system: int, batch: Packed) -> torch.Tensor:
-    """Return the (B, 1, L, prefix + L) additive mask of the text rows: a block attends to the prefix and causally to
-    itself.
+    """Return the (B, 1, L, prefix + L) additive mask of the text rows.
 
-    Blocks without an image attend only to the first ``system`` columns of the prefix.
+    A block attends to the prefix and causally to itself. Blocks without an image attend only to the first ``system``
+    columns of the prefix.
     """
     blocks = batch.blocks
     b, length = blocks.shape

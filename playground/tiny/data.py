@@ -30,9 +30,7 @@ def patchify(pixels: np.ndarray) -> np.ndarray:
 
 
 def pixels_of(scene: sc.Scene) -> np.ndarray:
-    """Return a scene's preprocessed training image: rendered at a random scale, two thirds of them after a JPEG round
-    trip.
-    """
+    """Return a scene's preprocessed training image, at a random scale and two times in three with JPEG artefacts."""
     rng = np.random.default_rng([20_13, scene.seed])
     image = sc.render(scene, (1.0, 1.0, 1.5)[rng.integers(3)])
     if rng.random() < 0.67:
@@ -41,8 +39,9 @@ def pixels_of(scene: sc.Scene) -> np.ndarray:
 
 
 def table(scene: sc.Scene) -> np.ndarray:
-    """Return (8, 6) float32 rows: indices of shape, colour, size and mark, and the centre in the padded square in [-1,
-    1].
+    """Return (8, 6) float32 rows: shape, colour, size and mark indices, and the centre in the padded square.
+
+    Coordinates are in [-1, 1].
     """
     rows = np.full((MAX_THINGS, 6), -1, np.float32)
     ox, oy = scene.offset()

@@ -164,9 +164,7 @@ COLUMNS = (
 
 
 def mmbench(out: Path, chinese: bool = False, count: int = 60) -> None:
-    """Write the table with base64 images; rotations of the options are separate rows, whose indices are a million
-    apart.
-    """
+    """Write the table with base64 images; rotations of options are separate rows, with indices a million apart."""
     bench = "mmbench_cn" if chinese else "mmbench"
     name = "mmbench_dev_cn_20231003.tsv" if chinese else "mmbench_dev_20230712.tsv"
     base, turned = [], []

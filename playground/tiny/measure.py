@@ -62,9 +62,7 @@ class Evaluated:
 
     @torch.no_grad()
     def see(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the projected visual tokens (N, D) and the CLS attention of the feature layer (N,), averaged over
-        heads.
-        """
+        """Return projected visual tokens (N, D) and the feature layer's CLS attention (N,), averaged over heads."""
         pixels = torch.from_numpy(preprocess(image, self.side).copy()).permute(2, 0, 1).float() / 255
         pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
         out = self.tower(pixels[None], output_hidden_states=True, output_attentions=True)

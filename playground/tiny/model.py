@@ -28,8 +28,7 @@ def frequencies(count: int) -> torch.Tensor:
 
 
 def sincos_positions(width: int, grid: int = sc.GRID) -> torch.Tensor:
-    """Return (grid * grid, width) initial position embeddings; the first half is sines and cosines of row and column.
-    """
+    """Return initial position embeddings (grid * grid, width): sines and cosines of row and column, then zeros."""
     angle = torch.arange(grid)[:, None] * frequencies(width // 8)
     wave = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
     rows, cols = wave[:, None].expand(grid, grid, -1), wave[None].expand(grid, grid, -1)
@@ -124,9 +123,7 @@ class Tower(nn.Module):
     def forward(
         self, patches: torch.Tensor, ids: torch.Tensor | None = None, last: bool = True, want: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return the features (B, 1 + P, D) of the layer before the last, the last layer's output and the CLS
-        attention.
-        """
+        """Return features (B, 1 + P, D) of the layer before the last, the last layer's output and the CLS attention."""
         if ids is None:
             ids = torch.arange(sc.GRID**2, device=patches.device).expand(len(patches), -1)
         x = self.patch(normalise(patches)) + self.position_embedding[ids + 1]

@@ -42,9 +42,7 @@ class Words:
 
     @classmethod
     def read(cls, folder: Path) -> Words:
-        """Read the vocabulary of the tokenizer in ``folder``; a Chinese piece may be a phrase that has a noun and a
-        colour.
-        """
+        """Read the vocabulary of the tokenizer in ``folder``; a Chinese piece may contain a noun and a colour."""
         model = tk.load(folder)
         pieces = [model.id_to_piece(i).lstrip("▁") for i in range(model.get_piece_size())]
         nouns = {"object": ANY, "objects": ANY, "物体": ANY}

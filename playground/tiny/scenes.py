@@ -45,9 +45,7 @@ COLOUR_NAMES = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its shape, colour, size and mark, and its centre and half extents in canonical pixels, before
-    padding.
-    """
+    """One object: shape, colour, size and mark, and centre and half extents in canonical pixels, before padding."""
 
     shape: str
     colour: str

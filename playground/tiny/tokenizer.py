@@ -39,8 +39,7 @@ def prompt(text: str, image: bool = True) -> str:
 
 
 def corpus(scenes: int = 3000) -> list[str]:
-    """Return the lines from which the pieces are learnt: questions with answers, words of the prompt, lines of other
-    tasks.
+    """Return the lines from which the pieces are learnt: questions with answers, the prompt, and lines of other tasks.
 
     The copies of lines after a full stop teach the pieces without a leading space that follow a newline in a prompt.
     """
@@ -139,8 +138,7 @@ def encode_prompt(model: spm.SentencePieceProcessor, text: str) -> list[int]:
 
 
 def after_system(model: spm.SentencePieceProcessor, text: str) -> list[int]:
-    """Return the ids of a prompt without an image, minus those that it shares with every prompt (BOS and the system
-    text).
+    """Return the ids of a prompt without an image, minus those shared by all prompts (BOS and the system text).
 
     The shared part of a prompt with an image is one piece longer: the space before the image.
     """

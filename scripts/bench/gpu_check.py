@@ -135,9 +135,7 @@ def card() -> dict[str, str] | None:
 
 
 def stage_a(plan: Plan, report: Report) -> None:
-    """Record versions, GPU and clocks; measure peak rates; compare the tokens that the tiny model keeps on device and
-    CPU.
-    """
+    """Record versions, GPU and clocks; measure peak rates; compare the tiny model's kept tokens on device and CPU."""
     report.put(versions=versions(), card=card())
     import torch
 
@@ -165,8 +163,9 @@ def _tiny(device: str, dtype: str) -> Any:
 
 
 def compared(plan: Plan, first: Any, second: Any) -> list[dict[str, Any]]:
-    """Compare the kept tokens of two loaded models for the same questions: intersection over union, mean and least over
-    layers.
+    """Compare the kept tokens of two models for the same questions.
+
+    The measure is intersection over union, as mean and least over layers.
     """
     from statistics import fmean
 

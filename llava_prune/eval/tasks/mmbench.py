@@ -60,9 +60,7 @@ def load_labels(sources: Sources) -> dict[str, Row]:
 
 
 def options(row: Row) -> list[str]:
-    """Return the option texts before the first missing one; "none" and "nan" in any case count as missing (LLaVA's
-    rule).
-    """
+    """Return the option texts before the first missing one; "none" and "nan" in any case are missing (LLaVA's rule)."""
     out: list[str] = []
     for key in LETTERS:
         value = row.get(key)

@@ -193,9 +193,7 @@ def _questions(
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Return the units of the bootstrap: every image of a perception task, with its two questions, is a unit of the
-    task.
-    """
+    """Return the units of the bootstrap: every image of a perception task is a unit, with its two questions."""
     right: dict[str, list[float]] = defaultdict(list)
     for row in scores:
         if row["score"] is not None and row["type"] in PERCEPTION:

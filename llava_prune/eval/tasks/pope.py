@@ -179,8 +179,9 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
 
 
 def _mean_f1(shares: Array) -> Array:
-    """Compute the mean F1 in percent from (draws, splits, 3) shares of TP, FP and FN; 0 for a split without true
-    positives.
+    """Compute the mean F1 in percent from (draws, splits, 3) shares of TP, FP and FN.
+
+    The F1 of a split without true positives is 0.
     """
     tp, wrong = shares[..., 0], shares[..., 1] + shares[..., 2]
     f1: Array = 2 * tp / np.maximum(2 * tp + wrong, 1e-12)  # (draws, splits)
