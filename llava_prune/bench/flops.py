@@ -1,8 +1,6 @@
 """FLOPs of the decoder by equation (2) of the paper, and averages of token counts.
 
 Every name says what is counted: visual tokens alone or with text, and tokens entering or leaving each layer.
-
-Every name tells what is counted: visual tokens alone or text as well, and tokens that enter or leave each layer.
 """
 
 from __future__ import annotations

@@ -108,7 +108,10 @@ def makespan(benchmarks: Sequence[Sequence[float]], cluster: Cluster, draw: rand
 
 
 def _work(pieces: list[float], speeds: Sequence[float], limit: float | None) -> tuple[float, list[float]]:
-    """Simulate work until no piece is left, or until a failure after `limit` seconds; return seconds and pieces left.
+    """Simulate work until no piece is left or a failure occurs.
+
+    Returns:
+        The seconds, at most `limit`, the time of the failure, and the pieces left.
     """
     queue = iter(pieces)
     ahead = [next(queue, None) for _ in speeds]  # the next piece of each process, claimed one piece ahead
