@@ -209,7 +209,7 @@ def load_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, _loader())
-    except Exception as error:  # yaml's own, and what its constructors raise
+    except Exception as error:  # yaml's own errors and those of its constructors
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
@@ -223,7 +223,7 @@ def _value(part: str, text: str) -> Any:
         text = f"[{text[1:-1]}]"
     try:
         return yaml.load(text, _loader())
-    except Exception as error:  # yaml's own, and what its constructors raise
+    except Exception as error:  # yaml's own errors and those of its constructors
         raise ValueError(
             f"{shown(part)}: the value cannot be read; give a number, true, false, null or a word"
         ) from error

@@ -133,7 +133,7 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     Of the several processes of an engine, the first one writes.
 
     Args:
-        settings: what to measure.
+        settings: settings of the measurements.
         progress: called before each measurement.
         command: recorded in the result.
 
@@ -158,7 +158,7 @@ def results(
     """Run the measurements and yield the result so far after every row.
 
     Args:
-        settings: what to measure.
+        settings: settings of the measurements.
         progress: called before each measurement.
         command: recorded in the result.
         loaded: model to measure; None to load that of the settings.

@@ -163,7 +163,7 @@ def read_image(sources: Sources, loaded: Any, protocol: Protocol, name: str) -> 
     """Decode and preprocess an image.
 
     Raises:
-        ValueError: naming the image, when it cannot be read or is too large.
+        ValueError: naming the image, if it cannot be read or is too large.
     """
     image = sources.image(name)
     try:

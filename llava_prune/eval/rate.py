@@ -1,6 +1,6 @@
 """Questions per second of whole evaluations and of LLaVA's own program, with the same model, questions and process.
 
-Where package llava is missing, a loop of the same structure can take the place of its program (`--loop`).
+Without package llava, a loop of the same structure can replace its program (`--loop`).
 
 python -m llava_prune.eval.rate --batch 1,8,auto --tokens 64
 """

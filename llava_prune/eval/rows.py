@@ -30,7 +30,7 @@ def check_row(row: Any, question: Question, settings: Mapping[str, Any]) -> None
     """Refuse a row that is not this run's answer to the question.
 
     Raises:
-        ValueError: with a message that completes the sentence "The row ...".
+        ValueError: with a message that continues "line 3: ...", such as "was edited, or is an answer of another run".
     """
     _check_object(row)
     for name, value in (("question_id", question.id), ("prompt", question.stored)):

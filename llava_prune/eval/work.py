@@ -89,7 +89,7 @@ class Work:
     def _claims(self) -> Iterator[int]:
         """Yield the pieces of this process.
 
-        The next piece is claimed before one is yielded, so that its images are read in the background.
+        While one piece is answered, the next one is already claimed, so that its images are read in the background.
         """
         ahead = self._claim()
         while ahead is not None:

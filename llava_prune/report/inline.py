@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SCALE = 1.1
 """Size on screen relative to the size on paper."""
 SHRUNK = 0.85
-"""Share of the screen size to which a figure may shrink in a narrow window, before the window scrolls."""
+"""Share of the screen size to which a figure may shrink in a narrow window, before it scrolls."""
 PER_POINT = 96 / 72
 """CSS pixels of a point."""
 THEMED = {"#000000": "currentColor", "#e6e6e6": "var(--grid)", "#d9d9d9": "var(--band)"}

@@ -185,7 +185,7 @@ def contact_sheet(
     drawing.legend(figure)
     if title:
         figure.suptitle(title.replace("$", r"\$"))
-    setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - what notebooks look for
+    setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - notebooks call it
     return figure
 
 
