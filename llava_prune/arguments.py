@@ -1,4 +1,7 @@
-"""Flags of the command line: defaults, and types for argparse. Imports nothing heavy, so that `--help` is quick."""
+"""Flags of the command line: defaults, and types for argparse.
+
+This module imports nothing heavy, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ DATA = "playground/data/mini"
 RESULTS = "playground/results"
 """Folder of all results."""
 FORMATS = ("text", "markdown", "latex", "csv")
-"""Formats of tables."""
+"""Output formats of tables."""
 FIGURES = ("accuracy-flops", "accuracy-tokens", "retention", "information", "survival", "speed", "sweep")
-"""What `llava-prune figure` draws."""
+"""Names of the figures of `llava-prune figure`."""
 _OPENING, _CLOSING = "[({", "])}"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -31,27 +34,27 @@ MOST = 1_000_000
 
 
 def flag(group: Any, env: Mapping[str, str], name: str, default: str | None, text: str, **kw: Any) -> None:
-    """A flag whose default is the environment variable of the same name in capitals."""
+    """Add a flag whose default is the environment variable of the same name in capitals."""
     value = env.get(name.upper().replace("-", "_")) or default
     shown = f" (default {default})" if default else ""
     group.add_argument(f"--{name}", default=value, help=text + shown, **kw)
 
 
 def switch(group: Any, env: Mapping[str, str], name: str, text: str) -> None:
-    """A flag without a value; the environment variable of the same name in capitals is 1 or 0."""
+    """Add a flag without a value; the environment variable of the same name in capitals may be 1 or 0."""
     added = group.add_argument(f"--{name}", action="store_true", help=text)
     added.default, added.type = env.get(name.upper().replace("-", "_")) or "0", _switched
 
 
 def _switched(text: str) -> bool:
-    """Whether an environment variable turns a flag on."""
+    """Return whether the value of an environment variable turns a flag on."""
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r} is not 1 or 0")
     return text == "1"
 
 
 def add_placement(group: Any, env: Mapping[str, str]) -> None:
-    """Flags for models larger than a GPU."""
+    """Add the flags for models that do not fit on one GPU."""
     what = "spread over GPUs, memory and disk: auto, balanced, balanced_low_0 or sequential"
     flag(group, env, "device-map", None, what)
     switch(group, env, "load-8bit", "quantise to 8 bit (bitsandbytes)")
@@ -63,7 +66,7 @@ def add_placement(group: Any, env: Mapping[str, str]) -> None:
 
 
 def method(text: str) -> str:
-    """A method's name. Of "folder/file.py:name" the file, which registers it, is run first."""
+    """Return a method's name. For "folder/file.py:name", the file is executed first, which registers the method."""
     found = re.fullmatch(r"(.+\.py)(?::(.+))?", text)
     if found is None:
         return text
@@ -80,7 +83,7 @@ def method(text: str) -> str:
 
 
 def names(text: str) -> list[str]:
-    """Methods of a list a,b, see `method`."""
+    """Return the methods of a list a,b, see `method`."""
     out = [method(p) for p in words(text)]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
@@ -88,7 +91,7 @@ def names(text: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Words of a list a,b."""
+    """Return the words of a list a,b."""
     out = [p.strip() for p in text.split(",") if p.strip()]
     if not out:
         raise argparse.ArgumentTypeError("give a name or a list a,b")
@@ -99,18 +102,18 @@ def words(text: str) -> list[str]:
 
 
 class MethodArgs(argparse.Action):
-    """`--method-args name=value,name=value`; the flag may be repeated, each name may be given once."""
+    """`--method-args name=value,name=value`. The flag may be repeated, but each name may be given only once."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
-        before = before if isinstance(before, dict) else {}  # text: the default, which a flag replaces
+        before = before if isinstance(before, dict) else {}  # a text is the default, which the first flag replaces
         for name in before.keys() & values.keys():
             raise argparse.ArgumentError(self, _twice(name))
         setattr(namespace, self.dest, {**before, **values})
 
 
 def add_method_args(group: Any, env: Mapping[str, str], example: str, *aliases: str) -> None:
-    """The flag for hyper-parameters, spelt the same in every command; its default is METHOD_ARGS."""
+    """Add the flag for hyper-parameters, which is spelt the same in every command; its default is METHOD_ARGS."""
     text = f"hyper-parameters, one value each, e.g. {example}; a sequence is written as layers=[8,16,24]"
     group.add_argument(
         "--method-args",
@@ -124,7 +127,7 @@ def add_method_args(group: Any, env: Mapping[str, str], example: str, *aliases: 
 
 
 def hyper(text: str) -> dict[str, Any]:
-    """`parse_args` for argparse."""
+    """Parse hyper-parameters with `parse_args`, raising argparse's error."""
     try:
         return parse_args(text)
     except ValueError as error:
@@ -132,11 +135,11 @@ def hyper(text: str) -> dict[str, Any]:
 
 
 def parse_args(text: str) -> dict[str, Any]:
-    """Hyper-parameters of a list "mi_scale=8,budget=after,layers=[8,16,24]"; values are read as YAML.
+    """Parse hyper-parameters such as "mi_scale=8,budget=after,layers=[8,16,24]"; values are read as YAML.
 
     Raises:
-        ValueError: for a part without "=", a list of values without brackets, a name that is given twice, a missing
-            value, or one that cannot be read.
+        ValueError: for a part without "=", a list of values without brackets, a repeated name, or a missing or invalid
+            value.
     """
     out: dict[str, Any] = {}
     last = ""
@@ -163,7 +166,7 @@ def _twice(name: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """`text` cut at the commas outside brackets."""
+    """Split `text` at the commas outside of brackets."""
     out, depth = [""], 0
     for letter in text:
         depth += (letter in _OPENING) - (letter in _CLOSING)
@@ -180,7 +183,7 @@ def _parts(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _loader() -> Any:
-    """A loader of YAML that reads numbers as people write them: 1e-9, but not 1_0 (10), 1:30 (90) or 010 (8)."""
+    """Return a YAML loader for numbers as people write them: it reads 1e-9, but not 1_0 (10), 1:30 (90) or 010 (8)."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -197,16 +200,16 @@ def _loader() -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """The content of a YAML file, numbers being read as in `parse_args`.
+    """Parse the text of a YAML file, with numbers as in `parse_args`.
 
     Raises:
-        ValueError: naming the line, where it cannot be read.
+        ValueError: naming the line, if the text cannot be read.
     """
     import yaml
 
     try:
         return yaml.load(text, _loader())
-    except Exception as error:  # yaml's own, and what its constructors raise
+    except Exception as error:  # yaml's own errors and those of its constructors
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
@@ -220,7 +223,7 @@ def _value(part: str, text: str) -> Any:
         text = f"[{text[1:-1]}]"
     try:
         return yaml.load(text, _loader())
-    except Exception as error:  # yaml's own, and what its constructors raise
+    except Exception as error:  # yaml's own errors and those of its constructors
         raise ValueError(
             f"{shown(part)}: the value cannot be read; give a number, true, false, null or a word"
         ) from error
@@ -230,7 +233,7 @@ def _value(part: str, text: str) -> Any:
 
 
 def whole(low: int, high: int = MOST) -> Callable[[str], int]:
-    """A type for integers in [low, high], written in the digits 0 to 9."""
+    """Return a type for integers in [low, high], written with the digits 0 to 9."""
     kind = {0: "a non-negative integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
 
     def read(text: str) -> int:
@@ -247,11 +250,11 @@ def whole(low: int, high: int = MOST) -> Callable[[str], int]:
 positive = whole(1)
 natural = whole(0)
 any_length = whole(1, 10**9)
-"""For numbers that cost nothing."""
+"""Type for counts that may be large without cost, such as --limit."""
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """A type for numbers in [low, high], written in the digits 0 to 9."""
+    """Return a type for numbers in [low, high], written with the digits 0 to 9."""
 
     def read(text: str) -> float:
         text = text.strip()
@@ -264,7 +267,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def _list(one: Callable[[str], Any], example: str) -> Callable[[str], list[Any]]:
-    """A type for a value or a list a,b of them."""
+    """Return a type for a value or a list a,b of values."""
 
     def read(text: str) -> list[Any]:
         parts = [p for p in text.split(",") if p.strip()]
@@ -277,17 +280,17 @@ def _list(one: Callable[[str], Any], example: str) -> Callable[[str], list[Any]]
 
 
 counts = _list(positive, "192,128,64")
-"""Positive integers of a list 192,128,64."""
+"""Type for a list of positive integers, e.g. 192,128,64."""
 floats = _list(number(0, MOST), "0,0.1,0.2")
-"""Numbers of a list 0,0.1,0.2."""
+"""Type for a list of numbers, e.g. 0,0.1,0.2."""
 layers = _list(natural, "0,4,11")
-"""Numbers of layers."""
+"""Type for a list of layer indices."""
 percents = _list(number(0, 100), "42.9,33.7,23.2")
-"""Percentages of a list."""
+"""Type for a list of percentages."""
 
 
 def _share(text: str) -> float:
-    """A percentage above 0, with its sign."""
+    """Parse a percentage above 0 with its percent sign."""
     value = number(0, 100)(text.strip().removesuffix("%"))
     if not text.strip().endswith("%") or value == 0:
         raise argparse.ArgumentTypeError(f"{shown(text)}: must be a percentage above 0, written as 49%")
@@ -299,13 +302,13 @@ def _budget(text: str) -> int | TokenShare:
 
 
 budgets = _list(_budget, "192,128,64")
-"""Budgets of a list 192,11%: numbers of visual tokens, or percentages of them."""
+"""Type for a list of budgets, e.g. 192,11%: numbers of visual tokens, or percentages of them."""
 flops_budgets = _list(lambda text: FlopsShare(_share(text)), "49%,25%")
-"""Budgets of a list 49%,25%: percentages of the unpruned model's FLOPs."""
+"""Type for a list of budgets, e.g. 49%,25%: percentages of the unpruned model's FLOPs."""
 
 
 def seed(text: str) -> int:
-    """An integer that torch.manual_seed takes."""
+    """Parse an integer that torch.manual_seed accepts."""
     given = text.strip()
     value = int(given) if _INTEGER.fullmatch(given) and len(given) < 100 else given
     try:
@@ -317,5 +320,5 @@ def seed(text: str) -> int:
 
 
 def batch(text: str) -> int | None:
-    """A positive integer; None for "auto"."""
+    """Parse a positive integer; return None for "auto"."""
     return None if text.strip() == "auto" else positive(text)

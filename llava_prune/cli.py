@@ -17,7 +17,7 @@ from .parsers import make_parser
 
 
 def _quiet() -> None:
-    """Turn off the progress bars and hints of transformers; the terminal shows our own."""
+    """Turn off the progress bars and hints of transformers; the commands print their own."""
     from transformers.utils import logging as theirs
 
     theirs.set_verbosity_error()
@@ -156,14 +156,15 @@ COMMANDS = {
     "vlmevalkit": _vlmevalkit,
     "completion": _completion,
 }
-"""Name of a command -> what runs it; returns the exit status."""
+"""Name of a command -> function that runs it and returns the exit status."""
 
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """Show log records on stderr during a command, unless the process logs elsewhere already.
+    """Print log records on stderr during a command, unless the process already has a log handler.
 
-    The handler keeps the stream of the start: a program of `run` may replace sys.stderr by a stream that logs.
+    The handler keeps the stderr stream of the start, since a program of `run` may replace sys.stderr by a stream that
+    logs.
     """
     from rich.console import Console
     from rich.logging import RichHandler
@@ -182,7 +183,10 @@ def _logging() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 failed with a message on stderr, 2 wrong usage."""
+    """Run the command and return its exit status.
+
+    The status is 0 for success, 1 for an error, 2 for wrong usage and 130 after an interruption.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = make_parser(os.environ).parse_args(argv)
     args.argv = argv

@@ -1,4 +1,4 @@
-"""Where commands print (tables and JSON to stdout, everything else to stderr), and figures as text."""
+"""Printing of commands (tables and JSON to stdout, everything else to stderr), and benchmark figures as text."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # commands import what they need: --help stays quick
+if TYPE_CHECKING:  # functions import what they need, so that --help is fast
     from rich.console import Console
     from rich.table import Table
 
 
 def stdout() -> Console:
-    """A console for tables, wide enough in files and pipes too."""
+    """Return a console for tables, which is wide enough in files and pipes as well."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def stderr() -> Console:
-    """A console for messages and progress."""
+    """Return a console for messages and progress."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def print_table(console: Console, table: Table, optional: Sequence[str] = ()) -> None:
-    """Print a table that fits: the first column is not wrapped, and columns are left out where the terminal is narrow.
+    """Print a table, leaving out columns if the terminal is narrow; the first column is not wrapped.
 
     Args:
-        console: where.
-        table: what.
-        optional: headings of columns that may be left out, the first of them first. The caption names those that are.
+        console: the console to print on.
+        table: the table.
+        optional: headings of columns that may be left out, in this order. The caption names the columns left out.
     """
     from rich.measure import Measurement
 
@@ -59,24 +59,24 @@ def emit(value: Any) -> None:
 
 
 def write(text: str) -> None:
-    """Print text on stdout as it is."""
+    """Print text on stdout unchanged."""
     sys.stdout.write(text)
 
 
 def number_text(value: float | None, digits: int = 1, sign: bool = False, absent: str = "-") -> str:
-    """A number with so many decimals; `absent` for None."""
+    """Format a number with `digits` decimals; return `absent` for None."""
     return absent if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def figure_text(result: Mapping[str, Any]) -> str:
-    """The figure of a result with its interval, as ``78.75 [74.5, 82.5]``."""
+    """Format the figure of a result with its interval, as ``78.75 [74.5, 82.5]``."""
     interval = result["interval"]
     tail = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     return number_text(result["figure"], 2) + tail
 
 
 def difference_text(gap: Mapping[str, Any] | None) -> str:
-    """A difference in points with its interval, as ``-2.50 [-5.6, +0.6]``; "-" where there is none."""
+    """Format a difference in points with its interval, as ``-2.50 [-5.6, +0.6]``; return "-" for None."""
     if gap is None:
         return "-"
     return f"{gap['points']:+.2f}" + ("" if gap["low"] is None else f" [{gap['low']:+.1f}, {gap['high']:+.1f}]")

@@ -33,20 +33,20 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "PyYAML",
 }
-"""Packages whose name on PyPI is not that of their module."""
+"""Module -> package on PyPI, if the names differ."""
 
 REINTERPRET = (torch.Tensor.view, torch.frombuffer, torch.from_file)
-"""Functions whose dtype says how stored bytes are read."""
+"""Functions whose dtype argument says how stored bytes are read."""
 
 
 class OnCPU(TorchFunctionMode):
-    """Runs code that names CUDA and float16, as LLaVA's programs do, on the CPU.
+    """A torch function mode that runs code for CUDA and float16, such as LLaVA's programs, on the CPU.
 
-    A mode of torch holds in the thread that enters it. `start` takes the place of `threading.Thread.start`, so that it
-    holds in the threads of the program, too.
+    A torch function mode applies only to the thread that enters it. Therefore `start` replaces
+    `threading.Thread.start`, so that the mode also applies to the threads of the program.
 
     Attributes:
-        dtype: replaces float16, which is slow on a CPU.
+        dtype: dtype that replaces float16, which is slow on a CPU.
     """
 
     dtype: torch.dtype = torch.float32
@@ -76,7 +76,7 @@ class OnCPU(TorchFunctionMode):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Nothing is replaced in this thread, nor in threads that it starts: weights are read as they are stored."""
+        """Replace nothing in this thread and in threads that it starts, so that weights are read as they are stored."""
         before = self._suspended
         self._thread.suspended = True
         try:
@@ -85,19 +85,19 @@ class OnCPU(TorchFunctionMode):
             self._thread.suspended = before
 
     def load(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """torch.load with the dtypes of the file: a stored float16 tensor is float16 until it is cast."""
+        """Call torch.load with the dtypes of the file: a stored float16 tensor stays float16 until it is cast."""
         with self.suspended():
             return stock(*args, **kwargs)
 
     def start(self, stock: Any, thread: threading.Thread) -> None:
-        """threading.Thread.start of a thread that runs in this mode."""
+        """Start a thread that runs in this mode; a replacement of threading.Thread.start."""
         if self._suspended:
             stock(thread)
             return
         body = thread.run
 
         def run() -> None:
-            del thread.run  # `body` is what the class has, again
+            del thread.run  # restores the `run` of the class
             with self:
                 body()
 
@@ -105,7 +105,9 @@ class OnCPU(TorchFunctionMode):
         stock(thread)
 
     def cast(self, model: Any, weights: Path, config: Path) -> None:
-        """Cast a model that was loaded in float16 to the dtype of `llava_prune.load`, and use it for everything else.
+        """Cast a model that was loaded in float16 to the dtype that `llava_prune.load` would choose.
+
+        From then on, that dtype replaces float16 everywhere.
 
         Args:
             model: the model.
@@ -118,20 +120,20 @@ class OnCPU(TorchFunctionMode):
 
 
 def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | None = None) -> None:
-    """Run a module of the llava package in this process, as `python -m` would.
+    """Run a module of package llava in this process, as `python -m` would.
 
-    Every model that llava's `load_pretrained_model` loads is pruned. A vision tower that the checkpoint names by a
-    relative path is loaded from inside the checkpoint or its --model-base. Without CUDA the program runs on the CPU,
-    in the dtype that `llava_prune.load` would choose.
+    Every model loaded with llava's `load_pretrained_model` is pruned. A vision tower that the checkpoint names by a
+    relative path is loaded from the folder of the checkpoint or of its --model-base. Without CUDA the program runs on
+    the CPU, in the dtype that `llava_prune.load` would choose.
 
     Args:
         argv: ["python", "-m", "llava.eval.model_vqa_loader", ...], with or without the first two.
         method: name of the method.
-        hyper: its hyper-parameters.
+        hyper: hyper-parameters of the method.
 
     Raises:
-        ValueError: for an unknown method or value, a module that package llava does not have, or a package that the
-            program needs and that is not installed.
+        ValueError: for an unknown method or an invalid value, a module that package llava does not have, or a missing
+            package that the program needs.
     """
     words = list(argv)
     if len(words) >= 2 and Path(words[0]).name.startswith("python") and words[1] == "-m":
@@ -147,7 +149,7 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
         raise ValueError(f"{method} states tokens={budget} itself; leave out either the preset or the budget")
     build(method, **(hyper or {}))  # raises before the model is loaded
     with contextlib.ExitStack() as stack:
-        for name in ("stdout", "stderr"):  # LLaVA's servers replace them by loggers
+        for name in ("stdout", "stderr"):  # restored later, since LLaVA's servers replace them by loggers
             stack.enter_context(mock.patch.object(sys, name, getattr(sys, name)))
         stack.enter_context(_patched(method, hyper or {}))
         stack.enter_context(mock.patch.object(sys, "argv", words))
@@ -158,7 +160,7 @@ def run(argv: Sequence[str], method: str = "autoprune", hyper: dict[str, Any] | 
 
 
 def _check_module(name: str) -> None:
-    """Refuse a name that is not a module of package llava, with the nearest ones."""
+    """Refuse a name that is not a module of package llava, suggesting the nearest modules."""
     names: list[str] = []
     for folder in package_folders():
         names += [".".join(("llava", *f.relative_to(folder).with_suffix("").parts)) for f in folder.rglob("*.py")]
@@ -169,7 +171,7 @@ def _check_module(name: str) -> None:
 
 
 def _absent(error: ImportError) -> str:
-    """What is missing after a failed import, and how to get it."""
+    """Return what is missing after a failed import, and how to install it."""
     top = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and top and error.name == top:
         return f"package {top} is not installed; pip install {DISTRIBUTIONS.get(top, top)}"
@@ -179,7 +181,7 @@ def _absent(error: ImportError) -> str:
 
 @contextlib.contextmanager
 def _patched(method: str, hyper: dict[str, Any]) -> Iterator[None]:
-    """Let llava's loader attach the method, and its tower builder find towers inside a checkpoint."""
+    """Patch llava's model loader to attach the method, and its tower builder to find towers inside a checkpoint."""
     try:
         import llava.model.builder as builder
         import llava.model.llava_arch as arch
@@ -215,6 +217,7 @@ def _start(thread: threading.Thread, cpu: OnCPU, stock: Any) -> None:
 
 
 def _report(handle: Any) -> None:
+    """Log the token counts of the last prompt, or that nothing was pruned."""
     if handle.last is None:
         log.warning("%r pruned nothing: no prompt had an image, or the last one with an image failed", handle.method)
         return
@@ -234,6 +237,7 @@ def _load(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    """Load a model with llava's loader and attach the method; a replacement of `load_pretrained_model`."""
     current[:] = [Path(path).expanduser() for path in (model_path, model_base) if path]
     if cpu is not None:
         kwargs["device"] = "cpu"
@@ -246,7 +250,7 @@ def _load(
 
 
 def _files(path: str) -> Path:
-    """The folder of a checkpoint that has been loaded; that of a hub id is in the cache."""
+    """Return the folder of a loaded checkpoint; for a hub id, its folder in the cache."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -256,6 +260,7 @@ def _files(path: str) -> Path:
 
 
 def _tower(stock: Any, current: list[Path], config: Any, **kwargs: Any) -> Any:
+    """Build a vision tower, which may be inside the checkpoint; a replacement of `build_vision_tower`."""
     name = getattr(config, "mm_vision_tower", None)
     inside = [folder / name for folder in current if name and (folder / name).is_dir()]
     if inside:
@@ -264,7 +269,7 @@ def _tower(stock: Any, current: list[Path], config: Any, **kwargs: Any) -> Any:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Run `llava-prune run`; returns its exit status.
+    """Run `llava-prune run` and return its exit status.
 
     Raises:
         ValueError: for bad input.

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NAMES = ("python", "python3")
-"""Commands that scripts start Python with."""
+"""Commands by which scripts start Python."""
 
 
 def package_folders() -> list[Path]:
-    """Where package llava lies, without importing it.
+    """Return the folders of package llava without importing it.
 
     Raises:
-        ValueError: when the package is not installed.
+        ValueError: if the package is not installed.
     """
     spec = importlib.util.find_spec("llava")
     if spec is None:
@@ -29,10 +29,10 @@ def package_folders() -> list[Path]:
 
 
 def pruned_modules() -> list[str]:
-    """Modules of package llava that load a model when they run as programs, by their source.
+    """Return the modules of package llava that load a model when they run as programs, according to their source.
 
     Raises:
-        ValueError: when the package is not installed.
+        ValueError: if the package is not installed.
     """
     out = []
     for folder in package_folders():
@@ -43,10 +43,10 @@ def pruned_modules() -> list[str]:
 
 
 def stand_in(flags: Sequence[str]) -> str:
-    """A shell script that takes the place of `python`: programs that load a model run under `llava-prune run`.
+    """Return a shell script that replaces `python`: it runs programs that load a model under `llava-prune run`.
 
     Args:
-        flags: of `llava-prune run`.
+        flags: flags of `llava-prune run`.
     """
     python = shlex.quote(sys.executable)
     pruned = f"{python} -m llava_prune run {shlex.join(flags)} -- python"
@@ -63,14 +63,14 @@ exec {python} "$@"
 
 
 def run_script(words: Sequence[str], flags: Sequence[str]) -> int:
-    """Run a command whose `python` is `stand_in`; returns its exit status.
+    """Run a command in which `python` is replaced by `stand_in`; return its exit status.
 
     Args:
         words: the command, such as ["bash", "scripts/v1_5/eval/gqa.sh"].
-        flags: of `llava-prune run`.
+        flags: flags of `llava-prune run`.
 
     Raises:
-        ValueError: when the command is not found, or package llava is not installed.
+        ValueError: if the command is not found, or package llava is not installed.
     """
     if shutil.which(words[0]) is None:
         raise ValueError(f"{words[0]}: no such command; give python -m llava.MODULE ..., or a script: bash FILE ...")

@@ -1,4 +1,4 @@
-"""The parsers of the `llava-prune` command."""
+"""The argument parsers of the `llava-prune` command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) -> None:
-    """Flags of every command that evaluates: model, data, processes, --dry-run."""
+    """Add the flags of every command that evaluates: model, data, processes, --dry-run."""
     flag = functools.partial(arguments.flag, e, env)
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, a LoRA folder or a lone mm_projector.bin, was trained on")
@@ -213,7 +213,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_filters(p: argparse.ArgumentParser) -> None:
-    """Flags that choose among finished runs of one model."""
+    """Add the flags that select finished runs of one model."""
     p.add_argument("--task", type=arguments.words, default=[], help="benchmark, or a list a,b (default all)")
     p.add_argument("--method", type=arguments.words, default=[], help="method, or a list a,b (default all)")
     p.add_argument("--model", help="checkpoint, needed where the runs are of several")
@@ -244,14 +244,14 @@ def _add_show(commands: Any, env: Mapping[str, str]) -> None:
 
 
 def _add_one_model(flag: Any) -> None:
-    """Flags of commands that ask a model single questions."""
+    """Add the flags of commands that ask a model single questions."""
     _add_model_flags(flag)
     flag("seed", "0", "random seed of methods that draw", type=arguments.seed)
     flag("new", "64", "largest number of new tokens of an answer", type=arguments.positive)
 
 
 def _add_model_flags(flag: Any) -> None:
-    """Flags that say which model is loaded, and how."""
+    """Add the flags that say which model is loaded, and how."""
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
     flag("family", "auto", "auto, llava or hf")
@@ -318,10 +318,10 @@ def _add_completion(commands: Any) -> None:
 
 
 def make_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The parser of the command line.
+    """Return the parser of the command line.
 
     Args:
-        env: environment, whose variables are the defaults of settings.
+        env: environment variables, which are the defaults of settings.
     """
     out = argparse.ArgumentParser(prog="llava-prune", description="Visual token pruning for LLaVA.")
     out.add_argument("--version", action="version", version=f"llava-prune {__version__}")
@@ -353,7 +353,7 @@ def _add_format(p: argparse.ArgumentParser) -> None:
 
 
 def _add_size(p: argparse.ArgumentParser) -> None:
-    """Flags of a model's size; the defaults are LLaVA-1.5-7B's."""
+    """Add the flags of a model's size; the defaults are those of LLaVA-1.5-7B."""
     p.add_argument("--layers", type=arguments.whole(1, 1000), default=32, help="decoder layers (default 32)")
     sizes = {"hidden": (4096, "hidden size"), "intermediate": (11008, "MLP size")}
     sizes["visual"] = 576, "visual tokens before pruning"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shared by the other scripts: set up the environment and run a module of it. Usage: run.sh MODULE [arguments]
+# Set up the environment and run a Python module in it; used by the other scripts. Usage: run.sh MODULE [arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-$PWD/.venv}"

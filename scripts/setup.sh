@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Create or repair the virtual environment. Usage: bash scripts/setup.sh [dev]
-# It may be run any number of times and returns at once when nothing has changed.
-#   PYTHON      base interpreter, 3.10 to 3.13 (default: the first suitable on PATH)
-#   VENV        where the environment lies (default: .venv beside this checkout's README)
-#   TORCH_SPEC  what pip installs for torch, e.g. "torch==2.13.0" (default: chosen below)
+# It can be run any number of times and returns at once if nothing has changed.
+#   PYTHON      base interpreter, 3.10 to 3.13 (default: the first suitable one on PATH)
+#   VENV        folder of the environment (default: .venv in the root of this checkout)
+#   TORCH_SPEC  pip requirement for torch, e.g. "torch==2.13.0" (default: chosen below)
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
@@ -31,7 +31,7 @@ find_python() {
     die "no Python 3.10 to 3.13 on PATH; install one, or name it: PYTHON=/path/to/python3.11 bash $0"
 }
 
-# A line that changes whenever the environment must be created again.
+# Print a key that changes whenever the environment must be created again.
 key() {
     TORCH_SPEC="${TORCH_SPEC:-}" "$BASE" - "$ROOT" "$VENV" <<'PY'
 import hashlib, os, pathlib, sys
@@ -43,7 +43,7 @@ print(h.hexdigest())
 PY
 }
 
-ready() {  # $1: the extra
+ready() {  # whether the environment is up to date; $1: the extra
     [ -x "$VENV/bin/python" ] && [ ! -e "$VENV/.unfinished" ] && [ "$(cat "$VENV/.ready-$1" 2>/dev/null)" = "$KEY" ]
 }
 
@@ -57,7 +57,7 @@ PY
 
 pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
-# The CPU build unless there is a GPU: on Linux x86 the plain name would bring gigabytes of CUDA libraries.
+# Install the CPU build unless there is a GPU: on Linux x86 the default build brings gigabytes of CUDA libraries.
 install_torch() {
     if [ -n "${TORCH_SPEC:-}" ]; then
         pip_install $TORCH_SPEC
@@ -73,7 +73,7 @@ install_torch() {
 }
 
 make_venv() {
-    # Only what this script made is ever removed.
+    # Only an environment made by this script is ever removed.
     if [ -e "$VENV" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
         [ -e "$VENV/.made-by-setup" ] || die "$VENV exists and was not made by this script; move it away or set VENV"
         local now wanted
@@ -96,20 +96,20 @@ make_venv() {
     : >"$VENV/.unfinished"
 }
 
-fill_venv() {  # chained with &&: the caller tests the outcome, which switches "set -e" off in here
+fill_venv() {  # chained with &&, since `fill_venv || ...` turns "set -e" off inside the function
     say "1 of 3: torch" && install_torch &&
         say "2 of 3: llava-prune and what it needs" &&
         pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
         pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava,report${EXTRA:+,$EXTRA}]" &&
         say "3 of 3: package llava" &&
-        pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1; it runs on the present one
+        pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1, but it works with this version
         (cd / && "$VENV/bin/python" -c 'import llava_prune; llava_prune.load, llava_prune.attach')
 }
 
 find_python
 KEY="$(key)"
 if ready "$EXTRA"; then exit 0; fi
-if command -v flock >/dev/null 2>&1; then  # two set-ups at once: the second waits, then finds all done
+if command -v flock >/dev/null 2>&1; then  # of two set-ups at once, the second waits and finds the work done
     exec 9>"$VENV.lock"
     flock 9
     if ready "$EXTRA"; then exit 0; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, lint, check types and run the tests, a worker with one thread for each core (WORKERS=0: in this process).
+# Set up, lint, check types and run the tests, with one single-threaded worker for each core (WORKERS=0: no workers).
 # Arguments go to pytest:
 #   bash scripts/test.sh tests/eval -k resumes
 #   bash scripts/test.sh -m slow

@@ -2,7 +2,7 @@
 # Run the tests of the plugins for lmms-eval and VLMEvalKit in an environment of their own, .venv-integrations.
 # Arguments go to pytest:
 #   bash scripts/test_integrations.sh -k lmms -rP
-# Both toolkits are installed without most of what they ask for: audio, video, judges that are services, and torchvision.
+# Both toolkits are installed without most of their requirements: audio, video, judge services and torchvision.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV="$PWD/.venv-integrations"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests with several versions of Python, each in an environment of its own (.venv-3.10 and so on).
 #   PYTHONS="3.10 3.12" bash scripts/test_pythons.sh tests/golden
-# PYTHONS are the versions (default: 3.10 to 3.13); versions that are not on PATH are named and count as failed.
+# PYTHONS lists the versions (default: 3.10 to 3.13). A version that is not on PATH counts as failed.
 # Arguments go to pytest. TORCH_SPEC is passed on, see scripts/setup.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

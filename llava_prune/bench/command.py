@@ -12,11 +12,11 @@ from .show import speed_tables
 from .speed import Settings, first, out_folder, speed
 
 OPTIONAL = ("padding %", "efficiency without overhead", "bound x", "prefill q1-q3", "vision", "prefill MiB")
-"""Columns that narrow terminals do without; bench.json has all."""
+"""Columns that are left out, in this order, when the terminal is narrow. bench.json has all of them."""
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Run `llava-prune bench`; returns its exit status.
+    """Run `llava-prune bench` and return its exit status.
 
     Raises:
         ValueError: for bad input.

@@ -1,4 +1,4 @@
-"""Lower bounds of prefill and decoding time on a machine: arithmetic, or memory traffic."""
+"""Lower bounds of the prefill and decoding time on a machine, from arithmetic and memory traffic."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .latency import Clock
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak rates of a device, measured.
+    """Measured peak rates of a device.
 
     Attributes:
-        flops: floating-point operations per second of a matrix product; a multiplication and an addition are two.
-        bandwidth: bytes per second of a large copy, read and written bytes together.
+        flops: floating-point operations per second of a matrix product; a multiply-add counts as two.
+        bandwidth: bytes per second of a large copy, counting bytes read and bytes written.
     """
 
     flops: float
@@ -28,7 +28,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype, tokens: int, size: Size) -> Machine:
-    """Measure a device: the fastest product of `tokens` rows with an MLP weight of the model, and the fastest copy."""
+    """Measure the fastest product of `tokens` rows with an MLP weight of the model, and the fastest copy."""
     clock = Clock(device)
     rows = torch.randn(tokens, size.hidden, device=device).to(dtype)
     weight = torch.randn(size.intermediate, size.hidden, device=device).to(dtype)
@@ -40,7 +40,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, tokens: int, size:
 
 
 def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float = 1.0) -> float:
-    """Seconds of the fastest of up to `times` calls."""
+    """Return the seconds of the fastest of up to `times` calls."""
     best, began = float("inf"), time.perf_counter()
     for i in range(times + 1):
         clock.wait()
@@ -48,7 +48,7 @@ def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float
         call()
         end = clock.mark()
         clock.wait()
-        if i:  # the first one warms up
+        if i:  # the first call warms up
             best = min(best, clock.ms(start, end) / 1000)
         if i and time.perf_counter() - began > seconds:
             break
@@ -56,11 +56,11 @@ def _best(clock: Clock, call: Callable[[], Any], times: int = 10, seconds: float
 
 
 def layer_bytes(size: Size, cached: float, width: int) -> float:
-    """Bytes that a decoder layer moves at least: its weights once, and the keys and values of `cached` tokens.
+    """Return the least bytes that a decoder layer moves: its weights once, and the KV cache of `cached` tokens.
 
     Args:
         size: the model.
-        cached: tokens in the layer's cache, all samples together.
+        cached: tokens in the layer's cache, summed over the samples.
         width: bytes of a value.
     """
     weights = 4 * size.hidden**2 + 3 * size.hidden * size.intermediate
@@ -68,10 +68,10 @@ def layer_bytes(size: Size, cached: float, width: int) -> float:
 
 
 def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
-    """Lower bound of a prefill in milliseconds: for each layer the longer of arithmetic and traffic.
+    """Return a lower bound of a prefill in milliseconds: for each layer, the longer of arithmetic and memory traffic.
 
     Args:
-        counts: tokens of each sample (visual and text) in each layer, samples first.
+        counts: tokens (visual and text) of each sample (outer) in each layer (inner).
         size: the model.
         width: bytes of a value.
         machine: see `measure_machine`.
@@ -84,12 +84,12 @@ def prefill_floor(counts: Sequence[Sequence[float]], size: Size, width: int, mac
 
 
 def _causal(n: float, size: Size) -> float:
-    """Equation (2) for one layer with half its attention: causal attention needs one triangle only."""
+    """Return equation (2) for one layer with half of its attention: causal attention computes one triangle only."""
     return layer_flops(n, size.hidden, size.intermediate) - n**2 * size.hidden
 
 
 def decode_floor(counts: Sequence[Sequence[float]], size: Size, width: int, machine: Machine) -> float:
-    """Lower bound in milliseconds of a decoding step, given the tokens cached in each layer."""
+    """Return a lower bound of a decoding step in milliseconds, given the tokens cached in each layer."""
     total = 0.0
     for layer in zip(*counts, strict=True):
         arithmetic = sum(2 * layer_flops(1, size.hidden, size.intermediate) for _ in layer)

@@ -1,6 +1,6 @@
 """FLOPs of the decoder by equation (2) of the paper, and averages of token counts.
 
-Every name tells what is counted: visual tokens alone or text as well, and tokens that enter or leave each layer.
+Every name says what is counted: visual tokens alone or with text, and tokens entering or leaving each layer.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from ..ops.counts import flops_visual_only as flops_visual_only
 
 
 def flops_with_text(counts: Sequence[float], text: float, size: Size) -> float:
-    """Equation (2) with n_i the visual tokens of layer i plus `text` tokens that are never pruned."""
+    """Return equation (2) with n_i = visual tokens of layer i plus `text` tokens, which are never pruned."""
     return sum(layer_flops(n + text, size.hidden, size.intermediate) for n in counts)
 
 
 def percent_with_text(counts: Sequence[float], text: float, size: Size) -> float:
-    """`flops_with_text` in percent of the unpruned model's, which has the same text."""
+    """Return `flops_with_text` in percent of the unpruned model's FLOPs with the same text."""
     return 100 * flops_with_text(counts, text, size) / flops_with_text([size.visual] * len(counts), text, size)
 
 
 def average_tokens(counts: Sequence[float]) -> float:
-    """Mean over layers. Of leaving counts it is the budget in the papers' tables; of entering counts, the work."""
+    """Return the mean over layers.
+
+    The mean of leaving counts is the budget in the papers' tables; the mean of entering counts measures the work.
+    """
     return sum(counts) / len(counts)
 
 
 def ragged_padding(batches: Iterable[Sequence[Sequence[int]]]) -> float:
-    """Padding tokens over real tokens: the cost of samples of unequal length in one batch.
+    """Return padding tokens over real tokens: the cost of samples of unequal length in one batch.
 
     Args:
         batches: real tokens of each sample (outer) in each layer (inner).
@@ -42,9 +45,10 @@ def ragged_padding(batches: Iterable[Sequence[Sequence[int]]]) -> float:
 
 
 def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> float | None:
-    """Text tokens at which `percent_with_text` is `percent`, by bisection; None where no number in 0..10,000 gives it.
+    """Return the number of text tokens at which `percent_with_text` is `percent`, found by bisection.
 
-    The share grows with the text while the counts are below the unpruned ones.
+    The share grows with the text while the counts are below the unpruned ones. Returns None if no number of text tokens
+    in 0..10,000 gives `percent`.
     """
     low, high = 0.0, 10_000.0
     if not percent_with_text(counts, low, size) <= percent <= percent_with_text(counts, high, size):
@@ -56,23 +60,23 @@ def text_for_percent(counts: Sequence[float], percent: float, size: Size) -> flo
 
 
 def autoprune_schedule(tokens: int, slope: float, size: Size) -> Schedule:
-    """AutoPrune's counts for a budget, with its midpoint for this number of layers."""
+    """Return AutoPrune's schedule for a budget, with its midpoint for this number of layers."""
     return schedule(slope, tokens, size.visual, size.layers, AutoPrune().midpoint(size.layers))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of `llava-prune flops`.
+    """One row of the table of `llava-prune flops`.
 
     Attributes:
         tokens: budget.
-        counting: "nominal" (the budget in every layer), "entering" or "leaving" (AutoPrune's schedule).
-        slope: slope of the schedule, None for nominal.
+        counting: "nominal" (the budget in every layer), "entering" or "leaving" (counts of AutoPrune's schedule).
+        slope: slope of the schedule; None for nominal counts.
         average: mean of the counts over layers.
-        percent_visual_only: share of the unpruned model's FLOPs, visual tokens alone.
+        percent_visual_only: percentage of the unpruned model's FLOPs, visual tokens alone.
         percent_with_text: the same with `text` text tokens.
-        published: a published percentage, or None.
-        text_for_published: text tokens that give it, or None.
+        published: published percentage, or None.
+        text_for_published: number of text tokens that gives the published percentage, or None.
     """
 
     tokens: int
@@ -88,7 +92,7 @@ class Row:
 def table(
     budgets: Sequence[int], slopes: Sequence[float], size: Size, text: float, published: Sequence[float] = ()
 ) -> list[Row]:
-    """FLOPs of each budget under each way of counting tokens.
+    """Return the FLOPs of each budget under each way of counting tokens.
 
     Args:
         budgets: token budgets.
@@ -98,7 +102,8 @@ def table(
         published: published percentages, one for each budget; or none.
 
     Raises:
-        ValueError: for a number of published percentages other than that of budgets, or a budget outside 1..visual.
+        ValueError: if the number of published percentages differs from that of budgets, or for a budget outside
+            1..visual.
     """
     if published and len(published) != len(budgets):
         raise ValueError(f"{len(published)} published percentages for {len(budgets)} budgets; give one for each")

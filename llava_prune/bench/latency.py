@@ -1,6 +1,6 @@
-"""Times of the stages of a request (vision, prefill, decode, total), pruned and unpruned in turn.
+"""Time the stages of a request (vision, prefill, decode, total), alternating between the unpruned and the pruned model.
 
-Times are taken at entry and exit of the language model, by CUDA events on a GPU and by the host's clock elsewhere.
+Times are taken at entry and exit of the language model, with CUDA events on a GPU and with the host's clock elsewhere.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Ask = Callable[[], Any]
 
 
 class Clock:
-    """Takes times on a device."""
+    """Takes timestamps on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """The current time, in the order of the device's work."""
+        """Return a timestamp: a recorded CUDA event on a GPU, the host's time elsewhere."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,28 +45,28 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two marks; call `wait` first."""
+        """Return the milliseconds between two marks; call `wait` first."""
         return float(start.elapsed_time(end)) if self.cuda else 1000 * (end - start)
 
 
 @dataclass
 class Probe:
-    """Marks of one request: entry and exit of every call of the language model, and of its layers where requested."""
+    """Timestamps of one request: entry and exit of every call of the language model and, on request, of its layers."""
 
     clock: Clock
     calls: list[list[Any]] = field(default_factory=list)
     layers: list[Any] = field(default_factory=list)
 
     def enter(self, *_: Any) -> None:
-        """Pre-hook of the language model."""
+        """Record the entry of the language model; a forward pre-hook."""
         self.calls.append([self.clock.mark()])
 
     def leave(self, *_: Any) -> None:
-        """Hook of the language model."""
+        """Record the exit of the language model; a forward hook."""
         self.calls[-1].append(self.clock.mark())
 
     def layer(self, *_: Any) -> None:
-        """Hook and pre-hook of a decoder layer; only the first call, the prefill, is marked."""
+        """Record entry or exit of a decoder layer in the prefill, the first call; a forward hook and pre-hook."""
         if len(self.calls) == 1:
             self.layers.append(self.clock.mark())
 
@@ -87,15 +87,15 @@ def probing(model: Any, layers: bool = False) -> Iterator[Probe]:
 
 
 def once(ask: Ask, probe: Probe) -> dict[str, float]:
-    """Milliseconds of each stage of one request.
+    """Run one request and return the milliseconds of each stage.
 
     Returns:
-        "vision": from the call to the first entry of the language model (tower, projector, splicing, and what a method
-        does there); "prefill": the language model on the prompt; "decode": the language model on a new token, median
-        over the tokens; "total": the whole call, including the head and the bookkeeping of `generate`.
+        "vision": from the call to the first entry of the language model (tower, projector, splicing, and the work of a
+        method there); "prefill": the language model on the prompt; "decode": the language model on a new token, median
+        over the tokens; "total": the whole call, including the output head and the bookkeeping of `generate`.
 
     Raises:
-        ValueError: when the request had fewer than 2 new tokens.
+        ValueError: if the request generated fewer than 2 new tokens.
     """
     _, times = timed(ask, probe)
     if "decode" not in times:
@@ -104,7 +104,10 @@ def once(ask: Ask, probe: Probe) -> dict[str, float]:
 
 
 def timed(ask: Ask, probe: Probe) -> tuple[Any, dict[str, float]]:
-    """What one request returns, and its times as in `once`; without "decode" where it has a single new token."""
+    """Run one request and return its result, and its times as in `once`.
+
+    "decode" is absent if the request has a single new token.
+    """
     probe.calls.clear()
     probe.layers.clear()
     clock = probe.clock
@@ -131,7 +134,7 @@ def _no_collection() -> Iterator[None]:
 def alternate(
     model: Any, ask: Ask, method: Any, repeats: int, warmup: int, graphs: Any = False, fused: bool = False
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], Any]:
-    """Time unpruned and pruned requests in turn, A B A B, in one process.
+    """Time unpruned and pruned requests alternately (A B A B) in one process.
 
     Both use the same libraries, threads and settings.
 
@@ -139,8 +142,8 @@ def alternate(
         model: see `pruned`.
         ask: one request.
         method: a Method.
-        repeats: pairs that are timed.
-        warmup: pairs that run before them.
+        repeats: number of timed pairs.
+        warmup: number of untimed pairs before them.
         graphs, fused: experimental, see `attach`.
 
     Returns:
@@ -160,10 +163,10 @@ def alternate(
 
 
 def pruning_overhead(model: Any, ask: Ask, method: Any, repeats: int, fused: bool = False) -> list[tuple[float, float]]:
-    """Milliseconds of a pruned prefill outside the decoder layers, and of the whole prefill, in separate runs.
+    """Return, for each run, the milliseconds of a pruned prefill outside the decoder layers and of the whole prefill.
 
-    The former include scores, selection, merging and gathering, and also the rotary table, the mask and the final norm,
-    which an unpruned model computes, too.
+    The time outside the layers includes scores, selection, merging and gathering. It also includes the rotary table,
+    the mask and the final norm, which an unpruned model computes as well.
     """
     out = []
     with probing(model, layers=True) as probe, pruned(model, method, fused=fused), _no_collection():
@@ -177,14 +180,14 @@ def pruning_overhead(model: Any, ask: Ask, method: Any, repeats: int, fused: boo
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """{"q1": first quartile, "median": median, "q3": third quartile}."""
+    """Return {"q1": first quartile, "median": median, "q3": third quartile}."""
     if len(values) == 1:
         return dict.fromkeys(("q1", "median", "q3"), values[0])
     return dict(zip(("q1", "median", "q3"), statistics.quantiles(values, n=4, method="inclusive"), strict=True))
 
 
 def stages(plain: Sequence[dict[str, float]], cut: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Quartiles of both models for each stage, and of the ratio within a pair; above 1 the pruned model is faster."""
+    """Return, for each stage, the quartiles of both models and of the speed-up within a pair (unpruned over pruned)."""
     out = {}
     for name in STAGES:
         a, b = [x[name] for x in plain], [x[name] for x in cut]

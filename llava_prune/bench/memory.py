@@ -11,11 +11,11 @@ from torch import nn
 
 
 class Peak:
-    """Largest number of bytes allocated between `start` and `stop`, less those allocated at the start.
+    """The peak of allocated bytes between `start` and `stop`, minus the bytes allocated at the start.
 
-    On a GPU it is the allocator's count. On a CPU it is the running sum of the allocations and frees that torch's
-    profiler records. That is exact for tensors and for buffers that kernels allocate through torch, and leaves out
-    what a library allocates itself.
+    On a GPU the CUDA allocator's count is used. On a CPU it is the running sum of the allocations and frees recorded by
+    torch's profiler. This sum is exact for tensors and for buffers that kernels allocate through torch; it omits memory
+    that a library allocates itself.
 
     Attributes:
         bytes: the peak.
@@ -28,7 +28,7 @@ class Peak:
         self._profile: Any = None
 
     def start(self, *_: Any) -> None:
-        """Start; also a forward pre-hook."""
+        """Start measuring; also usable as a forward pre-hook."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
@@ -38,7 +38,7 @@ class Peak:
         self._profile.start()
 
     def stop(self, *_: Any) -> None:
-        """Stop; also a forward hook."""
+        """Stop measuring and set `bytes`; also usable as a forward hook."""
         if self.device.type == "cuda":
             self.bytes = int(torch.cuda.max_memory_allocated(self.device) - self._before)
             return
@@ -47,7 +47,7 @@ class Peak:
 
 
 def peaks(call: Callable[[], Any], lm: nn.Module, device: torch.device) -> dict[str, int]:
-    """Peak bytes of `call` and of the language model in it, measured in two calls.
+    """Return the peak bytes of `call` and of the language model in it, measured in two separate calls.
 
     Args:
         call: a prefill that calls `lm` once.
@@ -74,7 +74,7 @@ def peaks(call: Callable[[], Any], lm: nn.Module, device: torch.device) -> dict[
 
 
 def _highest(profile: Any) -> int:
-    """Largest running sum of the allocations (positive) and frees (negative) of a profile."""
+    """Return the largest running sum of the allocations (positive) and frees (negative) of a profile."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

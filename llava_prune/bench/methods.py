@@ -17,14 +17,14 @@ class Row:
     """One method at one budget.
 
     Attributes:
-        name: of the method.
-        tokens: budget, None for a method without one.
+        name: name of the method.
+        tokens: budget; None for a method without one.
         hyper: hyper-parameters and their defaults.
         presets: preset -> hyper-parameters.
-        about: first line of its docstring.
-        entering: visual tokens entering each layer, None where they depend on the data.
-        leaving: visual tokens leaving each layer.
-        average_entering: mean of `entering`, which the work follows.
+        about: first line of the method's docstring.
+        entering: visual tokens entering each layer; None if they depend on the data.
+        leaving: visual tokens leaving each layer; None if they depend on the data.
+        average_entering: mean of `entering`, which determines the work.
         average_leaving: mean of `leaving`, the convention of AutoPrune's and SparseVLM's tables.
         percent_visual_only: FLOPs by equation (2) on entering visual tokens, in percent of the unpruned model's.
         percent_with_text: the same with text tokens.
@@ -56,11 +56,11 @@ class Row:
 
 
 def method_row(name: str, tokens: int | None, size: Size, text: float) -> Row:
-    """The row of one method.
+    """Return the row of one method.
 
     Args:
         name: "name", "name:preset" or a composition.
-        tokens: budget, None for a method without one; see `planner.cases`.
+        tokens: budget; None for a method without one, see `planner.cases`.
         size: the model.
         text: text tokens in `percent_with_text`.
     """
@@ -104,7 +104,7 @@ def method_row(name: str, tokens: int | None, size: Size, text: float) -> Row:
 
 
 def table(budgets: Sequence[int], size: Size, text: float, chosen: Sequence[str] = ("all",)) -> list[Row]:
-    """Every method at every budget; see `planner.cases`.
+    """Return the rows of the chosen methods at every budget; see `planner.cases`.
 
     Args:
         budgets: visual token budgets.
@@ -122,7 +122,7 @@ def table(budgets: Sequence[int], size: Size, text: float, chosen: Sequence[str]
 
 
 def runs(counts: Sequence[int]) -> str:
-    """Counts of layers in short form: [576, 576, 30] is "2x576 30"."""
+    """Return layer counts in run-length form: [576, 576, 30] becomes "2x576 30"."""
     out: list[tuple[int, int]] = []
     for n in counts:
         times = out.pop()[0] + 1 if out and out[-1][1] == n else 1

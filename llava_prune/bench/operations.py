@@ -1,4 +1,4 @@
-"""What a prefill asks of a device: kernel launches, host synchronisations, and the operations outside the layers."""
+"""Profile a prefill: kernel launches, host synchronisations, and the operations outside the decoder layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.autograd import DeviceType
 from ..models.family import family_of
 
 PREFILL, LAYER = "llava_prune.prefill", "llava_prune.layer"
-"""Names of the spans of the language model and of its layers in a profile."""
+"""Names of the profiler spans of the language model and of its layers."""
 RUNTIME = re.compile(r"cu(da)?[A-Z]\w+$")
-"""Calls of CUDA's runtime and driver."""
+"""Matches the calls of the CUDA runtime and driver."""
 MOST = 10
-"""Operations that are listed."""
+"""Default number of listed operations."""
 
 
 @contextmanager
 def _spans(lm: Any) -> Iterator[None]:
-    """Name the calls of the language model and of its layers in a profile."""
+    """Mark the calls of the language model and of its layers as named spans in a profile."""
     entered: list[Any] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -47,21 +47,20 @@ def _spans(lm: Any) -> Iterator[None]:
 
 
 def operations(model: Any, prefill: Callable[[], Any], most: int = MOST) -> dict[str, Any]:
-    """Profile one prefill, after one that warms up.
+    """Profile one prefill after a warm-up prefill.
 
     Args:
         model: a LLaVA of either family, pruned or not.
-        prefill: generates a single new token; calls the language model once.
-        most: operations to list.
+        prefill: generates a single new token and calls the language model once.
+        most: number of operations to list.
 
     Returns:
-        "prefill" and "request": counts in the language model and in the whole call: "launches" of kernels,
-            "synchronisations" with the host, copies "to_host", and "calls" of the CUDA runtime by name. All are 0 on a
-            CPU.
-        "layers": microseconds of the operations inside the decoder layers, and how many layers ran.
-        "outside": the same outside the layers, in the language model.
-        "operations": the most expensive ones outside the layers: name, calls, microseconds.
-        Times are those of kernels on a GPU ("device") and of operators on a CPU.
+        "time": "device" if the times are those of kernels on a GPU, "operators" if they are those of CPU operators.
+        "prefill" and "request": counts in the language model and in the whole call: kernel "launches", host
+            "synchronisations", copies "to_host", and "calls" of the CUDA runtime by name. All are 0 on a CPU.
+        "layers": microseconds of the operations inside the decoder layers, and the number of layers that ran.
+        "outside": microseconds of the operations of the language model outside its layers, and their counts.
+        "operations": the most expensive operations outside the layers: name, calls, microseconds.
     """
     lm = family_of(model).language_model(model)
     cuda = next(lm.parameters()).device.type == "cuda"

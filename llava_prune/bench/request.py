@@ -1,4 +1,4 @@
-"""Requests of a given size for any LLaVA model: random text around one random image in each sample."""
+"""Benchmark requests of a given size for any LLaVA model, with random text around one random image in each sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ..models.hf import has_crops
 from ..models.llava import IMAGE
 
 BEFORE = 35
-"""Text tokens before the image in LLaVA-1.5's prompts; shorter prompts have half of their text there."""
+"""Number of text tokens before the image in LLaVA-1.5's prompts. Shorter prompts have half of their text before the
+image.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Request:
 
     Attributes:
         batch: batch size.
-        text: text tokens of each sample.
-        visual: visual tokens of each sample.
+        text: number of text tokens of each sample.
+        visual: number of visual tokens of each sample.
         ask: generates a fixed number of new tokens.
         prefill: generates a single new token.
     """
@@ -37,9 +39,9 @@ class Request:
 
 
 def request(loaded: Any, batch: int, text: int, new: int, seed: int = 0) -> Request:
-    """A request of `batch` prompts with `text` text tokens around an image, and greedy answers of `new` tokens.
+    """Return a request of `batch` prompts with `text` text tokens around an image, which generates `new` tokens.
 
-    The image of LLaVA-NeXT is a square of 672 pixels: five crops of 576 patches.
+    LLaVA-NeXT gets a square image of 672 pixels, i.e. five crops of 576 patches.
 
     Raises:
         ValueError: for fewer than 2 text tokens, or an anyres model of package llava.
@@ -78,7 +80,7 @@ def _plain(loaded: Any, ids: Tensor, before: int, draw: torch.Generator) -> Call
 
 
 def _crops(loaded: Any) -> tuple[int, int]:
-    """(visual tokens, crops) of a square image of twice the tower's image size."""
+    """Return (visual tokens, number of crops) of a square image of twice the tower's image size."""
     side = 2 * _side(loaded)
     return loaded.visual_tokens((side, side)), 5
 

@@ -22,14 +22,19 @@ from ..arguments import seed as any_seed
 
 Format = Literal["llava", "hf"]
 SHARD = 2_000_000_000
-"""Bytes after which a new weight file starts."""
+"""Bytes after which a new weight file is started."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA model: language model, then vision tower; `anyres` gives LLaVA-NeXT's crops.
+    """Sizes of a LLaVA model.
 
-    `kv_heads` are the heads of keys and values, as many as `heads` where it is 0; `language` is "llama" or "mistral".
+    Attributes:
+        layers, hidden, intermediate, heads, vocab: sizes of the language model.
+        vision_layers, vision_hidden, vision_intermediate, vision_heads: sizes of the vision tower.
+        anyres: whether images are cut into crops, as in LLaVA-NeXT.
+        kv_heads: number of key and value heads; 0 for as many as `heads`.
+        language: "llama" or "mistral".
     """
 
     layers: int
@@ -56,11 +61,11 @@ SHAPES = {
     "next-mistral-7b": ModelShape(32, 4096, 14336, 32, 32000, anyres=True, kv_heads=8, language="mistral"),
 }
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-"""(width, height) of LLaVA-NeXT's resolutions; transformers reads the same list as (height, width)."""
+"""(width, height) of LLaVA-NeXT's resolutions. transformers reads the same list as (height, width)."""
 
 
 def llm_tensors(s: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, size) of the weights of language model and projector, under the names of haotian-liu/LLaVA."""
+    """Yield (name, size) of the weights of language model and projector, under the names of haotian-liu/LLaVA."""
     d, m = s.hidden, s.intermediate
     kv = d // s.heads * (s.kv_heads or s.heads)
     yield "model.embed_tokens.weight", (s.vocab, d)
@@ -119,7 +124,7 @@ def _text_config(s: ModelShape) -> dict[str, Any]:
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write sharded safetensors with an index."""
+    """Write sharded safetensors files with an index."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -162,15 +167,15 @@ def make(
     seed: int = 0,
     layers: int | None = None,
 ) -> None:
-    """Write a random checkpoint in bfloat16.
+    """Write a checkpoint with random bfloat16 weights.
 
     Args:
         shape: a key of SHAPES.
-        out: folder, new or empty.
+        out: folder to write to; new or empty.
         form: "llava" (haotian-liu/LLaVA) or "hf" (transformers).
         tokenizer: folder whose tokenizer files are copied.
         seed: random seed of the weights, which are the same in both formats.
-        layers: decoder layers in place of the shape's.
+        layers: number of decoder layers; None for that of the shape.
 
     Raises:
         ValueError: for an unknown shape, or a folder that is not empty.
@@ -223,7 +228,7 @@ def make(
 
 
 def hf_config(s: ModelShape) -> Any:
-    """Config in transformers' format; the vocabulary is larger by 64, as in the published conversions."""
+    """Return the config in transformers' format. Its vocabulary has 64 more ids, as in the published conversions."""
     import transformers
     from transformers import LlavaConfig, LlavaNextConfig
 
@@ -244,13 +249,13 @@ def hf_config(s: ModelShape) -> Any:
 
 
 def random_model(shape: str, device: Any = "cpu", dtype: Any = None, attn: str | None = None, seed: int = 0) -> Any:
-    """A model of transformers' classes with random weights, made on the device.
+    """Build a model of transformers' classes with random weights on a device.
 
     Args:
         shape: a key of SHAPES.
         device: device of the model.
-        dtype: torch dtype; default float32.
-        attn: attention implementation; default transformers' choice.
+        dtype: torch dtype; float32 if None.
+        attn: attention implementation; transformers' choice if None.
         seed: random seed of the weights.
 
     Returns:
@@ -292,7 +297,7 @@ def _write_hf(out: Path, s: ModelShape, tower: Any, llm: Iterator[tuple[str, Ten
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("--format", choices=("llava", "hf"), default="llava", help="whose checkpoint format")

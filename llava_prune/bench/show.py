@@ -16,11 +16,11 @@ def _number(value: float | None) -> str:
 
 
 PLACES = {"before the language model": "before", "language model": "inside", "inside the vision tower": "in the tower"}
-"""Beginning of `MethodInfo.where` -> where a method prunes, seen from the language model."""
+"""First part of `MethodInfo.where` -> where the method prunes, relative to the language model."""
 
 
 def methods_table(rows: Sequence[Row], size: Size, text: float) -> Table:
-    """One line for each method and budget: where it prunes, both averages, and what a prefill costs."""
+    """Return the short table: where each method prunes, both averages, and the cost of a prefill, for each budget."""
     title = f"methods: {size.layers} layers, {size.visual} visual tokens, {text:g} text tokens"
     caption = "FLOPs of a prefill by equation (2) on entering tokens, in percent of the unpruned model; --long has more"
     table = Table(title=title, caption=caption)
@@ -36,7 +36,7 @@ def methods_table(rows: Sequence[Row], size: Size, text: float) -> Table:
 
 
 def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
-    """Costs of the methods, their positions and origin, and their hyper-parameters."""
+    """Return the long tables: costs of the methods, their positions and origin, and their hyper-parameters."""
     about = f"{size.layers} layers, {size.visual} visual tokens; FLOPs of a prefill by equation (2) on entering tokens"
     cost = Table(title=f"methods: {about}, in percent of the unpruned model", caption="NxC: N layers of C tokens")
     for name in ("method", "budget", "prunes", "tokens entering each layer", "avg in", "avg out"):
@@ -74,7 +74,7 @@ def methods_tables(rows: Sequence[Row], size: Size, text: float) -> list[Table]:
 
 
 def speed_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Times, and their ratios beside those of the FLOPs, of a result of `llava-prune bench`."""
+    """Return the tables of times and of speed-ups beside FLOPs ratios, for a result of `llava-prune bench`."""
     machine = result["machine"]
     how = [f"pruned: {name}" for name in ("fused", "graphs") if result["settings"].get(name)]
     where = ", ".join([machine["device"], machine["dtype"], f"{machine['threads']} threads", *how])
@@ -105,7 +105,7 @@ def speed_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _times(r: Mapping[str, Any]) -> list[str]:
-    """Cells of the table of times."""
+    """Return the cells of a row of the table of times."""
     stages, memory = r["stages"], r.get("memory")
 
     def pair(name: str) -> str:
@@ -118,7 +118,7 @@ def _times(r: Mapping[str, Any]) -> list[str]:
 
 
 def _ratios(r: Mapping[str, Any]) -> list[str]:
-    """Cells of the table of ratios."""
+    """Return the cells of a row of the table of ratios."""
     ratio, floor, speedup = r["flops"]["ratio"], r["floor"], r["stages"]["prefill"]["speedup"]
     prefill, decode, total = (r["stages"][k]["speedup"]["median"] for k in ("prefill", "decode", "total"))
     return [

@@ -1,4 +1,4 @@
-"""`llava-prune bench`: every method, budget, batch size and prompt length against the unpruned model."""
+"""`llava-prune bench`: compare every method, budget, batch size and prompt length with the unpruned model."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ class Settings:
     Attributes:
         model: checkpoint folder or hub id; None for a random model.
         shape: shape of the random model.
-        methods, tokens: every method is measured at every budget.
+        methods, tokens: methods and budgets; every method is measured at every budget.
         batches: batch sizes.
-        texts: text tokens of a prompt, visual tokens not counted.
-        new: new tokens of a request, at least 2.
-        repeats: pairs of an unpruned and a pruned request that are timed.
-        warmup: pairs that run before them.
-        family, device, dtype, attn: see `llava_prune.load`; None for its default (for a random model float32 on a CPU
+        texts: numbers of text tokens of a prompt, visual tokens not counted.
+        new: number of new tokens of a request, at least 2.
+        repeats: number of timed pairs of an unpruned and a pruned request.
+        warmup: number of untimed pairs before them.
+        family, device, dtype, attn: see `llava_prune.load`; None for its default (for a random model, float32 on a CPU
             and bfloat16 on a GPU).
         device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; for a checkpoint only.
-        threads: CPU threads; None for torch's default. They hold for pruned and unpruned requests.
-        method_args: hyper-parameters for every method that has them.
-        seed: random seed of weights, prompts and images, and of methods that draw.
-        memory: measure peak memory, too.
+        threads: CPU threads for pruned and unpruned requests; None for torch's default.
+        method_args: hyper-parameters, which every method that has them receives.
+        seed: random seed of weights, prompts and images, and of randomised methods.
+        memory: whether to measure peak memory.
         graphs: experimental: replay pruned requests (`attach(..., graphs=True)`) while they are timed. Unpruned
-            requests, memory and pruning overhead are measured without.
+            requests, memory and pruning overhead are measured without graphs.
         text_step: experimental, see `attach`.
-        fused: experimental: Triton kernels for the cuts, see `attach`.
-        profile: write a profiler trace of one pruned prefill of each run.
+        fused: experimental: use Triton kernels for the cuts, see `attach`.
+        profile: whether to write a profiler trace of one pruned prefill of each run.
         out: folder for the results; None for playground/results/bench/<shape or model>.
     """
 
@@ -97,7 +97,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Shape or model, the name of the folder of results."""
+        """Shape or model name, which names the folder of results."""
         return self.shape if self.model is None else Path(self.model).name
 
 
@@ -111,7 +111,7 @@ def plan_runs(settings: Settings) -> list[Run]:
 
 
 def load(settings: Settings) -> Any:
-    """Load or make the model to measure."""
+    """Load the checkpoint, or build the random model, that the settings name."""
     placed = {name: getattr(settings, name) for name in ("device_map", "load_8bit", "load_4bit", "engine")}
     if settings.model is not None:
         family: Any = settings.family
@@ -128,15 +128,17 @@ def load(settings: Settings) -> Any:
 
 
 def speed(settings: Settings, progress: Progress = lambda _: None, command: str = "") -> dict[str, Any]:
-    """Measure, and write bench.json after every row and the traces. Of several processes of an engine the first writes.
+    """Run all measurements and write bench.json after every row, and the traces.
+
+    Of the several processes of an engine, the first one writes.
 
     Args:
-        settings: what to measure.
+        settings: settings of the measurements.
         progress: called before each measurement.
         command: recorded in the result.
 
     Returns:
-        The last of `results`, the content of bench.json.
+        The last value of `results`, i.e. the content of bench.json.
 
     Raises:
         ValueError: for bad settings.
@@ -153,13 +155,13 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
 def results(
     settings: Settings, progress: Progress = lambda _: None, command: str = "", loaded: Any = None
 ) -> Iterator[dict[str, Any]]:
-    """The result so far after every row.
+    """Run the measurements and yield the result so far after every row.
 
     Args:
-        settings: what to measure.
+        settings: settings of the measurements.
         progress: called before each measurement.
         command: recorded in the result.
-        loaded: a model to measure in place of that of the settings.
+        loaded: model to measure; None to load that of the settings.
 
     Yields:
         {"command", "settings", "machine", "rows"}; see `measure` for a row.
@@ -205,7 +207,7 @@ def _machine(loaded: Any) -> dict[str, Any]:
 
 
 def out_folder(settings: Settings) -> Path:
-    """Folder for the results."""
+    """Return the folder for the results."""
     return Path(settings.out).expanduser() if settings.out else Path(FOLDER) / settings.name
 
 
@@ -216,7 +218,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progress) -> Iterator[dict[str, Any]]:
-    """One row for each run, batch size and prompt length; a lack of memory gives a row, too."""
+    """Yield one row for each run, batch size and prompt length; if memory runs out, the row has "error"."""
     for batch in settings.batches:
         for text in settings.texts:
             asked = request(loaded, batch, text, settings.new, settings.seed)
@@ -230,7 +232,7 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
                 try:
                     row = {**head, **measure(settings, loaded, run.method, asked, size, machine)}
                 except torch.OutOfMemoryError:
-                    if processes() > 1:  # the others would wait for this one
+                    if processes() > 1:  # the other processes would wait for this one forever
                         raise
                     log.warning("%s, batch %d: out of memory", run.label, batch)
                     row = {**head, "error": "out of memory"}
@@ -251,19 +253,19 @@ def _size(loaded: Any, asked: Request) -> Size:
 def measure(
     settings: Settings, loaded: Any, method: Method, asked: Request, size: Size, machine: Machine
 ) -> dict[str, Any]:
-    """Time, FLOPs and memory of one method on one kind of request.
+    """Measure time, FLOPs and memory of one method on one kind of request.
 
     Returns:
-        "graphs": whether pruned requests were replayed.
+        "graphs": whether pruned requests were replayed from CUDA graphs.
         "stages": milliseconds of the stages, see `latency.stages`.
-        "flops": equation (2) on visual and text tokens entering the layers, both models, and their ratio.
+        "flops": equation (2) on the visual and text tokens entering the layers, for both models, and the ratio.
         "efficiency": prefill speed-up over FLOPs ratio.
-        "overhead": pruning overhead: quartiles in milliseconds, share of the median in the unpruned prefill, and median
-            of the share in the pruned prefill.
-        "average_entering": visual tokens, mean over layers and samples.
-        "padding": ragged padding of the pruned layers, padding tokens over real ones.
-        "floor": lower bounds in milliseconds of prefill and decoding on `machine`, both models.
-        "memory": see `memory.peaks`, both models.
+        "overhead": pruning overhead: quartiles in milliseconds, its median over the median unpruned prefill, and the
+            median of its share of the pruned prefill.
+        "average_entering": visual tokens entering a layer, mean over layers and samples.
+        "padding": ragged padding of the pruned layers: padding tokens over real tokens.
+        "floor": lower bounds of prefill and decoding time on `machine` in milliseconds, for both models.
+        "memory": see `memory.peaks`, for both models.
     """
     model, text = loaded.model, asked.text
     graphs, warmup = _graphs(settings, method, loaded.device)
@@ -303,7 +305,7 @@ def measure(
 
 
 def _graphs(settings: Settings, method: Method, device: torch.device) -> tuple[Any, int]:
-    """What `attach` takes as `graphs`, and the pairs that run before the timed ones."""
+    """Return the `graphs` argument of `attach`, and the number of warm-up pairs."""
     if not settings.graphs:
         return False, settings.warmup
     from ..experimental.graphs import RECORDED, Graphs
@@ -312,7 +314,7 @@ def _graphs(settings: Settings, method: Method, device: torch.device) -> tuple[A
 
 
 def _memory(loaded: Any, method: Method, asked: Request, fused: bool) -> dict[str, dict[str, int]]:
-    """Peak bytes of unpruned and pruned prefills, on the device that takes the inputs."""
+    """Return the peak bytes of unpruned and pruned prefills on the device of the inputs."""
     model, device = loaded.model, loaded.device
     lm = family_of(model).language_model(model)
     full = peaks(asked.prefill, lm, device)
@@ -325,7 +327,7 @@ def _flops(counts: Sequence[Sequence[float]], size: Size) -> float:
 
 
 def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool) -> None:
-    """Write a Chrome trace of one pruned prefill, and a table of its operators by time."""
+    """Write a Chrome trace of one pruned prefill, and a table of its operators sorted by time."""
     activity = torch.profiler.ProfilerActivity
     cuda = loaded.device.type == "cuda"
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`llava-prune methods` and `flops`, which load no model."""
+"""`llava-prune methods` and `llava-prune flops`, which load no model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .methods import table as methods_of
 from .show import methods_table, methods_tables
 
 OPTIONAL = ("prunes", "its licence", "backends", "batch", "FLOPs % visual only", "avg out", "presets", "about")
-"""Columns of the long tables that narrow terminals do without."""
+"""Columns of the long tables that are left out, in this order, when the terminal is narrow."""
 
 
 def methods(args: argparse.Namespace) -> int:
-    """Run `llava-prune methods`; returns its exit status.
+    """Run `llava-prune methods` and return its exit status.
 
     Raises:
         ValueError: for bad input.
@@ -40,7 +40,7 @@ def methods(args: argparse.Namespace) -> int:
 
 
 def flops(args: argparse.Namespace) -> int:
-    """Run `llava-prune flops`; returns its exit status.
+    """Run `llava-prune flops` and return its exit status.
 
     Raises:
         ValueError: for bad input.

@@ -1,1 +1,1 @@
-"""Benchmarks under LLaVA-1.5's protocol. A benchmark is `tasks/<name>.yaml` and a scorer module beside it."""
+"""Benchmarks under LLaVA-1.5's protocol. A benchmark consists of `tasks/<name>.yaml` and the scorer module it names."""

@@ -1,8 +1,8 @@
-"""Answer files of runs that may be interrupted at any moment and resumed.
+"""Answer files of runs that can be interrupted at any moment and resumed.
 
-During a run every process appends its answers to a journal of its own, which is flushed to disk. The first process
-joins the journals and writes the answer file in question order. The settings of the run are stored beside them, and
-every row carries a checksum over the settings and its own content, so that answers of another run are never taken for
+During a run, every process appends its answers to a journal of its own, which is flushed to disk. The first process
+joins the journals and writes the answer file in question order. The settings of the run are stored beside the answers.
+Every row carries a checksum over the settings and its own content, so answers of another run are never mistaken for
 those of this one.
 """
 
@@ -23,13 +23,13 @@ from .task import Question
 JOURNAL, SETTINGS, TIMING = "answers.partial.jsonl", "settings.json", "timing.jsonl"
 LOCK = ".lock"
 STAGES = {"images": "image_seconds", "tower": "tower_seconds", "generate": "seconds"}
-"""Stage of a run -> field of a journal row: waiting for images, vision tower, and the rest of generation."""
+"""Stage of a run -> field of a journal row: waiting for images, the vision tower, and the rest of generation."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: it has its old or its new content at any moment.
+    """Write a file atomically: at any moment it has either its old or its new content.
 
-    The draft carries the number of the process, so that two of them do not write to the same one.
+    The name of the draft contains the process id, so that two processes never write to the same draft.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     try:
@@ -45,7 +45,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def named(file: str, stem: str) -> str:
-    """Name of a chunk's file: "4_0.jsonl", "4_0.partial.jsonl" or "4_0.settings.json"; `file` itself without a stem."""
+    """Return the name of a chunk's file, e.g. "4_0.jsonl", "4_0.partial.jsonl" or "4_0.settings.json".
+
+    Without a stem, the name is `file` itself.
+    """
     if not stem:
         return file
     return f"{stem}{file.removeprefix('answers')}" if file.startswith("answers") else f"{stem}.{file}"
@@ -53,7 +56,7 @@ def named(file: str, stem: str) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait for the lock of a run's folder and hold it: one process at a time joins, scores and exports chunks."""
+    """Wait for the lock of a run's folder and hold it, so that only one process joins, scores and exports chunks."""
     with open(folder / LOCK, "ab") as handle:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -64,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:
-    """Settings of a folder.
+    """Read the settings stored in a file.
 
     Raises:
         ValueError: for a broken file.
@@ -79,7 +82,7 @@ def _stored_settings(path: Path) -> dict[str, Any]:
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings with one level: {"hyper": {"k0": 1}} becomes {"hyper.k0": 1}."""
+    """Flatten nested settings: {"hyper": {"k0": 1}} becomes {"hyper.k0": 1}."""
     out: dict[str, Any] = {}
     for name, value in settings.items():
         out |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -87,7 +90,13 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> str | None:
-    """The first setting that differs, with both values; None where none does."""
+    """Describe the first setting that differs, with both values; return None if no setting differs.
+
+    Args:
+        stored: settings of earlier answers.
+        now: settings of this run.
+        free: flat names of settings that may differ.
+    """
     old, new, absent = _flat(stored), _flat(now), object()
     for name in dict.fromkeys([*new, *old]):
         mine, theirs = new.get(name, absent), old.get(name, absent)
@@ -101,7 +110,7 @@ def difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Iterable
 
 
 def merge(folder: Path, count: int, stem: str) -> bool:
-    """Join the chunks of a run in order, when all are complete. Call it while the folder is `locked`.
+    """Join the chunks of a run in order if all are complete. The caller holds the folder's lock (`locked`).
 
     Args:
         folder: folder of the run.
@@ -109,10 +118,10 @@ def merge(folder: Path, count: int, stem: str) -> bool:
         stem: stem of the current chunk, whose settings the others must have.
 
     Returns:
-        Whether answer file and timing file were written, with the settings beside them; False while a chunk is missing.
+        True if the answer, timing and settings files were written; False while a chunk is missing.
 
     Raises:
-        ValueError: for chunks made with different settings, or broken files.
+        ValueError: for chunks with different settings, or a broken settings file.
     """
     stems = [f"{count}_{i}" for i in range(count)]
     if not all((folder / named(ANSWERS, s)).is_file() for s in stems):
@@ -132,7 +141,10 @@ def merge(folder: Path, count: int, stem: str) -> bool:
 
 
 def read_timing(path: Path) -> list[dict[str, Any]]:
-    """Piece and seconds of each answer; none where the file is missing or broken, since no figure depends on them."""
+    """Return piece and seconds of each answer.
+
+    The list is empty if the file is missing or broken, which is not an error, since no figure depends on it.
+    """
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         return [{"piece": row["piece"], **{n: float(row[n]) for n in STAGES.values()}} for row in rows]
@@ -141,17 +153,17 @@ def read_timing(path: Path) -> list[dict[str, Any]]:
 
 
 def total_seconds(path: Path) -> dict[str, float]:
-    """Seconds of all answers in a timing file, by stage."""
+    """Return the seconds of all answers in a timing file, by stage."""
     return _by_stage(read_timing(path))
 
 
 def _by_stage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of answers, by stage."""
+    """Sum the seconds of answers by stage."""
     return {k: sum(r[name] for r in rows) for k, name in STAGES.items()}
 
 
 def _sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove drafts that killed processes left. The caller holds the lock of these files."""
+    """Remove the drafts left by processes that were killed. The caller holds the lock of these files."""
     for name in names:
         for draft in folder.glob(f"{name}.*.draft"):
             number = draft.name.removeprefix(f"{name}.").removesuffix(".draft")
@@ -161,12 +173,12 @@ def _sweep(folder: Path, names: Iterable[str]) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs."""
+    """Return whether a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # it is another user's
+    except OSError:  # the process belongs to another user
         return True
     return True
 
@@ -175,7 +187,7 @@ class AnswerWriter:
     """Appends the answers of one process to its journal. Use as a context manager.
 
     Attributes:
-        settings: settings of the answers.
+        settings: settings of the run.
         done: numbers of the questions that have an answer.
     """
 
@@ -183,7 +195,7 @@ class AnswerWriter:
         """Open and lock a journal.
 
         Raises:
-            ValueError: when another process writes to it.
+            ValueError: if another process is writing to it.
         """
         self.journal, self.settings, self.done = Journal(path), dict(settings), set(done)
 
@@ -194,13 +206,13 @@ class AnswerWriter:
         self.journal.close()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Queue the answers to questions without one for the journal. Each gets its `answer_id`, see `seal`.
+        """Queue answers for the journal, except those to answered questions. Each row gets its `answer_id`, see `seal`.
 
         Returns:
             The number of new answers.
 
         Raises:
-            OSError: when earlier answers could not be written.
+            OSError: if earlier answers could not be written.
         """
         fresh = [{**r, "answer_id": seal(self.settings, r)} for r in rows if r["row"] not in self.done]
         self.journal.append("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh))
@@ -211,13 +223,13 @@ class AnswerWriter:
         """Wait until all answers are on disk.
 
         Raises:
-            OSError: when they could not be written.
+            OSError: if they could not be written.
         """
         self.journal.flush()
 
 
 class Unwritten(AnswerWriter):
-    """The answers of a process that answers the same questions as the first: nothing is written."""
+    """Answers of a process that answers the same questions as the first process; nothing is written."""
 
     def __init__(self, settings: Mapping[str, Any], done: Iterable[int]) -> None:
         self.settings, self.done = dict(settings), set(done)
@@ -226,26 +238,25 @@ class Unwritten(AnswerWriter):
         pass
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Note which questions have an answer; returns 0."""
+        """Record which questions have an answer; return 0."""
         self.done.update(r["row"] for r in rows)
         return 0
 
     def flush(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: there is nothing to write."""
 
 
 def rank_journal(folder: Path, rank: int, stem: str = "") -> Path:
-    """The journal of a process; that of the first is `JOURNAL`."""
+    """Return the path of a process's journal; that of the first process is `JOURNAL`."""
     return folder / named(f"answers.rank{rank}.partial.jsonl" if rank else JOURNAL, stem)
 
 
 class Answers(AnswerWriter):
-    """The answers of one method on one benchmark, in a folder of their own, as the first process of an evaluation
-    handles them.
+    """The answers of one method on one benchmark, in a folder of their own, as managed by the first process.
 
     Attributes:
         complete: whether every question has an answer in the answer file.
-        seconds: stage -> seconds of all rows, see `STAGES`; set by `finish`.
+        seconds: stage -> seconds summed over all rows, see `STAGES`; set by `finish`.
     """
 
     def __init__(
@@ -257,19 +268,19 @@ class Answers(AnswerWriter):
         fill: Mapping[str, Any] | None = None,
         stem: str = "",
     ) -> None:
-        """Open or resume.
+        """Open the folder of a run, and resume from the answers in it.
 
         Args:
-            folder: folder of the run; made when missing.
+            folder: folder of the run; created if missing.
             settings: every setting that may change an answer.
-            questions: number -> question, in order: those of the chunk.
-            restart: discard earlier answers.
-            fill: positive integers for settings that are None. A resumed run takes them from the folder instead.
-            stem: stem of a chunk's files, "4_0" for the first of four; "" for the whole benchmark.
+            questions: number -> question, in order: the questions of the chunk.
+            restart: whether to discard earlier answers.
+            fill: positive integers that replace settings of None. A resumed run takes them from the folder instead.
+            stem: stem of a chunk's files, e.g. "4_0" for the first of four; "" for the whole benchmark.
 
         Raises:
-            ValueError: for answers with other settings than these, without settings, of other questions or edited, or
-                a second writer.
+            ValueError: if earlier answers have other settings or none, belong to other questions or were edited, or
+                if another process is writing to the folder.
         """
         self.folder, self.questions, self._stem = folder, dict(questions), stem
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +296,7 @@ class Answers(AnswerWriter):
             self.complete = self._final.exists()
             self.settings = self._agree(settings, fill or {})
             self._read()
-            if not self.done and not self.complete:  # earlier answers have theirs
+            if not self.done and not self.complete:  # otherwise the settings are stored already
                 write_whole(self._settings, json.dumps(self.settings, indent=2) + "\n")
         except BaseException:
             self.journal.close()
@@ -295,24 +306,24 @@ class Answers(AnswerWriter):
         return self
 
     def _others(self) -> list[Path]:
-        """Journals of other processes than the first, also of an earlier run that was interrupted."""
+        """Return the journals of all processes but the first, including those left by an earlier, interrupted run."""
         pattern = named("answers.rank*.partial.jsonl", self._stem)
         return sorted(self.folder.glob(pattern))
 
     def _discard(self) -> None:
-        """Remove earlier answers; those of a chunk and what was joined from it."""
+        """Remove earlier answers and, for a chunk, the files that were joined from it."""
         for path in (self._final, self._timing, self._settings):
             path.unlink(missing_ok=True)
         for path in self._others():
             with contextlib.closing(Journal(path)) as other:
-                other.truncate(0)  # and removed when it is closed
+                other.truncate(0)  # an empty journal is removed when it is closed
         self.journal.truncate(0)
-        with locked(self.folder) if self._stem else contextlib.nullcontext():  # what chunks were joined to, too
+        with locked(self.folder) if self._stem else contextlib.nullcontext():  # files joined from chunks as well
             for name in (ANSWERS, RESULT, SCORES, SETTINGS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _agree(self, settings: Mapping[str, Any], fill: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of the answers: those stored beside earlier ones, which must be the same, or the given."""
+        """Return the settings of the answers: the given ones, or those of earlier answers, which must agree."""
         now = json.loads(json.dumps(settings))
         free = [k for k in fill if now.get(k) is None]
         if self._stem and (self.folder / ANSWERS).exists():
@@ -326,6 +337,11 @@ class Answers(AnswerWriter):
         return stored
 
     def _compare(self, path: Path, now: Mapping[str, Any], free: Iterable[str]) -> dict[str, Any]:
+        """Return the settings stored in a file, after checking that all but the `free` ones agree with `now`.
+
+        Raises:
+            ValueError: if the file is missing or broken, or a setting differs.
+        """
         if not path.is_file():
             raise ValueError(
                 f"{self.folder} has answers without {path.name}, so nothing says how they were made; {WAY_OUT}"
@@ -337,7 +353,7 @@ class Answers(AnswerWriter):
         return stored
 
     def _read(self) -> None:
-        """Verify earlier answers; what an interruption left at the end of the journal is removed."""
+        """Verify earlier answers, and remove the broken end that an interruption left in the journal."""
         if self.complete:
             read_finished(self._final, list(self.questions.values()), self.settings)
             self.done = set(self.questions)
@@ -349,25 +365,25 @@ class Answers(AnswerWriter):
         self.collect()
 
     def collect(self) -> None:
-        """Move the answers in the journals of other processes to that of the first.
+        """Move the answers in the journals of the other processes to the journal of the first process.
 
         Raises:
-            ValueError: for a journal that is still written to, or rows of another run.
-            OSError: when they cannot be written.
+            ValueError: for a journal that a process still writes to, or rows of another run.
+            OSError: if the answers cannot be written.
         """
         for path in self._others():
             with contextlib.closing(Journal(path)) as other:
                 rows, _ = read_journal(path, self.questions, self.settings)
                 self.add(rows)
                 self.journal.flush()
-                other.truncate(0)  # and removed when it is closed
+                other.truncate(0)  # an empty journal is removed when it is closed
 
     def finish(self) -> list[Row]:
-        """Write answer file and timing file in question order and empty the journal; sets `seconds`.
+        """Write the answer and timing files in question order, empty the journal, set `seconds` and return the rows.
 
         Raises:
-            ValueError: when an answer is missing.
-            OSError: when answers could not be written.
+            ValueError: if an answer is missing.
+            OSError: if answers could not be written.
         """
         if self.complete:
             self.seconds = total_seconds(self._timing)

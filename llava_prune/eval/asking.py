@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Files:
-    """The benchmark's files, read and checked."""
+    """The files of a benchmark, read and checked."""
 
     sources: Sources
     questions: list[Question]
@@ -47,15 +47,17 @@ class Bench:
     """A loaded model and the questions for it.
 
     Attributes:
-        loaded: see `llava_prune.load`.
+        loaded: the model, see `llava_prune.load`.
+        task: the benchmark.
+        files: its files.
         protocol: prompts and preprocessing.
-        rows: token ids of each question.
+        rows: token ids of the prompt of each question.
         batch: batch size, halved when memory runs out.
-        load: seconds that loading took.
+        load: seconds spent on loading the model.
+        feed: reads images in the background.
         tower: seconds spent in the vision tower so far.
         images: cache of the tower's outputs, see `Loaded.remember_images`.
-        feed: reads images.
-        logits: watches the logits for NaN and infinite values, see `finite.watched`; None where nothing does.
+        logits: records NaN and infinite logits, see `finite.watched`; None if the logits are not watched.
     """
 
     loaded: Any
@@ -72,15 +74,15 @@ class Bench:
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Prompt length of each question."""
+        """Prompt length of each question in tokens."""
         return [len(r) for r in self.rows]
 
 
 def load_model(settings: Settings) -> Any:
-    """`llava_prune.load` with the settings of an evaluation.
+    """Load the model with the settings of an evaluation, see `llava_prune.load`.
 
     Raises:
-        ValueError: when the checkpoint cannot be loaded.
+        ValueError: if the checkpoint cannot be loaded.
     """
     family: Any = settings.family
     return llava_prune.load(
@@ -98,9 +100,13 @@ def load_model(settings: Settings) -> Any:
 
 
 def auto_batch(loaded: Any, longest: int) -> int:
-    """Batch size by memory: half the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
+    """Choose a batch size: half of the free memory over a rough cost of a sample, at most 64 (16 on a CPU).
 
-    The GPU with the least free memory decides, over all processes of an engine.
+    The GPU with the least free memory decides, over all processes of an engine. The result is a power of two.
+
+    Args:
+        loaded: the model.
+        longest: largest number of text tokens of a sample, new tokens included.
     """
     size, width = loaded.size, next(loaded.model.parameters()).element_size()
     n = longest + loaded.max_visual
@@ -113,7 +119,7 @@ def auto_batch(loaded: Any, longest: int) -> int:
 
 
 def _free_memory() -> int:
-    """Free bytes of the host's memory; 2 GiB where the system does not tell."""
+    """Return the free bytes of the host's memory; 2 GiB if the system does not report them."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) * 1024
@@ -121,10 +127,11 @@ def _free_memory() -> int:
 
 
 def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], loaded: Any = None) -> Bench:
-    """Load the model, unless it is given, and tokenise the questions.
+    """Load the model, unless it is given, check it, and tokenise the questions.
 
     Raises:
-        ValueError: for a broken checkpoint, another model's tokenizer, or a budget above the model's visual tokens.
+        ValueError: for a broken checkpoint, another model's tokenizer, a budget above the model's visual tokens, or a
+            prompt that the model cannot take.
     """
     protocol = protocol_of(settings.model, settings.conv_mode)
     start = time.perf_counter()
@@ -156,7 +163,7 @@ def read_image(sources: Sources, loaded: Any, protocol: Protocol, name: str) -> 
     """Decode and preprocess an image.
 
     Raises:
-        ValueError: naming the image, when it cannot be read or is too large.
+        ValueError: naming the image, if it cannot be read or is too large.
     """
     image = sources.image(name)
     try:
@@ -166,7 +173,7 @@ def read_image(sources: Sources, loaded: Any, protocol: Protocol, name: str) -> 
 
 
 def check_crops(loaded: Any, where: str) -> None:
-    """Refuse an image processor that makes images of another size than the vision tower takes.
+    """Refuse an image processor whose output size differs from the input size of the vision tower.
 
     Raises:
         ValueError: with both sizes.
@@ -182,17 +189,17 @@ def check_crops(loaded: Any, where: str) -> None:
 
 
 def tokenised(files: Files, loaded: Any, protocol: Protocol, limit: int | None) -> list[list[int]]:
-    """Token ids of the prompt of every question.
+    """Return the token ids of the prompt of every question.
 
     Raises:
         ValueError: naming file, row and id, for a text that the tokenizer refuses, or a prompt of more than `limit`
-            tokens with as many visual tokens as an image can have.
+            tokens, counting the largest number of visual tokens of an image.
     """
     out = []
     for number, q in enumerate(files.questions, 1):
         try:
             ids = protocol.token_ids(q.text, q.image is not None, loaded)
-        except Exception as error:  # tokenizers raise errors of their own
+        except Exception as error:  # tokenizers raise errors of many types
             detail = f"{type(error).__name__}: {error}".split("\n")[0]
             where = place_of(number, q, files.sources)
             raise ValueError(f"{where}: the tokenizer refuses the text ({detail})") from error
@@ -205,14 +212,14 @@ def tokenised(files: Files, loaded: Any, protocol: Protocol, limit: int | None) 
 
 
 def too_long(length: int, limit: int | None) -> str:
-    """What is wrong with a prompt of more tokens than the model's context; "" where nothing is."""
+    """Return the error message for a prompt that exceeds the model's context; "" if it fits."""
     if limit is None or length <= limit:
         return ""
     return f"the prompt has {length} tokens with its image, the model's context {limit}; shorten the text"
 
 
 def context_of(loaded: Any) -> int | None:
-    """Tokens of the model's context; None where its config does not state them."""
+    """Return the context length of the model in tokens; None if its config does not state it."""
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
     limit: int | None = getattr(text_config, "max_position_embeddings", None)
     return limit
@@ -220,7 +227,7 @@ def context_of(loaded: Any) -> int | None:
 
 @contextlib.contextmanager
 def tower_clock(bench: Bench) -> Any:
-    """Add the time spent in the vision tower to `bench.tower`."""
+    """Add the time spent in the vision tower during the block to `bench.tower`."""
     tower = vision_tower(bench.loaded)
     device, began = execution_device(tower, bench.loaded.device), [0.0]
 
@@ -244,15 +251,15 @@ def tower_clock(bench: Bench) -> Any:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a lack of memory, of a GPU or of the host."""
+    """Return whether an error means that a GPU or the host is out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
-    """Encode images ahead of their questions, `size` at a time; fewer where they come in crops.
+    """Encode images ahead of their questions, `size` at a time, or fewer for a model that sees images in crops.
 
     Returns:
-        Seconds in the vision tower and of waiting for images, as in the rows of `answer`.
+        Seconds spent in the vision tower and waiting for images, under the names of the fields in `answer`'s rows.
     """
     tower, waited = bench.tower, bench.feed.waited
     size = max(1, size // bench.loaded.crops)
@@ -263,12 +270,12 @@ def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:
 
 
 def stacked(images: Sequence[torch.Tensor]) -> Any:
-    """(N, 3, H, W) of N images; crops of different numbers stay a list."""
+    """Stack N images to (N, 3, H, W); images in crops, whose numbers of crops may differ, stay a list."""
     return torch.stack(list(images)) if images[0].ndim == 3 else list(images)
 
 
 def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
-    """(B, new) long: new token ids for a batch of questions."""
+    """Answer a batch of questions; return the new token ids, (B, new) long."""
     asked = [bench.files.questions[i] for i in numbers]
     names = [q.image for q in asked if q.image is not None]
     found = [bench.feed.get(name) for name in names]
@@ -283,14 +290,17 @@ def ask(bench: Bench, method: Any, numbers: Sequence[int]) -> torch.Tensor:
 
 
 def unpruned(bench: Bench, question: Question) -> dict[str, int]:
-    """Visual tokens of a question before pruning, where they depend on its image: that of a model with crops."""
+    """Return the number of visual tokens of a question before pruning, as a field of its row.
+
+    The dictionary is empty unless the number depends on the image, i.e. for a model that sees images in crops.
+    """
     if bench.loaded.crops == 1 or question.image is None:
         return {}
     return {"unpruned": bench.loaded.visual_tokens(bench.feed.get(question.image)[1])}
 
 
 def _not_finite_in(bench: Bench, run: Run, number: int) -> str:
-    """The module that makes the NaN or infinite values of a question's logits, found by asking it again."""
+    """Ask a question again and return the name of the module that produces its NaN or infinite values."""
     found = locate(bench.loaded, functools.partial(ask, bench, run.method, [number]))
     if bench.logits is not None:
         bench.logits.take()
@@ -298,17 +308,20 @@ def _not_finite_in(bench: Bench, run: Run, number: int) -> str:
 
 
 def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: str) -> list[dict[str, Any]]:
-    """Rows of the answer file for a batch of questions; the batch size is halved when memory runs out.
+    """Answer a batch of questions and return its rows of the answer file.
+
+    The batch size is halved when memory runs out.
 
     Args:
         bench: model and questions.
-        handle: of the attached method.
+        handle: handle of the attached method.
         numbers: question numbers, all with an image or all without one.
         run: method and budget.
-        name: the row's model_id.
+        name: model_id of the rows.
 
     Raises:
-        torch.OutOfMemoryError: when a single question does not fit.
+        torch.OutOfMemoryError: if a single question does not fit.
+        ValueError: if memory runs out with an engine, whose processes cannot halve the batch size.
     """
     if len(numbers) > bench.batch:
         parts = [numbers[i : i + bench.batch] for i in range(0, len(numbers), bench.batch)]
@@ -319,7 +332,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     except (MemoryError, RuntimeError) as error:
         if len(numbers) == 1 or not out_of_memory(error):
             raise
-        if bench.loaded.engine is not None:  # the other processes would wait for this one
+        if bench.loaded.engine is not None:  # the other processes would wait for this one forever
             raise ValueError(
                 f"out of memory at batch size {len(numbers)}, which is not halved with engine={bench.loaded.engine!r}; "
                 "give a smaller --batch"
@@ -327,7 +340,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
         bench.batch = max(1, len(numbers) // 2)
         log.warning("out of memory at batch size %d; continuing with %d", len(numbers), bench.batch)
         new = None
-    if new is None:  # after the handler, which keeps the failed tensors alive
+    if new is None:  # outside of the handler, whose traceback keeps the failed tensors alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return answer(bench, handle, numbers, run, name)
@@ -335,7 +348,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     tower, waited = bench.tower - tower, bench.feed.waited - waited
     seconds = time.perf_counter() - start - tower - waited
     texts = bench.loaded.tokenizer.batch_decode(new, skip_special_tokens=True)
-    with_image = bench.files.questions[numbers[0]].image is not None  # all or none of a batch
+    with_image = bench.files.questions[numbers[0]].image is not None  # the same for the whole batch
     none = [[0] * bench.loaded.size.layers] * len(numbers)
     entering = handle.last.tokens_in.tolist() if with_image else none
     leaving = handle.last.tokens_out.tolist() if with_image else none
@@ -345,7 +358,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     out = []
     for k, (i, text) in enumerate(zip(numbers, texts, strict=True)):
         question = bench.files.questions[i]
-        dropped = {"image": True} if with_image and not entering[k][0] else {}  # tells the row from one without image
+        # marks a question whose image was dropped entirely, unlike one without an image
+        dropped = {"image": True} if with_image and not entering[k][0] else {}
         out.append({
             "question_id": question.id,
             "prompt": question.stored,

@@ -1,4 +1,4 @@
-"""`llava-prune eval`: plan, start the processes, evaluate, report."""
+"""`llava-prune eval`: plan the runs, start the processes, evaluate and report."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from .show import Bars, results_table, summary_table
 from .task import load_task
 
 DEFAULT = [64]
-"""Budgets where none are given."""
+"""Budgets if none are given."""
 Show = Callable[[dict[str, list[dict[str, Any]]], dict[str, str]], None]
-"""Prints results by benchmark; the messages of benchmarks that failed are printed afterwards."""
+"""Prints the results by benchmark. It also receives the messages of benchmarks that failed, which are printed
+afterwards.
+"""
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Run `llava-prune eval`; returns its exit status.
+    """Run `llava-prune eval` and return its exit status.
 
     Raises:
         ValueError: for bad input, or benchmarks that failed.
@@ -48,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
-    """The settings of an evaluation: those flags that name one, and what is `given` instead."""
+    """Return the settings of an evaluation: those of the command line, overridden by `given`."""
     fields = {f.name for f in dataclasses.fields(Settings)}
     found = {k: v for k, v in vars(args).items() if k in fields} | given
     models = {
@@ -58,9 +60,9 @@ def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
 
 
 def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) -> int:
-    """Evaluate in as many processes as `args` ask for, and show the results in the first; returns the exit status.
+    """Evaluate in as many processes as `args` ask for; the first process shows the results. Return the exit status.
 
-    Where every run is finished already, no model is loaded. With --dry-run, what would run is shown.
+    If every run is finished already, no model is loaded. With --dry-run, only the planned work is shown.
 
     Raises:
         ValueError: for bad input, or benchmarks that failed.
@@ -80,7 +82,10 @@ def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) 
 
 
 def _processes(args: argparse.Namespace, settings: Settings) -> int:
-    """Number of processes; commands of many runs use every core for the miniature model, which is quickest."""
+    """Return the number of processes to start.
+
+    Commands of many runs use every core for the miniature model, which is fastest.
+    """
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     chosen = args.gpus or args.procs or args.device or args.device_map or settings.engine
     alone = chosen or torch.cuda.is_available() or settings.model != TINY
@@ -99,16 +104,16 @@ def _dry_run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _without_figure(results: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """Messages of benchmarks with a run whose logits were not finite."""
+    """Return the messages of benchmarks that have a run with NaN or infinite logits."""
     found = ((name, r) for name, runs in results.items() for r in runs)
     return {name: r["why_no_figure"] for name, r in found if r["details"].get("not_finite")}
 
 
 def _status(failed: dict[str, str]) -> int:
-    """0 where no benchmark failed.
+    """Return 0, the exit status if no benchmark failed.
 
     Raises:
-        ValueError: with the messages of those that did.
+        ValueError: with the messages of the benchmarks that failed.
     """
     if failed:
         raise ValueError("; ".join(f"{name}: {message}" for name, message in failed.items()))
@@ -116,7 +121,7 @@ def _status(failed: dict[str, str]) -> int:
 
 
 def _one_process(args: argparse.Namespace, settings: Settings, show: Show) -> int:
-    """This process's part of an evaluation; the first one reports."""
+    """Run this process's part of an evaluation and return the exit status; the first process reports."""
     err = stderr()
     ranks = Ranks.of(os.environ, settings.engine is not None)
     command = shlex.join(["llava-prune", *args.argv])
@@ -136,14 +141,14 @@ def _one_process(args: argparse.Namespace, settings: Settings, show: Show) -> in
     except ValueError as error:
         if ranks.speaks(str(error)):
             raise
-        time.sleep(1)  # the end of this process ends the one that prints the message
+        time.sleep(1)  # torchrun ends all processes with this one; the one that prints the message needs time
         return 1
 
 
 def _show_results(
     args: argparse.Namespace, settings: Settings, results: dict[str, list[dict[str, Any]]], failed: dict[str, str]
 ) -> None:
-    """Print the results, or their JSON."""
+    """Print the results as tables or as JSON."""
     if args.json:
         emit([public(r) for runs in results.values() for r in runs])
     else:

@@ -1,4 +1,4 @@
-"""The files of a benchmark: which are present, whether they are known releases, and how to get the others."""
+"""The files of a benchmark: find them, identify known releases, and download missing ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ TIMEOUT = 60
 
 
 def size_of(path: Path, pattern: str = "") -> tuple[int, int]:
-    """(files, bytes) of a file or of all files below a folder; with a pattern, of the matching files in the folder."""
+    """Return (number of files, bytes) of a file, or of all files below a folder.
+
+    With a pattern, only the matching files directly in the folder count.
+    """
     files = path.glob(pattern) if pattern else path.rglob("*") if path.is_dir() else [path]
     sizes = [p.stat().st_size for p in files if p.is_file()]
     return len(sizes), sum(sizes)
@@ -33,11 +36,12 @@ def inspect(name: str, data: Path) -> dict[str, Any]:
 
     Args:
         name: benchmark.
-        data: folder with the folders of the benchmarks, or the benchmark's own.
+        data: folder with the folders of the benchmarks, or the benchmark's own folder.
 
     Returns:
-        bench, complete (whether it can be evaluated), problems (messages), and files with the kind, path, optional,
-        files, bytes, rows, expected, version, source and url of each.
+        bench, complete (whether the benchmark can be evaluated), problems (messages), and files: a list with the kind,
+        path, optional, files, bytes, rows, expected, version, source, url and direct (whether it can be downloaded) of
+        each.
     """
     task = load_task(name)
     sources = Sources(task, data)
@@ -58,6 +62,7 @@ def inspect(name: str, data: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _noting(problems: list[str]) -> Any:
+    """Append the message of a ValueError in the block to `problems` instead of raising it."""
     try:
         yield
     except ValueError as error:
@@ -65,6 +70,7 @@ def _noting(problems: list[str]) -> Any:
 
 
 def _file(kind: str, spec: Kind, sources: Sources, questions: list[Question], problems: list[str]) -> dict[str, Any]:
+    """Return the entry of one kind of file for `inspect`; add its problems to `problems`."""
     path = sources.find(kind)
     facts = [v for k, v in sources.versions.items() if sources.kinds[k] == kind]
     out: dict[str, Any] = {
@@ -97,10 +103,13 @@ def fetch(url: str, to: Path, progress: Callable[[int, int | None], None] = lamb
     Args:
         url: http or https.
         to: file to write.
-        progress: called with (bytes so far, bytes in all or None).
+        progress: called with (bytes so far, total bytes or None).
+
+    Returns:
+        The path of the file.
 
     Raises:
-        ValueError: when the server refuses or the connection fails; what was received is kept.
+        ValueError: if the server refuses or the connection fails; the bytes received so far are kept.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(to.name + PART)
@@ -135,13 +144,13 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
     Args:
         task: benchmark.
         data: folder with the folders of the benchmarks.
-        progress: called with (url, bytes so far, bytes in all or None).
+        progress: called with (url, bytes so far, total bytes or None).
 
     Returns:
-        (kinds that were downloaded, kinds that are published on a web page only).
+        (kinds that were downloaded, kinds that can only be fetched by hand from a web page).
 
     Raises:
-        ValueError: when a download fails; the next call resumes it.
+        ValueError: if a download fails; the next call resumes it.
     """
     sources = Sources(task, data)
     base = next((b for b in sources.bases[:-1] if b.is_dir()), sources.bases[0])

@@ -1,6 +1,6 @@
-"""`llava-prune demo`: a local page that asks the unpruned model and two methods.
+"""`llava-prune demo`: a local web page that compares the answers of the unpruned model and of two methods.
 
-The page is made with gradio, which is an extra of the package and imported inside functions.
+The page is made with gradio, an extra of the package that is imported inside functions.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ GRADIO = 6
 UPLOAD = "20mb"
 """Largest image file."""
 KEPT = (600, 3600)
-"""Seconds between clean-ups of uploaded images, and age at which they are deleted."""
+"""Seconds between clean-ups of uploaded images, and the age at which they are deleted."""
 TABS = 100
-"""Tabs whose last image and record are remembered, for the sliders."""
+"""Number of browser tabs whose last image and records are kept in memory for the sliders."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that other machines cannot reach."""
 SECONDS = 20
-"""How long an error is shown."""
+"""Seconds for which an error is shown."""
 COLOURS = dict(zip(NAMES, ("#8A8F98", "#0072B2", "#D55E00"), strict=True))
-"""Curves, whose colours stand out from white and from black."""
+"""Colours of the curves, which stand out from white and from black."""
 CSS = """
 .facts { font-size: 0.9rem; padding: 0 0.25rem; }
 .facts table { width: 100%; border-collapse: collapse; }
@@ -58,10 +58,10 @@ model. Each time is measured once, after a warm-up prefill. Reading and preproce
 
 
 def check_gradio() -> None:
-    """Refuse to go on without gradio.
+    """Raise an error unless the supported version of gradio is installed.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: with the command that installs it.
     """
     try:
         import gradio
@@ -74,14 +74,14 @@ def check_gradio() -> None:
 
 
 def build(asked: SideBySide, methods: Sequence[str], budget: str, offered: Sequence[Sequence[Any]], short: bool) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Build the page, a `gradio.Blocks`.
 
     Args:
-        asked: what answers.
-        methods: names that A and B have at first.
-        budget: that both have at first.
-        offered: examples, image, question and `short` of each.
-        short: whether short answers are asked for at first.
+        asked: the loaded model, which answers the questions.
+        methods: initial names of methods A and B.
+        budget: initial budget of both.
+        offered: examples, each with image, question and `short`.
+        short: whether the page initially asks for short answers.
     """
     import gradio as gr
 
@@ -104,7 +104,7 @@ def build(asked: SideBySide, methods: Sequence[str], budget: str, offered: Seque
                 [list(row) for row in offered],
                 [image, question, brief],
                 cache_examples=False,
-                example_labels=[str(row[1]) for row in offered],  # a button each, which the keyboard reaches
+                example_labels=[str(row[1]) for row in offered],  # buttons, which the keyboard can reach
             )
         with gr.Row():
             with gr.Column(min_width=280):
@@ -123,14 +123,14 @@ def build(asked: SideBySide, methods: Sequence[str], budget: str, offered: Seque
 def _connect(
     asked: SideBySide, button: Any, inputs: Sequence[Any], outputs: Sequence[Any], pruned: Sequence[Any]
 ) -> None:
-    """Let the button and the question's field ask, and the sliders draw.
+    """Connect the button and the question's field to `_answer`, and the sliders to `_draw`.
 
     Args:
-        asked: what answers.
-        button: asks, too.
-        inputs: image, question, `short`, and method and budget of A and B.
-        outputs: what was found, plot, and answer and facts of the unpruned model.
-        pruned: answer, facts, slider, overlay and its caption, of A and B.
+        asked: the loaded model, which answers the questions.
+        button: the "Ask" button.
+        inputs: fields for image, question, `short`, and method and budget of A and B.
+        outputs: state of the page, plot, and answer and facts of the unpruned model.
+        pruned: answer, facts, slider, overlay and its caption, for A and for B.
     """
     import gradio as gr
 
@@ -155,7 +155,7 @@ def _connect(
 
 
 def _method(letter: str, name: str, budget: str) -> tuple[Any, Any]:
-    """The fields of a method: its name and its budget."""
+    """Return the fields of a method: its name and its budget."""
     import gradio as gr
 
     choices = sorted({*names(), name})
@@ -166,7 +166,7 @@ def _method(letter: str, name: str, budget: str) -> tuple[Any, Any]:
 
 
 def _answered(name: str) -> tuple[Any, Any]:
-    """The fields of an answer: its text and its facts."""
+    """Return the fields of an answer: its text and its facts."""
     import gradio as gr
 
     text = gr.Textbox(label=name, interactive=False, lines=2)
@@ -174,7 +174,7 @@ def _answered(name: str) -> tuple[Any, Any]:
 
 
 def _overlaid(letter: str, layers: int) -> tuple[Any, Any, Any]:
-    """The fields of a method's overlay: slider, image, caption."""
+    """Return the fields of a method's overlay: slider, image and caption."""
     import gradio as gr
 
     slider = gr.Slider(0, layers - 1, layers // 2, step=1, label=f"Layer of {letter}", buttons=[])
@@ -185,7 +185,10 @@ def _overlaid(letter: str, layers: int) -> tuple[Any, Any, Any]:
 
 
 def _answer(asked: SideBySide, image: str | None, question: str, short: bool, *given: Any) -> list[Any]:
-    """The outputs of the page for a question; `given` are method, budget, method, budget, layer, layer."""
+    """Answer a question and return the new values of the page's outputs.
+
+    `given` holds method and budget of A, method and budget of B, and the layers of both sliders.
+    """
     import gradio as gr
     import pandas as pd
 
@@ -204,7 +207,7 @@ def _answer(asked: SideBySide, image: str | None, question: str, short: bool, *g
 
 
 def _draw(number: int, shown: Shown | None, layer: float) -> list[Any]:
-    """The overlay after a layer; nothing before the first answer."""
+    """Return the overlay of a method after a layer; empty fields before the first answer."""
     if shown is None:
         return [None, ""]
     try:
@@ -214,7 +217,7 @@ def _draw(number: int, shown: Shown | None, layer: float) -> list[Any]:
 
 
 def _overlay(shown: Shown, number: int, layer: int) -> list[Any]:
-    """Image and caption of an overlay."""
+    """Return image and caption of an overlay."""
     import gradio as gr
 
     drawn, words = shown.overlay(number, layer)
@@ -222,17 +225,17 @@ def _overlay(shown: Shown, number: int, layer: int) -> list[Any]:
 
 
 def _shown(error: Exception) -> Any:
-    """An error as gradio shows it; its messages are HTML."""
+    """Wrap an error for gradio, which renders messages as HTML."""
     import gradio as gr
 
     return gr.Error(escape(message(error)), duration=SECONDS, print_exception=False)
 
 
 def serve(page: Any, host: str, port: int) -> str:
-    """Start the server in the background; returns its address.
+    """Start the server in a background thread and return its address.
 
     Raises:
-        ValueError: when the port has been taken in the meantime.
+        ValueError: if another program has taken the port in the meantime.
     """
     import gradio as gr
 
@@ -250,10 +253,10 @@ def serve(page: Any, host: str, port: int) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse an address on which nothing can listen.
+    """Refuse an address on which no server can listen.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming host or port.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -271,16 +274,16 @@ def check_port(host: str, port: int) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run `llava-prune demo` until it is interrupted; returns its exit status.
+    """Run `llava-prune demo` until it is interrupted; return its exit status.
 
     Raises:
-        ValueError: for bad input, a port that is taken, or when gradio is not installed.
+        ValueError: for bad input, a port that is taken, or if gradio is not installed.
     """
     check_gradio()
     if len(args.method) > 2:
         raise ValueError(f"--method {','.join(args.method)}: the page compares two methods; give at most two")
     hyper = args.method_args or {}
-    cases(args.method, [64], hyper)  # raises for a name or a hyper-parameter that does not exist
+    cases(args.method, [64], hyper)  # raises for an unknown name or hyper-parameter before the model is loaded
     check_port(args.host, args.port)
     settings = settings_of(args, methods=args.method, tokens=[64])
     protocol = protocol_of(settings.model, settings.conv_mode)

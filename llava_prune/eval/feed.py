@@ -1,4 +1,4 @@
-"""Images decoded and preprocessed in background threads, ahead of the model."""
+"""Decode and preprocess images in background threads, ahead of the model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORKERS = 4
-"""Threads; each holds one image."""
+"""Number of threads; each holds one image."""
 Prepared = tuple["Tensor", tuple[int, int]]
-"""(3, H, W) pixels of the vision tower's input, and (width, height) of the image before padding."""
+"""(3, H, W) pixels for the vision tower, or (crops, 3, H, W), and (width, height) of the image before padding."""
 
 
 class ImageFeed:
-    """Reads images that will be needed soon. Use as a context manager; outside of it `get` reads them itself.
+    """Reads images ahead of their use. Outside of its `with` block, `get` reads each image itself.
 
     Attributes:
-        waited: seconds that `get` waited.
+        waited: seconds spent in `get` so far.
     """
 
     def __init__(self, read: Callable[[str], Prepared]) -> None:
-        """Read nothing yet.
+        """Create a feed; no image is read yet.
 
         Args:
-            read: reads and preprocesses an image by its name; a ValueError is raised by `get`.
+            read: reads and preprocesses an image by its name; `get` raises its ValueErrors.
         """
         self._read = read
         self._pool: ThreadPoolExecutor | None = None
@@ -45,13 +45,13 @@ class ImageFeed:
         self._found.clear()
 
     def order(self, names: Iterable[str]) -> None:
-        """Read images in the background; they are held until `drop`."""
+        """Start reading images in the background. They are held until `drop`."""
         for name in names:
             if self._pool is not None and name not in self._found:
                 self._found[name] = self._pool.submit(self._read, name)
 
     def get(self, name: str) -> Prepared:
-        """An image, waiting for it where it is not ready.
+        """Return an image, waiting until it is ready.
 
         Raises:
             ValueError: for an image that cannot be read.
@@ -63,6 +63,6 @@ class ImageFeed:
         return out
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget images."""
+        """Release images."""
         for name in names:
             self._found.pop(name, None)

@@ -1,8 +1,8 @@
-"""Whether a run is finished with the same settings, told from files alone: no model is loaded, no image is opened.
+"""Decide from files alone whether a run is finished with the same settings; no model is loaded and no image is opened.
 
-A result carries a stamp: a checksum over everything that was asked for, the packages and their code, and name, size and
-time of modification of every file that the answers depend on. Where it differs, the evaluation compares the contents
-themselves (see `identity`), so an old stamp costs time and nothing else.
+A result carries a stamp: a checksum over all requested settings, the packages and their code, and the name, size and
+modification time of every file that the answers depend on. If the stamps differ, the evaluation compares the contents
+themselves (see `identity`), so an outdated stamp costs time but never gives a wrong result.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from .plan import Settings
 from .task import Sources, Task, questions_of
 
 ASKED = ("model", "model_base", "family", "batch", "dtype", "attn", "device_map", "load_8bit", "load_4bit", "engine")
-"""Settings that decide what is loaded, and how; `asked` has them as they were given."""
+"""Settings that decide which model is loaded and how; `asked` returns them as given."""
 Origin = dict[str, Any]
-"""What a result keeps of where it came from: `asked`, and the `stamp`."""
+"""The part of a result that says where it comes from: `asked` and `stamp`."""
 
 
 def asked(settings: Settings) -> dict[str, Any]:
-    """What an evaluation asks for besides methods and benchmark: model, data, device and precision."""
+    """Return the requested model, data, device and precision: all settings but methods and benchmark."""
     device = (settings.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
     data = str(Path(settings.data).expanduser().resolve())
     return {**{name: getattr(settings, name) for name in ASKED}, "device": device, "data": data}
 
 
 def origins(settings: Settings, task: Task) -> Callable[[Run], Origin]:
-    """The origin of each run of a benchmark. Its stamp is None where files alone do not tell: for engines, and where
-    checkpoint or data are not at hand."""
+    """Return a function from a run of a benchmark to its origin.
+
+    The stamp is None if files alone cannot identify the run: with an engine, or if checkpoint or data are not on disk.
+    """
     places, given = _places(settings, task), asked(settings)
     if places is None or settings.engine is not None:
         return lambda run: {"asked": given, "stamp": None}
@@ -55,7 +57,7 @@ def origins(settings: Settings, task: Task) -> Callable[[Run], Origin]:
 
 
 def _places(settings: Settings, task: Task) -> list[Path] | None:
-    """Files and folders that the answers to a benchmark depend on; None where they are not at hand."""
+    """Return the files and folders that the answers to a benchmark depend on; None if some are not on disk."""
     try:
         models = [resolve(m) for m in (settings.model, settings.model_base) if m is not None]
         models += [tower for tower in map(_tower, models) if tower is not None]
@@ -68,20 +70,20 @@ def _places(settings: Settings, task: Task) -> list[Path] | None:
 
 
 def _tower(checkpoint: Path) -> Path | None:
-    """The folder of a vision tower outside a checkpoint: a local one, or that of a hub id in the cache."""
+    """Return the folder of a vision tower outside a checkpoint: a local folder, or that of a hub id in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     name = read_json(checkpoint / "config.json").get("mm_vision_tower")
     if not isinstance(name, str):
         return None
-    if (checkpoint / name).is_dir() or Path(name).is_dir():  # the former is `name` itself where it is absolute
+    if (checkpoint / name).is_dir() or Path(name).is_dir():  # for an absolute name, both are the same folder
         return checkpoint / name if (checkpoint / name).is_dir() else Path(name)
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _facts(places: Iterable[Path]) -> str:
-    """Checksum over path, size and time of modification of files, and of those below folders."""
+    """Return a checksum over path, size and modification time of files, and of all files below folders."""
     h = hashlib.sha256()
     for place in places:
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
@@ -92,18 +94,18 @@ def _facts(places: Iterable[Path]) -> str:
 
 
 def file_sha(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def made(folder: Path, exports: Iterable[Path]) -> dict[str, str]:
-    """sha256 of the files of a run, by their path in its folder."""
+    """Return the sha256 of each file of a run, by its path in the run's folder."""
     files = [folder / ANSWERS, folder / SCORES, *exports]
     return {path.relative_to(folder).as_posix(): file_sha(path) for path in files}
 
 
 def stored_result(folder: Path, stamp: str | None) -> dict[str, Any] | None:
-    """The result in a run's folder, where its stamp is this one and the files beside it are those it was made with."""
+    """Return the result in a run's folder if its stamp is this one and the files beside it are unchanged; else None."""
     if stamp is None:
         return None
     try:

@@ -17,18 +17,21 @@ TOWER, PROJECTOR = "the vision tower", "the projector"
 
 
 class Logits:
-    """Which samples of the last request had logits that were NaN or infinite, at any new token."""
+    """Records which samples of the last request had NaN or infinite logits at any new token."""
 
     def __init__(self) -> None:
         self._bad: Tensor | None = None
 
     def see(self, module: Any, inputs: Any, logits: Tensor) -> None:
-        """A forward hook of the output embeddings: (B, L, V) logits, the last position counts. No host read."""
+        """Check the last position of (B, L, V) logits without a host synchronisation.
+
+        This is a forward hook of the output embeddings.
+        """
         bad = ~logits[:, -1].isfinite().all(-1)  # (B,)
         self._bad = bad if self._bad is None or len(self._bad) != len(bad) else self._bad | bad
 
     def take(self) -> list[bool]:
-        """One entry for each sample; forgets the request."""
+        """Return one flag for each sample of the last request, and reset."""
         bad, self._bad = self._bad, None
         return [] if bad is None else bad.tolist()
 
@@ -45,11 +48,11 @@ def watched(loaded: Any) -> Iterator[Logits]:
 
 
 def locate(loaded: Any, ask: Callable[[], Any]) -> str:
-    """The first module whose output has NaN or infinite values while `ask` runs, by its name for a message."""
+    """Run `ask` and return the name of the first module whose output has NaN or infinite values, for a message."""
     found: list[str] = []
 
     def see(name: str, module: Any, inputs: Any, output: Any) -> None:
-        if name == PROJECTOR and not _finite(inputs[0]):  # a cached image does not go through the tower again
+        if name == PROJECTOR and not _finite(inputs[0]):  # the tower is not hooked: cached images do not pass it
             found.append(TOWER)
         states = output[0] if isinstance(output, (tuple, list)) else output
         if not _finite(states if name == PROJECTOR else states[:, -1]):
@@ -63,11 +66,12 @@ def locate(loaded: Any, ask: Callable[[], Any]) -> str:
 
 
 def _finite(states: Any) -> bool:
-    """Whether all values are finite; True for an output that is not a tensor."""
+    """Return whether all values are finite; True for an output that is not a tensor."""
     return not isinstance(states, Tensor) or bool(torch.isfinite(states).all())
 
 
 def _modules(loaded: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the projector and the decoder layers, each with its name for a message."""
     model = peel(loaded.model)
     family = family_of(model)
     yield PROJECTOR, family.projector(model)

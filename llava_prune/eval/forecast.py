@@ -1,4 +1,4 @@
-"""What an evaluation would do: runs, answers that are there already, and the time for the rest."""
+"""Forecast of an evaluation (`--dry-run`): its runs, the answers that exist already, and the time for the rest."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .task import Task
 def forecast(
     settings: Settings, processes: int, rate: float | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Look at the files of an evaluation without loading the model.
+    """Inspect the files of an evaluation without loading the model.
 
     Args:
-        settings: of the evaluation.
+        settings: settings of the evaluation.
         processes: number of processes.
-        rate: answers per second of a process; None for that of the answers that are there.
+        rate: answers per second of a process; None for the rate of the existing answers.
 
     Returns:
-        One row for each run: bench, label, questions, answered, left, rate (None where nothing was measured), seconds
-        (of all processes together at work; None without a rate), folder, and note (None, or why earlier answers do not
-        count). And the messages of the benchmarks whose files are missing or broken.
+        (rows, failed). `rows` has one entry for each run: bench, label, questions, answered, left, rate (None if
+        nothing was measured), seconds (time with all processes working; None without a rate), folder, and note (None,
+        or why earlier answers do not count). `failed` has the messages of benchmarks whose files are missing or broken.
 
     Raises:
         ValueError: for unknown benchmarks, methods or hyper-parameters.
@@ -53,6 +53,7 @@ def forecast(
 
 
 def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, rate: float | None) -> dict[str, Any]:
+    """Return the row of one run, see `forecast`."""
     out, now = out_folder(settings, task.name), chosen(settings, task, run)
     folder = next(folders_of(settings, out, run.label, now), out / run.label)
     stem = Place.stem_of(settings.num_chunks, settings.chunk_idx)
@@ -76,7 +77,7 @@ def _row(settings: Settings, task: Task, run: Run, total: int, processes: int, r
 
 
 def _conflict(path: Path, now: Mapping[str, Any]) -> str | None:
-    """How earlier answers were made otherwise, as far as that is known without a model."""
+    """Describe how the settings of earlier answers differ, as far as known without a model; None if they agree."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -85,7 +86,7 @@ def _conflict(path: Path, now: Mapping[str, Any]) -> str | None:
 
 
 def _found(folder: Path, stem: str) -> tuple[int, float | None]:
-    """Number of answers of a run, and how many a process gave per second."""
+    """Return the number of answers of a run, and the answers per second of one process (None if unknown)."""
     final = folder / named(ANSWERS, stem)
     if final.is_file():
         count = sum(1 for line in final.read_bytes().splitlines() if line.strip())
@@ -104,7 +105,7 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def forecast_table(rows: Sequence[Mapping[str, Any]], processes: int) -> Table:
-    """The rows of `forecast`, and their sum."""
+    """Return the rows of `forecast` and their sum as a table."""
     plural = "process" if processes == 1 else "processes"
     caption = f"time of {processes} {plural}, at the answers per second of one process; without loading the model"
     table = Table(title="what would run", caption=caption)

@@ -24,17 +24,17 @@ from .plan import Settings
 from .task import Task
 
 PACKAGES = ("llava-prune", "torch", "transformers", "tokenizers", "llava-torch", "pillow", "numpy")
-"""Packages whose release can change an answer."""
+"""Packages whose version can change an answer."""
 WORKERS = 8
-"""Threads that read images."""
+"""Number of threads that read images."""
 _PLACES = ("_name_or_path", "name_or_path", "mm_vision_tower", "transformers_version")
-"""Entries of a config that say where a model came from."""
+"""Config entries that say where a model came from."""
 _ELSEWHERE = ("torch_dtype", "dtype", "_attn_implementation", "_attn_implementation_internal", "attn_implementation")
-"""Entries of a config that have a setting of their own."""
+"""Config entries that are compared as settings of their own."""
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of the packages that an answer depends on, and of `more`."""
+    """Return the versions of the packages that an answer depends on, and of `more`."""
     out = {}
     for name in (*PACKAGES, *more):
         try:
@@ -45,17 +45,17 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def checksum(value: Any) -> str:
-    """sha256 of a value that JSON can hold."""
+    """Return the sha256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and buffers of the whole model sorted by name, wherever they are."""
+    """Return names and values of all parameters and buffers, sorted by name, also of a split or offloaded model."""
     return ((name, whole(model, name, t)) for name, t in stored_tensors(model))
 
 
 def not_finite(model: Any) -> list[str]:
-    """Names of parameters and buffers with NaN or infinite values."""
+    """Return the names of parameters and buffers with NaN or infinite values."""
     with torch.inference_mode():
         return [
             name
@@ -65,11 +65,10 @@ def not_finite(model: Any) -> list[str]:
 
 
 def weights(model: Any) -> str:
-    """sha256 of every parameter and buffer of a model: name, dtype, shape and all bytes, sorted by name.
+    """Return the sha256 of every parameter and buffer of a model: name, dtype, shape and all bytes, sorted by name.
 
-    The same weights have the same checksum on every device, with every device map, split over processes, and however a
-    checkpoint splits them into files. It takes about 8 seconds for a model of 7B parameters in half precision. All
-    processes of an engine have to call it.
+    The checksum does not depend on the device, the device map, the number of processes, or the files of the checkpoint.
+    It takes about 8 seconds for a model of 7B parameters in half precision. All processes of an engine must call it.
     """
     h = hashlib.sha256()
     with torch.inference_mode():
@@ -80,7 +79,7 @@ def weights(model: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A config as JSON stores it, without the entries that do not change an answer or are compared elsewhere."""
+    """Return a config as JSON stores it, without entries that do not change an answer or are compared elsewhere."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -89,13 +88,13 @@ def _plain(value: Any) -> Any:
 
 
 def vision_tower(loaded: Any) -> Any:
-    """The module whose call encodes images."""
+    """Return the module that encodes images when called."""
     model = loaded.model
     return model.get_vision_tower() if loaded.family == "llava" else model.model.vision_tower
 
 
 def configs(loaded: Any) -> str:
-    """sha256 of the configs of a model, of its generation, of its vision tower and of its image processor."""
+    """Return the sha256 of the configs of a model, its generation, its vision tower and its image processor."""
     tower = getattr(vision_tower(loaded), "config", None)
     images = loaded.image_processor
     if images is None:
@@ -104,18 +103,18 @@ def configs(loaded: Any) -> str:
 
 
 def tokenizer(tokenizer: Any) -> str:
-    """sha256 of a tokenizer: its class, vocabulary and special ids."""
+    """Return the sha256 of a tokenizer: its class, vocabulary and special ids."""
     special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "unk_token_id")}
     return checksum([type(tokenizer).__name__, tokenizer.get_vocab(), special])
 
 
 def prompts(rows: Sequence[Sequence[int]]) -> str:
-    """sha256 of the token ids of all questions."""
+    """Return the sha256 of the token ids of all questions."""
     return checksum([list(r) for r in rows])
 
 
 def images(paths: Sequence[Path]) -> str:
-    """sha256 of image files: number and bytes of each, in order.
+    """Return the sha256 of image files: the number of files and the bytes of each, in order.
 
     Raises:
         OSError: for a file that cannot be read.
@@ -132,7 +131,7 @@ def images(paths: Sequence[Path]) -> str:
 
 
 def source(run: Run) -> str | None:
-    """sha256 of the file that defines a method from outside the package; None for the package's own."""
+    """Return the sha256 of the file that defines a method outside the package; None for a method of the package."""
     cls = type(run.method)
     if cls.__module__.split(".")[0] == __name__.split(".")[0]:
         return None
@@ -140,7 +139,7 @@ def source(run: Run) -> str | None:
 
 
 def chosen(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
-    """The settings of a run that are known without a model: the first part of `run.settings_of`."""
+    """Return the settings of a run that are known without a model: the first part of `run.settings_of`."""
     return {
         "task": task.name,
         "model": settings.model,
@@ -157,10 +156,10 @@ def chosen(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
 
 
 def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
-    """What the answers depend on that is the model's: the same for every benchmark and method.
+    """Return the model's part of the identity, which all benchmarks and methods share.
 
     Args:
-        loaded: see `llava_prune.load`.
+        loaded: the model, see `llava_prune.load`.
         name: checkpoint folder or hub id.
         base: checkpoint that an adapter was trained on, or None.
 
@@ -194,5 +193,5 @@ def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
 
 
 def plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters as JSON stores them."""
+    """Return hyper-parameters as JSON stores them."""
     return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in hyper.items()}

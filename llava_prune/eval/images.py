@@ -13,11 +13,11 @@ if TYPE_CHECKING:  # scoring reads no pixels and loads no torch
     from torch import Tensor
 
 CANVAS = 1 << 26
-"""Pixels of a square above which it is not made whole; see `_squeezed`."""
+"""Largest padded square, in pixels, that is built as a whole; see `_squeezed`."""
 LONGEST = 65_535
-"""Longest side of an image in pixels, that of a JPEG file."""
+"""Largest side of an image in pixels, which is that of a JPEG file."""
 RESIZED = 1 << 27
-"""Pixels that an image without padding may have after resizing."""
+"""Largest number of pixels of an unpadded image after resizing."""
 
 
 def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
@@ -25,10 +25,10 @@ def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
 
     Args:
         source: an image file, or its bytes.
-        name: of the image, for messages; default the file.
+        name: name of the image for messages; the file by default.
 
     Raises:
-        ValueError: when it is not a readable image, or has more pixels than Pillow opens or memory holds.
+        ValueError: if the image is not readable, or has more pixels than Pillow opens or memory holds.
     """
     name = name or str(source)
     try:
@@ -42,19 +42,19 @@ def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
         ) from error
     except MemoryError as error:
         raise ValueError(f"{name} is too large for the memory; save it with fewer pixels") from error
-    except Exception as error:  # each format's decoder raises errors of its own
+    except Exception as error:  # every format's decoder raises errors of other types
         detail = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{name} is not a readable image ({detail}); fetch it again") from error
 
 
 def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Pad an image to a square, with the image in the middle.
+    """Pad an image to a square with the image in the middle.
 
     Source: llava/mm_utils.py, `expand2square`; the offset is rounded down.
 
     Args:
         image: RGB image.
-        colour: of the padding, one value for each channel.
+        colour: colour of the padding, one value for each channel.
     """
     width, height = image.size
     if width == height:
@@ -66,9 +66,9 @@ def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def _squeezed(image: Image.Image, colour: tuple[int, ...], size: int, resample: int) -> Image.Image:
-    """`square(image, colour)` resized to size x size, the same to the bit, without the square.
+    """Return `square(image, colour)` resized to size x size, bit for bit, without building the square.
 
-    Pillow resizes rows first and columns second, so bands of rows can be resized to `size` columns one by one.
+    Pillow resizes rows first and columns second, so bands of rows can be resized to `size` columns one after another.
     """
     (width, height), side = image.size, max(image.size)
     left, top = (side - width) // 2, (side - height) // 2
@@ -83,18 +83,18 @@ def _squeezed(image: Image.Image, colour: tuple[int, ...], size: int, resample: 
 
 
 def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
-    """The input of the vision tower.
+    """Preprocess an image for the vision tower.
 
     Args:
         image: RGB image.
         processor: CLIP image processor; its Pillow backend gives the pixels that LLaVA was trained on.
-        pad: pad to a square with int(255 * mean) before the processor resizes and crops.
+        pad: whether to pad to a square with int(255 * mean) before the processor resizes and crops.
 
     Returns:
         (3, H, W) float32.
 
     Raises:
-        ValueError: for a side above `LONGEST`, or an image without padding that resizing would make too large.
+        ValueError: for a side above `LONGEST`, or an unpadded image that resizing would make too large.
     """
     import torch
 
@@ -114,15 +114,15 @@ def pixels(image: Image.Image, processor: Any, pad: bool = True) -> Tensor:
 
 
 def crops(image: Image.Image, processor: Any, resolutions: tuple[tuple[int, int], ...]) -> Tensor:
-    """The input of the vision tower where it sees an image as a whole and in crops of a higher resolution.
+    """Preprocess an image for a vision tower that sees the whole image and crops of a higher resolution.
 
-    The whole image is resized to a square without keeping its aspect ratio. The crops are those of the image fitted
-    into the best resolution, with black around it.
+    The whole image is resized to a square without keeping its aspect ratio. For the crops, the image is fitted into the
+    best resolution, padded with black, and cut into tiles.
 
     Args:
         image: RGB image.
         processor: CLIP image processor, see `pixels`.
-        resolutions: (width, height) that images are cut up at.
+        resolutions: (width, height) of the supported resolutions.
 
     Returns:
         (1 + crops, 3, H, W) float32, the whole image first.
@@ -153,7 +153,7 @@ def _check_side(image: Image.Image) -> None:
 
 
 def _shortest_edge(processor: Any) -> int | None:
-    """Side that a processor resizes a square to; None where it does not resize."""
+    """Return the side that a processor resizes a square to; None if it does not resize."""
     if not getattr(processor, "do_resize", False):
         return None
     size = processor.size

@@ -1,4 +1,4 @@
-"""A file that one process appends to, in the background."""
+"""A file to which one process appends in the background."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ except ImportError:  # no file locks on this system
 
 
 class Journal:
-    """A locked file. A thread appends text and flushes it to disk, so that the caller need not wait for the disk.
+    """A locked file to which a background thread appends text.
+
+    The thread flushes the text to disk, so that the caller need not wait for the disk.
 
     Attributes:
-        path: the file; removed by `close` when it is empty.
+        path: path of the file, which `close` removes if it is empty.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, and make it when it is missing.
+        """Open the file, creating it if it is missing, and lock it.
 
         Raises:
-            ValueError: when another process holds it.
+            ValueError: if another process holds the lock.
         """
         self.path = path
         self._file = self._open()
@@ -33,6 +35,7 @@ class Journal:
         self._queue: list[Future[None]] = []
 
     def _open(self) -> FileIO:
+        """Open the file and lock it, again if an earlier run removed the opened file in the meantime."""
         while True:
             handle = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
             if fcntl is None:
@@ -49,21 +52,21 @@ class Journal:
             handle.close()
 
     def _is_current(self, handle: FileIO) -> bool:
-        """Whether the path is still this file: the run before may have removed it in between."""
+        """Return whether the path still refers to this file; an earlier run may have removed it in the meantime."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(handle.fileno()), os.stat(self.path))
         return False
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is in the file."""
+        """Whether the file is empty."""
         return os.fstat(self._file.fileno()).st_size == 0
 
     def append(self, text: str) -> None:
         """Queue text for the end of the file.
 
         Raises:
-            OSError: when text queued earlier could not be written; nothing is written after it.
+            OSError: if text queued earlier could not be written; nothing is written after it.
         """
         while self._queue and self._queue[0].done():
             self._queue[0].result()
@@ -72,9 +75,10 @@ class Journal:
             self._queue.append(self._thread.submit(self._write, text.encode("utf-8"), list(self._queue)))
 
     def _write(self, rest: bytes, before: list[Future[None]]) -> None:
+        """Append text and flush it to disk, after all earlier writes."""
         for written in before:
-            written.result()  # raises: a file that lacks its middle would be worse than one that lacks its end
-        while rest:  # a full disk writes a part before it raises
+            written.result()  # raises if an earlier write failed, so that the file never has a gap
+        while rest:  # with a full disk, a part is written before the next call raises
             rest = rest[self._file.write(rest) or 0 :]
         os.fsync(self._file.fileno())
 
@@ -82,7 +86,7 @@ class Journal:
         """Wait until all text is on disk.
 
         Raises:
-            OSError: when it could not be written.
+            OSError: if it could not be written.
         """
         for written in self._queue:
             written.result()
@@ -93,7 +97,7 @@ class Journal:
         self._file.truncate(size)
 
     def close(self) -> None:
-        """Write what is queued, as far as that works, and close the file."""
+        """Write the queued text as far as possible and close the file."""
         self._thread.shutdown()
         with contextlib.suppress(OSError):
             if self.empty:

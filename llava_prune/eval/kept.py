@@ -1,4 +1,4 @@
-"""`llava-prune show`: answer one question with and without pruning, and draw the patches that remain."""
+"""`llava-prune show`: answer one question with and without pruning, and draw the kept patches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .task import load_task
 
 
 def show(args: argparse.Namespace) -> int:
-    """Run `llava-prune show`; returns its exit status.
+    """Run `llava-prune show` and return its exit status.
 
     Raises:
         ValueError: for bad input.
@@ -53,7 +53,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def check_question(question: str) -> None:
-    """Refuse a question without text, and one with LLaVA's mark of an image.
+    """Refuse a question without text, or with LLaVA's image placeholder.
 
     Raises:
         ValueError: naming the question.
@@ -65,21 +65,23 @@ def check_question(question: str) -> None:
 def ask(
     loaded: Any, image: Any, protocol: Protocol, question: str, runs: Sequence[Run], new: int, short: bool = False
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Answers, costs and times of the unpruned model and of each run, and the records of their prefills.
+    """Answer a question with the unpruned model and with each run; return the answers and their records.
 
-    Every answer is timed once, after a prefill that is not. Preprocessing of the image is not timed.
+    An answer has its text, its tokens, FLOPs and times. It is timed once, after an untimed prefill. Preprocessing of
+    the image is not timed.
 
     Args:
-        loaded: see `llava_prune.load`.
+        loaded: the model, see `llava_prune.load`.
         image: RGB image.
         protocol: prompt and preprocessing.
         question: text of the user.
         runs: methods and budgets.
         new: largest number of new tokens.
-        short: add LLaVA's instruction for short answers.
+        short: whether to add LLaVA's instruction for short answers.
 
     Raises:
-        ValueError: for a question or an image that cannot be asked about, or a method that the model does not support.
+        ValueError: for an invalid question, an image that cannot be preprocessed, or a method that the model does not
+            support.
     """
     check_question(question)
     ids = protocol.token_ids(f"{question}\n{load_task('gqa').suffix}" if short else question, True, loaded)
@@ -119,12 +121,12 @@ def ask(
 
 
 def line(found: Mapping[str, Any]) -> str:
-    """An answer and what its prefill costs."""
+    """Return an answer and the cost of its prefill in one line."""
     return f"{found['name']}: {found['answer']!r} ({cost(found)})"
 
 
 def cost(found: Mapping[str, Any]) -> str:
-    """Visual tokens and FLOPs of a prefill."""
+    """Return the visual tokens and FLOPs of a prefill as text."""
     return (
         f"visual tokens {found['entering'][0]} in, averages {average_tokens(found['entering']):.1f} entering and "
         f"{average_tokens(found['leaving']):.1f} leaving a layer; {flops_text(found['tflops'])}, "
@@ -133,14 +135,14 @@ def cost(found: Mapping[str, Any]) -> str:
 
 
 def flops_text(tera: float) -> str:
-    """FLOPs in a readable unit."""
+    """Return FLOPs in a readable unit."""
     return f"{tera:.3g} TFLOPs" if tera >= 0.1 else f"{1000 * tera:.3g} GFLOPs"
 
 
 def write(
     args: argparse.Namespace, image: Any, protocol: Protocol, found: Mapping[str, Any], record: Any
 ) -> list[Path]:
-    """Write the contact sheet or the page; returns the paths."""
+    """Write the contact sheet or the page and return the paths of the files."""
     out = args.out.expanduser()
     answers = found["answers"]
     if out.suffix == ".html":
@@ -157,7 +159,7 @@ def write(
 
 
 def _wrapped(*texts: str) -> str:
-    """Texts below each other, in lines that fit on the sheet."""
+    """Join texts below each other, wrapped to the width of the sheet; each has at most four lines."""
     import textwrap
 
     return "\n".join(part for text in texts for part in textwrap.wrap(text, 110)[:4])

@@ -1,4 +1,4 @@
-"""Start one evaluation process for each GPU through torchrun's agent (torch.distributed.elastic)."""
+"""Start one evaluation process for each GPU with torchrun's agent (torch.distributed.elastic)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_count(gpus: int | None, procs: int | None, alone: bool) -> int:
-    """Number of processes to start.
+    """Return the number of processes to start.
 
     Args:
-        gpus: GPUS, processes with a GPU each; None for all visible ones.
-        procs: PROCS, processes on the CPU.
-        alone: whether the settings say where the model goes, so that one process is the default.
+        gpus: GPUS, the number of processes with a GPU each; None for all visible GPUs.
+        procs: PROCS, the number of processes on the CPU.
+        alone: whether the settings place the model on a device, so that one process is the default.
 
     Raises:
-        ValueError: for both, or more GPUs than there are.
+        ValueError: if both numbers are given, or for more GPUs than are visible.
     """
     if gpus is not None and procs is not None:
         raise ValueError(f"GPUS={gpus} and PROCS={procs}: give GPUS for GPUs or PROCS for the CPU")
@@ -41,7 +41,7 @@ def process_count(gpus: int | None, procs: int | None, alone: bool) -> int:
 
 
 def launch(count: int, argv: Sequence[str], restarts: int) -> int:
-    """Run `llava-prune` in several processes of this machine and wait for them.
+    """Run `llava-prune` in several processes on this machine and wait for them.
 
     Args:
         count: number of processes.
@@ -49,15 +49,15 @@ def launch(count: int, argv: Sequence[str], restarts: int) -> int:
         restarts: how often all processes are started again when one of them fails.
 
     Returns:
-        The exit status. What failed was printed by the process, unless a signal ended it.
+        The exit status. A process that fails prints its message itself.
 
     Raises:
-        ValueError: naming the process that a signal ended.
-        KeyboardInterrupt: when this process is interrupted.
+        ValueError: naming the process, if a signal ended it.
+        KeyboardInterrupt: if this process is interrupted.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of the store come with C++ stack traces
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # reports of the agent, for each process
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's warnings contain C++ stack traces
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the agent reports on every process
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,

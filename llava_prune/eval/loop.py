@@ -1,7 +1,7 @@
-"""Questions asked one at a time, as LLaVA's own program asks them, of a model in transformers' format.
+"""Ask questions one at a time, as LLaVA's own program does, of a model in transformers' format.
 
-It has that program's structure: worker processes preprocess images and tokenise prompts ahead, and each question is
-generated on its own at batch size 1. Images are encoded again for every question.
+The loop has the structure of that program: worker processes preprocess images and tokenise prompts ahead, and each
+question is answered alone, at batch size 1. Images are encoded again for every question.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .asking import Files
 from .protocol import Protocol
 
 WORKERS = 4
-"""Worker processes of `llava.eval.model_vqa_loader`."""
+"""Number of worker processes of `llava.eval.model_vqa_loader`."""
 
 
 class _Prompts(Dataset[Any]):
-    """(token ids, pixels) of each question; holds no model, so that worker processes can have it."""
+    """Dataset of (token ids, pixels) of each question. It holds no model, so it can be sent to worker processes."""
 
     def __init__(self, files: Files, protocol: Protocol, loaded: Any) -> None:
         self.files, self.protocol = files, protocol
@@ -43,15 +43,15 @@ class _Prompts(Dataset[Any]):
 def ask_one_by_one(
     loaded: Any, files: Files, protocol: Protocol, answers: Path, new: int, workers: int | None = None
 ) -> float:
-    """Seconds that a loop over the questions takes, from question to answer file, without loading the model.
+    """Ask all questions in a loop and return the seconds from question to answer file, without loading the model.
 
     Args:
-        loaded: a model that sees images whole.
-        files: the benchmark; every question has an image.
+        loaded: a model that does not see images in crops.
+        files: files of the benchmark; every question has an image.
         protocol: prompts and preprocessing, with a conversation template.
-        answers: file to write.
+        answers: answer file to write.
         new: largest number of new tokens of an answer.
-        workers: processes that prepare questions; default WORKERS, or fewer on a machine with fewer cores.
+        workers: processes that prepare questions; by default WORKERS, or the number of cores if that is smaller.
 
     Raises:
         ValueError: for a model that sees images in crops, or questions without an image.

@@ -1,4 +1,4 @@
-"""`llava-prune score` and `data`, which load no model."""
+"""`llava-prune score` and `llava-prune data`, which load no model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .task import load_task, task_names
 
 
 def score(args: argparse.Namespace) -> int:
-    """Run `llava-prune score`; returns its exit status.
+    """Run `llava-prune score` and return its exit status.
 
     Raises:
-        ValueError: for bad input, or where there is no figure.
+        ValueError: for bad input, or if the answers have no figure.
     """
     result, written, warnings = score_files(
         args.task, args.answers, args.data, args.questions, args.annotations, args.export
@@ -35,7 +35,7 @@ def score(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
-    """Run `llava-prune data`; returns its exit status: 1 where a file is missing.
+    """Run `llava-prune data` and return its exit status: 1 if a file is missing.
 
     Raises:
         ValueError: for bad input.

@@ -1,4 +1,4 @@
-"""Which questions an evaluation asks, and where their answers go."""
+"""Decide which questions an evaluation asks, and where their answers are stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def chunk_of(total: int, count: int, index: int) -> range:
-    """Question numbers of a chunk: a contiguous block of ceil(total / count), as in LLaVA.
+    """Return the question numbers of a chunk: a contiguous block of ceil(total / count), as in LLaVA.
 
     Raises:
         ValueError: for an index out of range, or an empty chunk.
@@ -39,7 +39,10 @@ def chunk_of(total: int, count: int, index: int) -> range:
 
 
 def out_folder(settings: Settings, task: str) -> Path:
-    """Folder for a benchmark's results: OUT (OUT/<task> for several), or <store>/<task>/<model>."""
+    """Return the folder for a benchmark's results.
+
+    It is OUT, OUT/<task> for several benchmarks, or <store>/<task>/<model> without OUT.
+    """
     if settings.out:
         out = Path(settings.out).expanduser()
         return out / task if settings.task == ALL or "," in settings.task else out
@@ -48,7 +51,7 @@ def out_folder(settings: Settings, task: str) -> Path:
 
 
 def _settings_in(folder: Path) -> dict[str, Any] | None:
-    """Settings of the answers in a folder, whole or of a chunk; None where there are none that can be read."""
+    """Return the settings of the answers in a folder, of the whole benchmark or of a chunk; None if there are none."""
     for path in (folder / SETTINGS, *sorted(folder.glob(f"*.{SETTINGS}"))):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -60,15 +63,15 @@ def _settings_in(folder: Path) -> dict[str, Any] | None:
 
 
 def folders_of(settings: Settings, out: Path, label: str, now: Mapping[str, Any]) -> Iterator[Path]:
-    """Folders whose answers agree with settings of which some are known.
+    """Yield the folders whose answers agree with the settings that are known so far.
 
-    A run is in OUT/<label>. Without OUT, results go to a store that any number of runs of the same method share: every
-    folder there is looked at.
+    With OUT, a run is in OUT/<label>. Without it, results go to a store, where any number of runs may have the same
+    label; every folder of the store is checked.
 
     Args:
-        settings: of the evaluation.
-        out: see `out_folder`.
-        label: of the run.
+        settings: settings of the evaluation.
+        out: folder for the results, see `out_folder`.
+        label: label of the run.
         now: settings that must be equal.
     """
     plain = json.loads(json.dumps(now))
@@ -80,7 +83,7 @@ def folders_of(settings: Settings, out: Path, label: str, now: Mapping[str, Any]
 
 
 def _free_folder(out: Path, label: str, now: Mapping[str, Any]) -> Path:
-    """A folder of the store for a run that has none: OUT/<label>, or beside the run that is there."""
+    """Return a new folder in the store for a run: out/<label>, or out/<label>-<checksum> if another run has that."""
     stored = _settings_in(out / label)
     if stored is None:
         return out / label
@@ -92,16 +95,16 @@ def _free_folder(out: Path, label: str, now: Mapping[str, Any]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the answers of an evaluation go, and which of the questions they are to.
+    """Where the answers of an evaluation are stored, and which questions they answer.
 
     Attributes:
         out: folder of all runs.
-        questions: number -> question, of the chunk.
+        questions: number -> question, for the questions of the chunk.
         stem: stem of a chunk's files; "" for the whole benchmark.
         count: number of chunks.
-        piece: questions of a piece, see `pieces.pieces`.
+        piece: number of questions of a piece, see `pieces.pieces`.
         everything: all questions of the benchmark, in order.
-        folders: label of a run -> its folder, where that is not OUT/<label>; see `find_folders`.
+        folders: label of a run -> its folder, unless that is out/<label>; see `find_folders`.
     """
 
     out: Path
@@ -113,16 +116,16 @@ class Place:
     folders: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def folder(self, run: Run) -> Path:
-        """The folder of a run."""
+        """Return the folder of a run."""
         return self.folders.get(run.label, self.out / run.label)
 
     def find_folders(self, settings: Settings, runs: Sequence[Run], wanted: Sequence[Mapping[str, Any]]) -> None:
-        """In the store, find the folder of every run by its settings, or a new one.
+        """Find the folder of every run in the store by its settings, or choose a new one; do nothing with OUT.
 
         Args:
-            settings: of the evaluation; with OUT, nothing is looked for.
+            settings: settings of the evaluation.
             runs: methods and budgets.
-            wanted: all settings of each.
+            wanted: all settings of each run.
         """
         for run, values in zip(runs, wanted, strict=True) if not settings.out else ():
             now = {k: v for k, v in values.items() if k != "batch" or v is not None}
@@ -131,20 +134,20 @@ class Place:
 
     @staticmethod
     def stem_of(count: int, index: int) -> str:
-        """Stem of the files of a chunk; "" for the whole benchmark."""
+        """Return the stem of the files of a chunk; "" for the whole benchmark."""
         return "" if count == 1 else f"{count}_{index}"
 
     def open(self, run: Run, wanted: dict[str, Any], batch: int, restart: bool) -> Answers:
-        """The answers of a run; see `Answers`."""
+        """Open the answers of a run; see `Answers`."""
         return Answers(self.folder(run), wanted, self.questions, restart, {"batch": batch}, self.stem)
 
     def journal(self, run: Run, rank: int) -> Path:
-        """Where a process writes its answers."""
+        """Return the path of the journal to which a process writes its answers of a run."""
         return rank_journal(self.folder(run), rank, self.stem)
 
 
 def find_place(settings: Settings, task: Task, files: Files) -> Place:
-    """See `Place`.
+    """Return the place of the answers of an evaluation, without the folders of its runs (see `Place.find_folders`).
 
     Raises:
         ValueError: for a chunk out of range.

@@ -16,7 +16,7 @@ from ..models.load import read_size
 from .task import Task
 
 MODEL_DEFAULTS = "llava_prune.json"
-"""File of a checkpoint that states hyper-parameters for it."""
+"""Name of the file in a checkpoint folder that states hyper-parameters for the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class Settings:
         task: benchmark, a list a,b or "all".
         model: checkpoint folder or hub id.
         model_base: checkpoint that `model`, an adapter, was trained on; None for a complete checkpoint.
-        methods: names, in order; "all" is every registered method.
+        methods: names of methods, in order; "all" is every registered method.
         tokens: budgets, in order: visual tokens, or shares of the model's visual tokens or FLOPs.
-        requests: what to run in place of `methods` at `tokens`.
+        requests: methods, budgets and hyper-parameters that replace `methods` and `tokens`.
         data: folder with the benchmark's files, laid out as LLaVA's playground/data/eval.
         conv_mode: conversation template, see `protocol.protocol_of`; None for that of the checkpoint.
         family, device, dtype, attn, device_map, load_8bit, load_4bit, engine: see `llava_prune.load`; None for its
             default.
         batch: batch size; None chooses one by free memory.
         out: folder for the results; None for <store>/<task>/<model>.
-        store: folder of the store of results.
-        limit: number of questions, counted from the first; None for all.
-        max_new_tokens: largest number of new tokens of an answer; None for the benchmark's own.
-        seed: random seed of sampling, and of methods that draw.
-        method_args: hyper-parameters for every method that has them.
-        reference: run the unpruned model as well.
-        restart: discard earlier answers in `out`.
-        num_chunks, chunk_idx: split the questions into contiguous chunks and run one of them. The last chunk to finish
-            joins the answers.
+        store: folder of all results.
+        limit: number of questions to ask, counted from the first; None for all.
+        max_new_tokens: largest number of new tokens of an answer; None for the benchmark's own limit.
+        seed: random seed of sampling and of randomised methods.
+        method_args: hyper-parameters, which every method that has them receives.
+        reference: whether to run the unpruned model as well.
+        restart: whether to discard earlier answers in `out`.
+        num_chunks, chunk_idx: number of contiguous chunks that the questions are split into, and the chunk to run. The
+            last chunk to finish joins the answers.
     """
 
     task: str = "gqa"
@@ -77,10 +77,10 @@ class Settings:
 
 
 def model_defaults(model: str) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters by method that a checkpoint folder states in its llava_prune.json.
+    """Return the hyper-parameters by method that a checkpoint folder states in its llava_prune.json.
 
     Raises:
-        ValueError: when the file is broken.
+        ValueError: if the file is broken.
     """
     path = Path(model).expanduser() / MODEL_DEFAULTS
     if not path.is_file():
@@ -95,12 +95,12 @@ def model_defaults(model: str) -> dict[str, dict[str, Any]]:
 def plan_runs(settings: Settings, task: Task | None = None) -> list[Run]:
     """Build every method at every budget once, the reference first; see `planner.cases_of`.
 
-    Hyper-parameters are those of the method, of the benchmark's official runner, of the checkpoint, of METHOD_ARGS, and
-    of a request; the later ones override the earlier.
+    Hyper-parameters come from the method, the benchmark's official runner, the checkpoint, METHOD_ARGS and the request;
+    later sources override earlier ones.
 
     Args:
-        settings: what to run.
-        task: the benchmark.
+        settings: settings of the evaluation.
+        task: the benchmark; None for no hyper-parameters of a benchmark.
 
     Raises:
         ValueError: for unknown methods, hyper-parameters that no method has, or values out of range.

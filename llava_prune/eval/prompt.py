@@ -20,15 +20,15 @@ CONVERSATION += "The assistant gives helpful and honest answers."
 
 
 def _chatml(system: str, line: str = "") -> tuple[str, str]:
-    """Around the text of a user in ChatML; `line` ends each message."""
+    """Return the texts before and after the text of a user in ChatML; `line` ends each message."""
     start, end = "<|im_start|>", f"<|im_end|>{line}"
     return f"{start}system\n{system}{end}{start}user\n", f"{end}{start}assistant\n"
 
 
 def _llama_3(system: str) -> tuple[str, str]:
-    """Around the text of a user in the chat template of Llama 3.
+    """Return the texts before and after the text of a user in the chat template of Llama 3.
 
-    The authors' roles begin with <|start_header_id|>, which the template adds once more for the user.
+    The authors' role names begin with <|start_header_id|>, and the template adds it once more for the user.
     """
     head, end = "<|start_header_id|>", "<|end_header_id|>\n\n"
     before = f"<|begin_of_text|>{head}system{end}{system}<|eot_id|>{head}{head}user{end}"
@@ -47,14 +47,14 @@ TEMPLATES = {
     "llava_llama_3": _llama_3(VISUAL),
     "qwen_1_5": _chatml("You are a helpful assistant.", "\n"),
 }
-"""Conversation templates: what stands before and after the text of a user in a first turn.
+"""Conversation templates: the texts before and after the text of a user in a first turn.
 
 Source: llava/conversation.py of package llava; llava_llama_3 and qwen_1_5 of LLaVA-VL/LLaVA-NeXT @ 19ddd2e.
 """
 
 
 def first_turn(text: str, image: bool = True, mode: str = "vicuna_v1") -> str:
-    """The prompt of a first turn.
+    """Return the prompt of a first turn.
 
     Args:
         text: user text after the image line, instruction included.
@@ -66,19 +66,19 @@ def first_turn(text: str, image: bool = True, mode: str = "vicuna_v1") -> str:
 
 
 def vicuna_v1(text: str, image: bool = True) -> str:
-    """The prompt of a first turn with LLaVA-1.5; see `first_turn`."""
+    """Return the prompt of a first turn with LLaVA-1.5; see `first_turn`."""
     return first_turn(text, image, "vicuna_v1")
 
 
 def token_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt, with -200 for each "<image>".
+    """Return the token ids of a prompt, with -200 for each "<image>".
 
-    The text is split at the marks and each piece is tokenised on its own; the BOS of later pieces is dropped.
+    The text is split at the placeholders and each piece is tokenised on its own; the BOS of later pieces is dropped.
 
     Source: llava/mm_utils.py, `tokenizer_image_token`.
 
     Raises:
-        ValueError: when the tokenizer returns no ids.
+        ValueError: if the tokenizer returns no ids.
     """
     pieces = [list(tokenizer(piece).input_ids) for piece in prompt.split(IMAGE_MARK)]
     first = pieces[0]
@@ -92,17 +92,17 @@ def token_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str, generation: Any = None) -> None:
-    """Refuse a tokenizer that is not the model's.
+    """Refuse a missing tokenizer and one of another model.
 
     Args:
         tokenizer: the loaded tokenizer, or None.
-        vocab: rows of the model's embedding.
-        config: the language model's config (`bos_token_id`, `eos_token_id` are compared when they are ints).
+        vocab: number of rows of the model's embedding.
+        config: the language model's config, whose `bos_token_id` and `eos_token_id` are compared if they are ints.
         where: the checkpoint, for the message.
-        generation: the generation config; a token that ends answers may be one of those it states.
+        generation: the generation config; the tokenizer's EOS may also be one of its EOS tokens.
 
     Raises:
-        ValueError: when there is none, its vocabulary is larger than the model's, or its special ids differ.
+        ValueError: if there is no tokenizer, its vocabulary is larger than the model's, or its special ids differ.
     """
     if tokenizer is None:
         raise ValueError(
@@ -116,7 +116,7 @@ def check_tokenizer(tokenizer: Any, vocab: int, config: Any, where: str, generat
     for name in ("bos_token_id", "eos_token_id"):
         ours, theirs = getattr(tokenizer, name, None), getattr(config, name, None)
         stated = getattr(generation, name, None) if name == "eos_token_id" else None
-        if name == "bos_token_id" and ours is None:  # Qwen's begin without one
+        if name == "bos_token_id" and ours is None:  # Qwen's prompts begin without BOS
             continue
         if isinstance(theirs, int) and ours not in (theirs, *(stated if isinstance(stated, list) else [stated])):
             raise ValueError(
@@ -129,11 +129,14 @@ INSTRUCTIONS = (
     "\nAnswer the question using a single word or phrase.",
     "\nAnswer with the option's letter from the given choices directly.",
 )
-"""How to answer, at the end of a question."""
+"""Instructions on the form of the answer, which end a question."""
 
 
 def bare(text: str, task: str = "") -> str:
-    """A question without the instruction how to answer, but MMBench's as it is. Source: CDPruner's evaluation code."""
+    """Return a question without its instruction on the form of the answer; MMBench's questions are unchanged.
+
+    Source: CDPruner's evaluation code.
+    """
     if task.startswith("mmbench"):
         return text
     for instruction in INSTRUCTIONS:

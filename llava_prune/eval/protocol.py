@@ -1,4 +1,4 @@
-"""How a checkpoint is asked: conversation template and preprocessing of images, as LLaVA's own scripts choose them."""
+"""The protocol of a checkpoint: conversation template and image preprocessing, chosen as in LLaVA's own scripts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROCESSOR = "processor"
-"""Conversation mode of transformers: chat template and image processor of the checkpoint itself."""
+"""Conversation mode that uses the checkpoint's own chat template and image processor, through transformers."""
 LLAMA_3, YI = 128_256, range(64_000, 64_128)
-"""Smallest vocabulary of a Llama 3, and vocabularies of Yi-34B, which llava-v1.6-34b is made of."""
+"""Smallest vocabulary of a Llama 3, and the vocabulary sizes of Yi-34B, the language model of llava-v1.6-34b."""
 POINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-"""(height, width) of the resolutions where a config in transformers' format states none."""
+"""(height, width) of the resolutions for a config in transformers' format that states none."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Protocol:
     Attributes:
         conv_mode: conversation template, see `prompt.TEMPLATES`; or PROCESSOR.
         pad: whether images are padded to a square.
-        resolutions: (width, height) that images are cut up at; empty where they are seen whole.
+        resolutions: (width, height) of the resolutions at which images are cut into crops; empty for a model without
+            crops.
     """
 
     conv_mode: str = "vicuna_v1"
@@ -39,21 +40,21 @@ class Protocol:
 
     @property
     def padded(self) -> bool | None:
-        """`padded` for the overlays of a `Record`: None for crops, whose padding it knows."""
+        """The argument `padded` for the overlays of a `Record`; None for crops, whose padding the record knows."""
         return None if self.resolutions else self.pad
 
     @property
     def places_known(self) -> bool:
-        """Whether the sizes of images say where their pixels went: with padding or in crops."""
+        """Whether the place of each patch in the image follows from the image's size: with padding or in crops."""
         return self.pad or bool(self.resolutions)
 
     def token_ids(self, text: str, image: bool, loaded: Any) -> list[int]:
-        """Token ids of a first turn, with -200 for the image.
+        """Return the token ids of a first turn, with -200 for the image.
 
         Args:
             text: user text after the image line, instruction included.
             image: whether an image precedes the text.
-            loaded: see `llava_prune.load`.
+            loaded: the model, see `llava_prune.load`.
         """
         if self.conv_mode != PROCESSOR:
             return token_ids(first_turn(text, image, self.conv_mode), loaded.tokenizer)
@@ -70,7 +71,7 @@ class Protocol:
         return [IMAGE_ID if i == token else i for i in ids]
 
     def pixels(self, image: Image, loaded: Any) -> Tensor:
-        """(3, H, W) float32, or (crops, 3, H, W) for a model that sees images in crops."""
+        """Preprocess an image to (3, H, W) float32, or (crops, 3, H, W) for a model that sees images in crops."""
         if self.conv_mode == PROCESSOR:
             found: Tensor = loaded.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
             return found.float()
@@ -79,7 +80,7 @@ class Protocol:
         return pixels(image, loaded.image_processor, self.pad)
 
     def check(self, loaded: Any, where: str) -> None:
-        """Refuse a checkpoint without the processor that the protocol needs.
+        """Refuse a checkpoint that lacks the processor needed by the protocol.
 
         Raises:
             ValueError: naming the checkpoint, `where`.
@@ -97,14 +98,14 @@ class Protocol:
 
 
 def protocol_of(model: str, conv_mode: str | None = None) -> Protocol:
-    """The protocol of a checkpoint, from its config alone.
+    """Choose the protocol of a checkpoint from its config alone.
 
     Args:
         model: checkpoint folder or hub id.
-        conv_mode: conversation template that replaces the one of the checkpoint.
+        conv_mode: conversation template that replaces the checkpoint's own.
 
     Raises:
-        ValueError: for an unknown template, and a checkpoint with another protocol than LLaVA-1.5's and LLaVA-1.6's.
+        ValueError: for an unknown template, or a checkpoint whose protocol is neither LLaVA-1.5's nor LLaVA-1.6's.
     """
     if conv_mode not in (None, PROCESSOR, *TEMPLATES):
         raise ValueError(f"--conv-mode {conv_mode}: choose one of {', '.join(TEMPLATES)}, {PROCESSOR}")
@@ -119,12 +120,17 @@ def protocol_of(model: str, conv_mode: str | None = None) -> Protocol:
             f"--conv-mode {mode}, or give {PROCESSOR}"
         )
     if kind == "llava":
-        return Protocol(mode, pad=mode != PROCESSOR)  # the format does not state it; LLaVA-1.5 pads
+        return Protocol(mode, pad=mode != PROCESSOR)  # the format does not state the padding; LLaVA-1.5 pads
     points = config.get("image_grid_pinpoints") or POINTS
     return Protocol(mode, resolutions=tuple((w, h) for h, w in points))
 
 
 def _original(model: str, config: dict[str, Any], mode: str) -> Protocol:
+    """Return the protocol of a checkpoint in LLaVA's format.
+
+    Raises:
+        ValueError: for preprocessing or prompts that the protocols of LLaVA-1.5 and LLaVA-1.6 do not cover.
+    """
     aspect = config.get("image_aspect_ratio")
     for name, value, known in (
         ("image_aspect_ratio", aspect, (None, "square", "pad", "anyres")),
@@ -140,10 +146,10 @@ def _original(model: str, config: dict[str, Any], mode: str) -> Protocol:
 
 
 def template_of(config: dict[str, Any], model: str) -> str:
-    """The conversation template of a checkpoint.
+    """Choose the conversation template of a checkpoint.
 
-    LLaVA's programs go by the name of the checkpoint (mistral, v1.6-34b, llama-2), its scripts for benchmarks name
-    vicuna_v1. Where the config tells the language model, it decides, so that a renamed folder is asked alike.
+    LLaVA's programs choose by the name of the checkpoint (mistral, v1.6-34b, llama-2), and its benchmark scripts use
+    vicuna_v1. Here the language model in the config takes precedence, so that a renamed folder gets the same template.
 
     Args:
         config: content of config.json.

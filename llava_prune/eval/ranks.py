@@ -1,8 +1,8 @@
-"""The processes that evaluate together, as torchrun starts them, and what they say to each other.
+"""The processes of an evaluation, as torchrun starts them, and their communication.
 
-They share a store of torch.distributed and the folder of results, nothing else: no process group, no collectives. The
-first process decides what is to be done, each process claims one piece of it after another, and the first one joins
-the answers.
+They share a torch.distributed store and the folder of results, but no process group and no collectives (except for
+`together`). The first process publishes the work, each process claims one piece of it after another, and the first
+process joins the answers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch.distributed import HashStore, PrefixStore, Store
 from ..models.parallel import start_group
 
 PAUSE = 0.05
-"""Seconds between two looks at the store."""
+"""Seconds between two polls of the store."""
 FOREVER = datetime.timedelta(days=365)
-"""A process that ends takes the others with it (torchrun), so nobody waits for a process that is gone."""
+"""Timeout of the store. torchrun ends all processes when one of them ends, so no process waits for one that is gone."""
 
 
 class Ranks:
-    """The processes of an evaluation; one alone unless `of` finds more.
+    """The processes of an evaluation: a single one unless `of` finds more.
 
     Attributes:
-        rank, count: number of this process, and of all.
+        rank, count: rank of this process, and the number of processes.
         local, locals: the same among the processes of this machine.
-        together: whether each process has a part of the model (tensor parallelism), so that all of them answer the same
-            questions; otherwise each answers questions of its own.
+        together: whether each process holds a part of the model (tensor parallelism), so that all of them answer the
+            same questions; otherwise each process answers different questions.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Ranks:
 
     @classmethod
     def of(cls, env: Mapping[str, str], together: bool = False) -> Ranks:
-        """The processes that torchrun, or a launcher with its environment variables, has started.
+        """Return the processes that torchrun, or a launcher with its environment variables, has started.
 
         Args:
             env: environment variables.
-            together: see `Ranks`; the processes then have a process group, too.
+            together: see `Ranks`; a process group is created as well.
 
         Raises:
-            ValueError: when the variables are incomplete, or the store cannot be reached.
+            ValueError: if the variables are incomplete, or the store cannot be reached.
         """
         if int(env.get("WORLD_SIZE", "1")) == 1 or "RANK" not in env:
             return cls()
@@ -80,14 +80,16 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process decides, joins and reports."""
+        """Whether this is the first process, which publishes the work, joins the answers and reports."""
         return self.rank == 0
 
     def device(self, given: str | None) -> str | None:
-        """The device of this process: a GPU of its own, unless `given` is a device without numbers.
+        """Return the device of this process: a GPU of its own if there are several processes, else `given`.
+
+        All processes keep `given` on a CPU and with `together`.
 
         Raises:
-            ValueError: for one GPU for several processes, or more processes than GPUs.
+            ValueError: if several processes would share a GPU.
         """
         if self.together or self.count == 1 or given == "cpu" or (given is None and not torch.cuda.is_available()):
             return given
@@ -101,19 +103,19 @@ class Ranks:
         return f"cuda:{self.local}"
 
     def speaks(self, message: str) -> bool:
-        """Whether this process is the first to fail with a message; what all of them meet is printed once."""
+        """Return whether this process is the first to fail with a message, so that a shared error is printed once."""
         return self._store.add(f"said/{message}", 1) == 1
 
     def task(self, name: str) -> SharedTask:
-        """What the processes say to each other about one benchmark. All of them must ask for the same ones in turn."""
+        """Return the shared state of a benchmark; all processes must ask for the same benchmarks in the same order."""
         self._tasks += 1
         return SharedTask(PrefixStore(f"{self._tasks}/{name}", self._store), self.rank, self.count, self.together)
 
 
 def _fresh(store: Store, rank: int, count: int) -> Store:
-    """A part of the store that is empty.
+    """Agree on an empty part of the store.
 
-    torchrun keeps the store when it starts all processes again, with what the earlier ones have written.
+    torchrun keeps the store when it restarts all processes, together with the entries of the earlier attempt.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -125,7 +127,7 @@ def _fresh(store: Store, rank: int, count: int) -> Store:
         return PrefixStore(mine, store)
     while True:
         if store.check(["job"]):
-            job = store.get("job").decode()  # perhaps of an earlier attempt, which nobody answers for any more
+            job = store.get("job").decode()  # may belong to an earlier attempt, whose first process never answers
             store.set(f"{job}/{rank}", mine)
             if store.check([f"{job}/{mine}"]):
                 return PrefixStore(job, store)
@@ -133,7 +135,7 @@ def _fresh(store: Store, rank: int, count: int) -> Store:
 
 
 class SharedTask:
-    """One benchmark that several processes evaluate. Use as a context manager: the others hear of a failure."""
+    """One benchmark that several processes evaluate; a context manager that tells the others about a failure."""
 
     def __init__(self, store: Store, rank: int, count: int, together: bool = False) -> None:
         self._store, self.rank, self.count, self.together = store, rank, count, together
@@ -157,15 +159,15 @@ class SharedTask:
             self.leave(str(error))
 
     def publish(self, plan: Mapping[str, Any]) -> None:
-        """Tell the other processes what is to be done."""
+        """Send the plan of the work to the other processes."""
         self._store.set("plan", json.dumps(plan))
         self._published = True
 
     def receive(self) -> Any:
-        """What the first process has published.
+        """Wait for the plan of the first process and return it.
 
         Raises:
-            ValueError: when it failed before.
+            ValueError: if the first process failed, with its message.
         """
         while not self._store.check(["plan"]):
             time.sleep(PAUSE)
@@ -175,19 +177,19 @@ class SharedTask:
         return plan
 
     def claim(self) -> int:
-        """Number of a piece: 0, 1, 2 ..., past the last when all are taken.
+        """Claim a piece and return its number: 0, 1, 2, ..., then numbers past the last piece.
 
-        No other process gets it, unless all answer the same (`Ranks.together`).
+        No other process gets the same number, unless all answer the same questions (`Ranks.together`).
         """
         self._claimed += 1
         return self._claimed - 1 if self.together else self._store.add("claimed", 1) - 1
 
     def answered(self, label: str, count: int = 0) -> int:
-        """Add to the number of new answers of a run; returns that of all processes."""
+        """Add to the number of new answers of a run and return the total of all processes."""
         return self._store.add(f"answered/{label}", count)
 
     def leave(self, error: str = "") -> None:
-        """Say that this process has written its last answer."""
+        """Announce that this process has written its last answer."""
         self._left = True
         self._store.set(f"error/{self.rank}", error)
         self._store.add("left", 1)
@@ -198,6 +200,6 @@ class SharedTask:
         return self._store.add("left", 0) >= self.count - 1
 
     def errors(self) -> list[str]:
-        """What other processes failed with."""
+        """Return the error messages of the other processes."""
         found = (self._store.get(f"error/{r}").decode() for r in range(1, self.count))
         return [f"process {r}: {text}" for r, text in enumerate(found, 1) if text]

@@ -1,6 +1,6 @@
 """Questions per second of whole evaluations and of LLaVA's own program, with the same model, questions and process.
 
-Where package llava is missing, a loop of the same structure can take the place of its program (`--loop`).
+Without package llava, a loop of the same structure can replace its program (`--loop`).
 
 python -m llava_prune.eval.rate --batch 1,8,auto --tokens 64
 """
@@ -45,14 +45,14 @@ from .task import Task, load_task
 MODULE = "llava_prune.eval.rate"
 LOADER = "llava.eval.model_vqa_loader"
 LOOP = "one by one"
-"""The arm of `loop.ask_one_by_one`."""
+"""Method name of the arm that runs `loop.ask_one_by_one`."""
 WARMUP = 8
-"""Questions of the first round, which is not timed."""
+"""Number of questions of the first round, which is not timed."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a batch size (None: auto), LLaVA's own program (`method` ""), or LOOP."""
+    """One configuration to time: a method at a batch size (None: auto), LLaVA's own program (`method` ""), or LOOP."""
 
     method: str
     batch: int | None = None
@@ -66,9 +66,10 @@ class Arm:
 
 @contextlib.contextmanager
 def _for_cpu(model: Any) -> Iterator[Any]:
-    """A model for LLaVA's program, which names CUDA and float16: tensors go to the device and dtype of the model.
+    """Yield a stand-in of a model for LLaVA's program, which hard-codes CUDA and float16.
 
-    Tensor.to is replaced outside `generate` only, so that generation is not slowed down.
+    Tensors are moved to the device and dtype of the model instead. Tensor.to is replaced outside of `generate` only, so
+    that generation is not slowed down.
     """
     stock, parameter = torch.Tensor.to, next(model.parameters())
 
@@ -88,17 +89,17 @@ def _for_cpu(model: Any) -> Iterator[Any]:
 
 
 def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: int) -> float:
-    """Seconds that LLaVA's own program takes for a question file, without loading the model.
+    """Run LLaVA's own program on a question file and return its seconds, without loading the model.
 
     Args:
         loaded: an unpruned model of family "llava".
         questions: JSON lines with question_id, image and text.
         images: folder of the images.
-        answers: file to write.
+        answers: answer file to write.
         new: largest number of new tokens of an answer.
 
     Raises:
-        ValueError: when package llava is not installed, or the model is of another family.
+        ValueError: if package llava is not installed, or the model is of another family.
     """
     if loaded.family != "llava":
         raise ValueError(
@@ -128,7 +129,7 @@ def ask_llava(loaded: Any, questions: Path, images: Path, answers: Path, new: in
             model = stack.enter_context(_for_cpu(model))
         found = loaded.tokenizer, model, loaded.image_processor, 2048
         stack.enter_context(mock.patch.object(program, "load_pretrained_model", lambda *_: found))
-        stack.enter_context(mock.patch.object(program, "args", args, create=True))  # a global of the program
+        stack.enter_context(mock.patch.object(program, "args", args, create=True))  # the program reads this global
         stack.enter_context(mock.patch.object(program, "disable_torch_init", lambda: None))
         start = time.perf_counter()
         program.eval_model(args)
@@ -141,7 +142,7 @@ class Rate:
     Attributes:
         texts: arm label -> answers of its last round, in question order.
         batch: arm label -> batch size at the end of the round.
-        padding: arm label -> ragged padding: padding tokens over real ones in all layers of all batches.
+        padding: arm label -> ragged padding: padding tokens over real tokens in all layers of all batches.
     """
 
     def __init__(self, settings: Settings, loaded: Any, folder: Path) -> None:
@@ -154,11 +155,11 @@ class Rate:
 
     @functools.cached_property
     def model(self) -> dict[str, Any]:
-        """The identity of the model. Its checksum takes seconds for 7B parameters and belongs to loading."""
+        """The identity of the model. Its checksum takes seconds for 7B parameters and counts as loading time."""
         return of_model(self.loaded, self.settings.model, self.settings.model_base)
 
     def seconds(self, arm: Arm, limit: int | None) -> float:
-        """Seconds of one evaluation, from question file to answer file and score, without loading the model."""
+        """Run one evaluation and return its seconds, from question file to answer file and score, loading excluded."""
         if arm.method == LOOP:
             return self._loop(limit)
         return self._ours(arm, limit) if arm.method else self._theirs(limit)
@@ -206,10 +207,10 @@ def _settings(settings: Settings, arm: Arm) -> Settings:
 
 
 def _run(settings: Settings, arm: Arm) -> Run:
-    """The run of an arm.
+    """Return the run of an arm.
 
     Raises:
-        ValueError: see `plan_runs`, or for several budgets.
+        ValueError: see `plan_runs`; also for several budgets.
     """
     runs = plan_runs(_settings(settings, arm))
     if len(runs) != 1:
@@ -245,15 +246,15 @@ def measure(
 
     Args:
         settings: model, data, one budget, limit of questions.
-        arms: what is timed.
-        repeats: number of rounds.
-        loaded: a loaded model.
+        arms: configurations to time.
+        repeats: number of timed rounds.
+        loaded: a loaded model; None to load that of the settings.
         progress: called with (label, seconds) of an arm after each of its timed rounds.
 
     Returns:
         {"machine", "model", "questions", "repeats", "rows"}. A row has the arm, its budget and batch size, quartiles of
-        questions per second and of the ratio to LLaVA's program and to the loop within a round, the ragged padding
-        (padding tokens over real ones), and the share of answers equal to theirs and to the first arm's.
+        questions per second and of its speed relative to LLaVA's program and to the loop within a round, the ragged
+        padding (padding tokens over real tokens), and the share of answers equal to theirs and to the first arm's.
 
     Raises:
         ValueError: for bad settings, see `evaluate` and `ask_llava`.
@@ -282,7 +283,7 @@ def measure(
             "tokens": budgets.get(arm.label),
             "batch": rate.batch[arm.label],
             "per_second": quartiles([count / s for s in mine]),
-            "ragged_padding": rate.padding.get(arm.label, 0.0),  # LLaVA's program has batch size 1
+            "ragged_padding": rate.padding.get(arm.label, 0.0),  # LLaVA's program and the loop have batch size 1
             "same_answers": {"first": _same(rate.texts, arm.label, arms[0].label)},
         }
         for name, other in (("llava", LOADER), ("loop", LOOP)):
@@ -305,7 +306,7 @@ def _same(texts: dict[str, list[str]], a: str, b: str) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result as a table."""
+    """Return the result as a table."""
     machine = result["machine"]
     out = Table(
         title=f"questions per second, {result['questions']} questions, {machine['device']}, {machine['dtype']}, "
@@ -342,7 +343,7 @@ def _batches(text: str) -> list[int | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     flag = functools.partial(arguments.flag, parser, os.environ)

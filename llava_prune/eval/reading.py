@@ -16,16 +16,16 @@ _NULL = frozenset(
         "NULL", "NaN", "None", "n/a", "nan", "null",
     )
 )  # fmt: skip
-"""Cells that pandas reads as missing; LLaVA reads MMBench with pandas."""
+"""Cells that pandas reads as missing. LLaVA reads MMBench with pandas."""
 _BROKEN = (ValueError, RecursionError)
 Row = dict[str, Any]
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8; a byte-order mark is dropped.
+    """Read a UTF-8 text file without its byte-order mark.
 
     Raises:
-        ValueError: when it cannot be read or is not UTF-8.
+        ValueError: if it cannot be read or is not UTF-8.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -40,7 +40,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
     Args:
         path: the file.
-        kind: dict or list, the type that the file must hold.
+        kind: expected type of the content, dict or list.
 
     Raises:
         ValueError: for broken JSON or another type.
@@ -112,7 +112,7 @@ def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
 
 
 def check_answers(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse answers without a valid id and text.
+    """Refuse answers whose id, text or prompt has the wrong type.
 
     Raises:
         ValueError: naming the row.
@@ -139,22 +139,25 @@ def read_answers(path: Path) -> list[Row]:
 
 
 def shown(keys: Iterable[Any]) -> str:
-    """The first ten of some ids, for a message."""
+    """Join the first ten of some ids for a message."""
     keys = [str(k) for k in keys]
     return ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
 
 
 WAY_OUT = "complete the run first, or score a part of the benchmark with --questions, a file of its questions"
-"""What to do about answers that are missing."""
+"""Advice for messages about missing answers."""
 
 
 def unanswered(missing: Sequence[Any], total: int, kind: str = "questions") -> str:
-    """The message for `missing` of `total` questions without an answer."""
+    """Return the message that `missing` of `total` questions have no answer."""
     return f"{len(missing)} of {total} {kind} have no answer ({shown(missing)}); {WAY_OUT}"
 
 
 def last_by_id(answers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Text by question id, ids as strings; the last row of a repeated id counts, as in the official tools' dicts."""
+    """Return the text of each question id as a string.
+
+    The last row of a repeated id counts, as in the dictionaries of the official tools.
+    """
     return {str(a["question_id"]): a["text"] for a in answers}
 
 
@@ -164,7 +167,7 @@ def _cell(value: Any) -> str | None:
 
 
 def _delimited(path: Path, delimiter: str) -> list[list[str]]:
-    limit = csv.field_size_limit(1 << 30)  # images are cells
+    limit = csv.field_size_limit(1 << 30)  # cells can hold images
     try:
         text = read_text(path)
         if "\0" in text:
@@ -185,12 +188,12 @@ def _sheet(path: Path) -> list[list[Any]]:
             return [list(r) for r in book.worksheets[0].iter_rows(values_only=True)]
         finally:
             book.close()
-    except Exception as error:  # openpyxl raises errors of its parsers
+    except Exception as error:  # openpyxl also raises the errors of its parsers
         raise ValueError(f"{path} is not a readable spreadsheet ({type(error).__name__}: {error})") from error
 
 
 def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
-    """Rows of a .tsv, .csv or .xlsx file by column name; cells that pandas reads as missing are None.
+    """Read the rows of a .tsv, .csv or .xlsx file by column name. Cells that pandas reads as missing are None.
 
     Raises:
         ValueError: for missing columns, rows with more cells than columns, or a broken file.

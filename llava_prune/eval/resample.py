@@ -1,7 +1,8 @@
 """Mean ratio of a method to the unpruned model over benchmarks, with a paired bootstrap interval.
 
-A benchmark's figure is recomputed from the stored scores of its questions in every draw, by the benchmark's own rule: a
-mean of scores, or what the scorer's `units` says (a mean of F1, a sum over tasks, a circular accuracy).
+In every draw, a benchmark's figure is recomputed from the stored scores of its questions by the benchmark's own rule:
+the mean of the scores, or the rule defined by the scorer's `units` (a mean of F1, a sum over tasks, a circular
+accuracy).
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from .task import Task
 
 DRAWS = 2000
 SEED = 0
-"""Random seed of the draws, so that a table can be repeated."""
+"""Random seed of the draws, which makes tables reproducible."""
 Array = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Units:
-    """What a figure is computed from, in units that are drawn as a whole.
+    """The sampling units of a bootstrap, and the rule that computes a figure from them.
 
     Attributes:
-        groups: the group of each unit. Units are drawn with replacement within their group, whose size stays.
-        values: (units, quantities), what a unit contributes.
-        figure: from the mean of each quantity in each group, (draws, groups, quantities) with groups in order of
+        groups: group of each unit. Units are drawn with replacement within their group, whose size stays the same.
+        values: (units, quantities), the quantities that each unit contributes.
+        figure: maps the mean of each quantity in each group, (draws, groups, quantities) with groups in order of
             appearance, to the figure, (draws,).
     """
 
@@ -41,17 +42,17 @@ class Units:
 
 
 def mean_units(scores: Sequence[float], scale: float = 100.0) -> Units:
-    """A figure that is a mean of scores, times `scale`; every score is a unit."""
+    """Return the units of a figure that is the mean of scores, times `scale`; every score is a unit."""
     return Units([""] * len(scores), [[s] for s in scores], lambda means: scale * means[:, 0, 0])
 
 
 def scores_of(rows: Rows) -> list[float]:
-    """Scores of the questions that have one."""
+    """Return the scores of the questions that have one."""
     return [float(r["score"]) for r in rows if r["score"] is not None]
 
 
 def units_of(task: Task, run: StoredRun) -> Units:
-    """The units of a run.
+    """Return the units of a run.
 
     Raises:
         ValueError: for missing or broken files, or a figure that does not follow from the stored scores.
@@ -70,11 +71,14 @@ def units_of(task: Task, run: StoredRun) -> Units:
 
 
 def figures(units: Units, weights: Array) -> Array:
-    """The figure in each draw.
+    """Compute the figure in each draw.
 
     Args:
-        units: see Units.
+        units: the sampling units.
         weights: (draws, units), how often each unit was drawn.
+
+    Returns:
+        (draws,) figures.
     """
     names, values = np.array(units.groups), np.array(units.values, dtype=float)
     means = []
@@ -85,7 +89,7 @@ def figures(units: Units, weights: Array) -> Array:
 
 
 def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
-    """(draws, units): how often each unit is drawn, with replacement within its group."""
+    """Draw units with replacement within their groups; return how often each is drawn, (draws, units)."""
     random, names = np.random.default_rng(seed), np.array(groups)
     out = np.zeros((draws, len(groups)))
     for group in dict.fromkeys(groups):
@@ -97,11 +101,11 @@ def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
 def mean_ratio(
     pairs: Sequence[tuple[Units, Sequence[Units]]], draws: int = DRAWS, seed: int = SEED
 ) -> tuple[float, float, float]:
-    """Mean over benchmarks of figure / figure of the unpruned model, with its 95 % percentile bootstrap interval.
+    """Return the mean ratio of a method's figures to the unpruned model's, with its 95 % percentile bootstrap interval.
 
-    In each draw the questions of each benchmark are drawn anew, the same ones for the pruned and the unpruned model.
-    Figures of several random seeds of a method are averaged; seeds are not drawn. Draw number i of benchmark number j
-    is the same in every call on the same questions, so that methods are compared on the same draws.
+    In each draw, the questions of each benchmark are drawn again, the same ones for the pruned and the unpruned model.
+    Figures of several random seeds of a method are averaged; seeds are not resampled. Draw number i of benchmark number
+    j is the same in every call on the same questions, so that methods are compared on the same draws.
 
     Args:
         pairs: for each benchmark, the units of the unpruned model and those of the method's runs, one for each seed.
@@ -109,7 +113,7 @@ def mean_ratio(
         seed: random seed of the draws.
 
     Returns:
-        (mean, low, high); NaN where the unpruned figure is 0 (of the interval: in a draw).
+        (mean, low, high). The mean is NaN if an unpruned figure is 0, and the interval if one is 0 in a draw.
 
     Raises:
         ValueError: without benchmarks or runs, or for runs whose questions differ from those of the unpruned model.
@@ -136,10 +140,12 @@ def mean_ratio(
 def ratio_to_full(
     tasks: Sequence[Task], full: Mapping[str, StoredRun], runs: Mapping[str, Sequence[StoredRun]]
 ) -> dict[str, Any]:
-    """`ratio`, `low` and `high` in percent over all benchmarks, and `why` where there is none; see `mean_ratio`.
+    """Return the mean ratio over all benchmarks in percent: `ratio`, `low`, `high`, and `why` if there is none.
+
+    See `mean_ratio`.
 
     Args:
-        tasks: benchmarks; all of them must have runs, so that no mean leaves one out.
+        tasks: benchmarks; all of them must have runs, so that every mean covers the same benchmarks.
         full: benchmark -> run of the unpruned model.
         runs: benchmark -> runs of a method, one for each seed.
 

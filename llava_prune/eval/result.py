@@ -17,13 +17,13 @@ from .task import QuestionScores
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a run that its result states.
+    """Facts of a run for its result.
 
     Attributes:
         task: benchmark.
-        figure: name of the headline number.
-        size: of the model.
-        geometry: where in an image its visual tokens are.
+        figure: name of the headline figure.
+        size: size of the model.
+        geometry: places of the visual tokens in an image.
         settings: every setting that may have changed an answer.
     """
 
@@ -35,7 +35,7 @@ class Facts:
 
 
 def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean visual tokens of samples with an image, entering and leaving, by layer and over layers."""
+    """Return the mean visual tokens of samples with an image, entering and leaving, by layer and over all layers."""
     out: dict[str, Any] = {}
     rows = [r for r in rows if _has_image(r)] or rows
     for way in ("entering", "leaving"):
@@ -46,19 +46,28 @@ def token_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def seen_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean visual tokens of images in crops before pruning, which unpadding and newline tokens make differ."""
+    """Return {"seen": mean visual tokens of images in crops before pruning}; {} for a model without crops.
+
+    The number differs between images because of unpadding and newline tokens.
+    """
     found = [r["kept"]["unpruned"] for r in rows if "unpruned" in r["kept"]]
     return {"seen": fmean(found)} if found else {}
 
 
 def before(row: Mapping[str, Any], size: Size) -> int:
-    """Visual tokens of a row before pruning: those of its image in crops, else the model's; 0 without an image."""
+    """Return the visual tokens of a row before pruning; 0 without an image.
+
+    For images in crops the number is stored in the row; otherwise it is that of the model.
+    """
     kept = row["kept"]
     return int(kept.get("unpruned", size.visual if _has_image(row) else 0))
 
 
 def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: Size) -> dict[str, Any]:
-    """Mean TFLOPs of a prefill by equation (2), and their share of the unpruned model's, for each way of counting."""
+    """Return the mean TFLOPs of a prefill by equation (2) and their share of the unpruned model's.
+
+    There is one entry for each way of counting tokens.
+    """
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):
         only = both = full_only = full_both = 0.0
@@ -78,12 +87,12 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
 
 
 def _has_image(row: Mapping[str, Any]) -> bool:
-    """Whether a row's question has an image, also where a method drops all of it."""
+    """Return whether a row's question has an image, even if the method drops all of its tokens."""
     return bool(row["kept"]["entering"][0] or row["kept"].get("image"))
 
 
 def without_figure(score: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """A score as it is, or without its figure where a model's logits were NaN or infinite (`not_finite` of a row)."""
+    """Return a score unchanged, or without its figure if a row has NaN or infinite logits (`not_finite`)."""
     bad = [r for r in rows if r.get("not_finite")]
     if not bad:
         return score
@@ -103,14 +112,14 @@ def make_result(
     text: Sequence[int],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The result of a finished run. Its `scores` are not written to the file (see `dump`).
+    """Build the result of a finished run. Its `scores` are not written to the result file (see `dump`).
 
     Args:
-        facts: see Facts.
+        facts: facts of the run.
         label: label of the run.
-        score: the scorer's return value.
+        score: return value of the scorer.
         rows: rows of the answer file.
-        text: text tokens of each prompt.
+        text: number of text tokens of each prompt.
         seconds: stage -> seconds.
     """
     size = facts.size
@@ -142,7 +151,7 @@ def make_result(
 
 
 def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None:
-    """Add the difference to the unpruned model, with its paired 95 % interval where the figure is a mean of scores."""
+    """Add the difference to the unpruned model, with its paired 95 % interval if the figure is a mean of scores."""
     if reference is None or result["figure"] is None or reference["figure"] is None:
         return
     gap = {"points": result["figure"] - reference["figure"], "low": None, "high": None}
@@ -154,12 +163,12 @@ def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None
 
 
 def public(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the scores of the questions, which follow from the answer file."""
+    """Return a result without the scores of the questions, which follow from the answer file."""
     return {k: v for k, v in result.items() if k not in ("scores", "scale")}
 
 
 def dump_scores(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) -> str:
-    """Text of the file of scores: question_id, score and type of each answer row, one JSON object a line."""
+    """Return the text of the score file: question_id, score and type of each answer row as JSON lines."""
     lines = (
         json.dumps({"question_id": row["question_id"], "score": score, "type": kind}, ensure_ascii=False)
         for row, (score, kind) in zip(rows, questions, strict=True)
@@ -168,5 +177,5 @@ def dump_scores(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) ->
 
 
 def dump(result: Mapping[str, Any]) -> str:
-    """Text of the result file."""
+    """Return the text of the result file."""
     return json.dumps(public(result), indent=2, ensure_ascii=False) + "\n"

@@ -35,7 +35,7 @@ MODULE = "llava_prune.eval.rounding"
 
 @dataclass
 class Seen:
-    """What one run answers and keeps, by question number.
+    """Answers and kept tokens of one run, by question number.
 
     Attributes:
         rows: answer rows.
@@ -49,7 +49,7 @@ class Seen:
 
 
 def watch(bench: Bench, run: Run, **options: Any) -> Seen:
-    """Ask every question with an image, and record the answers and the kept tokens; `options` go to `pruned`."""
+    """Ask every question with an image; return the answers and the kept tokens. `options` are passed to `pruned`."""
     seen = Seen()
     asked = {i: q for i, q in enumerate(bench.files.questions) if q.image is not None}
     with llava_prune.pruned(bench.loaded.model, run.method, **options) as handle:
@@ -66,7 +66,7 @@ def watch(bench: Bench, run: Run, **options: Any) -> Seen:
 
 
 def overlap(a: Seen, b: Seen) -> list[float]:
-    """|A & B| / |A | B| of the kept tokens for each layer, mean over questions; 1 where both are empty."""
+    """Return |A & B| / |A | B| of the kept tokens for each layer, averaged over questions; 1 if both sets are empty."""
     layers = range(len(next(iter(a.kept.values()))))
     return [fmean(_share(a.kept[i][layer], b.kept[i][layer]) for i in a.kept) for layer in layers]
 
@@ -80,8 +80,8 @@ def measure(settings: Settings, step: float, loaded: Any = None) -> dict[str, An
 
     Args:
         settings: model, data, budgets, limit, and one method with a `slope_step`.
-        step: what slopes are rounded to.
-        loaded: a loaded model.
+        step: slopes are rounded to multiples of this number.
+        loaded: a loaded model; None to load that of the settings.
 
     Returns:
         {"step", "questions", "rows"}. A row has the budget, the number of schedules and the figure for "exact" and
@@ -123,7 +123,7 @@ def _figure(bench: Bench, seen: Seen) -> float | None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result as a table."""
+    """Return the result as a table."""
     out = Table(
         title=f"slope rounded to steps of {result['step']:g}, {result['questions']} questions",
         caption="overlap: kept tokens of both over kept tokens of either, mean over layers (minimum)",
@@ -143,7 +143,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     flag = functools.partial(arguments.flag, parser, os.environ)

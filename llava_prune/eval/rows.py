@@ -1,4 +1,4 @@
-"""Rows of answer files: what one holds, its checksum, and reading the files back with every row verified."""
+"""Rows of answer files: their fields, their checksum, and reading files back with every row verified."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 from .task import Question
 
 JOURNAL_ONLY = ("row", "piece", "seconds", "tower_seconds", "image_seconds")
-"""Fields of a journal row that the answer file does not have; `row` is the number of the question and
-`piece` that of its piece."""
+"""Fields of a journal row that the answer file lacks. `row` is the question's number, `piece` that of its piece."""
 WAY_OUT = "set OUT to another folder, or discard the answers in this one with --restart"
 Row = dict[str, Any]
 
 
 def seal(settings: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The answer_id of a row: a checksum over the settings of its run (without the batch size) and its own content."""
+    """Return the answer_id of a row: a checksum over its content and its run's settings without the batch size."""
     import shortuuid
 
     key = {k: v for k, v in settings.items() if k != "batch"}
@@ -28,10 +27,10 @@ def seal(settings: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def check_row(row: Any, question: Question, settings: Mapping[str, Any]) -> None:
-    """Refuse a row that is not this run's answer to a question.
+    """Refuse a row that is not this run's answer to the question.
 
     Raises:
-        ValueError: saying what is wrong with the row, as the end of a sentence.
+        ValueError: with a message that continues "line 3: ...", such as "was edited, or is an answer of another run".
     """
     _check_object(row)
     for name, value in (("question_id", question.id), ("prompt", question.stored)):
@@ -48,17 +47,17 @@ def _check_object(row: Any) -> None:
 
 
 def _numbered(content: bytes) -> list[tuple[int, bytes]]:
-    """(number, line) of the lines that are not empty; the last one may lack its newline."""
+    """Return (number, line) of the lines that are not empty; the last line may lack its newline."""
     return [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
 
 def read_finished(path: Path, questions: Sequence[Question], settings: Mapping[str, Any]) -> list[Row]:
-    """Rows of a finished answer file. The file is never changed; a missing last newline costs no row.
+    """Read and verify the rows of a finished answer file. The file is never changed; its last newline may be missing.
 
     Args:
         path: the file.
         questions: its questions, in order.
-        settings: of the run.
+        settings: settings of the run.
 
     Raises:
         ValueError: naming file and line, for anything but this run's answers to these questions in their order.
@@ -81,12 +80,13 @@ def read_finished(path: Path, questions: Sequence[Question], settings: Mapping[s
 
 
 def read_journal(path: Path, questions: Mapping[int, Question], settings: Mapping[str, Any]) -> tuple[list[Row], int]:
-    """Rows of a journal, and the length in bytes up to which it is whole.
+    """Read and verify the rows of a journal; return them and the length in bytes up to which the file is intact.
 
-    What an interruption leaves at the end, half a line or null bytes, is not counted.
+    An interruption may leave half a line or null bytes at the end, which are not part of that length.
 
     Raises:
-        ValueError: naming file and line, for rows of other questions or of another run, or a broken line before others.
+        ValueError: naming file and line, for rows of other questions or of another run, or a broken line before intact
+            ones.
     """
     rows: list[Row] = []
     whole = position = broken = 0

@@ -1,4 +1,4 @@
-"""Run benchmarks: every method at every budget on the same questions, each image encoded once."""
+"""Run benchmarks: every method at every budget answers the same questions, and each image is encoded once."""
 
 from __future__ import annotations
 
@@ -53,16 +53,18 @@ def read_files(task: Task, settings: Settings) -> Files:
 
 
 def present(name: str, data: Path) -> bool:
-    """Whether the required files of a benchmark are in a folder of data."""
+    """Return whether the required files of a benchmark are in a data folder."""
     sources = Sources(load_task(name), data)
     return all(sources.find(k) is not None for k, spec in sources.task.files.items() if not spec.optional)
 
 
 def tasks_of(settings: Settings) -> list[str]:
-    """Names of the benchmarks to run: a name, a list a,b, or "all" for those whose data are present.
+    """Return the names of the benchmarks to run.
+
+    They are a name, a list a,b, or "all" for every benchmark whose data are present.
 
     Raises:
-        ValueError: for unknown names, or when no data are present.
+        ValueError: for unknown names, or if no data are present.
     """
     if settings.task != ALL:
         names = dict.fromkeys(n.strip() for n in settings.task.split(",") if n.strip())
@@ -75,7 +77,7 @@ def tasks_of(settings: Settings) -> list[str]:
 
 
 def task_of(settings: Settings, name: str) -> Task:
-    """A benchmark with the number of new tokens that the settings ask for.
+    """Load a benchmark with the number of new tokens from the settings.
 
     Raises:
         ValueError: for an unknown name.
@@ -85,9 +87,9 @@ def task_of(settings: Settings, name: str) -> Task:
 
 
 def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
-    """Checksums of the questions, the prompts' token ids and the images, which all runs share.
+    """Return the checksums of the questions, the prompts' token ids and the images, which all runs share.
 
-    One process of a machine reads the images; None in the others.
+    One process of each machine reads the images; the others have None for their checksum.
     """
     sources, questions = bench.files.sources, bench.files.questions
     return {
@@ -100,17 +102,17 @@ def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
 def settings_of(
     settings: Settings, run: Run, bench: Bench, model: dict[str, Any], data: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Everything that may change an answer.
+    """Return everything that may change an answer.
 
     Args:
-        settings: of the evaluation.
+        settings: settings of the evaluation.
         run: method and budget.
         bench: model and questions.
-        model: see `identity.of_model`.
-        data: see `checksums`.
+        model: identity of the model, see `identity.of_model`.
+        data: checksums of the data, see `checksums`.
     """
     chosen = identity.chosen(settings, bench.task, run)
-    if settings.conv_mode is None:  # the checksum of the prompts tells which one it was
+    if settings.conv_mode is None:  # the checksum of the prompts identifies the template
         del chosen["conv_mode"]
     return {**chosen, **model, **data, "pad": bench.protocol.pad, "batch": settings.batch}
 
@@ -129,21 +131,21 @@ def evaluate(
     Files, settings of earlier answers and images are checked before the first question is asked.
 
     Args:
-        settings: what to run.
+        settings: settings of the evaluation.
         progress: called after every batch.
         command: recorded in the results.
-        loaded: a loaded model.
-        task: benchmark, where it differs from `settings.task`.
-        model: what is known of the loaded model, see `identity.of_model`.
-        ranks: the processes that evaluate together; default this one.
+        loaded: a loaded model; None to load that of the settings.
+        task: benchmark; "" for `settings.task`.
+        model: identity of the loaded model, see `identity.of_model`; None to compute it.
+        ranks: the processes that evaluate together; None for this process alone.
 
     Returns:
-        The results, the reference first; see `result.make_result`. Empty while other chunks are missing, and in other
-        processes than the first.
+        The results, the reference first; see `result.make_result`. The list is empty while other chunks are missing,
+        and in all processes but the first.
 
     Raises:
-        ValueError: for bad input; answers so far stay on disk.
-        OSError: when the disk is full or not writable.
+        ValueError: for bad input; the answers so far stay on disk.
+        OSError: if the disk is full or not writable.
     """
     ranks = ranks or Ranks()
     bench_task = task_of(settings, task or settings.task)
@@ -184,11 +186,11 @@ def answer_all(bench: Bench, work: Work, runs: Sequence[Run], progress: Progress
 def finish_all(
     bench: Bench, work: Work, place: Place, shared: SharedTask, command: str, origin: Callable[[Run], Origin]
 ) -> list[dict[str, Any]]:
-    """Write answer files and results of all runs, from the answers of all processes."""
+    """Write answer files and results of all runs from the answers of all processes; return the results."""
     results: list[dict[str, Any]] = []
     for run, answers in collected(work, shared.errors()):
         folder, rows, seconds = place.folder(run), answers.finish(), answers.seconds
-        with locked(folder) if place.stem else contextlib.nullcontext():  # one chunk at a time joins and scores
+        with locked(folder) if place.stem else contextlib.nullcontext():  # only one chunk at a time joins and scores
             if place.stem:
                 if not merge(folder, place.count, place.stem):
                     continue
@@ -199,7 +201,7 @@ def finish_all(
 
 
 def check_first(place: Place, runs: Sequence[Run], wanted: Sequence[Any], bench: Bench, restart: bool) -> None:
-    """Refuse what is wrong with earlier answers or with images before anything is computed.
+    """Check earlier answers and decode all images, so that errors are found before anything is computed.
 
     Raises:
         ValueError: see `Answers`, and for an image that cannot be read.
@@ -226,19 +228,18 @@ def finish(
     before: Sequence[dict[str, Any]],
     origin: Origin,
 ) -> dict[str, Any]:
-    """Score a complete run, and write the formats of the official tools, the scores and the result, unless they are
-    there.
+    """Score a complete run, write its official formats, scores and result unless they exist, and return the result.
 
     Args:
         bench: model and questions.
         run: method and budget.
-        folder: where the files go.
+        folder: folder of the run.
         rows: rows of the answer file.
-        settings: of the answers.
+        settings: settings of the answers.
         seconds: stage -> seconds, summed over processes.
         command: recorded in the result.
-        before: results of earlier runs; the first is compared with where it is the reference.
-        origin: see `finished.origins`.
+        before: results of the runs so far; the run is compared with the first one if that is the reference.
+        origin: origin of the run, see `finished.origins`.
     """
     start, scorer = time.perf_counter(), bench.task.scorer
     score = scorer.score(rows, bench.files.labels, bench.files.questions)
@@ -264,7 +265,7 @@ def finish(
 
 
 def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
-    """The results of an evaluation by benchmark where every one is there already, else None; loads no model.
+    """Return the results of an evaluation by benchmark if all of them exist already, else None. No model is loaded.
 
     Raises:
         ValueError: for unknown benchmarks, methods or hyper-parameters.
@@ -286,7 +287,7 @@ def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
 
 
 def _compared(results: Sequence[dict[str, Any]]) -> bool:
-    """Whether every result has its difference to the reference, where the first one is that."""
+    """Return whether every result has its difference to the reference, if the first result is the reference."""
     first = results[0]
     if first["method"] != REFERENCE or first["figure"] is None:
         return True
@@ -299,16 +300,16 @@ def evaluate_all(
     """Run several benchmarks with one loaded model; a failure of one does not stop the others.
 
     Args:
-        settings: what to run; see `tasks_of`.
-        progress: gives the progress callback of a benchmark.
+        settings: settings of the evaluation; see `tasks_of`.
+        progress: returns the progress callback of a benchmark.
         command: recorded in the results.
-        ranks: the processes that evaluate together; default this one.
+        ranks: the processes that evaluate together; None for this process alone.
 
     Returns:
-        Results by benchmark, and the messages of those that failed.
+        (results by benchmark, messages of the benchmarks that failed).
 
     Raises:
-        ValueError: when the only benchmark fails or the model cannot be loaded.
+        ValueError: if the only benchmark fails or the model cannot be loaded.
     """
     ranks = ranks or Ranks()
     settings = dataclasses.replace(settings, device=ranks.device(settings.device))
@@ -323,7 +324,7 @@ def evaluate_all(
     for name in names:
         try:
             if name in failed:
-                with ranks.task(name):  # tells the other processes
+                with ranks.task(name):  # reports the error to the other processes
                     raise ValueError(failed[name])
             results[name] = evaluate(settings, progress(name), command, loaded, name, model, ranks)
         except ValueError as error:
@@ -332,7 +333,7 @@ def evaluate_all(
 
 
 def _agreed_tasks(settings: Settings, ranks: Ranks) -> list[str]:
-    """The benchmarks that the first process finds.
+    """Return the benchmarks that the first process finds, in every process.
 
     Raises:
         ValueError: see `tasks_of`.
@@ -345,7 +346,7 @@ def _agreed_tasks(settings: Settings, ranks: Ranks) -> list[str]:
 
 
 def _unreadable(names: Sequence[str], settings: Settings) -> dict[str, str]:
-    """Messages of benchmarks whose files are missing or broken."""
+    """Return the messages of benchmarks whose files are missing or broken."""
     failed = {}
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Images of a finished run, and the layers that their patches leave, for the overlays of a report."""
+"""Images of a finished run, and the number of layers that each patch leaves, for the overlays of a report."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ if TYPE_CHECKING:
 
 
 def pack_layers(survival: Tensor) -> list[str]:
-    """`Record.survival` as text, one for each sample, without zeros at the end; `thumbnails.unpack_layers` reads it."""
+    """Encode `Record.survival` as one text for each sample, without trailing zeros.
+
+    `thumbnails.unpack_layers` decodes it.
+    """
     rows = (bytes(row).rstrip(b"\0") for row in survival.clamp(max=255).tolist())
     return [base64.b64encode(zlib.compress(row, 9)).decode() for row in rows]
 
 
 def thumbnails(run: StoredRun, rows: Sequence[int], side: int) -> list[Thumbnail | None]:
-    """Small images of some questions of a run, with the places of their visual tokens.
+    """Return small images of some questions of a run, with the places of their visual tokens.
 
     Args:
         run: a finished run.
-        rows: positions of the questions.
+        rows: numbers of the questions.
         side: pixels of the longer side.
 
     Returns:
-        One for each; None for a question without an image.
+        One thumbnail for each question; None for a question without an image.
 
     Raises:
-        ValueError: when the data are not there any more, or an image cannot be read.
+        ValueError: if the data are missing, or an image cannot be read.
     """
     asked, geometry = run.result.get("asked"), run.result.get("geometry")
     if not asked or not geometry:
@@ -51,7 +54,7 @@ def thumbnails(run: StoredRun, rows: Sequence[int], side: int) -> list[Thumbnail
 
 
 def _thumbnail(image: Any, geometry: Geometry, side: int) -> Thumbnail:
-    """An image of at most `side` pixels, and the boxes of its visual tokens in it."""
+    """Return an image of at most `side` pixels and the boxes of its visual tokens in it."""
     views = geometry.views(image.size)
     scale = min(1.0, side / max(image.size))
     small = image.resize([max(1, round(n * scale)) for n in image.size])
@@ -63,5 +66,5 @@ def _thumbnail(image: Any, geometry: Geometry, side: int) -> Thumbnail:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples they were."""
+    """Convert nested lists from JSON back to tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """How long evaluations take on many GPUs: a simulation of the processes, and its check against real runs.
 
-Processes claim pieces from one counter, each one piece ahead of its work (`work.Work`), the first one joins and scores
-when the last has left. The seconds of pieces are those of a real run, or drawn from them.
+Processes claim pieces from one counter, each one piece ahead of its work (`work.Work`). The first process joins and
+scores when the last one has left. The seconds of pieces are those of a real run, or drawn from them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .show import finish
 
 MODULE = "llava_prune.eval.scale"
 TEXT = 70
-"""Text tokens of a prompt in equation (2)."""
+"""Number of text tokens of a prompt in equation (2)."""
 QUESTIONS = {
     "gqa": (12578, 398), "sqa": (4241, 2017), "textvqa": (5000, 3166), "pope": (8910, 500), "mme": (2374, 1187),
     "mmbench": (4377, 1176), "mmbench_cn": (4329, 1164), "ocrbench": (1000, 930), "vqav2": (107394, 36807),
 }  # fmt: skip
-"""Questions and images of the published benchmarks."""
+"""Number of questions and images of the published benchmarks."""
 SIZES = {"7b": Size(), "13b": Size(layers=40, hidden=5120, intermediate=13824)}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What one table of the paper takes.
+    """The work of one table of the paper.
 
     Attributes:
         model: "7b" or "13b".
@@ -57,14 +57,14 @@ class Tables:
 
 
 def paper(name: str) -> Tables:
-    """The runs of a table of the paper; 288 tokens stand for half of the FLOPs."""
+    """Return the runs of a table of the paper; 288 tokens stand for half of the FLOPs."""
     table = read_table(name)
     budgets = (table.baseline.avg_tokens or SIZES["7b"].visual, *(row.avg_tokens or 288 for row in table.rows))
     return Tables(table.model.rpartition("-")[2], tuple(table.tasks), budgets)
 
 
 PAPER = {int(name): paper(name) for name in table_names() if name.isdigit()}
-"""The runs of the paper's tables."""
+"""Number of a table of the paper -> its runs."""
 
 
 # simulation -------------------------------------------------------------------------------------------------------
@@ -75,11 +75,11 @@ class Cluster:
     """The processes of a simulation.
 
     Attributes:
-        speeds: speed of each process; 1 is that of the measured one.
+        speeds: speed of each process, relative to the measured process.
         start: seconds until the processes can claim pieces.
         between: seconds of a benchmark in which only the first process works: reading, checking, scoring.
-        failures: failures of a process in an hour of its work; all processes start again after one, and what they had
-            begun is lost.
+        failures: failures of a process per hour of its work. After a failure all processes start again, and the pieces
+            in progress are lost.
     """
 
     speeds: Sequence[float]
@@ -89,12 +89,12 @@ class Cluster:
 
 
 def makespan(benchmarks: Sequence[Sequence[float]], cluster: Cluster, draw: random.Random) -> float:
-    """Seconds of an evaluation.
+    """Simulate an evaluation and return its seconds.
 
     Args:
-        benchmarks: for each, the seconds of its pieces in order, all runs together.
+        benchmarks: for each benchmark, the seconds of its pieces in order, all runs together.
         cluster: the processes.
-        draw: draws the failures.
+        draw: random generator of the failures.
     """
     now = cluster.start
     for pieces in benchmarks:
@@ -108,10 +108,14 @@ def makespan(benchmarks: Sequence[Sequence[float]], cluster: Cluster, draw: rand
 
 
 def _work(pieces: list[float], speeds: Sequence[float], limit: float | None) -> tuple[float, list[float]]:
-    """Seconds until all pieces are answered, or until a failure after `limit` seconds, and the pieces left then."""
+    """Simulate work until no piece is left or a failure occurs.
+
+    Returns:
+        The seconds, at most `limit`, the time of the failure, and the pieces left.
+    """
     queue = iter(pieces)
-    ahead = [next(queue, None) for _ in speeds]  # claimed while the piece before is answered
-    free = [(0.0, rank) for rank in range(len(speeds))]  # a heap of (when, process)
+    ahead = [next(queue, None) for _ in speeds]  # the next piece of each process, claimed one piece ahead
+    free = [(0.0, rank) for rank in range(len(speeds))]  # a heap of (time at which it is free, process)
     end, begun = 0.0, []
     while free:
         when, rank = heapq.heappop(free)
@@ -130,10 +134,10 @@ def _work(pieces: list[float], speeds: Sequence[float], limit: float | None) -> 
 
 
 def _timings(out: Path) -> dict[Path, list[tuple[int, float]]]:
-    """Folder of each run of a finished evaluation -> (piece, seconds) of its answers.
+    """Return the folder of each run of a finished evaluation -> (piece, seconds) of its answers.
 
     Raises:
-        ValueError: when there is no timing file.
+        ValueError: if there is no timing file.
     """
     stages = STAGES.values()
     found = {p.parent: [(r["piece"], sum(r[k] for k in stages)) for r in read_timing(p)] for p in out.rglob(TIMING)}
@@ -143,10 +147,10 @@ def _timings(out: Path) -> dict[Path, list[tuple[int, float]]]:
 
 
 def measured(out: Path) -> list[list[float]]:
-    """Seconds of the pieces of each benchmark of a finished evaluation, all runs together.
+    """Return the seconds of the pieces of each benchmark of a finished evaluation, all runs together.
 
     Raises:
-        ValueError: when there is no timing file.
+        ValueError: if there is no timing file.
     """
     found: dict[Path, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for folder, answers in _timings(out).items():
@@ -156,7 +160,7 @@ def measured(out: Path) -> list[list[float]]:
 
 
 def spread(out: Path) -> list[float]:
-    """Seconds of each answer of a finished evaluation, relative to the mean of its run.
+    """Return the seconds of each answer of a finished evaluation, relative to the mean of its run.
 
     Raises:
         ValueError: see `measured`.
@@ -169,10 +173,10 @@ def spread(out: Path) -> list[float]:
 
 
 def _timed(argv: Sequence[str], count: int, out: Path, *more: str) -> float:
-    """Seconds of an evaluation in `count` processes with a thread each.
+    """Run an evaluation in `count` processes with one thread each, and return its seconds.
 
     Raises:
-        ValueError: when it fails.
+        ValueError: if the evaluation fails.
     """
     command = [sys.executable, "-m", "llava_prune", "eval", *argv, "--out", str(out), "--procs", str(count), *more]
     start = time.perf_counter()
@@ -185,18 +189,19 @@ def _timed(argv: Sequence[str], count: int, out: Path, *more: str) -> float:
 def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) -> dict[str, Any]:
     """Run an evaluation in one and in several processes, in turn, and predict the latter from the former.
 
-    Predicted from the pieces of the runs of one process; the seconds in which no process answers are those of the same
-    command with nothing left to do, in as many processes. More processes than cores share them.
+    The prediction uses the seconds of pieces of the one-process runs. The time in which no process answers is measured
+    with the same command and number of processes when nothing is left to do. If there are more processes than cores,
+    each process is slower in proportion.
 
     Args:
         argv: task and flags of `llava-prune eval`.
         counts: numbers of processes.
-        cores: cores of this machine.
-        repeats: rounds.
+        cores: number of cores of this machine.
+        repeats: number of rounds.
 
     Returns:
-        {"rows": [{"processes", "seconds", "predicted", "ratio", "times"}]}, medians over the rounds; ratio is predicted
-        over measured, times is how many times as fast as one process.
+        {"task", "cores", "repeats", "rows"}. A row has processes, seconds, start (seconds with nothing left to do),
+        predicted, ratio (predicted over measured seconds), and times (speed-up over one process); medians over rounds.
     """
     took: dict[int, list[float]] = {n: [] for n in (1, *counts)}
     idle: dict[int, list[float]] = {n: [] for n in (1, *counts)}
@@ -225,15 +230,16 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
 
 
 def pieces_of(task: str, table: Tables, rate: float, fixed: float, relative: Sequence[float], draw: Any) -> list[float]:
-    """Seconds of the pieces of a published benchmark under all runs of a table.
+    """Return simulated seconds of the pieces of a published benchmark under all runs of a table.
 
     Args:
         task: benchmark.
-        table: runs.
+        table: runs of the table.
         rate: answers per second of the unpruned model on one GPU.
-        fixed: share of an unpruned answer's time that pruning does not shorten; the rest follows equation (2).
+        fixed: share of an unpruned answer's time that pruning does not shorten; the rest is proportional to the FLOPs
+            by equation (2).
         relative: seconds of answers relative to their mean, to draw from.
-        draw: draws.
+        draw: random generator.
     """
     total, images = QUESTIONS[task]
     size = SIZES[table.model]
@@ -257,15 +263,19 @@ def predict(
     gpus: Sequence[int],
     slow: float,
 ) -> dict[str, Any]:
-    """Hours of the paper's tables by number of GPUs.
+    """Predict the hours of the paper's tables by number of GPUs.
 
     Args:
-        relative: see `spread`.
+        relative: relative seconds of answers, see `spread`.
         rates: model -> answers per second of the unpruned model on one GPU.
         fixed: see `pieces_of`.
-        cluster: start, between and failures of the processes.
+        cluster: `start`, `between` and `failures` of the processes; its speeds are not used.
         gpus: numbers of GPUs.
-        slow: speed of one GPU among them; 1 for none that is slow.
+        slow: relative speed of the first GPU; 1 if no GPU is slow.
+
+    Returns:
+        {"rates", "fixed", "slow", "start", "between", "failures", "rows"}. A row has table, model, answers, and hours
+        (number of GPUs -> hours).
     """
     rows = []
     for number, table in PAPER.items():
@@ -311,7 +321,7 @@ def _tables_table(result: dict[str, Any]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=MODULE, description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

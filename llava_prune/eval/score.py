@@ -25,13 +25,13 @@ def score_files(
         bench: benchmark.
         answers: answer file in LLaVA's format, or in another format of the benchmark.
         data: the benchmark's folder.
-        questions: question file instead of the folder's; only its questions are scored.
-        annotations: labels instead of the folder's.
-        export: folder for the official formats; None for one beside the answers, where it can be made.
+        questions: question file that replaces the one in `data`; only its questions are scored.
+        annotations: label file that replaces the one in `data`.
+        export: folder for the official formats; None for a folder beside the answers, if it can be created.
 
     Returns:
         The result (bench, figure, figure_name, details, rows, versions, why), the files written, and warnings. The
-        figure is None where the files have no labels or the score is undefined; `why` then gives the reason.
+        figure is None if the files have no labels or the score is undefined; `why` then gives the reason.
 
     Raises:
         ValueError: for broken files, or files that do not belong together.
@@ -42,7 +42,7 @@ def score_files(
     if data is not None and not data.is_dir():
         raise ValueError(f"DATA={data}: no such folder; give the folder with the files of {bench}")
     given, asked = {"questions": questions, "annotations": annotations}, None
-    if "annotations" not in task.files:  # the question file has the labels
+    if "annotations" not in task.files:  # the question file contains the labels
         given = {"questions": annotations or questions}
     sources = Sources(task, data, given, inside=True)
     if questions is not None and "annotations" in task.files:
@@ -64,7 +64,7 @@ def score_files(
         "why": score.get("why"),
     }
     written, warnings = _export(task, rows, labels, answers, export)
-    if score["details"].get("missing"):  # where the official rule counts them
+    if score["details"].get("missing"):  # set if the official rule counts missing answers as wrong
         absent = f"{score['details']['missing']} of {score['rows']} questions have no answer"
         warnings.append(f"{absent} and count as wrong in 'overall'; {WAY_OUT}")
     warnings += [
@@ -78,6 +78,7 @@ def score_files(
 def _export(
     task: Task, rows: list[dict[str, Any]], labels: Any, answers: Path, folder: Path | None
 ) -> tuple[list[Path], list[str]]:
+    """Write the official formats; return the files written, and warnings."""
     if not hasattr(task.scorer, "export"):
         return [], []
     name = answers.stem

@@ -1,4 +1,4 @@
-"""Tables and progress bars for the terminal."""
+"""Tables and progress bars of the evaluation for the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..console import difference_text, figure_text, number_text
 
 
 class _Rate(ProgressColumn):
-    """Answers, or other units, per second."""
+    """Column with the answers, or other units, per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Rate(ProgressColumn):
 
 
 class Bars:
-    """One progress bar for each run; call with (label, done, total)."""
+    """Progress bars, one for each run; call the object with (label, done, total)."""
 
     def __init__(self, console: Console, unit: str = "answers") -> None:
         ends = (MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
@@ -49,14 +49,14 @@ class Bars:
         self._progress.stop()
 
     def of(self, task: str) -> Callable[[str, int, int], None]:
-        """Progress callback of a benchmark."""
+        """Return the progress callback of a benchmark."""
         return lambda label, done, total: self(f"{task} {label}", done, total)
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if label not in self._ids:
             self._ids[label] = self._progress.add_task(label, total=total)
             self._progress.update(self._ids[label], completed=done)
-            self._progress.reset(self._ids[label], completed=done, total=total)  # the rate leaves out earlier answers
+            self._progress.reset(self._ids[label], completed=done, total=total)  # earlier answers do not count as speed
         self._progress.update(self._ids[label], completed=done)
 
 
@@ -65,7 +65,10 @@ def _interval(share: Mapping[str, Any]) -> str:
 
 
 def _look_up(details: Mapping[str, Any], path: str) -> str:
-    """A figure of the details by its dotted path; of a share, which the path marks with "%", in percent."""
+    """Return the text of a figure of the details by its dotted path.
+
+    A path that ends in "%" refers to a share, which is shown in percent.
+    """
     value: Any = details
     for part in path.removesuffix("%").split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -73,10 +76,10 @@ def _look_up(details: Mapping[str, Any], path: str) -> str:
 
 
 def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str, columns: Mapping[str, str]) -> Table:
-    """The runs of a benchmark, the reference first.
+    """Return the table of a benchmark's runs, the reference first.
 
     Args:
-        results: see `result.make_result`.
+        results: results of the runs, see `result.make_result`.
         title: title of the benchmark.
         figure: name of its headline figure.
         columns: heading -> dotted path into the details.
@@ -100,7 +103,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
 
 
 def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """One row for each benchmark and one column for each run, the reference first."""
+    """Return the table of several benchmarks: one row for each, and one column for each run, the reference first."""
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
     for name in ("benchmark", "figure", "rows", *labels):
@@ -113,7 +116,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def data_table(report: Mapping[str, Any]) -> Table:
-    """The files of a benchmark: whether they are there, size, and rows beside those of known releases."""
+    """Return the table of a benchmark's files: presence, size, and rows beside those of known releases."""
     state = "complete" if report["complete"] else "not complete"
     table = Table(title=f"{report['bench']}: {state}")
     for name in ("kind", "found", "size", "rows", "release"):
@@ -132,7 +135,7 @@ def _text(value: Any) -> str:
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
-    """The details of a score, and the releases of the label files."""
+    """Return the table of a score's details, with the releases of the label files."""
     files = "; ".join(f"{n}: {v['version'] or 'unknown release'}" for n, v in result["versions"].items())
     title = (
         f"{result['bench']}: {result['figure_name']} {number_text(result['figure'], 2)} over {result['rows']} questions"
@@ -167,15 +170,15 @@ def finish(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Measure and show the result: the last step of a module's command line. Returns its exit status.
+    """Measure and show the result, as the last step of a module's command line; return its exit status.
 
     Args:
         module: dotted name of the module, for the command in the result.
-        argv: its arguments.
-        measure: the measurement; a ValueError becomes a message on stderr and status 1.
-        table: makes the table of a result.
-        out: JSON file for the result.
-        as_json: print JSON on stdout, nothing else.
+        argv: arguments of the module.
+        measure: runs the measurement; a ValueError becomes a message on stderr and status 1.
+        table: returns the table of a result.
+        out: JSON file for the result; None for no file.
+        as_json: whether to print JSON on stdout and nothing else.
     """
     try:
         found = measure()

@@ -1,4 +1,4 @@
-"""A question answered by the unpruned model and by two methods, and what the page of `demo` shows of it."""
+"""Answer a question with the unpruned model and with two methods, and prepare the content of `demo`'s page."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 NAMES = ("Unpruned", "A", "B")
 """Names of the answers on the page."""
 EXAMPLES = 4
-"""Questions of the benchmark files that the page offers."""
+"""Number of example questions on the page, taken from the benchmark files."""
 SMALLEST, LARGEST = 448, 1200
-"""Pixels of the longer side of an overlay on the page; smaller and larger ones are resized."""
+"""Smallest and largest longer side of an overlay on the page, in pixels; other sizes are resized."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What one question of the page found.
+    """The answers to one question on the page.
 
     Attributes:
-        image: the image, RGB.
+        image: the RGB image.
         protocol: prompt and preprocessing.
-        answers, records: of the unpruned model and of each method; see `kept.ask`.
+        answers, records: answers and records of the unpruned model and of each method; see `kept.ask`.
     """
 
     image: Any
@@ -49,14 +49,14 @@ class Shown:
     records: list[Any]
 
     def label(self, number: int) -> str:
-        """Name of an answer, 0 being the unpruned model's: "A: autoprune-64"."""
+        """Return the label of an answer, such as "A: autoprune-64". Number 0 is the unpruned model."""
         return f"{NAMES[number]}: {self.answers[number]['name']}" if number else NAMES[0]
 
     def overlay(self, number: int, layer: int) -> tuple[Any, str]:
-        """The image with the patches that a method keeps after a layer, and what it shows in words.
+        """Return the image with the patches that a method keeps after a layer, and its caption.
 
         Args:
-            number: of the answer; 1 is A's.
+            number: number of the answer; 1 is that of method A.
             layer: decoder layer.
         """
         record, answer = self.records[number], self.answers[number]
@@ -71,7 +71,7 @@ class Shown:
         return drawn, f"{words}; {about}" if ":" in about else words
 
     def facts(self, number: int) -> str:
-        """Tokens, FLOPs and times of an answer as an HTML table; see `label`."""
+        """Return tokens, FLOPs and times of an answer as an HTML table; for `number` see `label`."""
         found = self.answers[number]
         entering, leaving, ms = found["entering"], found["leaving"], found["ms"]
         rows = {
@@ -87,7 +87,7 @@ class Shown:
         return f"<table>{body}</table>"
 
     def curves(self) -> list[dict[str, Any]]:
-        """Visual tokens leaving each layer, one row for each answer and layer."""
+        """Return the visual tokens leaving each layer, one row for each answer and layer."""
         return [
             {"layer": layer, "tokens": tokens, "model": name}
             for name, answer in zip(NAMES, self.answers, strict=True)
@@ -97,15 +97,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A loaded model and what the page asks it.
+    """A loaded model that answers the questions of the page.
 
     Attributes:
-        loaded: see `llava_prune.load`.
+        loaded: the model, see `llava_prune.load`.
         model: the checkpoint, for messages.
         protocol: prompt and preprocessing.
         new: largest number of new tokens of an answer.
-        hyper: hyper-parameters for every method that has them.
-        seed: random seed of methods that draw.
+        hyper: hyper-parameters, which every method that has them receives.
+        seed: random seed of randomised methods.
     """
 
     loaded: Any
@@ -116,13 +116,13 @@ class SideBySide:
     seed: int = 0
 
     def runs(self, chosen: Sequence[tuple[str, str]]) -> list[Run]:
-        """The methods of the page.
+        """Build the methods of the page.
 
         Args:
-            chosen: name and budget of each, a number of visual tokens or a share of them, as 64 or 11%.
+            chosen: name and budget of each method. A budget is a number of visual tokens or a share, e.g. 64 or 11%.
 
         Raises:
-            ValueError: for an unknown method, or a budget that it cannot have.
+            ValueError: for an unknown method, or an invalid budget.
         """
         out = []
         for name, budget in chosen:
@@ -147,13 +147,13 @@ class SideBySide:
         """Answer a question with the unpruned model and with each method.
 
         Args:
-            image: image file, None where none was given.
+            image: image file; None if none was given.
             question: text of the user.
-            short: add LLaVA's instruction for short answers.
-            chosen: see `runs`.
+            short: whether to add LLaVA's instruction for short answers.
+            chosen: names and budgets, see `runs`.
 
         Raises:
-            ValueError: for what the user can mend, in one line.
+            ValueError: for invalid input.
         """
         if image is None:
             raise ValueError("no image given; upload one, or choose an example")
@@ -164,7 +164,7 @@ class SideBySide:
 
 
 def message(error: Exception) -> str:
-    """What the page says about an error; one that is not the user's is logged with its traceback."""
+    """Return the page's message about an error. Errors other than ValueErrors are logged with their traceback."""
     if isinstance(error, ValueError):
         return " ".join(str(error).split())
     log.error("a question of the page failed", exc_info=error)
@@ -175,7 +175,7 @@ def message(error: Exception) -> str:
 
 
 def examples(data: str) -> list[list[Any]]:
-    """Image, question and `short` of questions about different images; none where GQA's files are absent."""
+    """Return image, question and `short` of example questions about different images; [] if GQA's files are missing."""
     task = load_task("gqa")
     folder = Path(data).expanduser() / "gqa"
     questions = folder / task.files["questions"].places[0]

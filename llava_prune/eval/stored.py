@@ -1,4 +1,4 @@
-"""Runs of the store that answer a request."""
+"""Find the finished runs in the store of results that answer a request."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .plan import Settings, plan_runs
 from .run import task_of
 
 Found = list[tuple[Run, dict[str, StoredRun]]]
-"""Runs, each with what the store has of it: benchmark -> finished run."""
+"""Runs, each with its finished runs in the store by benchmark."""
 
 
 def stored_runs(settings: Settings, requests: Sequence[Request], tasks: Sequence[str]) -> list[Found]:
-    """The runs of each request, with the finished one of the store on every benchmark that has one.
+    """Return the runs of each request, with the finished run in the store on every benchmark that has one.
 
-    Model, data, device and precision must be those that `settings` ask for. Of several that differ in weights, files or
-    versions of packages, the one that is current counts, or the newest.
+    Model, data, device and precision must be those requested by `settings`. Of several finished runs that differ in
+    weights, files or package versions, the current one is taken, or else the newest.
 
     Args:
-        settings: of the evaluation; its own requests do not count.
-        requests: what is looked for.
+        settings: settings of the evaluation; their own requests are ignored.
+        requests: requests to look up.
         tasks: benchmarks.
 
     Raises:
@@ -50,5 +50,5 @@ def stored_runs(settings: Settings, requests: Sequence[Request], tasks: Sequence
 
 
 def _rank(stamp: str | None, run: StoredRun) -> tuple[bool, float]:
-    """Order of runs: the current one last, else the newest."""
+    """Return a sorting key of finished runs that puts the current one last, after the newest."""
     return run.result["stamp"] == stamp, (run.folder / RESULT).stat().st_mtime

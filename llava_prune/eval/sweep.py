@@ -1,4 +1,4 @@
-"""`llava-prune sweep`: a method under every combination of some hyper-parameters."""
+"""`llava-prune sweep`: evaluate a method under every combination of some hyper-parameters."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file.
+    """The content of a sweep file.
 
     Attributes:
         title: heading of the table.
         tasks: benchmarks.
-        requests: what to run: one for each combination and seed.
+        requests: one request for each combination and seed.
     """
 
     title: str
@@ -55,11 +55,11 @@ class Sweep:
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep file: YAML with the keys `KEYS`.
 
-    `grid` (hyper-parameter -> values) gives every combination, `list` (hyper-parameters -> value, several times) these
-    one after another; `seeds` repeats each for the methods that draw.
+    `grid` maps hyper-parameters to lists of values and gives every combination. `list` is a list of combinations, each
+    mapping hyper-parameters to one value. `seeds` repeats every combination with several random seeds.
 
     Raises:
-        ValueError: for a missing or broken file, unknown keys or values that cannot be.
+        ValueError: for a missing or broken file, unknown keys or invalid values.
     """
     try:
         raw = load_yaml(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def _sweep(path: Path, raw: Mapping[str, Any]) -> Sweep:
 
 
 def _combinations(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Hyper-parameters of each point; one point without any where there is neither a grid nor a list."""
+    """Yield the hyper-parameters of each point; a single empty one if there is neither a grid nor a list."""
     grid = raw.get("grid") or {}
     if not isinstance(grid, dict):
         raise ValueError(f"grid is {grid!r}; write hyper-parameter: [values]")
@@ -122,13 +122,13 @@ def _names(value: Any, name: str) -> list[str]:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit status.
+    """Run `llava-prune sweep` and return its exit status.
 
     Raises:
         ValueError: for bad input, or benchmarks that failed.
     """
     found = read_sweep(args.file)
-    several = f"{','.join(found.tasks)},"  # also of one benchmark: what fails leaves its cells empty
+    several = f"{','.join(found.tasks)},"  # a list even of one benchmark, so that failures leave empty cells
     settings = settings_of(args, task=several, requests=found.requests)
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
@@ -148,7 +148,7 @@ def sweep(args: argparse.Namespace) -> int:
 def _ratios(
     tasks: Sequence[str], full: Mapping[str, StoredRun], points: Sequence[Point]
 ) -> list[dict[str, Any]] | None:
-    """The mean ratio of each point to the unpruned model; None for a sweep of one benchmark."""
+    """Return the mean ratio of each point to the unpruned model; None for a sweep of one benchmark."""
     if len(tasks) == 1:
         return None
     loaded = [load_task(name) for name in tasks]
@@ -156,7 +156,7 @@ def _ratios(
 
 
 def _points(found: Sweep, settings: Settings) -> Iterator[Point]:
-    """The points of a sweep with their runs; those that differ in their seed only are one."""
+    """Return the points of a sweep with their runs; runs that differ only in their seed share a point."""
     points: dict[str, Point] = {}
     names = dict.fromkeys(name for request in found.requests for name in request.hyper if name != SEED)
     single = [Request(r.methods, [budget], r.hyper) for r in found.requests for budget in r.budgets]

@@ -1,4 +1,4 @@
-"""`llava-prune table`: run what a table of the paper needs, and print it beside the published one."""
+"""`llava-prune table`: run the methods of a table of the paper, and print measured beside published values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stored import stored_runs
 
 
 def table(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit status.
+    """Run `llava-prune table` and return its exit status.
 
     Raises:
         ValueError: for bad input, or benchmarks that failed.
@@ -30,7 +30,7 @@ def table(args: argparse.Namespace) -> int:
         raise ValueError(
             f"table {published.name} has no {', '.join(strange) or 'such row'}; it has {_contents(published)}"
         )
-    several = f"{','.join(tasks)},"  # also of one benchmark: what fails leaves its cells empty
+    several = f"{','.join(tasks)},"  # a list even of one benchmark, so that failures leave empty cells
     settings = settings_of(args, task=several, requests=[request_of(row) for row in rows])
 
     def show(results: Mapping[str, Any], failed: Mapping[str, str]) -> None:
@@ -44,7 +44,10 @@ def table(args: argparse.Namespace) -> int:
 
 
 def _chosen(published: PublishedTable, methods: Sequence[str], tokens: Sequence[int]) -> list[Row]:
-    """The rows of some methods at some budgets, none where the table lacks one; all where none is named."""
+    """Return the rows of the given methods at the given budgets; an empty list of names or budgets selects all.
+
+    The result is empty if the table lacks one of them.
+    """
     known = {_method(r) for r in published.rows} | {r.run["method"] for r in published.rows}
     if not {*methods} <= known or not {*tokens} <= {r.avg_tokens for r in published.rows}:
         return []
@@ -56,11 +59,12 @@ def _chosen(published: PublishedTable, methods: Sequence[str], tokens: Sequence[
 
 
 def _method(row: Row) -> str:
-    """Name of a row's method, without a preset."""
+    """Return the name of a row's method without its preset."""
     return str(row.run["method"]).partition(":")[0]
 
 
 def _contents(published: PublishedTable) -> str:
+    """Describe the methods, budgets and benchmarks of a table for a message."""
     methods = dict.fromkeys(_method(row) for row in published.rows)
     budgets = dict.fromkeys(str(row.avg_tokens) for row in published.rows if row.avg_tokens is not None)
     parts = {"methods": methods, "tokens": budgets, "benchmarks": published.tasks}
@@ -68,13 +72,14 @@ def _contents(published: PublishedTable) -> str:
 
 
 def request_of(row: Row) -> Request:
-    """What measures a row of a table."""
-    budget = FlopsShare(row.run["flops"]) if "flops" in row.run else row.run.get("tokens", 1)  # 1: it has none
+    """Return the request that measures a row of a table."""
+    # 1 is a placeholder for a method without a budget
+    budget = FlopsShare(row.run["flops"]) if "flops" in row.run else row.run.get("tokens", 1)
     return Request([row.run["method"]], [budget])
 
 
 def filled(published: PublishedTable, settings: Settings) -> dict[str, Any]:
-    """A table with every run of it that the store has, also those that `settings` do not ask for."""
+    """Fill a table with all of its runs in the store, including those that `settings` do not ask for."""
     requests = [Request([REFERENCE], [1]), *map(request_of, published.rows)]
     full, *rows = (found[0][1] for found in stored_runs(settings, requests, published.tasks))
     return measured_table(published, full, rows)

@@ -1,4 +1,4 @@
-"""Benchmarks: one YAML file in tasks/ with a scorer module each, and the places of their files."""
+"""Benchmarks, each defined by a YAML file and a scorer module in tasks/, and the places of their files."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .reading import read_answers, read_jsonl, shown
 
 FOLDER = Path(__file__).parent / "tasks"
 WORKERS = 4
-"""Threads that decode images; each holds one image."""
+"""Number of threads that decode images; each holds one image."""
 QuestionScores = list[tuple[float | None, str | None]]
-"""(score, type) of each answer row: a score in 0..1, None for a row that does not count, and a group of questions."""
+"""(score, type) of each answer row: a score in 0..1 or None for a row that does not count, and a group of questions."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file that a benchmark has.
+    """A kind of file of a benchmark.
 
     Attributes:
         places: paths below the benchmark's folder, in order of preference.
-        folder: whether a place is a folder.
-        holds: pattern of files that a folder must contain to be found.
+        folder: whether the places are folders.
+        holds: pattern of which a folder must contain a file to be found.
         optional: whether evaluation and scoring work without it.
         rows: expected number of rows, or of files in a folder.
-        source: who publishes it.
+        source: publisher.
         url: web page where it is published.
-        get: direct downloads: url, and "to" (a file) or "unzip" (a folder).
+        get: direct downloads, each with "url" and "to" (a file) or "unzip" (a folder).
         known: known releases, identified by md5, rows and other figures.
     """
 
@@ -61,15 +61,15 @@ class Task:
         title: heading in tables.
         figure: name of the headline figure.
         suffix: instruction line of every question.
-        add_suffix: whether the runner appends the suffix (False where the question file contains it).
+        add_suffix: whether the suffix is appended to the questions (False if the question file contains it).
         max_new_tokens: largest number of new tokens of an answer.
-        folders: names of its folder under DATA.
-        files: kinds of files.
-        columns: heading -> dotted path into the details, for the table of results; a path that ends in "%" is that of
-            a share, which is shown in percent.
-        method_args: hyper-parameters of every method that has them, as the benchmark's official runner sets them.
-        scorer: module with load_labels, unknown and score; export, read_answers, read_questions and units (see
-            `resample`) are optional.
+        folders: possible names of its folder under DATA.
+        files: kind -> its files.
+        columns: heading -> dotted path into the details, for the table of results; a path that ends in "%" refers to a
+            share, which is shown in percent.
+        method_args: hyper-parameters that the benchmark's official runner sets, for every method that has them.
+        scorer: module with load_labels, unknown and score, and optionally export, read_answers, read_questions and
+            units (see `resample`).
     """
 
     name: str
@@ -85,13 +85,13 @@ class Task:
     scorer: ModuleType
 
     def notes(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Hyper-parameters that results have because the benchmark's official runner sets them."""
+        """Return notes on the hyper-parameters of results that are set by the benchmark's official runner."""
         hyper = [r["settings"]["hyper"] for r in results]
         used = [k for k, v in self.method_args.items() if any(k in h and h[k] == v for h in hyper)]
         return [f"{k}={self.method_args[k]}, as in the official runner of this benchmark" for k in used]
 
     def complete(self, text: str) -> str:
-        """The text of a question with the instruction line."""
+        """Return the text of a question with its instruction line."""
         return f"{text}\n{self.suffix}" if self.add_suffix else text
 
 
@@ -103,7 +103,7 @@ class Question:
         id: id in the question file; not unique in every benchmark.
         image: name of its image (see `Sources.image`), or None.
         text: user text after the image line, instruction included.
-        stored: prompt in the answer file.
+        stored: prompt as stored in the answer file.
         extra: further fields of its answer row.
     """
 
@@ -115,25 +115,25 @@ class Question:
 
 
 class Sources:
-    """The files of a benchmark, found below DATA or given one by one.
+    """The files of a benchmark, found below DATA or given individually.
 
     Attributes:
         versions: name of a file -> checksum, size, rows and release; see `note`.
         kinds: name of a file -> its kind.
-        open_image: opens images that are not files of their own; None where they are.
-        cache: what a scorer keeps between calls.
+        open_image: opens images that are not separate files; None if images are files.
+        cache: values that a scorer keeps between calls.
     """
 
     def __init__(
         self, task: Task, data: Path | None, given: Mapping[str, Path | None] | None = None, inside: bool = False
     ) -> None:
-        """Read nothing yet.
+        """Set the places to search; nothing is read yet.
 
         Args:
             task: the benchmark.
-            data: folder with the folders of the benchmarks, or the benchmark's own.
-            given: kind -> file instead of the one in `data`.
-            inside: whether `data` is first taken as the benchmark's own folder.
+            data: folder with the folders of the benchmarks, or the benchmark's own folder.
+            given: kind -> file that replaces the one in `data`.
+            inside: whether `data` is searched as the benchmark's own folder first.
         """
         self.task, self.data = task, data
         self.given = {k: v for k, v in (given or {}).items() if v is not None}
@@ -145,14 +145,14 @@ class Sources:
         self.bases = [] if data is None else [data / n for n in names]
 
     def places(self, kind: str) -> list[Path]:
-        """All places where a kind of file may be."""
+        """Return all places where a kind of file may be."""
         return [base / place for base in self.bases for place in self.task.files[kind].places]
 
     def find(self, kind: str) -> Path | None:
-        """The first place of a kind of file that exists, or None.
+        """Return the first existing place of a kind of file, or None.
 
         Raises:
-            ValueError: for a given file that does not exist.
+            ValueError: if a given file does not exist.
         """
         spec = self.task.files[kind]
         if kind in self.given:
@@ -168,10 +168,10 @@ class Sources:
         return None
 
     def path(self, kind: str) -> Path:
-        """The place of a kind of file that is required.
+        """Return the place of a required kind of file.
 
         Raises:
-            ValueError: when DATA is not a folder or has none of the places.
+            ValueError: if DATA is not a folder or has none of the places.
         """
         found = self.find(kind)
         if found is not None:
@@ -185,7 +185,7 @@ class Sources:
         raise ValueError(f"no {kind} of {name}, looked for {looked}; set DATA to the folder that has them")
 
     def note(self, name: str, path: Path, kind: str, **figures: int) -> None:
-        """Record a file that the figure depends on: checksum, size, rows and release."""
+        """Record checksum, size, rows and release of a file that the figure depends on."""
         self.kinds[name] = kind
         facts = file_version(path)
         md5 = facts.pop("md5")
@@ -195,15 +195,15 @@ class Sources:
         self.versions[name] = {**facts, **figures, "version": (same or alike or [{"version": None}])[0]["version"]}
 
     def image(self, name: str) -> Any:
-        """The image of a question, as RGB.
+        """Open the image of a question as RGB.
 
         Raises:
-            ValueError: when it is not readable.
+            ValueError: if it is not readable.
         """
         return self.open_image(name) if self.open_image else open_rgb(self.path("images") / name)
 
     def image_files(self, questions: Sequence[Question]) -> list[Path]:
-        """The image files of questions, each once, sorted by name; none where images are cells of a table."""
+        """Return the image files of questions without repeats, sorted by name; [] if images are cells of a table."""
         if self.open_image is not None:
             return []
         named = sorted({q.image for q in questions if q.image is not None})
@@ -211,12 +211,12 @@ class Sources:
 
 
 def task_names() -> list[str]:
-    """Names of all benchmarks, sorted."""
+    """Return the names of all benchmarks, sorted."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
 def load_task(name: str) -> Task:
-    """A benchmark by name.
+    """Load a benchmark by name.
 
     Raises:
         ValueError: for an unknown name.
@@ -288,13 +288,13 @@ def read_questions(sources: Sources, unique: bool = True) -> list[Question]:
 
 
 def place_of(number: int, question: Question, sources: Sources) -> str:
-    """Where a question stands, for a message: its file, its row counted from 1, and its id."""
-    key = json.dumps(question.id)  # escapes what a terminal cannot show
+    """Return the place of a question for a message: file, row counted from 1, and id."""
+    key = json.dumps(question.id)  # escapes characters that a terminal cannot show
     return f"{sources.path('questions')}, row {number} (question_id {key[:80]})"
 
 
 def check_questions(questions: Sequence[Question], sources: Sources) -> None:
-    """Refuse questions that no prompt can hold.
+    """Refuse questions that cannot be part of a prompt.
 
     Raises:
         ValueError: naming file, row and id, for "<image>" in a text, or text that UTF-8 cannot encode.
@@ -331,7 +331,7 @@ def check_images(questions: Sequence[Question], sources: Sources) -> None:
 
 
 def open_images(questions: Sequence[Question], sources: Sources) -> None:
-    """Decode every image once, in several threads, to refuse broken ones before anything is computed.
+    """Decode every image once, in several threads, so that broken ones are found before anything is computed.
 
     Raises:
         ValueError: naming the image, and file, row and id of its first question.
@@ -355,7 +355,7 @@ def open_images(questions: Sequence[Question], sources: Sources) -> None:
 
 
 def file_version(path: Path) -> dict[str, Any]:
-    """sha256, md5 and size in bytes of a data file, or of all text files below a folder."""
+    """Return sha256, md5 and size in bytes of a data file, or of all text files below a folder."""
     sha, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
     for part in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
         content = part.read_bytes()

@@ -1,6 +1,6 @@
-"""Normalisation of answers in the VQA evaluation and in LLaVA's M4C evaluator.
+"""Normalisation of answers as in the VQA evaluation and in LLaVA's M4C evaluator.
 
-The rules are those of GT-Vision-Lab/VQA (vqaEval.py) and llava/eval/m4c_evaluator.py, quirks included.
+The rules are those of GT-Vision-Lab/VQA (vqaEval.py) and llava/eval/m4c_evaluator.py, including their quirks.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ _NUMBERS = {"none": "0", **{word: str(n) for n, word in enumerate(_WORDS)}}
 _ARTICLES = ("a", "an", "the")
 _DOT = re.compile(r"\.(?!\d)")
 _DOTS = 32
-"""Number of dots deleted at most: the original passes a flag in place of a count."""
+"""Largest number of deleted dots: the original passes re.UNICODE (32) in place of a count."""
 _COMMA = re.compile(r"\d,\d")
 _COMMAS = re.compile(r"\d,+\d")
 
 
 @cache
 def contractions() -> dict[str, str]:
-    """Word -> replacement."""
+    """Return the table of contractions: word -> replacement."""
     table = (Path(__file__).parent / "contractions.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(table))
 
 
 def one_line(text: str) -> str:
-    """Newlines and tabs as spaces, ends stripped."""
+    """Replace newlines and tabs by spaces and strip both ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def punctuation(text: str, commas: bool = False) -> str:
     """Delete each punctuation mark or replace it by a space, then delete dots.
 
-    A mark is deleted everywhere when it is next to a space or the text has a number such as 1,000.
+    A mark is deleted everywhere if it is next to a space once or the text has a number such as 1,000.
 
     Args:
         text: the answer.
@@ -52,12 +52,12 @@ def punctuation(text: str, commas: bool = False) -> str:
 
 
 def digits_articles(text: str) -> str:
-    """Lower case, number words as digits, articles dropped, contractions replaced by those of the table."""
+    """Convert to lower case, replace number words by digits, drop articles, and replace contractions by the table."""
     words = (_NUMBERS.get(w, w) for w in text.lower().split())
     return " ".join(contractions().get(w, w) for w in words if w not in _ARTICLES)
 
 
 def m4c(text: str) -> str:
-    """LLaVA's normalised answer, used for TextVQA's score and VQAv2's upload."""
+    """Return LLaVA's normalised answer, used for TextVQA's score and VQAv2's upload."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return digits_articles(punctuation(one_line(text), commas=True))

@@ -1,4 +1,4 @@
-"""Answer the questions of a benchmark under every method, in as many processes as there are."""
+"""Answer the questions of a benchmark under every method, in one or several processes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .place import Place
 from .ranks import PAUSE, SharedTask
 
 Progress = Callable[[str, int, int], None]
-"""Called with (label of the run, answers done, answers in all)."""
+"""Called with (label of the run, number of answers, number of questions)."""
 TOWER_BATCH = 16
-"""Images in one pass of the vision tower."""
+"""Number of images in one pass of the vision tower."""
 
 
 @dataclass
 class Job:
-    """One method at one budget, as this process sees it.
+    """One method at one budget, as seen by this process.
 
     Attributes:
         run: method and budget.
-        writer: the answers of this process; in the first process those of the run.
-        before: answers that were there when the evaluation began.
+        writer: the answers of this process; in the first process, the answers of the run.
+        before: number of answers that existed when the evaluation began.
         todo: numbers of the pieces that have questions without an answer.
         batch: batch size, halved when memory runs out.
     """
@@ -44,10 +44,10 @@ class Job:
 
 
 class Work:
-    """The pieces of a benchmark, and the jobs that are to be done on them.
+    """The pieces of a benchmark, and the jobs to do on them.
 
     Attributes:
-        jobs: one for each run.
+        jobs: one job for each run.
         total: number of questions.
     """
 
@@ -57,7 +57,7 @@ class Work:
         self._left = sorted(set().union(*(job.todo for job in jobs)))
 
     def report(self, progress: Progress) -> None:
-        """Call `progress` with the answers of all processes, in the first one."""
+        """Call `progress` with the number of answers of all processes; do nothing in processes other than the first."""
         for job in self.jobs if self.shared.first else ():
             progress(job.run.label, job.before + self.shared.answered(job.run.label), self.total)
 
@@ -66,11 +66,11 @@ class Work:
 
         Args:
             progress: called after every batch.
-            name: the rows' model_id.
+            name: model_id of the rows.
 
         Raises:
             ValueError: for an image that cannot be read.
-            OSError: when answers cannot be written.
+            OSError: if answers cannot be written.
         """
         for number in self._claims():
             self._answer(number, progress, name)
@@ -87,7 +87,10 @@ class Work:
         self.report(progress)
 
     def _claims(self) -> Iterator[int]:
-        """Pieces of this process, each claimed while the one before is answered, so that its images are read then."""
+        """Yield the pieces of this process.
+
+        While one piece is answered, the next one is already claimed, so that its images are read in the background.
+        """
         ahead = self._claim()
         while ahead is not None:
             now, ahead = ahead, self._claim()
@@ -105,7 +108,11 @@ class Work:
         return list(dict.fromkeys(q.image for q in questions if q.image is not None))
 
     def _answer(self, number: int, progress: Progress, name: str) -> None:
-        """Answer a piece, its images being encoded ahead: in the same company, whatever is answered already."""
+        """Answer a piece under all methods, after encoding its images.
+
+        Batches do not depend on earlier answers, so that every question is always in the same batch and its answer has
+        the same bits.
+        """
         bench, numbers, images = self.bench, self._pieces[number], self._images(number)
         for job in self.jobs:
             if number not in job.todo:
@@ -118,7 +125,7 @@ class Work:
                 for some in batches(numbers, bench.lengths, job.writer.settings["batch"]):
                     if job.writer.done.issuperset(some):
                         continue
-                    rows = answer(bench, handle, some, job.run, name)  # a whole batch, as without an interruption
+                    rows = answer(bench, handle, some, job.run, name)  # the whole batch, even if some answers exist
                     for row in rows:
                         row.update({k: row[k] + v / len(rows) for k, v in ahead.items()}, piece=number)
                     ahead = {}
@@ -131,15 +138,15 @@ class Work:
 def opened(
     bench: Bench, place: Place, runs: Sequence[Run], wanted: Sequence[dict[str, Any]], shared: SharedTask, restart: bool
 ) -> Iterator[Work]:
-    """Open the answers of every run; the first process says what is left to do.
+    """Open the answers of every run; the first process publishes the remaining work.
 
     Args:
         bench: model and questions.
-        place: where the answers go.
+        place: place of the answers.
         runs: methods and budgets.
-        wanted: settings of each run, as this process found them.
+        wanted: settings of each run, as found by this process.
         shared: the processes.
-        restart: discard earlier answers.
+        restart: whether to discard earlier answers.
 
     Raises:
         ValueError: see `Answers`; in the other processes also for settings that differ from those of the first.
@@ -162,7 +169,10 @@ def opened(
 
 
 def _told(job: Job, parts: Sequence[Sequence[int]], place: Place) -> dict[str, Any]:
-    """What the other processes must know of a job; done are the answers in pieces that are not complete."""
+    """Return the facts about a job that the other processes need.
+
+    "done" lists the answered questions in pieces that are not complete.
+    """
     done = sorted(i for n in job.todo for i in parts[n] if i in job.writer.done)
     told = {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
     return {**told, "folder": str(place.folder(job.run))}
@@ -171,7 +181,7 @@ def _told(job: Job, parts: Sequence[Sequence[int]], place: Place) -> dict[str, A
 def _joined(
     run: Run, mine: dict[str, Any], told: dict[str, Any], place: Place, shared: SharedTask, stack: ExitStack
 ) -> Job:
-    """The job of another process than the first."""
+    """Return the job of a process other than the first, from the facts that the first process has published."""
     settings = told["settings"]
     place.folders[run.label] = Path(told["folder"])
     unknown = [k for k, v in mine.items() if v is None and k in ("batch", "images")]
@@ -186,10 +196,10 @@ def _joined(
 
 
 def collected(work: Work, errors: Sequence[str]) -> Iterator[tuple[Run, Answers]]:
-    """The runs with the answers of all processes.
+    """Collect the answers of all processes and yield each run with its answers.
 
     Raises:
-        ValueError: when questions are left without an answer.
+        ValueError: if a process failed and questions are left without an answer.
     """
     for job in work.jobs:
         answers = job.writer

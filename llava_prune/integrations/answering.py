@@ -1,4 +1,4 @@
-"""What the plugins share: a question of a toolkit as a prompt under LLaVA's protocol."""
+"""Shared parts of the plugins: build prompts under LLaVA's protocol from a toolkit's questions, and answer them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..methods.planner import Run, cases, plan
 from ..runtime.questions import questions
 
 DEFAULT = 64
-"""Budget where none is given."""
+"""Budget if none is given."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question.
+    """A question as the model is asked.
 
     Attributes:
         ids: token ids with -200 for each image.
         images: pixels of each image, see `Protocol.pixels`.
-        sizes: (width, height) of each.
+        sizes: (width, height) of each image.
         questions: text of the question, once for each image.
     """
 
@@ -36,10 +36,10 @@ class Prompt:
 
 
 def one_run(method: str, tokens: int | None, hyper: Mapping[str, Any]) -> Run:
-    """The method that a toolkit names.
+    """Build the method that a toolkit names.
 
     Raises:
-        ValueError: for an unknown method, hyper-parameter or budget, and a name of several methods.
+        ValueError: for an unknown method or hyper-parameter, an invalid budget, or a name of several methods.
     """
     runs = plan(cases([method], [DEFAULT if tokens is None else tokens], dict(hyper)))
     if len(runs) != 1:
@@ -48,17 +48,17 @@ def one_run(method: str, tokens: int | None, hyper: Mapping[str, Any]) -> Run:
 
 
 def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) -> Prompt:
-    """A question as the model is asked.
+    """Build the prompt of a question.
 
     Args:
         text: user text, instruction included. Images precede it unless it marks their places with "<image>".
         images: PIL images.
-        protocol: of the checkpoint.
-        loaded: see `llava_prune.load`.
+        protocol: protocol of the checkpoint.
+        loaded: the model, see `llava_prune.load`.
 
     Raises:
-        ValueError: when the text marks another number of images, or for several images with a checkpoint whose chat
-            template is used.
+        ValueError: if the text marks another number of images, or for several images or marked places with a checkpoint
+            whose own chat template is used.
     """
     asked = text
     found = [image.convert("RGB") for image in images]
@@ -76,10 +76,10 @@ def prepared(text: str, images: Sequence[Any], protocol: Protocol, loaded: Any) 
 
 
 def answers(prompts: Sequence[Prompt], protocol: Protocol, loaded: Any, limit: int) -> list[str]:
-    """Greedy answers to prompts, all with images or all without.
+    """Answer prompts greedily; either all of them have images or none has.
 
     Args:
-        prompts: see Prompt.
+        prompts: the prompts.
         protocol, loaded: see `prepared`.
         limit: largest number of new tokens.
     """

@@ -1,4 +1,4 @@
-"""The model `llava_prune` of lmms-eval: any checkpoint of this package, pruned by any of its methods."""
+"""The model `llava_prune` of lmms-eval: any checkpoint supported by this package, pruned by any of its methods."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..eval.protocol import protocol_of
 from .answering import Prompt, answers, one_run, prepared
 
 GREEDY = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1, None)}
-"""Values of generation arguments that greedy search has."""
+"""Generation argument -> its values under greedy search."""
 IGNORED = ("until", "top_p")
-"""Generation arguments that greedy answers do not depend on; lmms-eval's own LLaVA ignores `until`, too."""
+"""Generation arguments that do not affect greedy answers. lmms-eval's own LLaVA ignores `until` as well."""
 
 
 class LlavaPrune(lmms):
     """A pruned model.
 
-    Prompts and preprocessing are those of `llava-prune eval`. lmms-eval makes the text of a question and scores the
+    Prompts and preprocessing are those of `llava-prune eval`. lmms-eval builds the text of a question and scores the
     answers.
 
     Args:
         pretrained: checkpoint folder or hub id.
-        method: name of a method, "full" for the unpruned model.
-        tokens: visual token budget, 64 by default; methods without one ignore it.
-        batch_size: samples of a batch, or "auto".
-        device: device of a single process; several processes have a GPU each.
+        method: name of a method; "full" for the unpruned model.
+        tokens: visual token budget, 64 by default; methods without a budget ignore it.
+        batch_size: batch size, or "auto".
+        device: device of a single process; with several processes, each has a GPU of its own.
         max_batch_size: not used.
         family, dtype, attn, model_base, device_map, load_8bit, load_4bit: see `llava_prune.load`.
-        conv_mode: conversation template instead of that of the checkpoint, see `llava-prune eval --conv-mode`.
+        conv_mode: conversation template that replaces the checkpoint's own, see `llava-prune eval --conv-mode`.
         hyper: hyper-parameters of the method.
 
     Raises:
-        ValueError: for a checkpoint, method or budget that is refused.
+        ValueError: for an unsupported checkpoint, an unknown method or an invalid budget.
     """
 
     is_simple = True
@@ -80,14 +80,14 @@ class LlavaPrune(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where lmms-eval puts what its processes exchange."""
+        """Device of the tensors that the processes of lmms-eval exchange."""
         return self.loaded.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy answers, in the order of the requests.
+        """Answer requests greedily; return the answers in the order of the requests.
 
         Raises:
-            ValueError: for sampling or beam search, and other arguments of generate().
+            ValueError: for sampling, beam search, and unsupported arguments of generate().
         """
         said = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="llava-prune", disable=self.rank != 0)
@@ -117,7 +117,7 @@ class LlavaPrune(lmms):
         return prepared(context, images, self.protocol, self.loaded)
 
     def _answers(self, prompts: Sequence[Prompt], limit: int) -> list[str]:
-        """Prompts with images and without are asked apart: a batch has either."""
+        """Answer prompts with and without images separately, since a batch has images in all prompts or in none."""
         out = [""] * len(prompts)
         for with_images in (True, False):
             some = [i for i, p in enumerate(prompts) if bool(p.images) == with_images]
@@ -129,7 +129,7 @@ class LlavaPrune(lmms):
         return out
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Refused.
+        """Refuse requests for log-likelihoods.
 
         Raises:
             NotImplementedError: always.
@@ -140,7 +140,7 @@ class LlavaPrune(lmms):
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
-        """Refused.
+        """Refuse requests of several rounds.
 
         Raises:
             NotImplementedError: always.
@@ -149,10 +149,10 @@ class LlavaPrune(lmms):
 
 
 def new_tokens(given: Mapping[str, Any]) -> int:
-    """The largest number of new tokens of generation arguments that ask for greedy search.
+    """Return the largest number of new tokens of generation arguments; refuse anything but greedy search.
 
     Raises:
-        ValueError: for others.
+        ValueError: for other arguments.
     """
     for name, values in GREEDY.items():
         if given.get(name, values[0]) not in values:

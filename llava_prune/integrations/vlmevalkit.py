@@ -1,7 +1,7 @@
-"""`llava-prune vlmevalkit`: run VLMEvalKit with a pruned model among those that it knows.
+"""`llava-prune vlmevalkit`: run VLMEvalKit with a pruned model among its models.
 
-VLMEvalKit has no plugins; its models are entries of one dictionary, which all its parts share. Importing it turns off
-the verification of SSL certificates and reads a .env file, so nothing else in this package imports it.
+VLMEvalKit has no plugins; its models are entries of one dictionary, which all its parts share. Importing VLMEvalKit
+turns off the verification of SSL certificates and reads a .env file, so only this module imports it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..report.store import model_id
 from .answering import answers, one_run, prepared
 
 POLITE = "Please answer yes or no."
-"""What VLMEvalKit's yes/no questions end with; LLaVA's have another instruction."""
+"""Instruction at the end of VLMEvalKit's yes/no questions; LLaVA uses another one."""
 LIMITS = {"MCQ": 1024, "Y/N": 128}
-"""Type of a benchmark -> largest number of new tokens, as LLaVA's scripts have it; 1024 for others."""
+"""Type of a benchmark -> largest number of new tokens, as in LLaVA's scripts; 1024 for other types."""
 
 
 def instruction(kind: str, name: str) -> str:
-    """LLaVA's instruction line for a benchmark.
+    """Return LLaVA's instruction line for a benchmark.
 
     Args:
         kind: type of the benchmark in VLMEvalKit.
-        name: its name.
+        name: name of the benchmark.
     """
     task = "gqa"
     if kind == "MCQ":
@@ -44,12 +44,12 @@ def instruction(kind: str, name: str) -> str:
 
 
 def question_text(row: Mapping[str, Any], kind: str, name: str) -> str:
-    """The text of a question under LLaVA's protocol.
+    """Return the text of a question under LLaVA's protocol.
 
     Args:
-        row: of the benchmark's table.
+        row: row of the benchmark's table.
         kind: "MCQ", "Y/N" or "VQA".
-        name: of the benchmark.
+        name: name of the benchmark.
     """
     if kind == "MCQ":
         text = text_of({k: None if v != v or v is None else str(v) for k, v in row.items()})
@@ -59,12 +59,12 @@ def question_text(row: Mapping[str, Any], kind: str, name: str) -> str:
 
 
 def model_class() -> Any:
-    """The class of the model; made here because its base is VLMEvalKit's."""
+    """Create the class of the model, inside a function because its base class is VLMEvalKit's."""
     from vlmeval.dataset import DATASET_TYPE
     from vlmeval.vlm.base import BaseModel
 
     class LlavaPrune(BaseModel):
-        """A pruned model, asked one question at a time, as VLMEvalKit does.
+        """A pruned model, which VLMEvalKit asks one question at a time.
 
         Args:
             path: checkpoint folder or hub id.
@@ -83,18 +83,18 @@ def model_class() -> Any:
             self.handle = attach(self.loaded.model, run.method)
 
         def use_custom_prompt(self, dataset: str) -> bool:
-            """Multiple choice, yes/no and short answers are asked as LLaVA's scripts do."""
+            """Return whether LLaVA's prompts are used: for multiple choice, yes/no and short answers."""
             return DATASET_TYPE(dataset) in ("MCQ", "Y/N", "VQA")
 
         def build_prompt(self, line: Any, dataset: str) -> list[dict[str, str]]:
-            """Images and text of a row of a benchmark."""
+            """Return images and text of a row of a benchmark."""
             text = question_text(dict(line), DATASET_TYPE(dataset), dataset)
             images = self.dump_image(line, dataset)
             parts = [{"type": "image", "value": str(path)} for path in images]
             return [*parts, {"type": "text", "value": text}]
 
         def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-            """The answer to a message."""
+            """Return the answer to a message."""
             from PIL import Image
 
             images = [Image.open(part["value"]) for part in message if part["type"] == "image"]
@@ -107,10 +107,10 @@ def model_class() -> Any:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Run `llava-prune vlmevalkit`; returns its exit status.
+    """Run `llava-prune vlmevalkit` and return its exit status.
 
     Raises:
-        ValueError: for bad input, or when VLMEvalKit is not installed.
+        ValueError: for bad input, or if VLMEvalKit is not installed.
     """
     words = args.program[1:] if args.program[:1] == ["--"] else list(args.program)
     if not words:

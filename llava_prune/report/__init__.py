@@ -1,1 +1,1 @@
-"""Reports on finished runs: the store of results, tables, figures. Reads files only."""
+"""Reports on finished runs: the store of results, tables, figures and pages. This package only reads files."""

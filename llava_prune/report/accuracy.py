@@ -1,4 +1,4 @@
-"""Figures of benchmarks: over FLOPs, over visual tokens, over hyper-parameters."""
+"""Plots of benchmark figures against FLOPs, visual tokens and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE = 30
-"""Largest over smallest value from which on an axis is logarithmic."""
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 RING: dict[str, Any] = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": "black"}
 RING |= {"markeredgewidth": 0.8, "linestyle": "none", "label": "default"}
 CLOSE = 0.14
-"""Smallest distance of values that are ticks, as a share of their range."""
+"""Smallest distance between values that serve as ticks, as a share of their range."""
 
 
 @drawing.style()
 def draw_accuracy_flops(runs: Sequence[StoredRun]) -> Figure:
-    """Benchmarks against the FLOPs of a prefill, in percent of the unpruned model's, text counted.
+    """Plot benchmark figures against the FLOPs of a prefill in percent of the unpruned model's, text counted.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
-        ValueError: for runs without a figure or FLOPs, or too many of them, or when matplotlib is not installed.
+        ValueError: for runs without a figure or FLOPs, for too many runs, or if matplotlib is not installed.
     """
     return _against(runs, StoredRun.flops_percent, "prefill FLOPs (% of unpruned)")
 
 
 @drawing.style()
 def draw_accuracy_tokens(runs: Sequence[StoredRun]) -> Figure:
-    """Benchmarks against visual tokens leaving a layer, mean over layers and questions.
+    """Plot benchmark figures against the visual tokens leaving a layer, averaged over layers and questions.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
-        ValueError: for runs without a figure, or too many of them, or when matplotlib is not installed.
+        ValueError: for runs without a figure, for too many runs, or if matplotlib is not installed.
     """
     return _against(runs, StoredRun.average_tokens, "mean visual tokens leaving a layer")
 
 
 def _against(runs: Sequence[StoredRun], cost: Callable[[StoredRun], float | None], label: str) -> Figure:
-    """A panel for each benchmark, a line for each method over its budgets."""
+    """Draw a panel for each benchmark, with a line for each method over its budgets."""
     shown = [r for r in runs if r.method != UNPRUNED and r.figure is not None and cost(r) is not None]
     if not shown:
         raise ValueError(
@@ -83,7 +83,7 @@ def _unpruned(axes: Axes, runs: Sequence[StoredRun], bench: str) -> None:
 
 
 def _errorbar(axes: Axes, x: Sequence[Any], runs: Sequence[StoredRun], name: str, look: Mapping[str, Any]) -> None:
-    """Figures of runs, with their 95 % intervals where they have one."""
+    """Draw the figures of runs with their 95 % intervals, if they have one."""
     y = np.array([r.figure for r in runs], dtype=float)
     low, high = np.array([r.interval or (np.nan, np.nan) for r in runs]).T
     reach = np.maximum(0, [y - low, high - y])  # an interval may miss its figure by a rounding error
@@ -98,10 +98,10 @@ class _Line:
     """Runs of one method and budget that differ in one hyper-parameter.
 
     Attributes:
-        name: the hyper-parameter on the x axis.
-        label: in the legend.
-        runs: sorted by its value.
-        default: whether each has the defaults.
+        name: hyper-parameter on the x axis.
+        label: label in the legend.
+        runs: the runs, sorted by the value of the hyper-parameter.
+        default: whether each run has the default values.
     """
 
     name: str
@@ -110,25 +110,25 @@ class _Line:
     default: Sequence[bool]
 
     def values(self) -> list[Any]:
-        """Values of the hyper-parameter."""
+        """Return the value of the hyper-parameter in each run."""
         return [r.hyper.get(self.name) for r in self.runs]
 
 
 @drawing.style()
 def draw_sweep(runs: Sequence[StoredRun]) -> Figure:
-    """Benchmarks against the hyper-parameters that vary among runs of one method and budget.
+    """Plot benchmark figures against the hyper-parameters that vary among runs of one method and budget.
 
-    There is a panel for each benchmark and hyper-parameter. Where every run differs in one hyper-parameter from a
-    central one, each has its own panel; of two that vary freely, the one with more values is on the x axis, and each
-    value of the other is a line. An axis of numbers is logarithmic if they are positive and span a factor of 30; other
-    values have a place each. Runs with the defaults of what varies are ringed.
+    If every run differs from a central run in one hyper-parameter, each hyper-parameter has a panel. If two
+    hyper-parameters vary freely, the one with more values is on the x axis, and each value of the other is a line. An
+    axis of numbers is logarithmic if they are positive and span a factor of 30; values that are not numbers are evenly
+    spaced. Runs with the default values of the varying hyper-parameters are ringed.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
-        ValueError: where no hyper-parameter varies, where more than two vary freely, for too many runs, or when
-            matplotlib is not installed.
+        ValueError: if no hyper-parameter varies, if more than two vary freely, for too many runs, or if matplotlib is
+            not installed.
     """
     found: dict[tuple[str, str], list[_Line]] = {}
     for group in together.by_settings(r for r in runs if r.method != UNPRUNED and r.figure is not None):
@@ -152,7 +152,7 @@ def draw_sweep(runs: Sequence[StoredRun]) -> Figure:
 
 
 def _lines(group: Sequence[StoredRun]) -> list[_Line]:
-    """What is drawn of runs that differ in hyper-parameters only; see `draw_sweep`."""
+    """Return the lines of runs that differ only in hyper-parameters; see `draw_sweep`."""
     changed = together.varying(group)
     label = together.names([group[0]], tokens=True)[0]
     centre = _centre(group, changed)
@@ -182,7 +182,7 @@ def _changes(run: StoredRun, centre: StoredRun, changed: Sequence[str]) -> list[
 
 
 def _centre(group: Sequence[StoredRun], changed: Sequence[str]) -> StoredRun | None:
-    """The run that all others differ from in one hyper-parameter, preferably the default; None where there is none."""
+    """Return the run from which all others differ in one hyper-parameter, preferably the default; else None."""
     for run in sorted(group, key=lambda r: not _is_default(r, changed)):
         if all(len(_changes(r, run, changed)) == 1 for r in group if r is not run):
             return run
@@ -190,12 +190,12 @@ def _centre(group: Sequence[StoredRun], changed: Sequence[str]) -> StoredRun | N
 
 
 def _is_default(run: StoredRun, changed: Sequence[str]) -> bool:
-    """Whether a run has the defaults of the hyper-parameters that vary."""
+    """Return whether a run has the default values of the hyper-parameters that vary."""
     return all(n in run.defaults and run.hyper.get(n) == run.defaults[n] for n in changed)
 
 
 def _sweep_panel(axes: Axes, lines: Sequence[_Line], looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Lines over numbers, or points side by side over other values; defaults are ringed."""
+    """Draw lines over numbers, or points side by side over other values; ring the default values."""
     values = sorted({together.order(v): v for line in lines for v in line.values()}.items())
     numeric = all(together.is_number(v) for _, v in values)
     at = [float(v) if numeric else float(i) for i, (_, v) in enumerate(values)]

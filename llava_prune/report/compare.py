@@ -1,4 +1,4 @@
-"""Two runs of one benchmark, compared question by question; nothing but their files is read."""
+"""Compare two runs of one benchmark question by question; only their files are read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Pair:
     Attributes:
         question_id: id in the question file.
         type: group of questions, see `StoredRun.scores`.
-        prompt: the question, without the line for the image and without the instruction that all questions end with.
-        answer_a: text of run A.
-        answer_b: text of run B.
+        prompt: the question, without the line of the image and without the instruction that all questions share.
+        answer_a: answer of run A.
+        answer_b: answer of run B.
         score_a: score of run A, 0..1.
         score_b: score of run B, 0..1.
     """
@@ -38,15 +38,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Counts:
-    """How the scores of run A and run B compare over some questions. The five counts add up to `questions`.
+    """Counts of questions by the scores of run A and run B. The five counts add up to `questions`.
 
     Attributes:
         questions: questions with a score in both runs.
-        both: right in both: score 1.
-        only_a: a higher score in A; where scores are 0 or 1, right in A only.
-        only_b: a higher score in B; where scores are 0 or 1, right in B only.
-        neither: wrong in both: score 0.
-        partly: the same partial credit in both, between 0 and 1.
+        both: questions with score 1 in both runs.
+        only_a: questions with a higher score in A; if scores are 0 or 1, right in A only.
+        only_b: questions with a higher score in B; if scores are 0 or 1, right in B only.
+        neither: questions with score 0 in both runs.
+        partly: questions with the same partial credit in both runs, between 0 and 1.
         difference: points, low and high: mean score of B minus that of A in percent, with its paired 95 % interval.
     """
 
@@ -61,17 +61,17 @@ class Counts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` finds.
+    """The result of `compare`.
 
     Attributes:
         bench: the benchmark.
         a: facts of run A, see `StoredRun.row`.
         b: facts of run B.
         total: counts over all questions.
-        p_value: of the exact two-sided McNemar test on the flips.
-        by_type: counts for each type of question, sorted; empty where questions have none.
-        reworded: questions whose answers differ in text but not in score.
-        unscored: questions without a score in one of the runs, which are left out.
+        p_value: p-value of the exact two-sided McNemar test on the flips.
+        by_type: counts for each type of question, sorted by type; empty if questions have no type.
+        reworded: number of questions whose answers differ in text but not in score.
+        unscored: number of questions without a score in one of the runs, which are left out.
         flips: questions with different scores, in question order.
     """
 
@@ -90,20 +90,20 @@ def compare(a: StoredRun, b: StoredRun) -> Comparison:
     """Compare two runs on the same questions, row by row.
 
     A flip is a question with different scores. Only the sign of the difference counts: a difference in partial credit
-    is a flip like one between right and wrong. McNemar's test takes questions as independent. Several questions about
-    one image, or the rotations of a question of MMBench, are not, so that the p-value may be too small.
+    is a flip just as one between right and wrong. McNemar's test assumes independent questions. Several questions about
+    one image, or the rotations of an MMBench question, are not independent, so the p-value may be too small.
 
     Args:
-        a: the run that the other is compared with, for example the unpruned one.
+        a: the baseline, for example the unpruned run.
         b: the other run.
 
     Returns:
-        Counts, p-value and flips. Differences are those of mean scores, B minus A. The mean score need not be the
-        benchmark's figure: POPE's is an F1, MME's a sum, and MMBench's is circular.
+        Counts, p-value and flips. Differences are differences of mean scores, B minus A. The mean score need not be the
+        benchmark's figure: POPE's figure is an F1, MME's a sum, and MMBench's a circular accuracy.
 
     Raises:
-        ValueError: for runs of two benchmarks or of different questions, missing or broken files, or questions of which
-            none has a score.
+        ValueError: for runs of two benchmarks or of different questions, missing or broken files, or if no question has
+            a score in both runs.
     """
     if a.bench != b.bench:
         raise ValueError(f"{a.folder} is a run of {a.bench} and {b.folder} of {b.bench}; give two of one benchmark")
@@ -169,10 +169,10 @@ def check_same(a: StoredRun, b: StoredRun, ours: Sequence[Any], theirs: Sequence
 
 
 def scored(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
-    """Scores of the answers of a run.
+    """Return the score rows of a run's answers.
 
     Raises:
-        ValueError: for scores of other answers, or rows without a score and a type.
+        ValueError: for scores of other answers, or rows without a valid score and type.
     """
     rows = run.scores()
     if [r.get("question_id") for r in rows] != [r["question_id"] for r in answers]:
@@ -186,7 +186,10 @@ def scored(run: StoredRun, answers: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def questions(prompts: Sequence[str]) -> list[str]:
-    """The questions in stored prompts: without the line for the image, and without the last line if all share it."""
+    """Return the questions in stored prompts.
+
+    The line of the image is left out, and so is the last line if all prompts share it.
+    """
     lines = [[x for x in p.split("\n") if x.strip() and x.strip() != IMAGE_LINE] for p in prompts]
     shared = {x[-1] if x else "" for x in lines}
     instruction = shared.pop() if len(shared) == 1 and len(prompts) > 1 else None

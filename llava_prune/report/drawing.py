@@ -1,6 +1,6 @@
-"""How figures look, and how they are written: sizes, colours, panels, legends, files.
+"""Appearance and output of plots: sizes, colours, panels, legends and files.
 
-matplotlib is an extra of the package, so it is imported inside functions. Figures are made without pyplot, in a context
+matplotlib is an extra of the package, so it is imported inside functions. Plots are made without pyplot, in a context
 that restores matplotlib's settings.
 """
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Colours of Okabe and Ito that stand out from white and from black, which is the unpruned model's."""
+"""Colours of Okabe and Ito that stand out from white, and from black, the colour of the unpruned model."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d", "x", "+", "1")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 UNPRUNED_LABEL = "unpruned"
-"""The unpruned model in legends."""
+"""Label of the unpruned model in legends."""
 UNPRUNED_COLOUR = "#000000"
 BAND_COLOUR = "#D9D9D9"
 WIDTHS = {1: 3.5, 2: 5.5, 3: 6.9}
-"""Inches of a figure with so many panels in a row: a column, NeurIPS's line, a page in two columns."""
+"""Number of panels in a row -> width of the figure in inches: a column, NeurIPS's text width, a two-column page."""
 MOST_PANELS = 12
 MOST_IN_COLUMN = 8
-"""Legend entries of a figure as wide as a column; with more it is wider."""
+"""Largest number of legend entries in a figure as wide as a column; with more entries the figure is wider."""
 SUFFIXES = (".pdf", ".png")
-"""Formats that are written where the file name asks for none."""
+"""Formats that are written if the file name has no suffix."""
 METADATA: dict[str, dict[str, Any]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-"""What is left out of a file, so that equal figures are equal files."""
+"""Metadata to leave out of a file, so that equal figures give equal files."""
 DPI = 200
 STYLE: Any = {
     "font.size": 8,
@@ -63,10 +63,10 @@ STYLE: Any = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's defaults with STYLE on them, whatever a user's matplotlibrc says; a context or a decorator.
+    """Apply matplotlib's defaults with STYLE, independent of a user's matplotlibrc; a context manager or a decorator.
 
     Raises:
-        ValueError: when matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -80,7 +80,7 @@ def style() -> Iterator[None]:
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour, marker and line style of a figure's line number `index`; the first 16 differ in marker."""
+    """Return colour, marker and line style of line number `index` in a figure; the first 16 lines differ in marker."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -89,7 +89,7 @@ def look(index: int) -> dict[str, Any]:
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Look of every line of a figure by its label.
+    """Return the look of every line of a figure by its label.
 
     Raises:
         ValueError: for more lines than there are markers.
@@ -104,15 +104,15 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(count: int, height: float = 2.2, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels.
+    """Create a figure with `count` panels.
 
     Args:
         count: number of panels.
-        height: of a row, in inches.
-        columns: panels in a row, at most 3.
+        height: height of a row in inches.
+        columns: largest number of panels in a row, at most 3.
 
     Raises:
-        ValueError: for more panels than a page holds.
+        ValueError: for more panels than fit on a page.
     """
     from matplotlib.figure import Figure
 
@@ -127,7 +127,7 @@ def panels(count: int, height: float = 2.2, columns: int = 3) -> tuple[Figure, l
 
 
 def legend(figure: Figure) -> None:
-    """One legend for all panels, below them, in as many columns as fit; the figure grows with it."""
+    """Add one legend for all panels below them, in as many columns as fit; the figure grows by its height."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -146,7 +146,7 @@ def legend(figure: Figure) -> None:
 
 
 def _columns(labels: Sequence[str], width: float) -> int:
-    """Most columns of a legend that fit into a width in inches."""
+    """Return the largest number of legend columns that fit into a width in inches."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -162,7 +162,7 @@ def _columns(labels: Sequence[str], width: float) -> int:
 
 
 def reference(axes: Axes, value: float | None, interval: tuple[float, float] | None) -> None:
-    """The unpruned model: a horizontal line, and its 95 % interval as a band where it has one."""
+    """Draw the unpruned model: a horizontal line, and its 95 % interval, if given, as a band."""
     if value is None:
         return
     if interval is not None:
@@ -171,13 +171,13 @@ def reference(axes: Axes, value: float | None, interval: tuple[float, float] | N
 
 
 def errorbar(axes: Axes, x: Any, y: Any, reach: Any, label: str, look: Mapping[str, Any]) -> None:
-    """Points with error bars that leave the points of other lines visible.
+    """Draw points with error bars that do not hide the points of other lines.
 
     Args:
-        axes: panel.
-        x, y: points.
-        reach: (2, points), lengths of the bars below and above, NaN where there is none; None without bars.
-        label: in the legend.
+        axes: the panel.
+        x, y: coordinates of the points.
+        reach: (2, points), lengths of the bars below and above, NaN for points without a bar; None without bars.
+        label: label in the legend.
         look: colour, marker and line style.
     """
     _, caps, bars = axes.errorbar(x, y, yerr=reach, capsize=2, elinewidth=0.8, label=label, **look)
@@ -189,8 +189,8 @@ def save(figure: Figure, out: Path) -> list[Path]:
     """Write a figure; equal figures give equal files.
 
     Args:
-        figure: what to write.
-        out: a .pdf, .png or .svg file, or a file name without suffix, which gives a PDF and a PNG.
+        figure: the figure.
+        out: a .pdf, .png or .svg file, or a file name without such a suffix, which gives a PDF and a PNG.
 
     Returns:
         The paths written.

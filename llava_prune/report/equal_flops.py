@@ -1,4 +1,4 @@
-"""Methods at equal FLOPs over several benchmarks: a row for each method, a column for each share of the FLOPs."""
+"""Methods at equal FLOPs over several benchmarks: one row for each method, one column for each share of the FLOPs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOLERANCE = 2.0
-"""Points of FLOPs (visual tokens) by which a method may miss a budget; above, it has no cell in that column."""
+"""Percentage points of FLOPs (visual tokens) by which a method may miss a budget; beyond, it has no cell in that
+column.
+"""
 ROW = 0.145
-"""Inches of a method in the figure."""
+"""Height of a method in the figure in inches."""
 Table = Mapping[str, Any]
 
 
 def levels(table: Table) -> list[float]:
-    """Budgets in percent of the FLOPs, in order."""
+    """Return the budgets in percent of the FLOPs, in order of appearance."""
     return list(dict.fromkeys(r["share"] for r in table["rows"] if r["share"] is not None))
 
 
 def why_absent(row: Table) -> str | None:
-    """Why a method has no cell at a budget: it spends other FLOPs than were asked for, or has no ratio; else None."""
+    """Return why a method has no cell at a budget: it misses the budget or has no ratio; None if it has a cell."""
     spent = row["flops_visual"]
     if row["share"] is not None and (spent is None or abs(spent - row["share"]) > TOLERANCE):
         return "FLOPs unknown" if spent is None else f"spends {spent:.1f}%"
@@ -39,7 +41,7 @@ def why_absent(row: Table) -> str | None:
 
 
 def _by_method(table: Table) -> dict[str, dict[float | None, Table]]:
-    """Method -> budget -> row; the budget of a method that has none is None."""
+    """Return method -> budget -> row; the key None stands for a method without a budget."""
     out: dict[str, dict[float | None, Table]] = {}
     for row in table["rows"]:
         out.setdefault(row["method"], {})[row["share"]] = row
@@ -47,10 +49,10 @@ def _by_method(table: Table) -> dict[str, dict[float | None, Table]]:
 
 
 def flops_sheet(table: Table) -> Sheet:
-    """The table to be shown; its cells, for CSV, hold the figure of each benchmark.
+    """Return the table for display; its cells, for CSV, hold the figure of each benchmark.
 
     Args:
-        table: see `sweeps.sweep_table`, with ratios.
+        table: table with ratios, see `sweeps.sweep_table`.
     """
     shares, rows, absent = levels(table), [], []
     for method, found in _by_method(table).items():
@@ -72,13 +74,13 @@ def flops_sheet(table: Table) -> Sheet:
 
 
 def _level(row: Table) -> list[str]:
-    """Cells of a method at a budget."""
+    """Return the cells of a method at a budget."""
     numbers = [number(row["tokens"], 0), number(row["flops_visual"]), number(row["flops"])]
     return [ratio_text(row["ratio"]), *numbers]
 
 
 def _floors(table: Table) -> list[str]:
-    """Methods without a budget, with their ratio."""
+    """Return the methods without a budget, with their ratio, as text."""
     rows = [r for r in table["rows"] if r["share"] is None]
     return [f"{r['method']} {ratio_text(r['ratio']) or why_absent(r)}, FLOPs {number(r['flops'])}" for r in rows]
 
@@ -103,17 +105,17 @@ def _cells(table: Table) -> list[dict[str, Any]]:
 
 @drawing.style()
 def draw_equal_flops(table: Table) -> Figure:
-    """The ratio of each method with its interval, one panel for each budget.
+    """Plot the ratio of each method with its interval, one panel for each budget.
 
-    Methods stand in one order in all panels, by their mean ratio over the budgets, the highest at the top; those that
-    lack a budget are at the bottom. A method has no point where `why_absent` names a reason. Methods without a budget
-    are dotted lines.
+    All panels show the methods in the same order, by their mean ratio over the budgets with the highest at the top;
+    methods that lack a budget are at the bottom. A method has no point in a panel if `why_absent` names a reason.
+    Methods without a budget are dotted lines.
 
     Args:
-        table: see `sweeps.sweep_table`, with ratios.
+        table: table with ratios, see `sweeps.sweep_table`.
 
     Raises:
-        ValueError: without a point to draw, or when matplotlib is not installed.
+        ValueError: if there is no point to draw, or matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 

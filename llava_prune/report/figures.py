@@ -1,4 +1,4 @@
-"""`llava-prune figure`: figures of finished runs."""
+"""`llava-prune figure`: plots of finished runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OF_RUNS: Mapping[str, Callable[[Sequence[StoredRun]], Figure]] = {
     "survival": draw_survival,
     "sweep": draw_sweep,
 }
-"""Name -> figure of finished runs of an evaluation."""
+"""Name of a figure -> function that draws it from finished runs of an evaluation."""
 SPEED = "speed"
-"""The figure of measurements."""
+"""Name of the figure of speed measurements."""
 
 
 def draw(args: Namespace) -> int:
-    """Draw and write a figure; prints the paths of the files.
+    """Run `llava-prune figure`: draw and write a figure, and print the paths of the files.
 
     Args:
         args: name, runs, task, method, model, tokens and out, see `cli`.
@@ -42,8 +42,7 @@ def draw(args: Namespace) -> int:
         The exit status.
 
     Raises:
-        ValueError: for no suitable runs, runs of several models, broken files, or when matplotlib is
-            not installed.
+        ValueError: for no suitable runs, runs of several models, broken files, or if matplotlib is not installed.
     """
     figure = draw_speed(_measurements(args)) if args.name == SPEED else OF_RUNS[args.name](chosen(args, args.runs))
     console = stdout()
@@ -57,19 +56,19 @@ def _conditions(args: Namespace) -> dict[str, Any]:
 
 
 def _present(places: Sequence[str]) -> list[str]:
-    """Folders to read; the default one may not exist yet."""
+    """Return the folders to read, without the default one if it does not exist yet."""
     return [p for p in places if p != RESULTS or Path(p).is_dir()]
 
 
 def chosen(args: Namespace, places: Sequence[str]) -> list[StoredRun]:
-    """The runs that were asked for, and the unpruned model beside them, see `comparable`.
+    """Return the runs selected by the command line, with the unpruned model on their benchmarks; see `comparable`.
 
     Args:
         args: task, method, model, tokens and no_sweeps, see `cli`.
-        places: folders of runs, or above several.
+        places: folders of runs, or folders above several runs.
 
     Raises:
-        ValueError: for no such runs, and see `read_runs` and `comparable`.
+        ValueError: if no run matches; see also `read_runs` and `comparable`.
     """
     asked = _conditions(args)
     found = [r for r in read_runs(_present(places)) if not (args.no_sweeps and r.varied)]
@@ -84,7 +83,7 @@ def chosen(args: Namespace, places: Sequence[str]) -> list[StoredRun]:
 
 
 def _measurements(args: Namespace) -> list[dict[str, Any]]:
-    """The results of `llava-prune bench` that were asked for."""
+    """Return the results of `llava-prune bench` selected by the command line."""
     for flag in ("task", "no_sweeps"):
         if getattr(args, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is for runs of benchmarks; measurements have none")

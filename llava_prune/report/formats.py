@@ -1,4 +1,4 @@
-"""Sheets of text as a terminal's table, Markdown, LaTeX or CSV."""
+"""Print sheets of text as a terminal table, Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\
 _LATEX["\\"] = r"\textbackslash{}"
 Line = list[str]
 number = functools.partial(number_text, absent="")
-"""A number as text; a cell without one is empty."""
+"""Format a number as in `number_text`; a missing one gives an empty cell."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table to be shown.
+    """A table for display.
 
     Attributes:
-        title: heading above it.
+        title: heading above the table.
         head: names of the columns.
-        rows: the lines of each row; the first one of a row stands out.
+        rows: the lines of each row; the first line of a row is highlighted.
         left: numbers of the columns that are aligned left; the others are aligned right.
-        rules: numbers of the rows with a rule above.
-        notes: what a reader must know.
-        cells: the content with a key for each column, for CSV.
+        rules: numbers of the rows with a rule above them.
+        notes: notes below the table.
+        cells: the content as one dictionary for each line of the CSV file.
     """
 
     title: str
@@ -51,8 +51,8 @@ def show(sheet: Sheet, kind: str, as_json: bool, value: Any) -> None:
     Args:
         sheet: the table.
         kind: one of `arguments.FORMATS`.
-        as_json: print `value` as JSON instead.
-        value: the same content as objects and lists.
+        as_json: whether to print `value` as JSON instead.
+        value: the content as dictionaries and lists.
     """
     if as_json:
         emit(value)
@@ -64,7 +64,7 @@ def show(sheet: Sheet, kind: str, as_json: bool, value: Any) -> None:
 
 
 def text(sheet: Sheet) -> Table:
-    """For the terminal, without vertical rules, so that the tables of the paper fit into 80 columns."""
+    """Return the terminal table, without vertical rules so that the tables of the paper fit into 80 columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -80,20 +80,20 @@ def text(sheet: Sheet) -> Table:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     cells = [[c.replace("|", "\\|") for c in row] for row in (head, *rows)]
     drawn = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([drawn[0], "|---" * len(head) + "|", *drawn[1:]])
 
 
 def markdown(sheet: Sheet) -> str:
-    """Title, table and notes in Markdown."""
+    """Return title, table and notes in Markdown."""
     drawn = markdown_table(sheet.head, [line for row in sheet.rows for line in row])
     return f"**{sheet.title}**\n\n{drawn}\n\n" + "".join(f"- {n}\n" for n in sheet.notes)
 
 
 def latex(sheet: Sheet) -> str:
-    """A tabular with the rules of package booktabs; notes are comments."""
+    """Return a LaTeX tabular with the rules of package booktabs; notes are comments."""
     aligned = "".join("l" if n in sheet.left else "r" for n in range(len(sheet.head)))
     out = [f"% {note}" for note in (sheet.title, *sheet.notes)]
     out += [rf"\begin{{tabular}}{{{aligned}}}", r"\toprule", _latex_line(sheet.head), r"\midrule"]
@@ -109,7 +109,7 @@ def _latex_line(cells: Sequence[str]) -> str:
 
 
 def to_csv(sheet: Sheet) -> str:
-    """The cells, one a line."""
+    """Return the cells as CSV, one dictionary a line."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(k for c in sheet.cells for k in c)), lineterminator="\n")
     writer.writeheader()

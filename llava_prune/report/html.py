@@ -1,4 +1,4 @@
-"""`llava-prune report`: finished runs as one page that needs nothing but itself."""
+"""`llava-prune report`: write finished runs as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIGURES = {
     "accuracy-flops": ("Figure against prefill FLOPs, with 95 % intervals", draw_accuracy_flops),
     "survival": ("Visual tokens entering each layer", draw_survival),
 }
-"""Name of a figure in `llava-prune figure` -> its caption, and what draws it."""
+"""Name of a figure in `llava-prune figure` -> its caption, and the function that draws it."""
 COLUMNS = {
     "Benchmark": "",
     "Run": "",
@@ -38,21 +38,21 @@ COLUMNS = {
     "Tokens leaving": "average_leaving",
     "FLOPs %": "flops_percent.with_text_entering",
 }
-"""Heading in the table of runs -> the number in `StoredRun.row` that it is sorted by; "" for text."""
+"""Heading in the table of runs -> the number in `StoredRun.row` by which the column is sorted; "" for text."""
 
 
 def report(args: Namespace, images: Images) -> int:
-    """Write the page; prints its path.
+    """Run `llava-prune report`: write the page and print its path.
 
     Args:
         args: places, task, method, model, tokens, no_sweeps, images and out, see `cli`.
-        images: where the images of questions come from.
+        images: returns the images of questions.
 
     Returns:
         The exit status.
 
     Raises:
-        ValueError: for no suitable runs, runs of several models, broken results, or when jinja2 is not installed.
+        ValueError: for no suitable runs, runs of several models, broken results, or if jinja2 is not installed.
     """
     runs = chosen(args, args.places or [RESULTS])
     out = Path(args.out).expanduser()
@@ -66,18 +66,18 @@ def report(args: Namespace, images: Images) -> int:
 
 
 def page(runs: Sequence[StoredRun], images: Images, count: int) -> tuple[str, list[str]]:
-    """The page of some runs.
+    """Build the page of some runs.
 
     Args:
         runs: finished runs, see `together.comparable`.
-        images: where the images of questions come from.
+        images: returns the images of questions.
         count: largest number of images of a benchmark.
 
     Returns:
-        HTML, and sentences on the runs and images that it lacks.
+        HTML, and sentences on the runs and images that are left out.
 
     Raises:
-        ValueError: when jinja2 is not installed.
+        ValueError: if jinja2 is not installed.
     """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -121,7 +121,7 @@ def _source(name: str) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """JSON for a script element, which no text in it can end."""
+    """Return JSON for a script element, escaped so that no text can end the element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -129,7 +129,7 @@ def _embedded(value: Any) -> str:
 
 
 def _row(run: StoredRun) -> dict[str, Any]:
-    """What the table shows of a run; `numbers` are what its columns are sorted by, as text, "" for none."""
+    """Return the cells of a run; `numbers` has the sorting keys of its columns as text, "" for missing ones."""
     row = run.row()
     gap = run.result.get("difference_to_full")
     ends = None if gap is None or gap["low"] is None else (gap["low"], gap["high"])
@@ -153,7 +153,7 @@ def _row(run: StoredRun) -> dict[str, Any]:
 
 
 def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
-    """The figures of benchmark number `number` of the page."""
+    """Return the figures of benchmark number `number` of the page."""
     from markupsafe import Markup
 
     title = bench_name(runs[0].bench)
@@ -161,7 +161,7 @@ def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
     for name, (caption, draw) in FIGURES.items():
         figure, remark = drawn(draw, runs)
         for axes in [] if figure is None else figure.axes:
-            axes.set_title("")  # the heading above says it
+            axes.set_title("")  # the page has a heading instead
         label = f"{title}: {caption[0].lower()}{caption[1:]}; the table of runs has the numbers"
         image = "" if figure is None else Markup(svg(figure, f"f{number}-{name}-", label))
         out.append({"name": name, "caption": caption, "svg": image, "remark": remark})
@@ -172,7 +172,7 @@ def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
 
 
 def _settings(benches: Mapping[str, Sequence[StoredRun]]) -> dict[str, Any]:
-    """Settings, each stated once: of all runs, of those of a benchmark, of a run."""
+    """Return the settings, each stated once: shared by all runs, shared within a benchmark, or of a single run."""
     told = {bench: [_told(r) for r in runs] for bench, runs in benches.items()}
     everywhere = _common([t for some in told.values() for t in some])
     out = []
@@ -186,7 +186,7 @@ def _settings(benches: Mapping[str, Sequence[StoredRun]]) -> dict[str, Any]:
 
 
 def _told(run: StoredRun) -> dict[str, str]:
-    """Settings of a run under flat names, as text, and where it lies."""
+    """Return the settings of a run under flat names, as text, with its command and folder."""
     out = dict(_flat(run.result["settings"]))
     for name, value in run.hyper.items():
         if name in run.defaults and run.defaults[name] != value and name != "tokens":
@@ -211,5 +211,5 @@ def _text(value: Any) -> str:
 
 
 def _common(told: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What is equal in all of them."""
+    """Return the settings that are equal in all runs."""
     return {k: v for k, v in told[0].items() if all(t.get(k) == v for t in told[1:])}

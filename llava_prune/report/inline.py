@@ -1,4 +1,4 @@
-"""Figures as SVG inside a page: no rules that reach the page, no names that clash, colours that follow its theme."""
+"""Plots as SVG inside a page, without global style rules or clashing ids, with colours that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCALE = 1.1
-"""Size on a screen over size on paper."""
+"""Size on screen relative to the size on paper."""
 SHRUNK = 0.85
-"""Share of that size that a figure may shrink to in a narrow window, where it scrolls otherwise."""
+"""Share of the screen size to which a figure may shrink in a narrow window, before it scrolls."""
 PER_POINT = 96 / 72
 """CSS pixels of a point."""
 THEMED = {"#000000": "currentColor", "#e6e6e6": "var(--grid)", "#d9d9d9": "var(--band)"}
-"""Colour in figures -> colour in the page: lines and text, grid, and the band of the unpruned model."""
+"""Colour in figures -> colour in the page, for lines and text, the grid, and the band of the unpruned model."""
 Draw = Callable[[Sequence[StoredRun]], "Figure"]
 
 
 def svg(figure: Figure, prefix: str, label: str) -> str:
-    """A figure as an <svg> element.
+    """Return a figure as an <svg> element.
 
     Args:
-        figure: what to show.
-        prefix: what its ids start with; differs between the figures of a page.
-        label: text of it for screen readers, without markup.
+        figure: the figure.
+        prefix: prefix of its ids, which differs between the figures of a page.
+        label: description for screen readers, without markup.
     """
     out = io.StringIO()
     with drawing.style():
@@ -56,16 +56,16 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 def drawn(draw: Draw, runs: Sequence[StoredRun]) -> tuple[Figure | None, str]:
-    """A figure of as many of the runs as it holds, and a sentence on those it leaves out.
+    """Draw as many of the runs as a figure can hold; return it with a sentence on the runs that are left out.
 
-    Where all are too many, the variants of sweeps are left out, then all budgets but the one with the most runs.
+    If there are too many runs, the variants of sweeps are left out, then all budgets but the one with the most runs.
 
     Args:
-        draw: see `figures.OF_RUNS`.
+        draw: draws a figure, see `figures.OF_RUNS`.
         runs: finished runs of one benchmark.
 
     Returns:
-        The figure, and a sentence or "". Without a figure, the sentence says why there is none.
+        The figure, and a sentence or "". If the figure is None, the sentence gives the reason.
     """
     plain = [r for r in runs if not r.varied]
     budgets = [r.tokens for r in plain if r.method != UNPRUNED]

@@ -1,4 +1,4 @@
-"""A web page of one question: the kept patches of every layer, with a slider. One file, which loads nothing else."""
+"""A self-contained web page of one question, which shows the kept patches of every layer with a slider."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("page") / "kept.html"
 LARGEST = 1024
-"""Pixels of the longer side of an image in a page."""
+"""Largest longer side of an image in a page, in pixels."""
 PHOTO = 300_000
-"""Pixels from which an image is stored as JPEG."""
+"""Number of pixels above which an image is stored as JPEG instead of PNG."""
 NOTE = "<p>Tinted patches were merged: those of one token have the same colour (colours repeat).</p>"
 NAMES = {"image": "The image as a whole", "crops": "The crops of the image"}
 WIDE, HIGH, LEFT, BELOW = 640, 200, 40, 24
-"""Units of the chart: width and height of the plot, and margins for numbers."""
+"""Units of the chart: width and height of the plot, and left and bottom margins for numbers."""
 
 
 def kept_page(
@@ -40,17 +40,17 @@ def kept_page(
     title: str,
     facts: Mapping[str, str],
 ) -> str:
-    """The HTML of a page.
+    """Return the HTML of a page.
 
     Args:
         image: the image as it was before preprocessing.
         views: places of the visual tokens.
         layers: the tokens that leave each layer.
         leaving: visual tokens leaving each layer.
-        curves: the same for other questions, by label.
-        label: of `leaving`.
+        curves: visual tokens leaving each layer for other questions, by label.
+        label: label of `leaving`.
         title: heading.
-        facts: rows of a table below it.
+        facts: rows of the table below the heading.
     """
     points = _points(leaving, max(1, *leaving, *(n for c in curves.values() for n in c)))
     rounded = [[None if b is None else [round(x, 1) for x in b] for b in view.boxes] for view in views]
@@ -78,12 +78,12 @@ def kept_page(
 
 
 def _tinted(merged: Sequence[Collection[int]]) -> list[list[int]]:
-    """The patches of each colour."""
+    """Return the patches of each colour."""
     return [sorted(i for some in merged[colour :: len(MERGED)] for i in some) for colour in range(len(MERGED))]
 
 
 def _embedded(image: Image) -> str:
-    """A data URL of an image, made smaller where it is large."""
+    """Return a data URL of an image, reduced to `LARGEST`."""
     image = image.copy()
     image.thumbnail((LARGEST, LARGEST))
     photo = image.width * image.height > PHOTO
@@ -96,7 +96,7 @@ def _embedded(image: Image) -> str:
 
 
 def _figure(number: int, name: str, size: tuple[int, int], boxes: Sequence[Any], kept: Collection[int]) -> str:
-    """A view, as it is after the last layer until the slider moves."""
+    """Return a view as it is after the last layer; the page's script updates it when the slider moves."""
     path = "".join(f"M{b[0]} {b[1]}H{b[2]}V{b[3]}H{b[0]}Z" for i, b in enumerate(boxes) if i in kept and b is not None)
     label = f"{NAMES[name]}; dropped patches are dark, merged ones tinted"
     tints = "".join(f'<path class="tint" data-tint="{i}" id="tint{number}-{i}"/>' for i in range(len(MERGED)))
@@ -110,13 +110,13 @@ def _figure(number: int, name: str, size: tuple[int, int], boxes: Sequence[Any],
 
 
 def _points(counts: Sequence[int], most: int) -> list[tuple[float, float]]:
-    """Counts as points of the chart."""
+    """Return counts as points of the chart."""
     step = WIDE / max(1, len(counts) - 1)
     return [(round(LEFT + i * step, 1), round(10 + HIGH * (1 - n / most), 1)) for i, n in enumerate(counts)]
 
 
 def _chart(leaving: Sequence[int], curves: Mapping[str, Sequence[int]], label: str) -> str:
-    """Visual tokens leaving each layer, those of other questions faint."""
+    """Return the chart of visual tokens leaving each layer; curves of other questions are faint."""
     most = max(1, *leaving, *(n for counts in curves.values() for n in counts))
     lines = [("", name, counts) for name, counts in curves.items()] + [("own", label, leaving)]
     drawn = "".join(

@@ -1,4 +1,4 @@
-"""Images on which the patches that were pruned are dimmed, and contact sheets of them."""
+"""Overlays that dim the pruned patches of an image, and contact sheets of overlays."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 LIGHT = 0.45
 """Brightness of dropped patches, relative to the image."""
 UNSEEN = 0.15
-"""Brightness of pixels that the vision tower does not see."""
+"""Brightness of pixels that the vision tower does not see, relative to the image."""
 COLOUR = 0.3
-"""Saturation of pixels that are not clear, relative to the image."""
+"""Saturation of all pixels but those of kept patches, relative to the image."""
 GAP = 8
 """Pixels between two images side by side."""
 LEAST, MOST = 448, 1200
-"""Pixels of the longer side of an image in a contact sheet; smaller and larger ones are resized."""
+"""Smallest and largest longer side of an image in a contact sheet, in pixels; other sizes are resized."""
 TALLEST, CURVES = 2.6, 1.9
 """Inches of the tallest overlay in a contact sheet, and of its curves."""
 EDGE = (255, 214, 0)
 """Colour of the outline of kept patches."""
 MERGED = ((0, 158, 224), (230, 97, 1), (0, 158, 115), (204, 90, 160), (120, 100, 220), (170, 120, 60))
-"""Colours of merged patches: those of one token have one colour; colours repeat."""
+"""Colours of merged patches. Patches merged into one token have the same colour; colours repeat."""
 TINT = 0.4
-"""Share of that colour."""
+"""Opacity of the colours of merged patches."""
 
 
 def pixel_box(box: Box) -> tuple[int, int, int, int]:
-    """The pixels of a box: (left, top, right, bottom), the last two exclusive; boxes that touch share no pixel."""
+    """Return the pixels of a box: (left, top, right, bottom), the last two exclusive. Touching boxes share no pixel."""
     left, top, right, bottom = (round(x) for x in box)
     return left, top, right, bottom
 
@@ -50,15 +50,15 @@ def draw_overlay(
     merged: Sequence[Collection[int]] = (),
     outline: bool = False,
 ) -> Image:
-    """An image with dropped patches grey and dark, kept ones as they are, and merged ones tinted.
+    """Draw an image with dropped patches grey and dark, kept patches unchanged, and merged patches tinted.
 
     Args:
         image: the image as it was before preprocessing.
-        boxes: place of each visual token, None for tokens without one.
-        kept: indices of the visual tokens that are kept; others than those of `boxes` are ignored.
+        boxes: place of each visual token; None for tokens without one.
+        kept: indices of the kept visual tokens; indices outside of `boxes` are ignored.
         first: index of the first token of `boxes`.
-        merged: for each merged token, the indices of the patches that it was made of.
-        outline: draw a line around regions of kept patches, on pixels of their dropped neighbours.
+        merged: for each merged token, the indices of the patches that were merged into it.
+        outline: whether to outline regions of kept patches, on pixels of their dropped neighbours.
 
     Returns:
         An RGB image of the same size.
@@ -98,7 +98,7 @@ def draw_overlay(
 
 
 def side_by_side(images: Sequence[Image]) -> Image:
-    """Images of equal height beside each other, with a white gap."""
+    """Join images of equal height side by side, with a white gap."""
     from PIL import Image as made
 
     if len(images) == 1:
@@ -112,9 +112,13 @@ def side_by_side(images: Sequence[Image]) -> Image:
 
 
 def resized(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple[int, list[Box | None]]]]:
-    """An image for a contact sheet, and for each view its first token and the boxes in the new image."""
+    """Resize an image for a contact sheet.
+
+    Returns:
+        The image, and for each view its first token and the boxes in the new image.
+    """
     longest = max(image.size)
-    factor: float = max(1, -(-LEAST // longest))  # a whole number, so that borders of patches stay where they are
+    factor: float = max(1, -(-LEAST // longest))  # a whole number, so that patch borders stay between pixels
     if longest > MOST:
         factor = MOST / longest
     if factor != 1:
@@ -127,7 +131,7 @@ def resized(image: Image, views: Sequence[ImageView]) -> tuple[Image, list[tuple
 
 
 def counted(layer: int, leaving: int, merged: int) -> str:
-    """The title of a layer: "after layer 4: 64 tokens (3 merged)"."""
+    """Return the title of a layer: "after layer 4: 64 tokens (3 merged)"."""
     tail = f" ({merged} merged)" if merged else ""
     return f"after layer {layer}: {leaving} token{'s' * (leaving != 1)}{tail}"
 
@@ -142,22 +146,22 @@ def contact_sheet(
     label: str,
     title: str = "",
 ) -> Figure:
-    """Overlays of some layers, and the visual tokens leaving each layer below them.
+    """Draw overlays of some layers and, below them, the visual tokens leaving each layer.
 
     Args:
         image: the image as it was before preprocessing.
         views: places of the visual tokens.
         shown: layer -> the tokens that leave it.
         leaving: visual tokens leaving each layer.
-        curves: the same for other questions, by label.
-        label: of `leaving` in the legend.
-        title: a text above; lines are not broken.
+        curves: visual tokens leaving each layer for other questions, by label.
+        label: label of `leaving` in the legend.
+        title: text above the overlays; it is not wrapped.
 
     Returns:
-        A Figure; notebooks display it.
+        A Figure, which notebooks display.
 
     Raises:
-        ValueError: for no layer, more than a page holds, or when matplotlib is not installed.
+        ValueError: for no layers, more layers than fit on a page, or if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -181,12 +185,12 @@ def contact_sheet(
     drawing.legend(figure)
     if title:
         figure.suptitle(title.replace("$", r"\$"))
-    setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - what notebooks look for
+    setattr(figure, "_repr_png_", lambda: png(figure))  # noqa: B010 - notebooks call it
     return figure
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
+    """Return a figure as the content of a PNG file."""
     file = io.BytesIO()
     with drawing.style():
         figure.savefig(file, dpi=drawing.DPI, format="png")
@@ -196,7 +200,7 @@ def png(figure: Figure) -> bytes:
 def _draw_curves(
     axes: Axes, leaving: Sequence[int], curves: Mapping[str, Sequence[int]], label: str, marked: list[int]
 ) -> None:
-    """Tokens leaving each layer: those of other questions grey, this question's on top."""
+    """Draw the tokens leaving each layer: grey for other questions, with this question's curve on top."""
     from matplotlib.ticker import MaxNLocator
 
     for i, (name, counts) in enumerate(curves.items()):

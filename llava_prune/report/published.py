@@ -1,4 +1,4 @@
-"""The published tables: published/<name>.yaml, read and checked."""
+"""The published tables: read published/<name>.yaml."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Column:
 
     Attributes:
         name: heading, as published.
-        tasks: benchmark, or several whose mean it is.
-        figure: dotted path into a result: "figure" (the headline) or one of its details.
-        percent: whether the figure is a number of questions, shown in percent of them.
+        tasks: the benchmark, or several benchmarks, whose mean the column shows.
+        figure: dotted path into a result: "figure" (the headline figure) or one of its details.
+        percent: whether the figure is a number of questions, which is shown in percent.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Row:
     """A published row.
 
     Attributes:
-        method: as published.
-        venue: where the method was published, as the table says; "" for the unpruned model.
-        avg_tokens: average number of visual tokens; None where the table gives FLOPs.
-        run: what measures it: "method", and "tokens" or "flops" (percent) unless a preset fixes the counts; empty for
-            the unpruned model.
-        scores: one for each column.
-        ratio: published average of the ratios to the unpruned model, in percent; None where the table has none.
-        flops: published FLOPs in percent of the unpruned model's; None where the table has none.
+        method: name of the method, as published.
+        venue: where the method was published, according to the table; "" for the unpruned model.
+        avg_tokens: average number of visual tokens; None if the table states FLOPs instead.
+        run: the run that measures the row: "method", and "tokens" or "flops" (percent) unless a preset fixes the
+            counts; empty for the unpruned model.
+        scores: one score for each column.
+        ratio: published average of the ratios to the unpruned model, in percent; None if the table has none.
+        flops: published FLOPs in percent of the unpruned model's; None if the table has none.
     """
 
     method: str
@@ -57,13 +57,13 @@ class PublishedTable:
 
     Attributes:
         name: "1" to "4", or "next7b".
-        title: what it shows.
-        source: where it is published.
+        title: title of the table.
+        source: where the table is published.
         model: hub id of the checkpoint.
         columns: columns of scores.
-        baseline: the unpruned model.
-        rows: the pruned ones.
-        counting: how FLOPs are counted where the table has them, see `StoredRun.flops_percent`; None where it has none.
+        baseline: row of the unpruned model.
+        rows: rows of the pruned models.
+        counting: way of counting FLOPs, see `StoredRun.flops_percent`; None for a table without FLOPs.
     """
 
     name: str
@@ -82,12 +82,12 @@ class PublishedTable:
 
 
 def table_names() -> list[str]:
-    """Names of the published tables."""
+    """Return the names of the published tables."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
 def read_table(name: str) -> PublishedTable:
-    """A published table.
+    """Read a published table.
 
     Raises:
         ValueError: for an unknown name.
@@ -119,14 +119,14 @@ def _row(raw: dict[str, Any]) -> Row:
 
 
 def ratio(scores: Sequence[float | None], full: Sequence[float | None]) -> float | None:
-    """Mean over benchmarks of the score in percent of the unpruned model's, as the Ratio column of the paper.
+    """Return the mean over benchmarks of the score in percent of the unpruned model's, as in the paper's Ratio column.
 
     Args:
-        scores: one for each benchmark.
-        full: those of the unpruned model.
+        scores: one score for each benchmark.
+        full: scores of the unpruned model.
 
     Returns:
-        None where a score is missing, or one of the unpruned model is 0.
+        The mean; None if a score is missing, or a score of the unpruned model is 0.
     """
     pairs = [(s, f) for s, f in zip(scores, full, strict=True) if s is not None and f]
     return 100 * sum(s / f for s, f in pairs) / len(pairs) if len(pairs) == len(scores) else None

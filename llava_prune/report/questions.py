@@ -1,4 +1,4 @@
-"""Questions and answers of the runs of a benchmark, column by column, for the browser of a report."""
+"""Questions and answers of the runs of a benchmark, stored by column, for the question browser of a report."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .together import bench_name
 
 
 def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[StoredRun], list[str]]:
-    """Questions of a benchmark, and what each run answered.
+    """Return the questions of a benchmark and the answers of each run.
 
     Args:
         runs: finished runs of one benchmark.
 
     Returns:
-        Columns with an entry for each question (None where every run is left out), the runs in them, and why the others
-        are left out.
+        Columns with an entry for each question (None if every run is left out), the runs that they contain, and the
+        reasons why other runs are left out.
 
         - `bench`, `title`: name of the benchmark, in files and for readers.
-        - `ids`, `questions`: question ids, and texts as `Pair.prompt` has them.
-        - `types`, `type`: names of types, and for each question a position in them or None.
-        - `texts`: every text that is an answer of any run, once.
-        - `runs`: name, folder, `pruned`, and the columns `answers` (positions in `texts`) and `scores` (0..1 or None).
+        - `ids`, `questions`: question ids, and question texts as in `Pair.prompt`.
+        - `types`, `type`: names of types, and for each question an index into them or None.
+        - `texts`: every distinct answer of any run.
+        - `runs`: name, folder, `pruned`, and the columns `answers` (indices into `texts`) and `scores` (0..1 or None).
     """
     shown: list[dict[str, Any]] = []
     readable: list[StoredRun] = []
@@ -73,5 +73,5 @@ def columns(runs: Sequence[StoredRun]) -> tuple[dict[str, Any] | None, list[Stor
 
 
 def _short(score: float | None) -> float | None:
-    """A score as JSON has it with the fewest characters: 1 and 0 without decimals."""
+    """Return a score in its shortest JSON form: 1 and 0 without decimals."""
     return score if score is None or score != int(score) else int(score)

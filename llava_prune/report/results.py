@@ -17,16 +17,16 @@ from .compare import Comparison, compare
 from .store import UNPRUNED, StoredRun, find_run, frame, read_runs, select
 
 SHOWN = 20
-"""Flipped questions that a comparison lists unless --show says otherwise."""
+"""Default number of flipped questions in the output of a comparison."""
 LINES, LINE, ANSWER = 6, 100, 60
-"""Last lines of a question, and characters of a line and of an answer, that a table shows."""
+"""Number of last lines of a question, and of characters of a line and of an answer, in the table of flips."""
 
 
 def results(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit status.
+    """Run `llava-prune results` and return its exit status.
 
     Raises:
-        ValueError: for flags that do not go together, and what `listed`, `find_run` and `compare` refuse.
+        ValueError: for flags that cannot be combined; see also `listed`, `find_run` and `compare`.
     """
     places = args.places or [RESULTS]
     if args.compare:
@@ -55,10 +55,10 @@ def results(args: argparse.Namespace) -> int:
 def listed(
     places: Sequence[str], task: Sequence[str], method: Sequence[str], model: Sequence[str], tokens: Sequence[int]
 ) -> list[StoredRun]:
-    """The finished runs below some folders that match every condition, see `select`; unpruned ones first.
+    """Return the finished runs below some folders that match every condition, sorted with unpruned runs first.
 
     Raises:
-        ValueError: when there are none, for a condition that no run meets, and see `read_runs`.
+        ValueError: if there are none, or for a condition that no run meets; see also `read_runs`.
     """
     where = ", ".join(places)
     default = list(places) == [RESULTS]
@@ -102,16 +102,16 @@ def _write_csv(runs: Sequence[StoredRun], file: str) -> None:
 
 
 def _plain(text: Any, most: int = 0) -> Text:
-    """Text of a file for a cell: no markup, no control characters, and at most so many characters where a limit is."""
+    """Return text for a cell, without markup and control characters, cut to `most` characters (0 for no limit)."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return Text(shown if not most or len(shown) <= most else f"{shown[: most - 1]}…")
 
 
 def runs_table(runs: Sequence[StoredRun], folders: bool = False) -> Table:
-    """One row for each run.
+    """Return a table with one row for each run.
 
     Args:
-        runs: what to show.
+        runs: the runs.
         folders: whether to show the folder of each run.
     """
     caption = "figures with 95 % interval; FLOPs of a prefill by equation (2), text and entering tokens counted"
@@ -154,7 +154,7 @@ def _print_comparison(found: Comparison, show: int) -> None:
 
 
 def counts_table(found: Comparison) -> Table:
-    """Counts over all questions and by type."""
+    """Return the table of counts over all questions and by type."""
     partly = found.total.partly > 0
     credit = partly or any(score not in (0, 1) for f in found.flips for score in (f.score_a, f.score_b))
     more = ("more in A", "more in B") if credit else ("only A", "only B")
@@ -169,7 +169,7 @@ def counts_table(found: Comparison) -> Table:
 
 
 def flips_table(found: Comparison, show: int) -> Table:
-    """The first flipped questions."""
+    """Return the table of the first `show` flipped questions."""
     shown = found.flips[:show]
     table = Table(title=f"first {len(shown)} of {len(found.flips)} flipped questions", show_lines=True)
     for name in ("question_id", "type", "question", "A", "B", "scores"):

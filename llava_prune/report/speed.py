@@ -1,4 +1,4 @@
-"""Figure of prefill speed-ups over FLOPs ratios, from the results of `llava-prune bench`."""
+"""Plot prefill speed-ups against FLOPs ratios, from the results of `llava-prune bench`."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 BENCH = "bench.json"
 LABEL = (0.16, 0.08)
-"""Size of a budget's text, as a share of a panel's width and height."""
+"""Size of a budget label as a share of the panel's width and height."""
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Write the figure of one result to a file.
+    """Draw the figure of one result and write it to a file.
 
     Args:
         result: return value of `bench.speed.speed`, or the content of bench.json.
         path: a .png, .svg or .pdf file.
 
     Raises:
-        ValueError: when matplotlib is not installed, or nothing was measured.
+        ValueError: if matplotlib is not installed, or nothing was measured.
     """
     drawing.save(draw_speed([result]), path)
 
 
 @drawing.style()
 def draw_speed(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Prefill time against FLOPs, both unpruned over pruned.
+    """Plot the ratio of prefill times against the ratio of FLOPs, both unpruned over pruned.
 
-    There is a panel for each result, batch size and prompt length, and a point for each budget. On the dashed line the
-    speed-up equals the FLOPs ratio; bars are the quartiles of the paired ratios.
+    Each result, batch size and prompt length has a panel, and each budget a point. On the dashed line the speed-up
+    equals the FLOPs ratio. Error bars are the quartiles of the paired ratios.
 
     Args:
         results: contents of bench.json.
 
     Raises:
-        ValueError: where nothing was measured, for too many panels, or when matplotlib is not installed.
+        ValueError: if nothing was measured, for too many panels, or if matplotlib is not installed.
     """
     found: dict[tuple[int, int, int, int], list[Mapping[str, Any]]] = {}
     for i, result in enumerate(results):
@@ -67,7 +67,7 @@ def draw_speed(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """The methods of one batch size and prompt length."""
+    """Draw the methods at one batch size and prompt length."""
     top = max([1.0, *(r["flops"]["ratio"] for r in rows)])
     axes.plot([1, top], [1, top], "--", color="0.6", linewidth=1, label="time ratio = FLOPs ratio")
     budgets: dict[Any, list[tuple[float, float]]] = {}
@@ -87,11 +87,11 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, Ma
 
 
 def _name_budgets(axes: Axes, budgets: Mapping[tuple[float, float], int]) -> None:
-    """Write budgets below their points, above where they would cover others, and not at all where both would.
+    """Write budgets below their points, or above them if labels would overlap, or not at all if both places are taken.
 
     Args:
-        axes: panel.
-        budgets: point -> budget; methods with the same FLOPs and budget have one, at the lower point.
+        axes: the panel.
+        budgets: point -> budget; methods with the same FLOPs and budget share a label at the lowest point.
     """
     scale = np.array([np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())])
     taken: dict[tuple[int, int], list[Any]] = {(4, -10): [], (0, 6): []}
@@ -106,16 +106,16 @@ def _name_budgets(axes: Axes, budgets: Mapping[tuple[float, float], int]) -> Non
 
 
 def measured(result: Mapping[str, Any]) -> str:
-    """Last component of the checkpoint, or shape of the random model, that was measured."""
+    """Return the name of the measured model: the last component of the checkpoint, or the shape of the random model."""
     settings = result["settings"]
     return Path(settings["model"]).name if settings.get("model") else str(settings.get("shape"))
 
 
 def read_bench(places: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """Contents of bench.json files, given themselves or by a folder that they are in or below.
+    """Read bench.json files, given as files or as folders that contain them at any depth.
 
     Raises:
-        ValueError: for a place that does not exist, or a file that is broken.
+        ValueError: for a place that does not exist, or a broken file.
     """
     found: dict[Path, dict[str, Any]] = {}
     for place in map(Path, places):
@@ -133,7 +133,7 @@ def read_bench(places: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def _is_result(result: Any) -> bool:
-    """Whether the content of a file has what a figure shows."""
+    """Return whether the content of a file has everything that a figure shows."""
     try:
         rows = [r for r in result["rows"] if "error" not in r]
         for r in rows:
@@ -151,11 +151,11 @@ def select_bench(
     model: Sequence[str] = (),
     tokens: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """The rows that match every condition, in results that have some; an empty condition matches all.
+    """Return the results with the rows that match every condition; an empty condition matches all.
 
     Args:
         results: contents of bench.json.
-        method: names of methods, with preset.
+        method: names of methods, presets included.
         model: checkpoints or their last components, or shapes of random models.
         tokens: budgets.
     """

@@ -1,4 +1,4 @@
-"""Finished runs, read from the folders that an evaluation leaves; nothing here loads a model."""
+"""Read finished runs from the folders that an evaluation writes; no model is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 RESULT, ANSWERS, SCORES = "result.json", "answers.jsonl", "scores.jsonl"
 UNPRUNED = "full"
-"""The method that prunes nothing."""
+"""Name of the method that prunes nothing."""
 COUNTINGS = ("visual_only_entering", "visual_only_leaving", "with_text_entering", "with_text_leaving")
 """Ways of counting the FLOPs of a prefill; see docs/flops.md."""
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -21,7 +21,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 
 def model_id(path: str) -> str:
-    """The model_id that LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
+    """Return the model_id that LLaVA writes: the last path component, "parent_checkpoint-N" for a trainer's checkpoint.
 
     Source: llava/mm_utils.py, `get_model_name_from_path`.
     """
@@ -34,7 +34,7 @@ class StoredRun:
     """One method at one budget on one benchmark.
 
     Attributes:
-        folder: the run's folder: result.json, and beside it answers.jsonl and scores.jsonl.
+        folder: folder of the run, with result.json, answers.jsonl and scores.jsonl.
         result: content of result.json.
     """
 
@@ -53,7 +53,7 @@ class StoredRun:
 
     @property
     def method(self) -> str:
-        """Name of the method, with its preset."""
+        """Name of the method, including its preset."""
         return str(self.result["method"])
 
     @property
@@ -69,7 +69,7 @@ class StoredRun:
 
     @property
     def model_name(self) -> str:
-        """See `model_id`."""
+        """Short name of the model, see `model_id`."""
         return model_id(self.model)
 
     @property
@@ -79,12 +79,12 @@ class StoredRun:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Defaults of the method's hyper-parameters, those of its preset included."""
+        """Default values of the method's hyper-parameters, including those of its preset."""
         return dict(self.result.get("defaults", {}))
 
     @property
     def name(self) -> str:
-        """Name of the run's folder and, where it does not state them, the hyper-parameters that are not defaults."""
+        """Name of the run's folder, with non-default hyper-parameters unless the label states them."""
         changed = {
             k: v for k, v in self.hyper.items() if k in self.defaults and self.defaults[k] != v and k != "tokens"
         }
@@ -92,27 +92,27 @@ class StoredRun:
 
     @property
     def varied(self) -> bool:
-        """Whether a sweep set hyper-parameters of the run to other values than it would have had."""
+        """Whether a sweep changed hyper-parameters of the run."""
         return "," in self.label
 
     @property
     def figure(self) -> float | None:
-        """The benchmark's headline figure; None where it is undefined."""
+        """Headline figure of the benchmark; None if it is undefined."""
         found: float | None = self.result["figure"]
         return found
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the figure; None where it is not a mean over questions."""
+        """95 % interval of the figure; None if the figure is not a mean over questions."""
         found = self.result["interval"]
         return None if found is None else (found[0], found[1])
 
     def average_tokens(self, way: str = "leaving") -> float:
-        """Visual tokens "entering" or "leaving" a layer, mean over layers and images."""
+        """Return the visual tokens "entering" or "leaving" a layer, averaged over layers and images."""
         return float(self.result["visual_tokens"][f"average_{way}"])
 
     def flops_percent(self, counting: str = "with_text_entering") -> float | None:
-        """FLOPs of a prefill by equation (2) in percent of the unpruned model's.
+        """Return the FLOPs of a prefill by equation (2) in percent of the unpruned model's.
 
         Args:
             counting: one of COUNTINGS.
@@ -121,7 +121,7 @@ class StoredRun:
         return found
 
     def row(self) -> dict[str, Any]:
-        """Everything that tables show of a run, under flat names.
+        """Return everything that tables show of a run, under flat names.
 
         Returns:
             bench, model, label, method, tokens, hyper.NAME for each hyper-parameter, figure, figure_name, low and high
@@ -155,7 +155,9 @@ class StoredRun:
         }
 
     def answers(self) -> list[dict[str, Any]]:
-        """Rows of the answer file, in question order: question_id, prompt, text, `kept` and `stats`, see `eval.rows`.
+        """Read the rows of the answer file, in question order; see `eval.rows`.
+
+        A row has question_id, prompt, text, `kept` and `stats`, among others.
 
         Raises:
             ValueError: for a missing or broken file.
@@ -163,7 +165,7 @@ class StoredRun:
         return list(_json_lines(self.folder / ANSWERS))
 
     def scores(self) -> list[dict[str, Any]]:
-        """Score (0 to 1, None where it does not count) and type of each question, in the order of `answers`.
+        """Read the score (0 to 1; None if it does not count) and type of each question, in the order of `answers`.
 
         Raises:
             ValueError: for a missing or broken file.
@@ -189,7 +191,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_runs(places: Iterable[str | Path]) -> list[StoredRun]:
-    """Every finished run in or below some folders, sorted by folder, each once.
+    """Read every finished run in or below some folders, sorted by folder, each once.
 
     Raises:
         ValueError: for a folder that does not exist, or a result file that is broken.
@@ -204,7 +206,7 @@ def read_runs(places: Iterable[str | Path]) -> list[StoredRun]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Content of a result file.
+    """Read a result file.
 
     Raises:
         ValueError: for a file that is broken or is not the result of an evaluation.
@@ -230,14 +232,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def find_run(name: str, places: Iterable[str | Path]) -> StoredRun:
-    """A finished run by its folder, or by the path of its folder below one of some places.
+    """Find a finished run by its folder, or by its path relative to one of some places.
 
     Args:
         name: for example "playground/results/gqa/llava-tiny/full", or "gqa/llava-tiny/full".
         places: folders with results.
 
     Raises:
-        ValueError: when there is no finished run of that name, or its result file is broken.
+        ValueError: if there is no finished run of that name, or its result file is broken.
     """
     folders = [Path(name).expanduser(), *(Path(place) / name for place in places)]
     for folder in folders:
@@ -257,12 +259,12 @@ def select(
     model: Sequence[str] = (),
     tokens: Sequence[int] = (),
 ) -> list[StoredRun]:
-    """The runs that match every condition; an empty one matches all.
+    """Return the runs that match every condition; an empty condition matches all runs.
 
     Args:
-        runs: what to choose from.
+        runs: the runs to select from.
         bench: names of benchmarks.
-        method: names of methods, with preset.
+        method: names of methods, presets included.
         model: paths or hub ids of checkpoints, or their names, see `StoredRun.model_name`.
         tokens: budgets.
     """
@@ -277,17 +279,17 @@ def select(
 
 
 def frame(runs: Sequence[StoredRun]) -> Any:
-    """A pandas.DataFrame with one row for each run.
+    """Return a pandas.DataFrame with one row for each run.
 
     Args:
-        runs: what to tabulate.
+        runs: the runs.
 
     Returns:
-        Columns as in `StoredRun.row`, with a hyper.NAME for every hyper-parameter of any run; cells of runs without it
-        are missing.
+        Columns as in `StoredRun.row`, with a hyper.NAME for every hyper-parameter of any run. Cells of runs without the
+        hyper-parameter are missing.
 
     Raises:
-        ValueError: when pandas is not installed.
+        ValueError: if pandas is not installed.
     """
     try:
         import pandas as pd

@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table: one row for each method, budget and combination of hyper-parameters."""
+"""The runs of a sweep as a table, with one row for each method, budget and combination of hyper-parameters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RATIO_NOTE = (
 
 @dataclass(frozen=True)
 class Point:
-    """A combination of a sweep.
+    """One combination of a sweep.
 
     Attributes:
-        method: name, with its preset.
+        method: name of the method, including its preset.
         tokens: budget; None for a method without one.
-        hyper: the hyper-parameters that the sweep sets, as far as the method has them.
+        hyper: the hyper-parameters that the sweep sets and the method has.
         runs: benchmark -> its runs, one for each seed; benchmarks that were not run are absent.
-        share: budget in percent of the FLOPs of the visual tokens, where it was given so.
+        share: budget in percent of the FLOPs of the visual tokens; None for a budget in tokens, and without a budget.
     """
 
     method: str
@@ -40,19 +40,19 @@ class Point:
 def sweep_table(
     title: str, tasks: Sequence[str], points: Iterable[Point], ratios: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """{"title", "tasks", "varied", "rows"}: what was measured for each point.
+    """Return the measurements of each point: {"title", "tasks", "varied", "rows"}.
 
-    A row has `method`, `tokens`, `hyper`, `scores` (benchmark -> figure, 95 % `interval` and `difference` to the
-    unpruned model of a single run; of several seeds the mean, the standard deviation `sd` and their number), and means
-    over its runs: `flops` and `flops_visual` (percent of the unpruned model's, with text and without) and
-    `tokens_measured` (leaving a layer). `share` is the budget in FLOPs, `ratio` what `ratios` says.
+    A row has `method`, `tokens`, `hyper`, `share` (the budget in FLOPs), `ratio` (from `ratios`), `runs` (folders), and
+    `scores`: benchmark -> `figure`, 95 % `interval` and `difference` to the unpruned model for a single run, or mean
+    `figure`, standard deviation `sd` and number of `seeds` for several. It also has means over its runs: `flops` and
+    `flops_visual` (percent of the unpruned model's, with and without text) and `tokens_measured` (leaving a layer).
 
     Args:
-        title: of the sweep.
+        title: title of the sweep.
         tasks: benchmarks.
         points: combinations, in order.
         ratios: for each point `ratio`, `low`, `high` (mean over benchmarks in percent of the unpruned model's figure,
-            with its bootstrap interval) and `why` where there is none; None for a sweep of one benchmark.
+            with its bootstrap interval) and `why` if there is no ratio; None for a sweep of one benchmark.
     """
     points = list(points)
     varied = list(dict.fromkeys(name for p in points for name in p.hyper))
@@ -89,7 +89,7 @@ def _score(runs: Sequence[StoredRun]) -> dict[str, Any]:
 
 
 def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
-    """A sweep to be shown."""
+    """Return the table of a sweep for display."""
     tasks, varied = table["tasks"], table["varied"]
     head = ["method", "tokens", *varied]
     for task in tasks:
@@ -118,13 +118,13 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
 
 
 def _why(row: Mapping[str, Any]) -> str | None:
-    """Why a row has no ratio; None where it has one, or none was asked for."""
+    """Return why a row has no ratio; None if it has one or ratios were not computed."""
     found: str | None = (row["ratio"] or {}).get("why")
     return found
 
 
 def ratio_text(found: Mapping[str, Any] | None) -> str:
-    """A mean ratio with its interval; empty where there is none."""
+    """Format a mean ratio with its interval; "" if there is no ratio."""
     if found is None or found["ratio"] is None:
         return ""
     ends = "" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]"

@@ -1,4 +1,4 @@
-"""The tables of the paper with measured values beside the published ones."""
+"""The tables of the paper, with measured values beside the published ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .published import Column, PublishedTable, Row, ratio
 from .store import StoredRun
 
 Runs = Mapping[str, StoredRun]
-"""Benchmark -> the run that measures a row on it; those that were not run are absent."""
+"""Benchmark -> the run that measures a row on it. Benchmarks that were not run are absent."""
 
 
 def published_table(table: PublishedTable) -> dict[str, Any]:
-    """A published table alone: {"table", "columns", "baseline", "rows": [{"method", "avg_tokens", "scores", ...}]}.
+    """Return a published table alone: {"table", "columns", "baseline", "rows": [{"method", "scores", ...}], ...}.
 
-    `ratio_recomputed` follows from the published scores; `ratio_published` is what the table prints.
+    `ratio_recomputed` follows from the published scores; `ratio_published` is the ratio as printed.
     """
     return {
         "table": table.name,
@@ -45,18 +45,19 @@ def _published(table: PublishedTable, row: Row) -> dict[str, Any]:
 
 
 def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> dict[str, Any]:
-    """A table as `published_table` gives it, every row with what was measured.
+    """Return a table as in `published_table`, with measured values added to every row.
 
-    Each row has `measured` (one value a column, None where it was not run), `intervals` (95 %, None where the figure is
-    no mean over questions), `difference` to the published score, the same of `ratio` and `flops` (percent, mean over
-    benchmarks) as `ratio_measured` and so on, `tokens_measured` (visual tokens leaving a layer) and `runs`, the folder
-    of each run. The table has `measured_model`, `questions` and `releases` (benchmark -> number, and whether its files
-    are of a known release), and `limits`, see `_limits`.
+    Each row has `measured` (one value for each column, None if it was not run), `intervals` (95 %, None if the figure
+    is not a mean over questions) and `difference` (measured minus published score). It also has `ratio_measured`,
+    `ratio_difference`, `flops_measured` and `flops_difference` (percent, mean over benchmarks), `tokens_measured`
+    (visual tokens leaving a layer) and `runs` (benchmark -> folder). The table has `measured_model`, `questions`
+    (benchmark -> number), `releases` (benchmark -> whether its files are of a known release), and `limits`, see
+    `_limits`.
 
     Args:
-        table: what was published.
+        table: the published table.
         full: runs of the unpruned model.
-        rows: those of each row of the table, in its order.
+        rows: runs of each row, in the order of the table.
     """
     out = published_table(table)
     base = [_value(column, full) for column in table.columns]
@@ -90,12 +91,12 @@ def _gap(measured: float | None, published: float | None) -> float | None:
 
 
 def _released(run: StoredRun) -> bool:
-    """Whether all files that a run was scored with are of a known release."""
+    """Return whether all files that a run was scored with are of a known release."""
     return all(facts.get("version") is not None for facts in run.result.get("files", {}).values())
 
 
 def _limits(runs: Sequence[StoredRun]) -> list[str]:
-    """What keeps the measured cells of a table from being compared with the published ones, or with each other."""
+    """Return the reasons why measured cells cannot be compared with the published ones, or with each other."""
     out = []
     unknown = [name for name in dict.fromkeys(r.bench for r in runs) if not all(map(_released, _of(runs, name)))]
     if unknown:
@@ -126,7 +127,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _value(column: Column, runs: Runs) -> float | None:
-    """What was measured for a column; None where a run is missing or has no figure."""
+    """Return the measured value of a column; None if a run is missing or has no figure."""
     found = [_look_up(runs.get(task), column) for task in column.tasks]
     known = [v for v in found if v is not None]
     return fmean(known) if len(known) == len(found) else None
@@ -144,7 +145,10 @@ def _scale(run: StoredRun | None, column: Column) -> float:
 
 
 def _interval(column: Column, runs: Runs) -> list[float] | None:
-    """95 % interval of a column; of the mean of several benchmarks from theirs, which are independent."""
+    """Return the 95 % interval of a column.
+
+    The interval of a mean of several benchmarks follows from their intervals, which are independent.
+    """
     value, parts = _value(column, runs), []
     for run in map(runs.get, column.tasks):
         if value is None or run is None or run.figure is None or run.interval is None or column.figure != "figure":
@@ -158,18 +162,20 @@ def _interval(column: Column, runs: Runs) -> list[float] | None:
 # as text ----------------------------------------------------------------------------------------------------------
 
 KINDS = {"measured": "measured", "scores": "published", "difference": "difference"}
-"""Key of a row -> what its line is called."""
+"""Key of a row -> name of its line."""
 HEADINGS = {"MMB_CN": "MMB-CN", "MMB_cn_en": "MMB(cn,en)"}
-"""Headings that differ from the names of columns."""
+"""Headings that differ from the names of their columns."""
 Cells = list[dict[str, Any]]
 
 
 def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
-    """A table to be shown: a line a row, or three for what was measured, what was published and the difference.
+    """Return a table for display.
+
+    A row has one line, or three with measured values: measured, published and difference.
 
     Args:
-        table: see `measured_table` and `published_table`.
-        intervals: add two lines for the limits of the 95 % intervals.
+        table: table of `measured_table` or `published_table`.
+        intervals: whether to add two lines for the limits of the 95 % intervals.
     """
     measured = "measured" in table["baseline"]
     ends = [end for end in ("ratio", "flops") if any(r[f"{end}_published"] is not None for r in table["rows"])]
@@ -193,13 +199,13 @@ def sheet(table: Mapping[str, Any], intervals: bool = False) -> Sheet:
 
 
 def _misprinted(table: Mapping[str, Any]) -> bool:
-    """Whether a printed ratio differs from that of its scores by more than rounding."""
+    """Return whether a printed ratio differs from the recomputed one by more than rounding."""
     gaps = [_gap(r["ratio_recomputed"], r["ratio_published"]) or 0.0 for r in table["rows"]]
     return max(map(abs, gaps)) > 0.1
 
 
 def _digits(table: Mapping[str, Any], column: int) -> int:
-    """Decimals of a column: none where all published scores are integers."""
+    """Return the number of decimals of a column: 0 if all published scores are integers, else 1."""
     whole = all(isinstance(row["scores"][column], int) for row in (table["baseline"], *table["rows"]))
     return 0 if whole else 1
 
@@ -210,7 +216,7 @@ def _published_lines(row: Mapping[str, Any], digits: Sequence[int], ends: Sequen
 
 
 def _end(row: Mapping[str, Any], end: str, kind: str) -> str:
-    """A cell of a line after the scores."""
+    """Return a cell of a line after the scores."""
     if end == "ratio*":
         return number(row["ratio_recomputed"]) if kind == "published" else ""
     return number(row.get(f"{end}_{kind}"), 1, kind == "difference")
@@ -249,7 +255,11 @@ def _notes(table: Mapping[str, Any], ends: Sequence[str], measured: bool) -> lis
 
 
 def _cells(table: Mapping[str, Any], ends: Sequence[str]) -> Cells:
-    """One object for each cell, with table, method, avg_tokens, column, published, measured, low, high, difference."""
+    """Return one dictionary for each cell of a table, for CSV.
+
+    Its keys are table, method, avg_tokens, column, published and, with measured values, measured, low, high,
+    difference.
+    """
     out = []
     for row in (table["baseline"], *table["rows"]):
         start = {"table": table["table"], "method": row["method"], "avg_tokens": row["avg_tokens"]}

@@ -1,4 +1,4 @@
-"""Images inside a report, with the patches that each run kept after each layer."""
+"""Images inside a report, with the patches that each run keeps after each layer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 336
-"""Pixels of the longer side of an image."""
+"""Longer side of an image in pixels."""
 FIRST = 63
-"""Code point of layer 0 where layers are written as characters."""
+"""Code point that stands for layer 0 when layers are written as characters."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small image.
+    """A small image with the places of its visual tokens.
 
     Attributes:
-        image: RGB.
-        views: (first token, boxes of its tokens in pixels, None for tokens without a place) of each view, see
-            `runtime.geometry.ImageView`.
+        image: the RGB image.
+        views: for each view, its first token and the boxes of its tokens in pixels (None for tokens without a place),
+            see `runtime.geometry.ImageView`.
     """
 
     image: Image
@@ -35,32 +35,37 @@ class Thumbnail:
 
 
 Images = Callable[[StoredRun, Sequence[int], int], Sequence["Thumbnail | None"]]
-"""(run, positions of questions, pixels of the longer side) -> their images; see `eval.run_images.thumbnails`."""
+"""Type of a function from (run, numbers of questions, longer side in pixels) to images; see
+`eval.run_images.thumbnails`.
+"""
 
 
 def unpack_layers(packed: str) -> bytes:
-    """How many layers each visual token of a sample leaves, from the field `kept.patches` of an answer; then 0."""
+    """Decode the field `kept.patches` of an answer: the number of layers that each visual token leaves.
+
+    Trailing zeros are not stored.
+    """
     return zlib.decompress(base64.b64decode(packed))
 
 
 def shown_first(runs: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Positions of questions, those first where scores differ between runs.
+    """Return the numbers of all questions, starting with those whose scores differ between runs.
 
     Args:
-        runs: with their `scores`, as in `questions.columns`.
+        runs: runs with their `scores`, as in `questions.columns`.
     """
     scores = list(zip(*(run["scores"] for run in runs), strict=True))
     return sorted(range(len(scores)), key=lambda i: len(set(scores[i])) == 1)
 
 
 def with_images(found: dict[str, Any], runs: Sequence[StoredRun], images: Images, count: int) -> None:
-    """Add the images of up to `count` questions to the columns of a benchmark, and what each run kept of them.
+    """Add the images of up to `count` questions, and the patches that each run keeps of them, to a benchmark's columns.
 
     Args:
-        found: see `questions.columns`; gets `images`, position of a question -> image, and its runs `patches` and
-            `layers`.
+        found: the columns, see `questions.columns`; this function adds `images` (number of a question -> image) and
+            `places`, and adds `patches` and `layers` to each of its runs.
         runs: the finished runs of the columns.
-        images: where images come from.
+        images: returns the images of questions.
         count: largest number of images.
 
     Raises:
@@ -98,7 +103,7 @@ def _box(box: tuple[float, float, float, float] | None) -> list[float] | None:
 
 
 def _jpeg(image: Image) -> str:
-    """A data URL."""
+    """Return a data URL of an image."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Runs that a figure shows together: whether they can be compared, and their names in it."""
+"""Runs in a common figure: check that they are comparable, order them, and name them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCHES = {
     "mmbench_cn": "MMBench-CN",
     "ocrbench": "OCRBench",
 }
-"""Benchmark -> its name in figures, in order."""
+"""Benchmark -> its name in figures, in the order of figures."""
 UNITS = {"perception": "points", "right of all rows": "count"}
 """Name of a figure that is not a percentage -> its unit."""
 SYMBOLS = {
@@ -29,14 +29,14 @@ SYMBOLS = {
 }
 """Hyper-parameter -> its symbol in AutoPrune's formulas, and its unit."""
 FIRST, LAST = ("autoprune", "autoprune-flash"), ("random", "uniform")
-"""Methods at the ends of a legend; the others stand between them by name."""
+"""Methods at the start and end of a legend; the others are in between, sorted by name."""
 
 
 def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
-    """The runs in the order of figures: by benchmark, method, budget and hyper-parameters; equal runs once.
+    """Return the runs sorted by benchmark, method, budget and hyper-parameters, without duplicates.
 
-    Runs are equal when benchmark, method, budget, hyper-parameters and figure are, e.g. the unpruned model beside every
-    run of a sweep.
+    Runs are duplicates if benchmark, method, budget, hyper-parameters and figure are equal. For example, the unpruned
+    model occurs with every run of a sweep.
 
     Raises:
         ValueError: for several models, runs on different numbers of questions of one benchmark, or two runs with the
@@ -74,7 +74,7 @@ def _place(run: StoredRun) -> tuple[Any, ...]:
 
 
 def order(value: Any) -> tuple[Any, ...]:
-    """Sorting key of hyper-parameters of several types: None, then numbers, then the others by their text."""
+    """Return a sorting key for hyper-parameters of mixed types: None, then numbers, then other values by their text."""
     if value is None:
         return (0, 0.0, "")
     if is_number(value):
@@ -83,12 +83,12 @@ def order(value: Any) -> tuple[Any, ...]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a hyper-parameter is a number (true and false are none)."""
+    """Return whether a hyper-parameter is a number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def by_bench(runs: Iterable[StoredRun]) -> dict[str, list[StoredRun]]:
-    """Benchmark -> its runs."""
+    """Group runs by benchmark."""
     out: dict[str, list[StoredRun]] = {}
     for r in runs:
         out.setdefault(r.bench, []).append(r)
@@ -96,7 +96,7 @@ def by_bench(runs: Iterable[StoredRun]) -> dict[str, list[StoredRun]]:
 
 
 def by_settings(runs: Iterable[StoredRun]) -> list[list[StoredRun]]:
-    """Runs that differ in hyper-parameters only, i.e. of one method and budget on one benchmark."""
+    """Group runs that differ only in hyper-parameters, i.e. runs of one method and budget on one benchmark."""
     out: dict[tuple[str, str, int | None], list[StoredRun]] = {}
     for r in runs:
         out.setdefault((r.bench, r.method, r.tokens), []).append(r)
@@ -104,16 +104,16 @@ def by_settings(runs: Iterable[StoredRun]) -> list[list[StoredRun]]:
 
 
 def varying(runs: Sequence[StoredRun]) -> list[str]:
-    """Hyper-parameters with more than one value among runs of one method and budget."""
+    """Return the hyper-parameters with more than one value among runs of one method and budget."""
     names = dict.fromkeys(n for r in runs for n in r.hyper)
     return [n for n in names if len({order(r.hyper.get(n)) for r in runs}) > 1]
 
 
 def names(runs: Iterable[StoredRun], tokens: bool) -> list[str]:
-    """Name of each run, e.g. "autoprune 64", with the hyper-parameters that tell it from others.
+    """Return the name of each run, e.g. "autoprune 64", with the hyper-parameters that distinguish it from other runs.
 
     Args:
-        runs: what is named.
+        runs: the runs.
         tokens: whether the budget is part of the name.
     """
     runs = list(runs)
@@ -131,35 +131,35 @@ def names(runs: Iterable[StoredRun], tokens: bool) -> list[str]:
 
 
 def titles(runs: Sequence[StoredRun]) -> list[str]:
-    """Title of a panel for each run: its benchmark and its name."""
+    """Return the title of a panel for each run: its benchmark and its name."""
     return [f"{bench_name(r.bench)}, {name}" for r, name in zip(runs, names(runs, tokens=True), strict=True)]
 
 
 def bench_name(bench: str) -> str:
-    """Name of a benchmark in figures."""
+    """Return the name of a benchmark in figures."""
     return BENCHES.get(bench, bench)
 
 
 def figure_axis(run: StoredRun) -> str:
-    """Label of the axis of a benchmark's figure, with its unit."""
+    """Return the axis label of a benchmark's figure, with its unit."""
     name = str(run.result.get("figure_name", "figure")).partition(" (")[0]
     unit = "%" if "accuracy" in name.lower() or "F1" in name else UNITS.get(name)
     return name if unit is None else f"{name} ({unit})"
 
 
 def hyper_axis(name: str) -> str:
-    """Label of the axis of a hyper-parameter, with its unit."""
+    """Return the axis label of a hyper-parameter, with its unit."""
     symbol, unit = SYMBOLS.get(name, (name, ""))
     return f"{symbol} ({unit})" if unit else symbol
 
 
 def setting(name: str, value: Any) -> str:
-    """A hyper-parameter and its value."""
+    """Return a hyper-parameter and its value as text."""
     return f"{SYMBOLS.get(name, (name,))[0]} = {text(value)}"
 
 
 def text(value: Any) -> str:
-    """Text of a hyper-parameter's value."""
+    """Return the value of a hyper-parameter as text."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

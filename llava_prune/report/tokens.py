@@ -1,4 +1,4 @@
-"""Figures of visual tokens: retention and survival over the layers, mutual information and slope."""
+"""Plots of visual tokens: retention and survival over the layers, mutual information and slope."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_QUESTIONS = 200
-"""Questions that are drawn; medians and percentiles are of all of them."""
+"""Largest number of questions that are drawn. Medians and percentiles are computed from all questions."""
 OUTER, MIDDLE = (5, 95), (25, 50, 75)
 """Percentiles of bands and lines, and of boxes."""
 BAND = "5th to 95th percentile"
@@ -25,7 +25,7 @@ DARK, LIGHT, OTHER = drawing.PALETTE[0], drawing.PALETTE[5], drawing.PALETTE[1]
 
 
 def _layers(axes: Axes, count: int) -> None:
-    """Whole numbers from 0, as the documents count layers."""
+    """Set up an axis of layers with whole numbers from 0, as in the documentation."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -38,16 +38,16 @@ def _layers(axes: Axes, count: int) -> None:
 
 @drawing.style()
 def draw_retention(runs: Sequence[StoredRun]) -> Figure:
-    """Visual tokens leaving each layer for each question, in runs where questions differ in them.
+    """Plot the visual tokens leaving each layer for each question, in runs whose questions keep different numbers.
 
-    There is a panel for each run: thin lines are questions, at most 200 at equal distances in the answer file. Median
-    and the band from the 5th to the 95th percentile are those of all questions with an image.
+    Each run has a panel. Thin lines are questions, at most 200 at equal distances in the answer file. The median and
+    the band from the 5th to the 95th percentile are those of all questions with an image.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
-        ValueError: where no run has counts that differ, for a missing or broken answer file, for too many runs, or when
+        ValueError: if no run has counts that differ, for a missing or broken answer file, for too many runs, or if
             matplotlib is not installed.
     """
     found = [(r, c) for r in runs if r.method != UNPRUNED and (np.diff(c := _leaving(r), axis=0) != 0).any()]
@@ -68,7 +68,7 @@ def draw_retention(runs: Sequence[StoredRun]) -> Figure:
         axes.plot(x, np.median(counts, axis=0), color=DARK, linewidth=1.4, zorder=3, label="median")
         axes.set_ylim(bottom=0)
         axes.set_title(title)
-        axes.text(0.04, 0.04, f"{questions} questions", transform=axes.transAxes)  # curves fall, the corner is free
+        axes.text(0.04, 0.04, f"{questions} questions", transform=axes.transAxes)  # falling curves leave it free
         axes.set_ylabel("visual tokens leaving a layer")
         _layers(axes, layers)
     drawing.legend(figure)
@@ -76,7 +76,7 @@ def draw_retention(runs: Sequence[StoredRun]) -> Figure:
 
 
 def _leaving(run: StoredRun) -> Any:
-    """(questions, layers), visual tokens leaving each layer, of questions with an image."""
+    """Return the visual tokens leaving each layer, (questions, layers), of questions with an image."""
     rows = run.answers()
     try:
         rows = [r for r in rows if r["kept"]["entering"][0]] or rows
@@ -90,15 +90,15 @@ def _leaving(run: StoredRun) -> Any:
 
 @drawing.style()
 def draw_survival(runs: Sequence[StoredRun]) -> Figure:
-    """Visual tokens entering each layer, mean over questions, in percent of the unpruned model's.
+    """Plot the visual tokens entering each layer, averaged over questions, in percent of the unpruned model's.
 
-    There is a panel for each benchmark, and a line for each run.
+    Each benchmark has a panel, and each run a line.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
-        ValueError: without a run of a pruning method, for too many runs, or when matplotlib is not installed.
+        ValueError: without a run of a pruning method, for too many runs, or if matplotlib is not installed.
     """
     if all(r.method == UNPRUNED for r in runs):
         raise ValueError(
@@ -119,7 +119,7 @@ def draw_survival(runs: Sequence[StoredRun]) -> Figure:
                 axes.plot(range(len(y)), y, color=drawing.UNPRUNED_COLOUR, linewidth=1, label=drawing.UNPRUNED_LABEL)
                 continue
             step = max(2, min(len(looks), len(y) // 3))
-            start = list(looks).index(name) % step  # lines that lie on each other show different markers
+            start = list(looks).index(name) % step  # shifts the markers, so that overlapping lines stay visible
             axes.plot(range(len(y)), y, markevery=(start, step), label=name, **looks[name])
             _layers(axes, len(y))
         axes.set_ylim(0, 104)
@@ -133,22 +133,22 @@ def draw_survival(runs: Sequence[StoredRun]) -> Figure:
 
 ALL, UNTYPED = "all", "no type"
 STATS = {"mi1": "mutual information $I$ (bit)", "slope": "slope $k$ (1 / layer)"}
-"""AutoPrune's statistics of a question, and the labels of their axes."""
+"""AutoPrune's statistics of a question -> labels of their axes."""
 
 
 @drawing.style()
 def draw_information(runs: Sequence[StoredRun]) -> Figure:
-    """Mutual information of question and image, and slope of the retention curve, by type of question.
+    """Plot the mutual information of question and image, and the slope of the retention curve, by type of question.
 
-    There is a row of two panels for each run of AutoPrune. Boxes are quartiles, lines reach from the 5th to the 95th
-    percentile. The types are those of scores.jsonl; without that file there is one box for all questions.
+    Each run of AutoPrune has a row of two panels. Boxes are quartiles, and lines reach from the 5th to the 95th
+    percentile. The types are those of scores.jsonl; without that file, one box shows all questions.
 
     Args:
         runs: finished runs, see `together.comparable`.
 
     Raises:
         ValueError: without a run of AutoPrune, for a missing or broken answer file, for scores of other questions, for
-            too many runs, or when matplotlib is not installed.
+            too many runs, or if matplotlib is not installed.
     """
     found = [(r, t) for r in runs if (t := _by_type(r))]
     if not found:
@@ -172,7 +172,7 @@ def draw_information(runs: Sequence[StoredRun]) -> Figure:
 
 
 def _by_type(run: StoredRun) -> dict[str, list[Mapping[str, float]]]:
-    """Type of question -> statistics of its questions; all questions first, then the types by name."""
+    """Return type of question -> statistics of its questions: all questions first, then the types sorted by name."""
     rows = run.answers()
     types: list[Any] = [None] * len(rows)
     if (run.folder / SCORES).is_file():
@@ -194,7 +194,10 @@ def _by_type(run: StoredRun) -> dict[str, list[Mapping[str, float]]]:
 
 
 def _boxes(axes: Axes, data: Sequence[Sequence[float]], colour: str) -> None:
-    """Horizontal boxes from the top down. `Axes.boxplot` spells their direction differently in each version."""
+    """Draw horizontal boxes from the top down.
+
+    They are drawn by hand, because the argument for the orientation of `Axes.boxplot` differs between versions.
+    """
     low, high = np.array([np.percentile(d, OUTER) for d in data]).T
     q1, median, q3 = np.array([np.percentile(d, MIDDLE) for d in data]).T
     y = np.arange(len(data))

@@ -1,4 +1,4 @@
-"""Tokenised questions about the training scenes and their packing into shared-prefix batches."""
+"""Tokenise questions about the training scenes, and pack them into batches that share a prefix."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ _STATE: dict[str, object] = {}
 
 @dataclass(frozen=True)
 class Item:
-    """One question: ids with and without the instruction line, answer ids with </s>, index of its type.
+    """One tokenised question.
 
-    ``alone`` marks a prompt without an image; its ids follow the system text directly.
+    Attributes:
+        full: ids with the instruction line.
+        short: ids without the instruction line.
+        answer: ids of the answer, ending in </s>.
+        kind: index of the question's type in ``TYPES``.
+        alone: whether the prompt has no image; its ids then directly follow the system text.
     """
 
     full: tuple[int, ...]
@@ -39,7 +44,7 @@ def _begin(folder: Path, numbers: tuple[int, int]) -> None:
 
 
 def _items(seed: int) -> list[Item]:
-    """The questions of one scene: GQA's kinds, then those of the other benchmarks."""
+    """Return the questions of one scene: GQA's kinds, then those of the other benchmarks."""
     model, rng = _STATE["model"], np.random.default_rng([20_17, seed])
     scene, (number, others) = sc.make_scene(seed), _STATE["numbers"]
     result = []
@@ -62,13 +67,16 @@ def _items(seed: int) -> list[Item]:
 
 
 def build(folder: Path, first: int, count: int, numbers: tuple[int, int], workers: int) -> list[list[Item]]:
-    """``numbers`` questions (GQA's, others) for each of ``count`` scenes."""
+    """Build ``numbers`` questions (GQA's, others) for each of ``count`` scenes."""
     with mp.get_context("fork").Pool(workers, _begin, (folder, numbers)) as pool:
         return pool.map(_items, range(first, first + count), chunksize=64)
 
 
 def load_or_build(folder: Path, path: Path, count: int, numbers: tuple[int, int], workers: int) -> list[list[Item]]:
-    """:func:`build` for scenes 0 to ``count`` - 1, kept in ``path`` for a resumed run and for the other processes."""
+    """Load :func:`build`'s result for scenes 0 to ``count`` - 1 from ``path``, building it if the file does not exist.
+
+    The file serves resumed runs and the other processes.
+    """
     if not path.exists():
         bank = build(folder, 0, count, numbers, workers)
         path.write_bytes(pickle.dumps([[(i.full, i.short, i.answer, i.kind, i.alone) for i in b] for b in bank]))
@@ -77,10 +85,15 @@ def load_or_build(folder: Path, path: Path, count: int, numbers: tuple[int, int]
 
 @dataclass
 class Packed:
-    """A batch of text blocks: ids, positions in the block, block numbers (-1 pads), labels, types; all (B, L).
+    """A batch of text blocks; every tensor is (B, L).
 
-    A question's type stands where the last token of its answer is predicted, -1 elsewhere; ``alone`` (B, L) marks
-    the blocks that see no image.
+    Attributes:
+        ids: token ids.
+        positions: positions within the block.
+        blocks: block numbers; -1 for padding.
+        labels: labels; -100 where there is none.
+        kinds: type of the question at the position that predicts the last token of its answer; -1 elsewhere.
+        alone: whether the block sees no image.
     """
 
     ids: torch.Tensor
@@ -96,7 +109,13 @@ def pack(
 ) -> Packed:
     """Fill ``budget`` text positions per scene with question blocks.
 
-    ``full`` is the share of blocks with the instruction line, ``weights`` the relative frequency of the types.
+    Args:
+        bank: questions of every scene.
+        index: scenes of the batch.
+        budget: number of text positions.
+        rng: random generator.
+        full: share of blocks with the instruction line.
+        weights: relative frequency of the types.
     """
     shape = (len(index), budget)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -124,9 +143,10 @@ def pack(
 
 
 def attention_bias(prefix: int, system: int, batch: Packed) -> torch.Tensor:
-    """(B, 1, L, prefix + L) additive mask of the text rows: every block sees the prefix and, causally, itself.
+    """Return the (B, 1, L, prefix + L) additive mask of the text rows.
 
-    Blocks without an image see the first ``system`` columns of the prefix only.
+    A block attends to the prefix and causally to itself. Blocks without an image attend only to the first ``system``
+    columns of the prefix.
     """
     blocks = batch.blocks
     b, length = blocks.shape

@@ -1,4 +1,4 @@
-"""Arrays the tower is trained on: patchified scenes, instance maps and tables of things."""
+"""Training data of the tower: patchified scenes, instance maps and tables of things."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PRESENCE = PAIRS + len(sc.MARKS) - 1
 
 
 def patchify(pixels: np.ndarray) -> np.ndarray:
-    """(168, 168, 3) to (24, 24, 147), each patch flattened channel first as a convolution kernel is."""
+    """Reshape (168, 168, 3) to (24, 24, 147); each patch is flattened channel first, like a convolution kernel."""
     g, p = sc.GRID, sc.PATCH
     return pixels.reshape(g, p, g, p, 3).transpose(0, 2, 4, 1, 3).reshape(g, g, 3 * p * p)
 
 
 def pixels_of(scene: sc.Scene) -> np.ndarray:
-    """A scene's preprocessed training image: random native scale, two thirds through JPEG."""
+    """Return a scene's preprocessed training image, at a random scale and two times in three with JPEG artefacts."""
     rng = np.random.default_rng([20_13, scene.seed])
     image = sc.render(scene, (1.0, 1.0, 1.5)[rng.integers(3)])
     if rng.random() < 0.67:
@@ -39,7 +39,10 @@ def pixels_of(scene: sc.Scene) -> np.ndarray:
 
 
 def table(scene: sc.Scene) -> np.ndarray:
-    """(8, 6) float32 rows: shape, colour, size, mark indices and centre in the padded square in [-1, 1]."""
+    """Return (8, 6) float32 rows: shape, colour, size and mark indices, and the centre in the padded square.
+
+    Coordinates are in [-1, 1].
+    """
     rows = np.full((MAX_THINGS, 6), -1, np.float32)
     ox, oy = scene.offset()
     for i, t in enumerate(scene.things):
@@ -56,7 +59,14 @@ def _one(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass
 class SceneData:
-    """Patches (N, 24, 24, 147) uint8, instance maps (N, 24, 24) uint8, tables (N, 8, 6) float32, first seed."""
+    """The data of consecutive scenes.
+
+    Attributes:
+        patches: (N, 24, 24, 147) uint8.
+        instances: (N, 24, 24) uint8 instance maps.
+        tables: (N, 8, 6) float32 tables of things.
+        first: seed of the first scene.
+    """
 
     patches: np.ndarray
     instances: np.ndarray
@@ -64,7 +74,7 @@ class SceneData:
     first: int
 
     def __len__(self) -> int:
-        """Number of scenes."""
+        """Return the number of scenes."""
         return len(self.patches)
 
 
@@ -84,7 +94,7 @@ def generate(first: int, count: int, workers: int) -> SceneData:
 
 
 def load_or_generate(folder: Path, first: int, count: int, workers: int) -> SceneData:
-    """:func:`generate`, kept in ``folder`` so that a resumed run does not render again."""
+    """Load :func:`generate`'s result from ``folder``, generating it if it does not exist, e.g. for a resumed run."""
     names = {key: folder / f"{key}_{first}_{count}.npy" for key in ("patches", "instances", "tables")}
     if all(path.exists() for path in names.values()):
         return SceneData(**{key: np.load(path, mmap_mode="r") for key, path in names.items()}, first=first)
@@ -96,7 +106,7 @@ def load_or_generate(folder: Path, first: int, count: int, workers: int) -> Scen
 
 
 def normalise(patches: torch.Tensor) -> torch.Tensor:
-    """CLIP normalisation of uint8 patches (..., 147), channel first within a patch."""
+    """Apply CLIP's normalisation to uint8 patches (..., 147), channel first within a patch."""
     repeat = sc.PATCH**2
     mean = torch.tensor(MEAN, device=patches.device).repeat_interleave(repeat)
     std = torch.tensor(STD, device=patches.device).repeat_interleave(repeat)
@@ -104,9 +114,10 @@ def normalise(patches: torch.Tensor) -> torch.Tensor:
 
 
 def windows(data: SceneData, index: np.ndarray, size: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Random ``size`` x ``size`` patch windows of the scenes ``index`` with their labels.
+    """Cut random ``size`` x ``size`` patch windows from the scenes ``index``, with their labels.
 
-    Things less than 60 % inside the window get label -100 on their patches and do not count as present.
+    The patches of a thing that is less than 60 % inside the window have label -100, and the thing does not count as
+    present.
     """
     n, span = len(index), np.arange(size)
     top, left = rng.integers(0, sc.GRID - size + 1, (2, n))
@@ -131,7 +142,7 @@ def windows(data: SceneData, index: np.ndarray, size: int, rng: np.random.Genera
 def _labels(
     data: SceneData, index: np.ndarray, inst: np.ndarray, ids: np.ndarray, seen: np.ndarray
 ) -> dict[str, torch.Tensor]:
-    """Dense and presence labels of windows (see :func:`windows`)."""
+    """Return dense and presence labels of windows (see :func:`windows`)."""
     n, ones = len(index), np.arange(len(index))[:, None]
     rows = data.tables[index]
     padded = np.concatenate([np.full((n, 1, 6), -1, np.float32), rows], 1)

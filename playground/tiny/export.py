@@ -1,4 +1,4 @@
-"""Write the trained parts as a LLaVA checkpoint folder (haotian-liu/LLaVA's format)."""
+"""Write the trained networks as a LLaVA checkpoint folder (haotian-liu/LLaVA's format)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> N
 
 
 def tower_config(tower: Tower, dtype: str) -> dict:
-    """``clip/config.json``."""
+    """Return the content of ``clip/config.json``."""
     width = tower.patch.out_features
     return {
         "architectures": ["CLIPVisionModel"],
@@ -47,7 +47,7 @@ def tower_config(tower: Tower, dtype: str) -> dict:
 
 
 def processor_config() -> dict:
-    """``clip/preprocessor_config.json``: OpenAI CLIP's settings at this tower's resolution."""
+    """Return the content of ``clip/preprocessor_config.json``: OpenAI CLIP's settings at this tower's resolution."""
     return {
         "crop_size": {"height": sc.SIDE, "width": sc.SIDE},
         "do_center_crop": True,
@@ -65,7 +65,7 @@ def processor_config() -> dict:
 
 
 def llava_config(llama: Llama, dtype: str) -> dict:
-    """``config.json``."""
+    """Return the content of ``config.json``."""
     vocab, width = llama.embed_tokens.weight.shape
     layer = llama.layers[0]
     return {
@@ -109,7 +109,7 @@ def llava_config(llama: Llama, dtype: str) -> dict:
 
 
 def tower_tensors(tower: Tower) -> dict[str, torch.Tensor]:
-    """Parameters under transformers' ``CLIPVisionModel`` names."""
+    """Return the tower's parameters under the names of transformers' ``CLIPVisionModel``."""
     prefix, p = "vision_model.", sc.PATCH
     names = {}
     for key, value in tower.state_dict().items():
@@ -125,12 +125,12 @@ def tower_tensors(tower: Tower) -> dict[str, torch.Tensor]:
 
 
 def llama_tensors(llama: Llama) -> dict[str, torch.Tensor]:
-    """Parameters under LLaVA's names."""
+    """Return the decoder's parameters under LLaVA's names."""
     return {k if k.startswith("lm_head") else f"model.{k}": v for k, v in llama.state_dict().items()}
 
 
 def export(folder: Path, tower: Tower, llama: Llama, dtype: str = "float32", tower_dtype: str = "float32") -> None:
-    """Write both networks and their configurations into ``folder`` (the tokenizer is written by its own module)."""
+    """Write both networks and their configs into ``folder``; :mod:`playground.tiny.tokenizer` writes the tokenizer."""
     clip = folder / "clip"
     clip.mkdir(parents=True, exist_ok=True)
     _write(clip / "config.json", tower_config(tower, tower_dtype))

@@ -1,4 +1,4 @@
-"""Stages 2 to 5: projector alignment, a shallow decoder and its deepening, on features of the frozen tower."""
+"""Training stages 2 to 5 on features of the frozen tower: projector alignment, a shallow decoder, and its deepening."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from playground.tiny.nouns import Nouns, Words
 
 @dataclass
 class Material:
-    """What the language stages draw from."""
+    """Inputs of the language stages."""
 
     data: SceneData
     bank: list[list[Item]]
@@ -37,9 +37,9 @@ class Material:
 
 @torch.no_grad()
 def cache_features(tower: Tower, data: SceneData, count: int, device: str, path: Path, batch: int = 32) -> np.ndarray:
-    """(count, 576, D) float16 patch features of the frozen tower, computed once and memory-mapped from ``path``.
+    """Compute (count, 576, D) float16 patch features of the frozen tower once, and memory-map them from ``path``.
 
-    Every process fills its own part of the file.
+    Every process computes a part of the file.
     """
     shape = (count, sc.GRID**2, tower.patch.out_features)
     part = path.with_suffix(".part")
@@ -62,14 +62,14 @@ def cache_features(tower: Tower, data: SceneData, count: int, device: str, path:
 
 
 def pick(mat: Material, scenes: np.ndarray, chosen: torch.Tensor) -> torch.Tensor:
-    """Cached features of the chosen patches, float32, on the training device."""
+    """Return cached features of the chosen patches as float32 on the training device."""
     return torch.from_numpy(mat.features[scenes[:, None], chosen.numpy()]).float().to(mat.device)
 
 
 def choose_tokens(
     data: SceneData, index: np.ndarray, keep: int, rng: np.random.Generator, things: bool
 ) -> torch.Tensor:
-    """(B, keep) sorted patch indices: random ones, or with ``things`` those on objects first."""
+    """Return (B, keep) sorted patch indices: random ones or, with ``things``, preferably those on objects."""
     keys = rng.random((len(index), sc.GRID**2))
     if things:
         keys = keys + 2.0 * (data.instances[index].reshape(len(index), -1) > 0)
@@ -77,17 +77,17 @@ def choose_tokens(
 
 
 def shown(mat: Material, scenes: np.ndarray, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of chosen patches: number of the thing there (B, K), 0 for none, and its row of the table (B, K, 6)."""
+    """Return the number of the thing at chosen patches (B, K), 0 for none, and its row of the table (B, K, 6)."""
     inst = torch.from_numpy(mat.data.instances[scenes].astype(np.int64)).flatten(1).gather(1, chosen)
     rows = torch.cat([torch.full((len(scenes), 1, 6), -1.0), torch.from_numpy(mat.data.tables[scenes])], 1)
     return inst, rows.gather(1, inst[..., None].expand(-1, -1, 6))
 
 
 def place_loss(llama: Llama, visual: torch.Tensor, mat: Material, scenes: np.ndarray, chosen: torch.Tensor):
-    """How far projected patches are from saying where their thing is.
+    """Return the loss that teaches projected patches to express the position of their thing.
 
-    Likeness to "right" less likeness to "left" should grow with the thing's centre from left to right, likewise for
-    "below" and "above": an answer about places then is a copy, as one about colours is.
+    The similarity to "right" minus that to "left" should grow with the thing's centre from left to right, and likewise
+    for "below" and "above". An answer about places can then be copied from the patch, as an answer about colours can.
     """
     width = llama.lm_head.in_features
     inst, mine = shown(mat, scenes, chosen)
@@ -98,7 +98,7 @@ def place_loss(llama: Llama, visual: torch.Tensor, mat: Material, scenes: np.nda
 
 
 def align_projector(llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int) -> None:
-    """Stage 2: bring projected patches near the embeddings of the words for what they show (and keep their place)."""
+    """Run stage 2: align projected patches with the embeddings of the words for their content, and keep positions."""
     width = llama.lm_head.in_features
     places = nn.Linear(width, 5)
     model = nn.ModuleDict({"llama": llama, "places": places}).to(mat.device)
@@ -143,14 +143,14 @@ def answer_loss(
     cfg: dict[str, Any],
     nouns: Nouns | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross entropy of answers and end tokens of packed questions, with accuracy by type."""
+    """Return the cross entropy of answers and end tokens of packed questions, and the accuracy by type."""
     weights = np.array([cfg.get("weights", {}).get(t, 1.0) for t in TYPES])
     batch = pack(mat.bank, index, cfg["budget"], rng, cfg["full"], weights)
     device = mat.device
     start = llama.embed_tokens(torch.tensor(mat.prefix, device=device)).expand(len(index), -1, -1)
     embeds = torch.cat([start, llama.mm_projector(visual), llama.embed_tokens(batch.ids.to(device))], 1)
     prefix = len(mat.prefix) + visual.shape[1]
-    system = len(mat.prefix) - 1  # a prompt without an image lacks the space before it
+    system = len(mat.prefix) - 1  # a prompt without an image lacks the space before the image
     begin = torch.where(batch.alone, system, prefix)
     positions = torch.cat([torch.arange(prefix).expand(len(index), -1), batch.positions + begin], 1).to(device)
     hidden, states = llama(embeds, positions, attention_bias(prefix, system, batch).to(device))
@@ -175,14 +175,14 @@ def answer_loss(
 
 
 def between(ends: list[float], part: float) -> float:
-    """The value a part of the way from the first of two numbers to the last."""
+    """Interpolate linearly between two numbers; ``part`` is 0 for the first and 1 for the second."""
     return ends[0] + (ends[1] - ends[0]) * part
 
 
 def train_decoder(
     name: str, llama: Llama, cfg: dict[str, Any], mat: Material, folder: Path, seed: int, nouns: Nouns | None = None
 ) -> None:
-    """Stages 3 to 5: the decoder on cached features and few visual tokens."""
+    """Run one of stages 3 to 5: train the decoder on cached features and few visual tokens."""
 
     def step(index: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         scenes = rng.integers(0, len(mat.features), share(cfg["batch"]))
@@ -201,7 +201,7 @@ def train_decoder(
 
 
 def word_ids(folder: Path) -> dict[str, list[int]]:
-    """Token of every shape, colour, size and mark word (with its leading space)."""
+    """Return the token of every shape, colour, size and mark word (with its leading space)."""
     model = tk.load(folder)
     lists = {"shape": sc.SHAPES, "colour": sc.COLOUR_NAMES, "size": sc.SIZES, "mark": sc.MARKS[1:]}
     return {key: [model.encode(word)[-1] for word in words] for key, words in lists.items()}

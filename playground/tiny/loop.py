@@ -1,4 +1,4 @@
-"""One seeded, resumable optimisation loop shared by all stages."""
+"""The seeded, resumable optimisation loop of all training stages."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Step = Callable[[int, np.random.Generator], tuple[torch.Tensor, dict[str, float]
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and the number of processes (0 and 1 without ``torchrun``)."""
+    """Return this process's rank and the number of processes (0 and 1 without ``torchrun``)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def wait() -> None:
-    """Let the other processes catch up."""
+    """Wait for all other processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def share(batch: int) -> int:
-    """This process's part of a global batch."""
+    """Return this process's share of a global batch."""
     return max(1, batch // ranks()[1])
 
 
 def average_gradients(modules: nn.Module) -> None:
-    """Mean of the gradients over all processes."""
+    """Average the gradients over all processes."""
     world = ranks()[1]
     if world > 1:
         grads = [p.grad for p in modules.parameters() if p.grad is not None]
@@ -50,9 +50,9 @@ def average_gradients(modules: nn.Module) -> None:
 
 
 def deepspeed_engine(modules: nn.Module, opt: torch.optim.Optimizer) -> Any:
-    """DeepSpeed's engine where several GPUs share the batches and it is installed; None otherwise.
+    """Return DeepSpeed's engine if several GPUs share the batches and it is installed; None otherwise.
 
-    Stage 0: every process keeps the whole optimiser, so checkpoints are the same with and without it.
+    With stage 0 every process keeps the whole optimiser, so checkpoints are the same with and without DeepSpeed.
     """
     if ranks()[1] == 1 or not torch.cuda.is_available() or importlib.util.find_spec("deepspeed") is None:
         return None
@@ -68,7 +68,7 @@ def deepspeed_engine(modules: nn.Module, opt: torch.optim.Optimizer) -> Any:
 
 
 def update(modules: nn.Module, opt: torch.optim.Optimizer, loss: torch.Tensor, engine: Any) -> None:
-    """One step with gradients averaged over all processes and clipped to norm 1."""
+    """Take one optimiser step with gradients averaged over all processes and clipped to norm 1."""
     if engine is not None:
         engine.backward(loss)
         engine.step()
@@ -81,13 +81,13 @@ def update(modules: nn.Module, opt: torch.optim.Optimizer, loss: torch.Tensor, e
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then cosine to 3 % of the peak."""
+    """Return the learning rate: linear warm-up, then a cosine schedule down to 3 % of the peak."""
     ramp = min(1.0, (step + 1) / max(1, warmup))
     return peak * ramp * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
 def optimiser(modules: nn.Module, peak: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     matrices = [p for p in modules.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in modules.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
@@ -95,17 +95,17 @@ def optimiser(modules: nn.Module, peak: float) -> torch.optim.AdamW:
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that an interruption never leaves half a file."""
+    """Write a checkpoint atomically, so that an interruption never leaves half a file."""
     temporary = path.with_suffix(".part")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def run_stage(name: str, modules: nn.Module, step_fn: Step, cfg: dict[str, Any], folder: Path, seed: int) -> None:
-    """Optimise ``modules`` for ``cfg['steps']`` steps; continues from ``folder/name.pt`` when that exists.
+    """Optimise ``modules`` for ``cfg['steps']`` steps, resuming from ``folder/name.pt`` if that exists.
 
-    Every step draws from a generator seeded by (seed, stage, step, rank), so a resumed run sees the batches the
-    uninterrupted one would have seen.  Under ``torchrun`` every process takes its share of each batch.
+    Every step draws from a generator seeded by (seed, stage, step, rank), so a resumed run sees the same batches as an
+    uninterrupted one. Under ``torchrun`` every process takes its share of each batch.
     """
     path, steps = folder / f"{name}.pt", int(cfg["steps"])
     opt = optimiser(modules, cfg["lr"])

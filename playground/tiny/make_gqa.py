@@ -19,13 +19,16 @@ GROUPS = {"colorQuery": "color", "shapeQuery": "shape", "wordQuery": "word", "nu
 
 
 def _kind(question: qs.Question) -> str:
-    """The generator's name behind a detailed type."""
+    """Return the name of the generator of a question from its detailed type."""
     names = {"wordQuery": "markQuery", "numberQuery": "markQuery", "existAnd": "logical", "existOr": "logical"}
     return names.get(question.detailed, question.detailed)
 
 
 def select(scenes: list[sc.Scene], per_scene: int) -> list[tuple[int, qs.Question]]:
-    """``per_scene`` questions for every scene, types in the generators' proportions, answers levelled within a type."""
+    """Select ``per_scene`` questions for every scene, with balanced types and answers.
+
+    The types have the generators' proportions, and the answers within a type are about equally frequent.
+    """
     total = len(scenes) * per_scene
     weight = {name: w for name, (_, w) in qs.GENERATORS.items()}
     target = {name: total * w / sum(weight.values()) for name, w in weight.items()}
@@ -45,7 +48,7 @@ def select(scenes: list[sc.Scene], per_scene: int) -> list[tuple[int, qs.Questio
 
 
 def annotation(question: qs.Question, scene: sc.Scene, identity: str, image: str) -> dict:
-    """One entry of ``testdev_balanced_questions.json``."""
+    """Return one entry of ``testdev_balanced_questions.json``."""
     steps = [{"operation": op, "dependencies": list(deps), "argument": arg} for op, arg, deps in question.program]
     text = "->".join(
         f"{s['operation']}: {s['argument']}" + (f" {s['dependencies']}" if s["dependencies"] else "") for s in steps
@@ -81,7 +84,7 @@ def annotation(question: qs.Question, scene: sc.Scene, identity: str, image: str
 
 
 def write(out: Path, scenes: int = 100, per_scene: int = 4) -> None:
-    """Generate images, question lines and annotations."""
+    """Write images, question lines and annotations."""
     images = out / "data" / "images"
     images.mkdir(parents=True, exist_ok=True)
     made = [sc.make_scene(HELD_OUT_SEED + i) for i in range(scenes)]
@@ -100,7 +103,7 @@ def write(out: Path, scenes: int = 100, per_scene: int = 4) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("playground/data/mini/gqa"))
     parser.add_argument("--scenes", type=int, default=100)

@@ -39,7 +39,11 @@ def _rng(seed: int, salt: int = 0) -> np.random.Generator:
 
 
 def choose(bench: str, count: int, maker: su.Maker, salt: int = 0, tries: int = 12) -> list[Made]:
-    """One question for each of ``count`` scenes, answers levelled within their kind; (scene number, scene, case)."""
+    """Choose one question for each of ``count`` scenes, with answers balanced within each kind of question.
+
+    Returns:
+        (scene number, scene, case) of each question.
+    """
     have: Counter[tuple[str, str]] = Counter()
     kinds: Counter[str] = Counter()
     chosen: list[Made] = []
@@ -57,7 +61,7 @@ def choose(bench: str, count: int, maker: su.Maker, salt: int = 0, tries: int = 
 
 
 def save_image(scene: sc.Scene, path: Path) -> None:
-    """Save a scene; a third of the JPEG files are half as large again."""
+    """Save a scene; a third of the JPEG files are 1.5 times as large."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         sc.render(scene).save(path, optimize=True)
@@ -80,7 +84,7 @@ def _question(identity: Any, image: str, text: str, category: str = "default") -
 
 
 def _ten(answer: str, other: str, rng: np.random.Generator) -> list[str]:
-    """Ten annotators; up to three of them say something else."""
+    """Return the answers of ten annotators, of whom up to three give another answer."""
     odd = int(rng.integers(0, 4))
     said = [other] * odd + [answer] * (10 - odd)
     return [said[int(i)] for i in rng.permutation(10)]
@@ -88,7 +92,11 @@ def _ten(answer: str, other: str, rng: np.random.Generator) -> list[str]:
 
 # POPE --------------------------------------------------------------------------------------------------------------
 def pope_case(split: str, flag: bool, scene: sc.Scene, rng: np.random.Generator) -> Case:
-    """Is there a red circle in the image?  What is absent: anything, common pairs, or pairs half of which is there."""
+    """Return a question such as "Is there a red circle in the image?".
+
+    An absent object is any pair of colour and shape, a pair with a common shape ("popular"), or a pair whose shape
+    occurs in the scene ("adversarial").
+    """
     names = {t.name for t in scene.things}
     absent = [f"{c} {s}" for c in sc.COLOUR_NAMES for s in sc.SHAPES if f"{c} {s}" not in names]
     if split == "popular":  # signs and cards are the most frequent things
@@ -103,7 +111,7 @@ def pope_case(split: str, flag: bool, scene: sc.Scene, rng: np.random.Generator)
 
 
 def pope(out: Path, scenes: int = 20, each: int = 6) -> None:
-    """Three splits of scenes x each questions on the same images, yes and no in turn."""
+    """Write three splits of ``scenes`` x ``each`` questions about the same images, alternating between yes and no."""
     starts, rows = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}, []
     for salt, (split, start) in enumerate(starts.items()):
         labels = []
@@ -127,7 +135,7 @@ def pope(out: Path, scenes: int = 20, each: int = 6) -> None:
 
 # MME ---------------------------------------------------------------------------------------------------------------
 def mme(out: Path, pairs: int = 20) -> None:
-    """Eight tasks, every image with one question answered yes and one answered no."""
+    """Write eight tasks; every image has one question answered yes and one answered no."""
     release, rows = out / "MME_Benchmark_release_version", []
     for salt, maker in enumerate(su.MME):
         number, made = salt * 1000, 0
@@ -156,7 +164,7 @@ COLUMNS = (
 
 
 def mmbench(out: Path, chinese: bool = False, count: int = 60) -> None:
-    """The table with base64 images; rotations of the options are rows of their own, a million apart."""
+    """Write the table with base64 images; rotations of options are separate rows, with indices a million apart."""
     bench = "mmbench_cn" if chinese else "mmbench"
     name = "mmbench_dev_cn_20231003.tsv" if chinese else "mmbench_dev_20230712.tsv"
     base, turned = [], []
@@ -184,7 +192,7 @@ def mmbench(out: Path, chinese: bool = False, count: int = 60) -> None:
 
 # ScienceQA ---------------------------------------------------------------------------------------------------------
 def sqa(out: Path, images: int = 100, texts: int = 60) -> None:
-    """Questions with an image and without one, in turn."""
+    """Write questions with and without an image in random order."""
     made = choose("sqa", images, partial(su.choice, most=4)) + choose("sqa", texts, su.science_text, salt=9)
     order = np.random.default_rng(20_19).permutation(len(made))
     rows, problems = [], {}
@@ -216,7 +224,7 @@ def sqa(out: Path, images: int = 100, texts: int = 60) -> None:
 
 # printed text ------------------------------------------------------------------------------------------------------
 def textvqa(out: Path, count: int = 200) -> None:
-    """Question lines with reference tokens, ten annotators."""
+    """Write question lines with reference tokens, and ten annotators."""
     rows, data = [], []
     for number, scene, case in choose("textvqa", count, su.textvqa):
         image, rng = f"{0xF000_0000_0000_0000 + number:016x}", _rng(scene.seed, 7)
@@ -230,7 +238,7 @@ def textvqa(out: Path, count: int = 200) -> None:
 
 
 def ocrbench(out: Path, count: int = 200) -> None:
-    """OCRBench's list; answers as a text or as a list of texts."""
+    """Write OCRBench's list; answers are a text or a list of texts."""
     rows = []
     for number, scene, case in choose("ocrbench", count, su.ocrbench):
         image = f"generated/test/{number}.jpg"
@@ -243,7 +251,7 @@ def ocrbench(out: Path, count: int = 200) -> None:
 
 # VQAv2 -------------------------------------------------------------------------------------------------------------
 def vqav2(out: Path, scenes: int = 100, each: int = 3) -> None:
-    """Questions of GQA's kinds with ten annotators; half as many ids again in the list of the upload."""
+    """Write questions of GQA's kinds with ten annotators; the upload list has half as many additional ids."""
     rows, notes, have = [], [], Counter()
     for n in range(1, scenes + 1):
         scene = sc.make_scene(FIRST["vqav2"] + n)
@@ -289,7 +297,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("playground/data/mini"))
     parser.add_argument("--only", choices=WRITERS, nargs="+", default=list(WRITERS))

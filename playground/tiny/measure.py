@@ -62,7 +62,7 @@ class Evaluated:
 
     @torch.no_grad()
     def see(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected visual tokens (N, D) and the CLS attention of the feature layer (N,), averaged over heads."""
+        """Return projected visual tokens (N, D) and the feature layer's CLS attention (N,), averaged over heads."""
         pixels = torch.from_numpy(preprocess(image, self.side).copy()).permute(2, 0, 1).float() / 255
         pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
         out = self.tower(pixels[None], output_hidden_states=True, output_attentions=True)
@@ -71,7 +71,7 @@ class Evaluated:
 
     @torch.no_grad()
     def answer(self, visual: torch.Tensor, text: str, limit: int = 8) -> str:
-        """Greedy answer to one user text about the given visual tokens."""
+        """Return the greedy answer to one user text about the given visual tokens."""
         ids = tk.encode_prompt(self.tokens, tk.prompt(text))
         at = ids.index(tk.IMAGE)
         embed = self.llm.get_input_embeddings()
@@ -88,7 +88,7 @@ class Evaluated:
 
 
 def subset(mode: str, scores: torch.Tensor, seed: int) -> torch.Tensor:
-    """Sorted indices of the kept visual tokens for ``full``, ``random:K`` or ``cls:K``."""
+    """Return the sorted indices of the kept visual tokens for ``full``, ``random:K`` or ``cls:K``."""
     if mode == "full":
         return torch.arange(len(scores))
     name, keep = mode.split(":")
@@ -99,12 +99,12 @@ def subset(mode: str, scores: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def normal(text: str) -> str:
-    """GQA's normalisation of a prediction."""
+    """Normalise a prediction as GQA does."""
     return text.rstrip(".").lower()
 
 
 def measure(model: Evaluated, data: Path, modes: list[str], limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Percent correct per mode, overall and by structural, detailed and image type."""
+    """Return the percentage of correct answers per mode, overall and by structural and detailed type."""
     notes = json.loads((data / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8"))
     lines = (data / "llava_gqa_testdev_balanced.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     hits: dict[str, dict[str, list[float]]] = {m: defaultdict(list) for m in modes}
@@ -122,7 +122,7 @@ def measure(model: Evaluated, data: Path, modes: list[str], limit: int | None = 
 
 
 def chance(data: Path) -> dict[str, float]:
-    """Percent correct of the best constant answer per detailed type and per structural type."""
+    """Return the percentage correct of the best constant answer per detailed type and per structural type."""
     notes = json.loads((data / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8"))
     result = {}
     for level in ("detailed", "structural"):
@@ -134,7 +134,7 @@ def chance(data: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("playground/models/llava-tiny"))
     parser.add_argument("--data", type=Path, default=Path("playground/data/mini/gqa"))

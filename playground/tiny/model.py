@@ -1,6 +1,6 @@
-"""Plain torch versions of the two networks, with the parameter names the checkpoint format asks for.
+"""Plain torch versions of the two networks, with the parameter names of the checkpoint format.
 
-They exist for training speed (fused projections, packed question blocks); evaluation loads the exported files into
+They exist for training speed (fused projections, packed question blocks). Evaluation loads the exported files into
 transformers' own ``CLIPVisionModel`` and ``LlamaForCausalLM``.
 """
 
@@ -23,12 +23,12 @@ OFFSETS = (
 
 
 def frequencies(count: int) -> torch.Tensor:
-    """Angular frequencies of the position table in radians per patch, fastest first."""
+    """Return the angular frequencies of the position table in radians per patch, highest first."""
     return 1.5 * (0.06 / 1.5) ** (torch.arange(count) / (count - 1))
 
 
 def sincos_positions(width: int, grid: int = sc.GRID) -> torch.Tensor:
-    """(grid * grid, width) start of the position embeddings: sines and cosines of row and column in the first half."""
+    """Return initial position embeddings (grid * grid, width): sines and cosines of row and column, then zeros."""
     angle = torch.arange(grid)[:, None] * frequencies(width // 8)
     wave = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
     rows, cols = wave[:, None].expand(grid, grid, -1), wave[None].expand(grid, grid, -1)
@@ -38,9 +38,9 @@ def sincos_positions(width: int, grid: int = sc.GRID) -> torch.Tensor:
 
 @torch.no_grad()
 def look_beside(attention: ClipAttention, offsets: tuple[tuple[float, float], ...], sharpness: float = 1.25) -> None:
-    """Initialise every head to attend around a fixed offset (rows, columns), which the position table makes linear.
+    """Initialise every head to attend around a fixed offset (rows, columns), a linear function of the position table.
 
-    A vision transformer trained from little data otherwise spends most of it on finding its neighbours.
+    A vision transformer trained on little data otherwise uses most of it to learn where its neighbours are.
     """
     width = attention.q_proj.in_features
     size = width // attention.heads
@@ -60,7 +60,7 @@ def look_beside(attention: ClipAttention, offsets: tuple[tuple[float, float], ..
 
 
 class ClipAttention(nn.Module):
-    """CLIP self attention; ``want`` also returns the CLS row's probabilities averaged over heads."""
+    """CLIP self-attention. With ``want``, it also returns the CLS row's probabilities averaged over heads."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -69,7 +69,7 @@ class ClipAttention(nn.Module):
             setattr(self, name, nn.Linear(width, width))
 
     def forward(self, x: torch.Tensor, want: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) to the same shape, and optionally (B, T) CLS attention."""
+        """Map (B, T, D) to the same shape; optionally also return the (B, T) CLS attention."""
         b, t, d = x.shape
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
@@ -92,7 +92,7 @@ class ClipLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x: torch.Tensor, want: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One block."""
+        """Run one block."""
         out, cls = self.self_attn(self.layer_norm1(x), want)
         x = x + out
         hidden = self.mlp["fc1"](self.layer_norm2(x))
@@ -100,7 +100,7 @@ class ClipLayer(nn.Module):
 
 
 class Tower(nn.Module):
-    """CLIP vision transformer over already cut patches."""
+    """CLIP vision transformer on patchified images."""
 
     def __init__(self, width: int = 128, heads: int = 4, layers: int = 5):
         super().__init__()
@@ -123,7 +123,7 @@ class Tower(nn.Module):
     def forward(
         self, patches: torch.Tensor, ids: torch.Tensor | None = None, last: bool = True, want: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Features (B, 1 + P, D) of the layer before the last, the last layer's output and the CLS attention."""
+        """Return features (B, 1 + P, D) of the layer before the last, the last layer's output and the CLS attention."""
         if ids is None:
             ids = torch.arange(sc.GRID**2, device=patches.device).expand(len(patches), -1)
         x = self.patch(normalise(patches)) + self.position_embedding[ids + 1]
@@ -136,7 +136,7 @@ class Tower(nn.Module):
 
 
 class TowerHeads(nn.Module):
-    """Linear read-outs that supervise the tower; they are not part of the checkpoint."""
+    """Linear probes that supervise the tower; they are not part of the checkpoint."""
 
     SIZES = {"shape": len(sc.SHAPES) + 1, "colour": len(sc.COLOURS) + 1, "size": 3, "mark": len(sc.MARKS)}
 
@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Llama block with fused projections at run time."""
+    """Llama block that fuses its projections at run time."""
 
     def __init__(self, width: int, heads: int, inner: int):
         super().__init__()
@@ -178,7 +178,10 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """One block; ``mask`` is the additive (B, 1, L, T) bias of the last L rows, those before are plainly causal."""
+        """Run one block.
+
+        ``mask`` is the additive (B, 1, L, T) bias of the last L rows; the rows before them are causal.
+        """
         b, t, d = x.shape
         a = self.self_attn
         weight = torch.cat([a["q_proj"].weight, a["k_proj"].weight, a["v_proj"].weight])
@@ -219,7 +222,7 @@ class Llama(nn.Module):
             layer.self_attn["k_proj"].weight.data.copy_(layer.self_attn["q_proj"].weight.data)
 
     def rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (B, T, 1, head_dim) for explicit positions."""
+        """Return cosine and sine (B, T, 1, head_dim) for explicit positions."""
         rate = 10000.0 ** (-torch.arange(0, self.head_dim, 2, device=positions.device) / self.head_dim)
         angle = positions[..., None].float() * rate
         angle = torch.cat([angle, angle], -1)[:, :, None]
@@ -228,14 +231,17 @@ class Llama(nn.Module):
     def forward(
         self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Normalised final hidden states, and those after every layer."""
+        """Return the normalised final hidden states, and the hidden states after every layer."""
         rope, states = self.rope(positions), [embeds]
         for layer in self.layers:
             states.append(layer(states[-1], rope, mask))
         return self.norm(states[-1]), states[1:]
 
     def deepened(self, times: int) -> Llama:
-        """Each layer repeated ``times`` times, the copies' output projections zeroed: the same function, deeper."""
+        """Return a deeper copy that computes the same function.
+
+        Each layer is repeated ``times`` times; the output projections of the added copies are zero.
+        """
         first = self.layers[0]
         inner, width = first.mlp["gate_proj"].weight.shape
         new = Llama(

@@ -1,8 +1,8 @@
-"""What the words of a question should know on the way to its answer: supervision beside the answer itself.
+"""Auxiliary supervision of hidden states: facts that the words of a question should encode on the way to the answer.
 
-An answer about two things, a number or a letter is not learned in many steps by itself: nothing tells the model to look
-each thing up, or to check each option.  Linear read-outs of the hidden states ask for these in between; they are not
-part of the checkpoint.
+From the answer alone, the model learns questions about two things, numbers or letters only slowly: nothing tells it to
+look up each thing or to check each option. Linear probes of the hidden states supervise these intermediate steps; they
+are not part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from playground.tiny import tokenizer as tk
 from playground.tiny.bank import Packed
 
 ANY = len(sc.SHAPES)  # "object": a thing of any shape
-MOST = 5  # numbers above are counted as this
+MOST = 5  # larger numbers count as this one
 MARKED = [sc.SHAPES.index("sign"), sc.SHAPES.index("card")]
 PARTS = {
     "place": 2, "there": 1, "number": MOST + 1, "shape": len(sc.SHAPES), "colour": len(sc.COLOURS),
@@ -32,7 +32,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Words:
-    """Meaning of every piece of the vocabulary, as arrays over ids; -1 where it has none."""
+    """Meaning of every piece of the vocabulary, as arrays indexed by token id; -1 for a piece without the meaning."""
 
     noun: np.ndarray  # shape of a noun, ANY for "object"
     colour: np.ndarray
@@ -42,7 +42,7 @@ class Words:
 
     @classmethod
     def read(cls, folder: Path) -> Words:
-        """From the tokenizer in ``folder``; a Chinese piece may be a phrase with a noun and a colour in it."""
+        """Read the vocabulary of the tokenizer in ``folder``; a Chinese piece may contain a noun and a colour."""
         model = tk.load(folder)
         pieces = [model.id_to_piece(i).lstrip("▁") for i in range(model.get_piece_size())]
         nouns = {"object": ANY, "objects": ANY, "物体": ANY}
@@ -65,19 +65,21 @@ class Words:
 
 
 def before(ids: np.ndarray, by: int) -> np.ndarray:
-    """(B, L) ids of the tokens ``by`` places earlier, 0 at the start."""
+    """Return (B, L) ids of the tokens ``by`` positions earlier; 0 at the start."""
     return np.concatenate([np.zeros_like(ids[:, :by]), ids[:, :-by]], 1)
 
 
 @dataclass
 class Spots:
-    """Places in a packed batch.
+    """Positions of interest in a packed batch.
 
     Attributes:
-        noun: (M, 2) row and column of every noun outside options; ``shape`` and ``colour`` (M,) what it says, -1 none.
-        option: (K, 2) row and column where an option has been read; ``right`` (K,) whether it is the answer.
-        ask, first, count: (Q, 2), (Q,), (Q,) where the answer of each question that has nouns begins, its first noun
-            and their number.
+        noun: (M, 2) row and column of every noun outside of options.
+        shape, colour: (M,) shape and colour that the noun states; -1 for none.
+        option: (K, 2) row and column at which an option has been read.
+        right: (K,) whether the option is the answer.
+        ask: (Q, 2) row and column at which the answer of each question with nouns begins.
+        first, count: (Q,) first noun and number of nouns of the question.
     """
 
     noun: np.ndarray
@@ -91,7 +93,7 @@ class Spots:
 
 
 def find_spots(words: Words, batch: Packed) -> Spots:
-    """Nouns, options and answers of packed questions."""
+    """Find the nouns, options and answers of packed questions."""
     ids, blocks, labels = batch.ids.numpy(), batch.blocks.numpy(), batch.labels.numpy()
     back = [ids, *(before(ids, k) for k in (1, 2, 3))]
     digit = (back[1] == words.space) & (back[2] == words.dot)
@@ -105,7 +107,7 @@ def find_spots(words: Words, batch: Packed) -> Spots:
     right = letter[option] == words.letter[labels[asked[:, 0], asked[:, 1]]]
     noun = (words.noun[ids] >= 0) & ~option & (labels < 0) & (blocks >= 0) & ~batch.alone.numpy()
     spots = np.argwhere(noun)
-    colour = np.maximum(words.colour[ids], words.colour[back[1]])  # in the same piece or before it
+    colour = np.maximum(words.colour[ids], words.colour[back[1]])  # in the same piece or in the one before
     keys, first, count = np.unique(key[noun], return_index=True, return_counts=True)
     ask = begin[np.searchsorted(begin_key, keys)]
     return Spots(spots, words.noun[ids][noun], colour[noun], where, right, ask, first, count)
@@ -113,7 +115,7 @@ def find_spots(words: Words, batch: Packed) -> Spots:
 
 @dataclass
 class Truth:
-    """What is in the image for every noun, (M, ...): the things meant, and what they share (-1: nothing)."""
+    """The image content for every noun: the things that it refers to, and the values that they share (-1 for none)."""
 
     match: torch.Tensor  # (M, 8) bool
     place: torch.Tensor  # (M, 2) of the only thing meant
@@ -121,7 +123,7 @@ class Truth:
 
 
 def look_up(spots: Spots, tables: np.ndarray) -> Truth:
-    """The things of the scenes' ``tables`` (B, 8, 6) that the nouns mean."""
+    """Find the things in the scenes' ``tables`` (B, 8, 6) that the nouns refer to."""
     rows = torch.from_numpy(tables[spots.noun[:, 0]])  # (M, 8, 6)
     shape, colour = (torch.from_numpy(a)[:, None] for a in (spots.shape, spots.colour))
     match = (rows[..., 0] >= 0) & ((rows[..., 0] == shape) | (shape == ANY)) & ((colour < 0) | (rows[..., 1] == colour))
@@ -138,7 +140,7 @@ def look_up(spots: Spots, tables: np.ndarray) -> Truth:
 
 
 class Nouns(nn.Module):
-    """The read-outs, on hidden states of width ``width``."""
+    """The probes, on hidden states of width ``width``."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -150,7 +152,10 @@ class Nouns(nn.Module):
     def forward(
         self, words: Words, half: torch.Tensor, late: torch.Tensor, batch: Packed, tables: np.ndarray
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss and figures; ``half`` and ``late`` (B, L, D) are the states half and three quarters of the way up."""
+        """Return loss and metrics.
+
+        ``half`` and ``late`` (B, L, D) are the hidden states after half and three quarters of the layers.
+        """
         spots = find_spots(words, batch)
         truth = look_up(spots, tables)
         device = half.device
@@ -189,26 +194,26 @@ class Nouns(nn.Module):
 
 
 def at(states: torch.Tensor, spots: np.ndarray) -> torch.Tensor:
-    """(M, D) states at rows and columns (M, 2)."""
+    """Return the (M, D) states at rows and columns (M, 2)."""
     rows, columns = torch.from_numpy(spots).to(states.device).T
     return states[rows, columns]
 
 
 def distance(out: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Mean distance (Huber); 0 when there is none."""
+    """Return the mean Huber loss; 0 for an empty input."""
     return F.smooth_l1_loss(out, goal, reduction="sum") / max(1, goal.numel())
 
 
 def presence(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Mean loss of yes or no; 0 when there is none."""
+    """Return the mean binary cross entropy; 0 for an empty input."""
     return F.binary_cross_entropy_with_logits(logits, goal, reduction="sum") / max(1, goal.numel())
 
 
 def cross_entropy(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Mean over the goals that are not -1; 0 when there is none."""
+    """Return the mean cross entropy over the goals that are not -1; 0 if there are none."""
     return F.cross_entropy(logits, goal, ignore_index=-1, reduction="sum") / (goal >= 0).sum().clamp(min=1)
 
 
 def sign_right(logits: torch.Tensor, goal: torch.Tensor) -> float:
-    """Share of logits on the side of their goal."""
+    """Return the share of logits whose sign matches their goal."""
     return ((logits > 0) == (goal > 0)).float().mean().item()

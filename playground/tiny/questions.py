@@ -1,7 +1,7 @@
-"""Questions about scenes, in GQA's categories, with their answers and short programs.
+"""Questions about scenes in GQA's categories, with their answers and short programs.
 
-Every generator takes a scene and a random generator and yields :class:`Question` objects; :data:`GENERATORS` maps the
-detailed type to its generator, so a new kind of question is one function and one entry.
+Every generator takes a scene and a random generator and yields :class:`Question` objects. :data:`GENERATORS` maps each
+detailed type to its generator, so that a new kind of question is one function and one entry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARGIN = 15.0
 
 @dataclass(frozen=True)
 class Question:
-    """A question without its instruction line, its answer, GQA's types and a semantic program."""
+    """A question without its instruction line, with its answer, GQA's types and a semantic program."""
 
     text: str
     answer: str
@@ -43,7 +43,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The user text as the question files carry it."""
+        """The user text as in the question files."""
         return f"{self.text}\n{self.suffix}" if self.suffix else self.text
 
 
@@ -51,33 +51,33 @@ Made = Iterator[Question]
 
 
 def plural(word: str) -> str:
-    """English plural of a shape word."""
+    """Return the English plural of a shape word."""
     return {"box": "boxes", "cross": "crosses"}.get(word, word + "s")
 
 
 def article(name: str) -> str:
-    """``a`` or ``an`` with the name."""
+    """Return the name with ``a`` or ``an``."""
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def unique(scene: Scene, key: Callable[[Thing], object]) -> list[int]:
-    """Indices of things whose key occurs once."""
+    """Return the indices of things whose key occurs once."""
     counts = Counter(key(t) for t in scene.things)
     return [i for i, t in enumerate(scene.things) if counts[key(t)] == 1]
 
 
 def _pick(rng: np.random.Generator, items: list | tuple):
-    """One item, uniformly."""
+    """Return one item, drawn uniformly."""
     return items[int(rng.integers(len(items)))]
 
 
 def _other(rng: np.random.Generator, items: tuple[str, ...], *taken: str) -> str:
-    """One item that is not among ``taken``."""
+    """Return a random item that is not among ``taken``."""
     return _pick(rng, [x for x in items if x not in taken])
 
 
 def _refer(scene: Scene, rng: np.random.Generator, index: int) -> str:
-    """A name that singles the thing out: mostly colour and shape, now and then the shape alone."""
+    """Return a name that identifies the thing: mostly colour and shape, sometimes the shape alone."""
     thing = scene.things[index]
     alone = sum(t.shape == thing.shape for t in scene.things) == 1
     return thing.shape if alone and rng.random() < 0.3 else thing.name
@@ -88,7 +88,7 @@ def _yes(flag: bool) -> str:
 
 
 def _absent(scene: Scene, rng: np.random.Generator) -> str:
-    """A colour and shape that is not there though one half of it mostly is."""
+    """Return a colour and shape that is not in the scene, although one of the two mostly is."""
     names = {t.name for t in scene.things}
     for _ in range(50):
         thing, draw = _pick(rng, scene.things), rng.random()
@@ -100,7 +100,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def exist(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is there a red circle?"""
+    """Yield a question such as "Is there a red circle?"."""
     flag = rng.random() < 0.5
     index = int(rng.integers(len(scene.things)))
     name = scene.things[index].name if flag else _absent(scene, rng)
@@ -111,7 +111,7 @@ def exist(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def verify_attribute(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the circle red?"""
+    """Yield a question such as "Is the circle red?"."""
     found = unique(scene, lambda t: t.shape)
     if not found:
         return
@@ -125,7 +125,7 @@ def verify_attribute(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str] | None:
-    """Two nameable things and a relation that clearly holds from the first to the second."""
+    """Return two things with unique names and a relation that clearly holds from the first to the second."""
     found = unique(scene, lambda t: t.name)
     for _ in range(20):
         if len(found) < 2:
@@ -138,7 +138,7 @@ def related(scene: Scene, rng: np.random.Generator) -> tuple[int, int, str] | No
 
 
 def verify_relation(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the red circle to the left of the blue star?"""
+    """Yield a question such as "Is the red circle to the left of the blue star?"."""
     drawn = related(scene, rng)
     if drawn is None:
         return
@@ -155,7 +155,7 @@ def verify_relation(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def choose_relation(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the red circle to the left or to the right of the blue star?"""
+    """Yield a question such as "Is the red circle to the left or to the right of the blue star?"."""
     drawn = related(scene, rng)
     if drawn is None:
         return
@@ -169,7 +169,7 @@ def choose_relation(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def side(scene: Scene, rng: np.random.Generator) -> Made:
-    """On which side of the picture is the red circle?"""
+    """Yield a question such as "On which side of the image is the red circle?"."""
     found = [i for i in unique(scene, lambda t: t.name) if abs(scene.things[i].cx - scene.width / 2) > MARGIN]
     if not found:
         return
@@ -182,7 +182,7 @@ def side(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def query_colour(scene: Scene, rng: np.random.Generator) -> Made:
-    """What color is the circle?"""
+    """Yield a question such as "What color is the circle?"."""
     found = unique(scene, lambda t: t.shape)
     if not found:
         return
@@ -195,7 +195,7 @@ def query_colour(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def query_shape(scene: Scene, rng: np.random.Generator) -> Made:
-    """What shape is the red object?"""
+    """Yield a question such as "What shape is the red object?"."""
     found = unique(scene, lambda t: t.colour)
     if not found:
         return
@@ -208,7 +208,7 @@ def query_shape(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def query_mark(scene: Scene, rng: np.random.Generator) -> Made:
-    """What word is on the sign?"""
+    """Yield a question such as "What word is on the sign?"."""
     found = [i for i, t in enumerate(scene.things) if t.mark]
     if not found:
         return
@@ -223,7 +223,7 @@ def query_mark(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Made:
-    """How many circles are there?"""
+    """Yield a question such as "How many circles are there?"."""
     by_shape, groups = rng.random() < 0.5, defaultdict(list)
     for i, t in enumerate(scene.things):
         groups[t.shape if by_shape else t.colour].append(i)
@@ -239,12 +239,12 @@ def count(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def _two(rng: np.random.Generator, right: str, wrong: str) -> tuple[str, str]:
-    """The two options in random order."""
+    """Return the two options in random order."""
     return (right, wrong) if rng.random() < 0.5 else (wrong, right)
 
 
 def choose_colour(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the circle red or blue?"""
+    """Yield a question such as "Is the circle red or blue?"."""
     found = unique(scene, lambda t: t.shape)
     if not found:
         return
@@ -258,7 +258,7 @@ def choose_colour(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def choose_shape(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the red object a circle or a star?"""
+    """Yield a question such as "Is the red object a circle or a star?"."""
     found = unique(scene, lambda t: t.colour)
     if not found:
         return
@@ -272,7 +272,7 @@ def choose_shape(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def choose_size(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is the red circle small or large?"""
+    """Yield a question such as "Is the red circle small or large?"."""
     found = [i for i in unique(scene, lambda t: t.name) if not scene.things[i].mark]
     if not found:
         return
@@ -285,7 +285,7 @@ def choose_size(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def logical(scene: Scene, rng: np.random.Generator) -> Made:
-    """Is there a red circle and a blue star?"""
+    """Yield a question such as "Is there a red circle and a blue star?"."""
     both, flag = rng.random() < 0.5, rng.random() < 0.5
     if len(scene.things) < 2:
         return
@@ -306,7 +306,7 @@ def logical(scene: Scene, rng: np.random.Generator) -> Made:
 
 
 def same_colour(scene: Scene, rng: np.random.Generator) -> Made:
-    """Are the circle and the star the same color?"""
+    """Yield a question such as "Are the circle and the star the same color?"."""
     found, want = unique(scene, lambda t: t.shape), rng.random() < 0.5
     pairs = [(a, b) for a in found for b in found if a != b]
     pairs = [p for p in pairs if (scene.things[p[0]].colour == scene.things[p[1]].colour) == want]
@@ -340,7 +340,7 @@ GENERATORS: dict[str, tuple[Callable[[Scene, np.random.Generator], Made], float]
 
 
 def ask(scene: Scene, rng: np.random.Generator, number: int, weights: dict[str, float] | None = None) -> list[Question]:
-    """Up to ``number`` different questions; ``weights`` override those of :data:`GENERATORS`."""
+    """Return up to ``number`` distinct questions; ``weights`` override those of :data:`GENERATORS`."""
     names = list(GENERATORS)
     chance = np.array([(weights or {}).get(n, GENERATORS[n][1]) for n in names], float)
     chance /= chance.sum()

@@ -17,7 +17,7 @@ FIRST = (UNPRUNED, "autoprune", "autoprune-flash", "random", "uniform")
 
 
 def read(place: Path) -> dict[str, list[StoredRun]]:
-    """Runs below ``place`` by benchmark: the unpruned model, baselines, other methods; large budgets first.
+    """Read the runs below ``place`` by benchmark: the unpruned model, baselines, other methods; large budgets first.
 
     The variants of sweeps are left out.
     """
@@ -34,7 +34,7 @@ def read(place: Path) -> dict[str, list[StoredRun]]:
 
 
 def gqa_table(runs: list[StoredRun]) -> str:
-    """Every run with its interval, its paired difference, its tokens and its FLOPs."""
+    """Return a table of every run with its interval, paired difference, tokens and FLOPs."""
     head = [
         "method",
         "tokens",
@@ -58,7 +58,7 @@ def gqa_table(runs: list[StoredRun]) -> str:
 
 
 def pivot_table(runs: list[StoredRun]) -> str:
-    """One row a method, one column a budget."""
+    """Return a table with one row for each method and one column for each budget."""
     budgets = sorted({r.tokens for r in runs if r.tokens}, reverse=True)
     rows = []
     for name in dict.fromkeys(r.method for r in runs if r.tokens):
@@ -68,7 +68,7 @@ def pivot_table(runs: list[StoredRun]) -> str:
 
 
 def suite_table(found: dict[str, list[StoredRun]]) -> str:
-    """One row a benchmark, one column a run."""
+    """Return a table with one row for each benchmark and one column for each run."""
     labels = list(dict.fromkeys(r.label for runs in found.values() for r in runs))
     rows = []
     for bench, runs in found.items():
@@ -79,7 +79,7 @@ def suite_table(found: dict[str, list[StoredRun]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=("gqa", "pivot", "suite"))
     parser.add_argument("place", type=Path)

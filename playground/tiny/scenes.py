@@ -45,7 +45,7 @@ COLOUR_NAMES = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is and where (centre and half extents in canonical pixels, before padding)."""
+    """One object: shape, colour, size and mark, and centre and half extents in canonical pixels, before padding."""
 
     shape: str
     colour: str
@@ -72,13 +72,13 @@ class Scene:
     seed: int
 
     def offset(self) -> tuple[int, int]:
-        """Where the image's corner lies in the padded square (canonical pixels)."""
+        """Return the position of the image's corner in the padded square (canonical pixels)."""
         side = max(self.width, self.height)
         return (side - self.width) // 2, (side - self.height) // 2
 
 
 def _extent(rng: np.random.Generator, shape: str) -> tuple[str, float, float]:
-    """Size name and half extents of a new thing."""
+    """Return size name and half extents of a new thing."""
     size = SIZES[int(rng.integers(2))]
     if shape == "sign":
         return "large", 22.0, 9.5
@@ -89,7 +89,7 @@ def _extent(rng: np.random.Generator, shape: str) -> tuple[str, float, float]:
 
 
 def _kinds(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Shapes and colours of a scene's things: distinct pairs, with repeated shapes or colours now and then."""
+    """Return shapes and colours of a scene's things: distinct pairs, some with repeated shapes or colours."""
     total = int(rng.integers(3, 7))
     kinds: list[tuple[str, str]] = []
     if rng.random() < 0.45:
@@ -109,7 +109,7 @@ def _kinds(rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def make_scene(seed: int, aspect: str | None = None) -> Scene:
-    """The scene of one seed (deterministic); ``aspect`` forces a canvas, otherwise half are square."""
+    """Return the scene of a seed (deterministic). ``aspect`` forces a canvas; otherwise half of them are square."""
     rng = np.random.default_rng([20_11, seed])
     drawn = ("square", "square", "wide", "tall")[rng.integers(4)]
     width, height = ASPECTS[aspect or drawn]
@@ -128,7 +128,7 @@ def make_scene(seed: int, aspect: str | None = None) -> Scene:
 
 
 def _unit_polygon(shape: str) -> list[tuple[float, float]]:
-    """Outline of a shape in [-1, 1] squared."""
+    """Return the outline of a shape in [-1, 1] squared."""
     turn = [2 * math.pi * i / 40 for i in range(40)]
     if shape == "circle":
         return [(math.cos(a), math.sin(a)) for a in turn]
@@ -167,7 +167,7 @@ def _unit_polygon(shape: str) -> list[tuple[float, float]]:
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float) -> None:
-    """Print the word or digit of a sign or card in black or white, whichever contrasts."""
+    """Print the word or digit of a sign or card in black or white, whichever has more contrast."""
     level = np.dot(COLOURS[thing.colour], (0.3, 0.59, 0.11))
     size = (15.0 if thing.shape == "sign" else 20.0) * zoom
     font = ImageFont.load_default(size)
@@ -177,7 +177,7 @@ def _draw_mark(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float) -> None:
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float, rng: np.random.Generator) -> None:
-    """Draw one thing with a little colour and rotation jitter."""
+    """Draw one thing with slightly random colour and rotation."""
     fill = tuple(int(v) for v in np.clip(np.array(COLOURS[thing.colour]) + rng.normal(0, 6, 3), 0, 255))
     x, y, rx, ry = thing.cx * zoom, thing.cy * zoom, thing.rx * zoom, thing.ry * zoom
     if thing.mark:
@@ -193,7 +193,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, zoom: float, rng: np.ra
 
 
 def _background(size: tuple[int, int], zoom: float, rng: np.random.Generator) -> Image.Image:
-    """Muted tint with a smooth gradient and low-contrast clutter (thin lines and small specks)."""
+    """Return a muted background with a smooth gradient and low-contrast clutter (thin lines and small specks)."""
     base = rng.uniform(95, 165) + rng.normal(0, 9, 3)
     coarse = np.clip(base + rng.normal(0, 9, (4, 4, 1)) + rng.normal(0, 4, (4, 4, 3)), 0, 255)
     image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -211,7 +211,7 @@ def _background(size: tuple[int, int], zoom: float, rng: np.random.Generator) ->
 
 
 def render(scene: Scene, scale: float = 1.0) -> Image.Image:
-    """Draw a scene at ``scale`` times its canonical size (drawn at twice that and reduced, then noised)."""
+    """Draw a scene at ``scale`` times its canonical size (drawn at twice that size, reduced, then noised)."""
     rng = np.random.default_rng([20_12, scene.seed])
     zoom = 2 * scale
     size = (int(scene.width * scale) * 2, int(scene.height * scale) * 2)
@@ -225,14 +225,14 @@ def render(scene: Scene, scale: float = 1.0) -> Image.Image:
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The image after a JPEG round trip, so that training sees its artefacts."""
+    """Return the image after a JPEG round trip, so that training images have its artefacts."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
 def preprocess(image: Image.Image, side: int = SIDE) -> np.ndarray:
-    """LLaVA's ``pad`` preprocessing up to the resize: (side, side, 3) uint8, not yet normalised."""
+    """Apply LLaVA's ``pad`` preprocessing up to the resize: (side, side, 3) uint8, not yet normalised."""
     longest = max(image.size)
     if image.size[0] != image.size[1]:
         square = Image.new("RGB", (longest, longest), PAD_COLOUR)
@@ -244,7 +244,7 @@ def preprocess(image: Image.Image, side: int = SIDE) -> np.ndarray:
 
 
 def instance_map(scene: Scene) -> np.ndarray:
-    """(24, 24) uint8: 1 + index of the thing that covers at least about a third of the patch, else 0."""
+    """Return (24, 24) uint8: 1 + index of the thing that covers at least about a third of the patch, else 0."""
     ox, oy = scene.offset()
     edges = np.arange(GRID) * PATCH
     result = np.zeros((GRID, GRID), np.uint8)

@@ -1,7 +1,7 @@
-"""Questions in the prompt formats of the other eight benchmarks: yes or no, options, Chinese, printed text, no image.
+"""Questions in the prompt formats of the other eight benchmarks: yes/no, options, Chinese, printed text, no image.
 
-Every maker takes a scene and a random generator and returns a :class:`Case` or None; :data:`MAKERS` names them with
-their share of the training questions.  ``make_suite`` writes the held-out files from the same makers.
+Every maker takes a scene and a random generator and returns a :class:`Case` or None. :data:`MAKERS` names them with
+their share of the training questions. ``make_suite`` writes the held-out files with the same makers.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Case:
     Attributes:
         kind: e.g. "mme/color".
         text: the question alone.
-        answer: what a right answer says.
+        answer: the right answer.
         suffix: instruction line.
         options: texts of A, B, ...
         hint: context line of the question, without its label.
-        ocr: printed words that stand in the prompt; None where the format has no such line.
+        ocr: OCR tokens in the prompt; None if the format has no such line.
         image: whether the question is about the image.
-        things: indices of the things it asks about.
+        things: indices of the things that the question asks about.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """The complete user text after the image's line."""
+        """The complete user text after the line of the image."""
         return f"{self.body}\n{self.suffix}"
 
 
@@ -93,7 +93,7 @@ def _pick(rng: np.random.Generator, items: list | tuple):
 
 
 def _marked(scene: Scene, shape: str) -> int | None:
-    """The thing of that shape that carries a mark."""
+    """Return the index of the thing of that shape that carries a mark; None if there is none."""
     return next((i for i, t in enumerate(scene.things) if t.shape == shape), None)
 
 
@@ -103,14 +103,14 @@ def _said(kind: str, text: str, flag: bool, things: tuple[int, ...] = ()) -> Cas
 
 # MME -------------------------------------------------------------------------------------------------------------
 def mme_existence(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is there a circle in this image?"""
+    """Return a case such as "Is there a circle in this image?"."""
     shapes = {t.shape for t in scene.things}
     name = _pick(rng, sorted(shapes)) if flag else _pick(rng, [s for s in sc.SHAPES if s not in shapes])
     return _said("mme/existence", f"Is there {qs.article(name)} in this image?", flag)
 
 
 def mme_count(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Are there 2 circles in this image?"""
+    """Return a case such as "Are there 2 circles in this image?"."""
     counts = Counter(t.shape for t in scene.things)
     shape = _pick(rng, sorted(counts))
     n = counts[shape]
@@ -121,7 +121,7 @@ def mme_count(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None
 
 
 def mme_position(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is the red circle to the left of the blue star?"""
+    """Return a case such as "Is the red circle to the left of the blue star?"."""
     drawn = qs.related(scene, rng)
     if drawn is None:
         return None
@@ -132,7 +132,7 @@ def mme_position(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | N
 
 
 def mme_color(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is there a red circle in the image?"""
+    """Return a case such as "Is there a red circle in the image?"."""
     thing = _pick(rng, scene.things)
     names = {t.name for t in scene.things}
     wrong = [c for c in sc.COLOUR_NAMES if f"{c} {thing.shape}" not in names]
@@ -141,7 +141,7 @@ def mme_color(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None
 
 
 def mme_ocr(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is the word in the image "stop"?"""
+    """Return a case such as 'Is the word in the image "stop"?'."""
     index = _marked(scene, "sign")
     if index is None:
         return None
@@ -151,7 +151,7 @@ def mme_ocr(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
 
 
 def mme_number(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is the number on the card larger than 4?"""
+    """Return a case such as "Is the number on the card larger than 4?"."""
     index = _marked(scene, "card")
     if index is None:
         return None
@@ -164,7 +164,7 @@ def mme_number(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | Non
 
 
 def mme_translation(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Is it right to translate the word in the image into Chinese "停止"?"""
+    """Return a case such as 'Is it appropriate to translate the word in the image into Chinese "停止"?'."""
     index = _marked(scene, "sign")
     if index is None:
         return None
@@ -175,7 +175,7 @@ def mme_translation(scene: Scene, rng: np.random.Generator, flag: bool) -> Case 
 
 
 def mme_sense(scene: Scene, rng: np.random.Generator, flag: bool) -> Case | None:
-    """Does the sign name something to eat or drink?"""
+    """Return a case such as "Does the sign name something to eat or drink?"."""
     index = _marked(scene, "sign")
     if index is None:
         return None
@@ -191,14 +191,14 @@ MME = (
 
 
 def yes_no(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """Any of MME's kinds."""
+    """Return a case of a random kind of MME."""
     return _pick(rng, MME)(scene, rng, bool(rng.random() < 0.5))
 
 
 # options -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fact:
-    """Something a scene shows: question in both languages, the right answer and wrong ones in both."""
+    """Something that a scene shows: the question, the right answer and wrong answers, each in English and Chinese."""
 
     kind: str
     english: str
@@ -213,7 +213,7 @@ def _both(words: dict[str, str], right: str) -> tuple[tuple[str, str], tuple[tup
 
 
 def fact(scene: Scene, rng: np.random.Generator) -> Fact | None:
-    """A random fact of a scene."""
+    """Return a random fact of a scene."""
     draw, things = int(rng.integers(6)), scene.things
     if draw == 0:
         found = qs.unique(scene, lambda t: t.shape)
@@ -256,7 +256,7 @@ def fact(scene: Scene, rng: np.random.Generator) -> Fact | None:
 
 
 def choice(scene: Scene, rng: np.random.Generator, chinese: bool = False, most: int = 4) -> Case | None:
-    """A fact with two to four options, answered by a letter."""
+    """Return a fact as a question with two to four options, answered by a letter."""
     known = fact(scene, rng)
     if known is None:
         return None
@@ -270,7 +270,7 @@ def choice(scene: Scene, rng: np.random.Generator, chinese: bool = False, most: 
 
 
 def choice_en(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """MMBench, and ScienceQA's questions with an image."""
+    """Return a case of MMBench, or of ScienceQA's questions with an image."""
     case = choice(scene, rng)
     if case is None or rng.random() < 0.6:
         return case
@@ -278,12 +278,12 @@ def choice_en(scene: Scene, rng: np.random.Generator) -> Case | None:
 
 
 def choice_cn(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """MMBench-CN."""
+    """Return a case of MMBench-CN."""
     return choice(scene, rng, chinese=True)
 
 
 def science_text(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """ScienceQA without an image: the context says it."""
+    """Return a case of ScienceQA without an image; its context states the answer."""
     shapes = [sc.PLAIN_SHAPES[int(i)] for i in rng.permutation(len(sc.PLAIN_SHAPES))[:2]]
     colours = [sc.COLOUR_NAMES[int(i)] for i in rng.permutation(len(sc.COLOUR_NAMES))[:2]]
     facts = " ".join(f"The {s} is {c}." for s, c in zip(shapes, colours, strict=True))
@@ -296,7 +296,7 @@ def science_text(scene: Scene, rng: np.random.Generator) -> Case | None:
 
 # printed text ------------------------------------------------------------------------------------------------------
 def textvqa(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """TextVQA: the reference tokens are absent, or the true ones among others."""
+    """Return a case of TextVQA; the reference tokens are absent, or the true ones among others."""
     found = [i for i, t in enumerate(scene.things) if t.mark]
     if not found:
         return None
@@ -312,7 +312,7 @@ def textvqa(scene: Scene, rng: np.random.Generator) -> Case | None:
 
 
 def ocrbench(scene: Scene, rng: np.random.Generator) -> Case | None:
-    """OCRBench's short questions."""
+    """Return a case of OCRBench's short questions."""
     kind = int(rng.integers(4))
     index = _marked(scene, "sign" if kind < 2 else "card")
     if index is None:
@@ -341,7 +341,7 @@ MAKERS: dict[str, tuple[Maker, float]] = {
 
 
 def ask(scene: Scene, rng: np.random.Generator, number: int) -> list[tuple[str, Case]]:
-    """Up to ``number`` different cases with the names of their makers."""
+    """Return up to ``number`` distinct cases with the names of their makers."""
     names = list(MAKERS)
     chance = np.array([weight for _, weight in MAKERS.values()])
     made: dict[str, tuple[str, Case]] = {}

@@ -1,4 +1,4 @@
-"""The SentencePiece tokenizer of the miniature model and LLaVA's way of cutting a prompt at the image."""
+"""The SentencePiece tokenizer of the miniature model, and LLaVA's way of splitting a prompt at the image."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ EXTRA_LINES = (
 
 
 def prompt(text: str, image: bool = True) -> str:
-    """The ``vicuna_v1`` conversation around one user text."""
+    """Return the ``vicuna_v1`` conversation around one user text."""
     return f"{SYSTEM} USER: {'<image>' + chr(10) if image else ''}{text} ASSISTANT:"
 
 
 def corpus(scenes: int = 3000) -> list[str]:
-    """Lines the pieces are learnt from: questions with answers, the prompt's words and the lines of other tasks.
+    """Return the lines from which the pieces are learnt: questions with answers, the prompt, and lines of other tasks.
 
-    The copies behind a full stop teach the pieces without a leading space that follow a newline in a prompt.
+    The copies of lines after a full stop teach the pieces without a leading space that follow a newline in a prompt.
     """
     lines = []
     for seed in range(scenes):
@@ -125,12 +125,12 @@ def train_tokenizer(folder: Path, vocab: int) -> None:
 
 
 def load(folder: Path) -> spm.SentencePieceProcessor:
-    """The trained model."""
+    """Load the trained tokenizer."""
     return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def encode_prompt(model: spm.SentencePieceProcessor, text: str) -> list[int]:
-    """Ids of a prompt, BOS first, each piece between images tokenised alone, ``-200`` for every image."""
+    """Return the ids of a prompt: BOS first, each text between images tokenised alone, ``-200`` for every image."""
     ids = [model.bos_id()]
     for i, part in enumerate(text.split("<image>")):
         ids += ([IMAGE] if i else []) + model.encode(part)
@@ -138,7 +138,7 @@ def encode_prompt(model: spm.SentencePieceProcessor, text: str) -> list[int]:
 
 
 def after_system(model: spm.SentencePieceProcessor, text: str) -> list[int]:
-    """Ids of a prompt without an image, less those it shares with every prompt (BOS and the system text).
+    """Return the ids of a prompt without an image, minus those shared by all prompts (BOS and the system text).
 
     The shared part of a prompt with an image is one piece longer: the space before the image.
     """

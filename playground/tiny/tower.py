@@ -1,4 +1,4 @@
-"""Stage 1: the vision tower, supervised densely on its features and through CLS."""
+"""Training stage 1: the vision tower, supervised densely on its features and through CLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = ("shape", "colour", "size", "mark")
 
 
 def _presence_loss(out: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Multi-label loss of what is in the image."""
+    """Return the multi-label loss of the objects in the image."""
     bce = F.binary_cross_entropy_with_logits(out, present, reduction="none", pos_weight=out.new_tensor(3.0))
     return bce.sum(-1).mean() / 8
 
@@ -28,7 +28,7 @@ def _presence_loss(out: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 def feature_loss(
     heads: TowerHeads, feature: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Supervision of the feature layer: kinds, centre and place of every patch, presence from CLS."""
+    """Return the loss of the feature layer: attributes, centre and place of every patch, and presence from CLS."""
     *logits, centre, points = heads.dense(feature[:, 1:]).split([*heads.SIZES.values(), 1, 4], -1)
     fg, valid = batch["foreground"], ~batch["ignore"]
     weight = torch.where(fg, 1.0, 0.3) * valid
@@ -55,7 +55,7 @@ def feature_loss(
 def tower_loss(
     tower: Tower, heads: TowerHeads, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of one batch of windows and the figures worth logging."""
+    """Return the loss of one batch of windows, and the metrics to log."""
     feature, last, cls = tower(batch["patches"], batch["ids"], want=True)
     loss, figures = feature_loss(heads, feature, batch)
     present = heads.cls_last(tower.post_layernorm(last[:, 0]))
@@ -66,7 +66,7 @@ def tower_loss(
 
 
 def train_tower(cfg: dict[str, Any], data: SceneData, folder: Path, seed: int, device: str) -> Tower:
-    """Train the tower on windows, then on whole images, polish it on more of these."""
+    """Train the tower on windows, then on whole images, and finally polish it on whole images."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"tower": Tower(**cfg["model"]), "heads": TowerHeads(cfg["model"]["width"])}).to(device)
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(cfg: dict[str, Any], out: Path) -> tuple[SceneData, list[list[Item]]]:
-    """Tokenizer, rendered scenes and tokenised questions; the first process makes them, the others read them."""
+    """Prepare tokenizer, rendered scenes and tokenised questions; the first process makes them, others read them."""
     work, rank = out / "work", ranks()[0]
     for turn in (0, 1):
         if (rank > 0) == (turn > 0):
@@ -47,7 +47,7 @@ def prepare(cfg: dict[str, Any], out: Path) -> tuple[SceneData, list[list[Item]]
 
 
 def run(cfg: dict[str, Any], out: Path, device: str) -> None:
-    """All stages; each continues from its checkpoint and is skipped when that is complete."""
+    """Run all stages; each resumes from its checkpoint and is skipped if that is complete."""
     work, seed = out / "work", int(cfg["seed"])
     data, bank = prepare(cfg, out)
     tower = train_tower(cfg["tower"], data, work, seed, device)
@@ -71,7 +71,7 @@ def run(cfg: dict[str, Any], out: Path, device: str) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("recipe.yaml"))

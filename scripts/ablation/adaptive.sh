@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ablation. AutoPrune, adaptive and fixed slopes: adaptive.yaml, see docs/ablations.md. Another file is run by
+# Ablation of AutoPrune: adaptive and fixed slopes (adaptive.yaml, see docs/ablations.md). To run another sweep file:
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \

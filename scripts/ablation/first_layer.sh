@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Ablation. AutoPrune, the cut of the first layer: first_layer.yaml, see docs/ablations.md. Another file is run by
+# Ablation of AutoPrune: the cut of the first layer (first_layer.yaml, see docs/ablations.md).
+# To run another sweep file:
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \

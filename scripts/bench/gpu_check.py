@@ -25,9 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"a": 40, "b": 55, "c": 120, "d1": 65, "d2": 70, "e": 80, "f": 40}
-"""Process -> seconds. Stage d has two: tests, whose failure may leave the GPU unusable, and times."""
+"""Process -> time limit in seconds. Stage d has two processes: tests, which may leave the GPU unusable, and times."""
 WHOLE = 480
-"""Seconds of all of them."""
+"""Time limit of all processes together in seconds."""
 PACKAGES: tuple[str, ...] = ("torch", "transformers", "triton", "accelerate", "numpy", "pillow", "pytest", "hypothesis")
 PACKAGES += ("rich", "sentencepiece", "safetensors", "shortuuid", "llava-torch")
 CARD = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
@@ -38,16 +38,16 @@ VECTORS = ("test_autoprune.py", "test_llm_side.py", "test_vision_side.py")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much a stage measures.
+    """The amount of work of a stage.
 
     Attributes:
         device: "cuda" or "cpu".
-        shape, crops: random models that see images whole and in crops, see `llava_prune.bench.shapes`.
+        shape, crops: random models without and with image crops, see `llava_prune.bench.shapes`.
         tokens: budget.
-        repeats, warmup, new, batch: see `llava_prune.bench.speed.Settings`; `batch` is the large one.
-        memory: measure peak memory as well, which takes long on a CPU.
-        questions, rounds: of the rate of questions.
-        compared: questions whose kept tokens are compared.
+        repeats, warmup, new, batch: see `llava_prune.bench.speed.Settings`; `batch` is the large batch size.
+        memory: whether to measure peak memory, which takes long on a CPU.
+        questions, rounds: numbers of questions and rounds for the rate of questions.
+        compared: number of questions whose kept tokens are compared.
     """
 
     device: str
@@ -72,21 +72,21 @@ class Plan:
 
 
 def plan_of(device: str, shape: str) -> Plan:
-    """Real sizes, or small ones that a CPU is done with in seconds."""
+    """Return a plan with real sizes or, for shape "tiny", with sizes that take seconds on a CPU."""
     if shape != "tiny":
         return Plan(device, shape)
     return Plan(device, shape, 160, 1, 1, 2, batch=2, memory=False, questions=4, rounds=1, compared=1)
 
 
 class Report:
-    """A result that is on disk after every `put`."""
+    """A JSON result that is written to disk after every `put`."""
 
     def __init__(self, path: Path, **head: Any) -> None:
         self.path, self.began = path, time.perf_counter()
         self.values: dict[str, Any] = {**head, "complete": False}
 
     def put(self, **values: Any) -> None:
-        """Add values, and write the file in one step."""
+        """Add values and write the file atomically."""
         self.values |= values | {"seconds": round(time.perf_counter() - self.began, 1)}
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.values, indent=1, default=str) + "\n", encoding="utf-8")
@@ -94,16 +94,16 @@ class Report:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Note an error of a part under "errors", and go on."""
+        """Record an error in the block under "errors" and continue."""
         try:
             yield
-        except Exception as error:  # of any library; the next part may work
+        except Exception as error:  # any library may fail; the next part may still work
             traceback.print_exc()
             self.put(errors={**self.values.get("errors", {}), name: message(error)})
 
 
 def message(error: BaseException) -> str:
-    """One line for an error; a missing package is named."""
+    """Return a short text for an error, which names a missing package."""
     if isinstance(error, ModuleNotFoundError):
         return f"package {error.name} is missing; put its wheel into the folder WHEELS"
     text = f"{type(error).__name__}: {error}"
@@ -111,7 +111,7 @@ def message(error: BaseException) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Releases of the packages; None for those that are missing."""
+    """Return the versions of the packages; None for missing ones."""
     out: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -122,7 +122,7 @@ def versions() -> dict[str, str | None]:
 
 
 def card() -> dict[str, str] | None:
-    """What nvidia-smi tells of the GPU; None without it. Only reads."""
+    """Return the facts about the GPU that nvidia-smi reports; None without it. Settings are read only."""
     try:
         command = ["nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -135,7 +135,7 @@ def card() -> dict[str, str] | None:
 
 
 def stage_a(plan: Plan, report: Report) -> None:
-    """Versions, card and clocks; rates of the card; kept tokens of the tiny model, on the device and on the CPU."""
+    """Record versions, GPU and clocks; measure peak rates; compare the tiny model's kept tokens on device and CPU."""
     report.put(versions=versions(), card=card())
     import torch
 
@@ -163,7 +163,10 @@ def _tiny(device: str, dtype: str) -> Any:
 
 
 def compared(plan: Plan, first: Any, second: Any) -> list[dict[str, Any]]:
-    """Kept tokens of two loaded models for the same questions: intersection over union, mean and least over layers."""
+    """Compare the kept tokens of two models for the same questions.
+
+    The measure is intersection over union, as mean and least over layers.
+    """
     from statistics import fmean
 
     from llava_prune.eval.asking import prepare
@@ -188,7 +191,7 @@ def compared(plan: Plan, first: Any, second: Any) -> list[dict[str, Any]]:
 
 
 def stage_b(plan: Plan, report: Report) -> None:
-    """Recorded vectors in float32 on the device; overlap of the kept sets in bfloat16 and float32."""
+    """Check recorded vectors in float32 on the device; compare the tokens kept in bfloat16 and in float32."""
     os.environ["GOLDEN_DEVICE"] = plan.device
     files = [str(ROOT / "tests" / "golden" / name) for name in VECTORS]
     with report.attempt("vectors"):
@@ -197,7 +200,7 @@ def stage_b(plan: Plan, report: Report) -> None:
 
 
 def run_tests(report: Report, arguments: Sequence[str]) -> None:
-    """Run pytest in this process; after every test the counts and the failures so far are on disk."""
+    """Run pytest in this process; the counts and failures so far are written to disk after every test."""
     import pytest
 
     counts = {"passed": 0, "failed": 0, "skipped": 0}
@@ -234,7 +237,7 @@ def run_tests(report: Report, arguments: Sequence[str]) -> None:
 
 
 def stage_c(plan: Plan, report: Report) -> None:
-    """Prefill, decode, total and memory: batch 1 and a large one, crops, then other budgets and methods."""
+    """Measure prefill, decode, total and memory: batch 1 and a large batch, crops, then other budgets and methods."""
     loaded = _random(plan, plan.shape)
     times(plan, report, loaded, "batch 1")
     times(plan, report, loaded, f"batch {plan.batch}", batches=(plan.batch,))
@@ -253,7 +256,7 @@ def _random(plan: Plan, shape: str) -> Any:
 
 
 def times(plan: Plan, report: Report, loaded: Any, name: str, **more: Any) -> None:
-    """Add rows of `llava-prune bench`, each as soon as it is measured; AutoPrune unless `more` says otherwise."""
+    """Add rows of `llava-prune bench` as soon as they are measured, by default for AutoPrune."""
     from llava_prune.bench.speed import Settings, results
 
     given: dict[str, Any] = {"tokens": (plan.tokens,), "new": plan.new, "repeats": plan.repeats, "warmup": plan.warmup}
@@ -267,14 +270,14 @@ def times(plan: Plan, report: Report, loaded: Any, name: str, **more: Any) -> No
 
 
 def stage_d1(plan: Plan, report: Report) -> None:
-    """Tests of the experimental kernels and graphs."""
+    """Run the tests of the experimental kernels and graphs."""
     folder = ROOT / "tests" / "experimental"
     files = [str(folder / name) for name in ("test_cuda.py", "test_fused.py", "test_kernels.py")]
     run_tests(report, [*files, "-m", "experimental", "--deselect", f"{files[-1]}::test_they_compile_for_a_gpu"])
 
 
 def stage_d2(plan: Plan, report: Report) -> None:
-    """Times in plain torch, with fused cuts, with graphs, and with both."""
+    """Measure times in plain torch, with fused cuts, with graphs, and with both."""
     loaded = _random(plan, plan.shape)
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -287,7 +290,7 @@ def stage_d2(plan: Plan, report: Report) -> None:
 
 
 def stage_e(plan: Plan, report: Report) -> None:
-    """Questions per second on the mini GQA: batches chosen by memory against a loop at batch 1."""
+    """Measure questions per second on the mini GQA: batch size chosen by memory against a loop at batch 1."""
     from llava_prune.arguments import TINY
     from llava_prune.eval.plan import Settings
     from llava_prune.eval.rate import LOOP, Arm, measure
@@ -305,7 +308,7 @@ def stage_e(plan: Plan, report: Report) -> None:
 
 
 def _answering(plan: Plan) -> Any:
-    """A random model with a tokenizer and an image processor; the tiny model itself in a rehearsal."""
+    """Return a random model with a tokenizer and an image processor; in a rehearsal, the tiny model itself."""
     from llava_prune.arguments import TINY
     from llava_prune.models.files import load_tokenizer, processor_class
     from llava_prune.models.load import Loaded
@@ -319,7 +322,7 @@ def _answering(plan: Plan) -> Any:
 
 
 def stage_f(plan: Plan, report: Report) -> None:
-    """Profiles of a pruned and an unpruned prefill: operations outside the layers, launches, synchronisations."""
+    """Profile a pruned and an unpruned prefill: operations outside the layers, launches, synchronisations."""
     import llava_prune
     from llava_prune.bench.operations import operations
     from llava_prune.bench.request import request
@@ -347,7 +350,7 @@ STAGES: dict[str, Callable[[Plan, Report], None]] = {
 
 
 def chosen(names: str) -> list[str]:
-    """The processes of some stages, in order of value.
+    """Return the processes of some stages, in order of value.
 
     Raises:
         ValueError: for an unknown stage.
@@ -360,7 +363,7 @@ def chosen(names: str) -> list[str]:
 
 
 def run(name: str, plan: Plan, out: Path) -> int:
-    """Run a stage; returns 1 where it stops at an error, which its file has then."""
+    """Run a stage; return 1 if an error stops it, which is recorded in its file."""
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / f"{name}.json", stage=name, plan=vars(plan))
     report.put()
@@ -375,7 +378,7 @@ def run(name: str, plan: Plan, out: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*STAGES, "stages", "table"])
     parser.add_argument("names", nargs="?", default="a b c d e f", help="stages to list")

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What a machine with a GPU shows of this package, in at most 8 minutes. Stages run in order of value, each in processes of
-# its own with a time limit (and the time that earlier ones left), and write OUT/<stage>.json after every measurement.
-# Weights are random and made on the GPU. It needs no network, no virtual environment and no installation: a Python with
-# torch, transformers, pytest and hypothesis, triton for the kernels, and about 45 GB of GPU memory. It only reads the
-# GPU's settings. docs/performance.md and scripts/bench/gpu_check.py describe the stages.
+# Check and measure this package on a machine with a GPU, in at most 8 minutes. Stages run in order of value, each in
+# processes of its own. A process has a time limit, extended by the time that earlier ones did not need, and writes
+# OUT/<stage>.json after every measurement. Weights are random and made on the GPU. No network, virtual environment or
+# installation is needed, only a Python with torch, transformers, pytest and hypothesis, triton for the kernels, and
+# about 45 GB of GPU memory. The GPU's settings are read but never changed.
+# docs/performance.md and scripts/bench/gpu_check.py describe the stages.
 #   bash scripts/bench/gpu_check.sh
 #   STAGES="a b c" OUT=results bash scripts/bench/gpu_check.sh
-#   WHEELS=wheels bash scripts/bench/gpu_check.sh                      # a folder with wheels of missing packages
+#   WHEELS=wheels bash scripts/bench/gpu_check.sh                      # wheels of missing packages are in ./wheels
 #   DEVICE=cpu SHAPE=tiny bash scripts/bench/gpu_check.sh              # a rehearsal without a GPU
-# TIME_LIMIT is the limit of the whole in seconds (default 480), PYTHON is the interpreter (default python3).
+# TIME_LIMIT is the time limit of all stages in seconds (default 480), PYTHON the interpreter (default python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON="${PYTHON:-python3}" DEVICE="${DEVICE:-cuda}" SHAPE="${SHAPE:-7b}" STAGES="${STAGES:-a b c d e f}"
@@ -28,7 +29,7 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 check() { "$PYTHON" scripts/bench/gpu_check.py "$@"; }
 plan="$(check stages "$STAGES")"
-spare=0 # seconds that earlier stages did not need
+spare=0 # seconds that earlier processes did not need
 while read -r stage limit; do
     left=$((TIME_LIMIT - SECONDS))
     if [ "$left" -lt 10 ]; then

@@ -1,4 +1,4 @@
-"""The results of gpu_check.sh as a short table."""
+"""Print the results of gpu_check.sh as a short table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lines(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """A short table of what the processes `names` measured."""
+    """Yield the lines of a short table of the measurements of the processes `names`."""
     for name in names:
         path = folder / f"{name}.json"
         if not path.is_file():

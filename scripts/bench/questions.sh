@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Questions per second on GQA of the unpruned model, of AutoPrune at batch 1, 8 and auto, and of LLaVA's own
+# Measure questions per second on GQA: the unpruned model and AutoPrune at batch 1, 8 and auto, and LLaVA's own
 # llava.eval.model_vqa_loader, in turn, with the same model and questions in one process. Settings are environment
 # variables or flags of `python -m llava_prune.eval.rate`:
 #   TOKENS=64 BATCH=1,8,auto REPEATS=3 bash scripts/bench/questions.sh

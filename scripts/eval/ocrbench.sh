@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# OCRBench, pruned and unpruned. Every setting is an environment variable or the flag of the same name:
+# OCRBench, pruned and unpruned. Settings are environment variables or flags of the same name:
 #   TOKENS=192,128,64 METHOD=autoprune,random bash scripts/eval/ocrbench.sh
 #   bash scripts/eval/ocrbench.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval
 set -euo pipefail

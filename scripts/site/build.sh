@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the documentation site into site/, in an environment of its own. Warnings are errors.
+# Build the documentation site into site/, in a separate environment. Warnings are errors.
 #   bash scripts/site/build.sh            # site/index.html
-#   bash scripts/site/build.sh serve      # http://127.0.0.1:8000, which follows changes
+#   bash scripts/site/build.sh serve      # http://127.0.0.1:8000, rebuilt on changes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SITE="$PWD/.venv-site"

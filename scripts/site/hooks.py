@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: what pages need that GitHub shows by itself."""
+"""Hooks of the documentation site, which adapt pages that GitHub shows without changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Fill changelog.md, and write links to files outside of docs/, which the site does not have, as their names."""
+    """Fill changelog.md, and replace links to files outside of docs/, which the site lacks, by their names."""
     if page.file.src_uri == "changelog.md":
         markdown = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
     here = (Path(config["docs_dir"]) / page.file.src_uri).parent

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 2 of the paper. LLaVA-1.5-7B at half of the FLOPs: VTW, TopV and AutoPrune.
-# What is finished already is not repeated. Without a model it is a demonstration on the miniature one; the reproduction is
+# Finished runs are not repeated. Without MODEL, the miniature model is used as a demonstration. To reproduce the table:
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=playground/data/eval bash scripts/tables/table2.sh
-# Every setting is an environment variable or the flag of the same name; docs/reproduction.md describes them.
+# Settings are environment variables or flags of the same name; docs/reproduction.md describes them.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune table 2 "$@"

@@ -1,1 +1,1 @@
-"""One YAML file and one scorer module a benchmark; `llava_prune.eval.task` lists the folder."""
+"""One YAML file and one scorer module for each benchmark; `llava_prune.eval.task` lists the folder."""

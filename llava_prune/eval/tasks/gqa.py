@@ -17,7 +17,7 @@ _NO_STEP = ("exist", "query: name", "choose name")
 
 
 def prediction(text: str) -> str:
-    """The prediction that GQA's tool compares: the answer without trailing dots, in lower case.
+    """Return the prediction that GQA's tool compares: the answer in lower case without trailing dots.
 
     Source: LLaVA scripts/convert_gqa_for_eval.py.
     """
@@ -28,7 +28,7 @@ def load_labels(sources: Sources) -> dict[str, Any]:
     """Read the annotation file: question id -> question.
 
     Raises:
-        ValueError: for broken JSON, or questions without the fields that the score needs or with others in their place.
+        ValueError: for broken JSON, or questions that lack a field needed by the score or have one of another type.
     """
     path = sources.path("annotations")
     labels = read_json(path)
@@ -41,7 +41,10 @@ def load_labels(sources: Sources) -> dict[str, Any]:
 
 
 def _wrong_field(row: Any) -> str:
-    """What the score cannot read of a question, "" for nothing; only answer and structural type must be there."""
+    """Describe a field of a question that the score cannot read; "" if all are valid.
+
+    Only the answer and the structural type are required.
+    """
     if not isinstance(row, dict):
         return f"expected a JSON object, found a {type(row).__name__}"
     types: Any = row.get("types")
@@ -65,7 +68,7 @@ def _wrong_field(row: Any) -> str:
 
 
 def unknown(labels: Mapping[str, Any], asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label."""
+    """Return the ids of questions that have no label."""
     return [str(q.id) for q in asked if str(q.id) not in labels]
 
 
@@ -75,7 +78,7 @@ def _steps(row: Mapping[str, Any]) -> int:
 
 
 def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[str]]) -> float:
-    """Chi-square between the answer histograms of each global group, weighted by group size, over 100."""
+    """Return the chi-square between the answer histograms of each global group, weighted by group size, over 100."""
     total = weight = 0.0
     for group, answers in gold.items():
         size = sum(answers.values())
@@ -87,9 +90,9 @@ def _distribution(gold: Mapping[str, Counter[str]], ours: Mapping[str, Counter[s
 def _questions(
     answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> QuestionScores:
-    """(score, structural type) of each answer row; the score is None where the question is not scored.
+    """Return (score, structural type) of each answer row; the score is None if the question is not scored.
 
-    Of the official tables of types, "structural" is taken: it separates open questions (query) from binary ones.
+    Of the official types, the structural one is used: it separates open questions (query) from binary ones.
     """
     out: QuestionScores = []
     for row in answers:
@@ -102,19 +105,20 @@ def _questions(
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Any], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """GQA's figures in percent.
+    """Compute GQA's figures in percent.
 
     Args:
         answers: rows with `question_id` and `text`; the last row of a repeated id counts, as in the official tool.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark; None scores every balanced question.
+        labels: annotations, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None scores every balanced
+            question.
 
     Returns:
         figure (accuracy), rows, details (overall, binary, open, structural, semantic, steps, words, distribution),
         scores (id -> 0 or 1), and questions ((score, structural type) of each answer row).
 
     Raises:
-        ValueError: when a balanced question has no answer, or nothing is left to score.
+        ValueError: if a balanced question has no answer, or there is nothing to score.
     """
     answers = list(answers)
     said = {k: prediction(t) for k, t in last_by_id(answers).items()}
@@ -166,7 +170,7 @@ def _order(value: Any) -> tuple[bool, int, str]:
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Any, folder: Path, name: str) -> list[Path]:
-    """Write the prediction file of the official tool; returns its path in a list."""
+    """Write the prediction file of the official tool and return its path in a list."""
     rows = [{"questionId": str(a["question_id"]), "prediction": prediction(a["text"])} for a in answers]
     path = folder / PREDICTIONS
     path.write_text(json.dumps(rows), encoding="utf-8")

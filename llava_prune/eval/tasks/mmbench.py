@@ -1,4 +1,4 @@
-"""MMBench, English and Chinese: circular accuracy where the table has answers, and the upload sheet."""
+"""MMBench, English and Chinese: circular accuracy for tables with answers, and the upload sheet."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..task import Question, QuestionScores, Sources
 
 LETTERS = "ABCD"
 CIRCLE = 1_000_000
-"""The indices of one question's rows differ by multiples of this."""
+"""The indices of one question's rows, its rotations, differ by multiples of this number."""
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 PLACE = 6
-"""Column of the upload that holds the prediction."""
+"""Column of the upload sheet that holds the prediction."""
 _START = re.compile(r"\(?([A-D])(?![A-Za-z'])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 Row = dict[str, str | None]
@@ -60,7 +60,7 @@ def load_labels(sources: Sources) -> dict[str, Row]:
 
 
 def options(row: Row) -> list[str]:
-    """Option texts before the first missing one; "none" and "nan" count as missing in any case (LLaVA's rule)."""
+    """Return the option texts before the first missing one; "none" and "nan" in any case are missing (LLaVA's rule)."""
     out: list[str] = []
     for key in LETTERS:
         value = row.get(key)
@@ -71,7 +71,7 @@ def options(row: Row) -> list[str]:
 
 
 def text_of(row: Row) -> str:
-    """Hint, question and options, one line each.
+    """Return hint, question and options, one line each.
 
     Source: llava/eval/model_vqa_mmbench.py.
     """
@@ -92,7 +92,7 @@ def read_questions(sources: Sources) -> list[Question]:
     out = []
     for key, row in table.items():
         payload = row.get("image") or ""
-        if payload in table:  # the index of the row with the image
+        if payload in table:  # it is the index of the row that has the image
             payload = table[payload].get("image") or ""
         if not payload or row.get("question") is None:
             raise ValueError(f"index {key}: columns question and image must not be empty; fetch the table again")
@@ -130,12 +130,15 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def unknown(labels: Mapping[str, Row], asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no row."""
+    """Return the ids of questions that have no row."""
     return [str(q.id) for q in asked if str(q.id) not in labels]
 
 
 def lenient(text: str, row: Row) -> str | None:
-    """The letter at the start, or the only option whose text is in the answer. The server has another rule."""
+    """Return the letter at the start of an answer, or of the only option whose text is in the answer; else None.
+
+    The evaluation server uses another rule.
+    """
     found = _START.match(text.strip())
     if found:
         return found[1]
@@ -144,7 +147,7 @@ def lenient(text: str, row: Row) -> str | None:
 
 
 def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row], ids: Sequence[str]) -> QuestionScores:
-    """(score, category) of each answer row, a single rotation; the score is None where the row has no label."""
+    """Return (score, category) of each answer row, a single rotation; the score is None if the row has no label."""
     wanted = set(ids)
     out: QuestionScores = []
     for row in answers:
@@ -156,7 +159,7 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row], 
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Every question is a unit, with all its rotations."""
+    """Return the units of the bootstrap: every question is a unit, with all its rotations."""
     groups: dict[int, list[float]] = defaultdict(list)
     for row in scores:
         if row["score"] is not None:
@@ -167,22 +170,22 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Row], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Circular accuracy in percent: a question is right when each of its rows has the right letter.
+    """Compute the circular accuracy in percent: a question is right if all of its rows have the right letter.
 
-    An answer is right when it is the bare letter. The server may read a letter out of other answers, so the figure is a
-    lower bound; `details` has the same with letters read leniently.
+    An answer is right if it is the bare letter. The server may extract a letter from other answers, so the figure is a
+    lower bound; `details` also has the accuracy with letters extracted by `lenient`.
 
     Args:
         answers: rows with `question_id` and `text`; the last row of a repeated id counts.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        labels: rows of the table, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
         figure (None for a table without answers), rows, details, scores by question, and questions ((score, category)
         of each answer row).
 
     Raises:
-        ValueError: when a row has no answer.
+        ValueError: if a row has no answer.
     """
     answers = list(answers)
     said = last_by_id(answers)

@@ -21,9 +21,9 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 ASKED = "Answer the question using a single word or phrase."
 TAIL = " Please answer yes or no."
 _FLAT = str.maketrans("\t\n\r", "   ")
-"""Characters that the official tool reads as line breaks."""
+"""Characters that the official tool treats as separators."""
 Key = tuple[str, str, str]
-"""Task, text file of the image, question of the release."""
+"""Task, text file of the image, and question as in the release."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Said:
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """Read the question file. Ids are those of images, and each is in two rows."""
+    """Read the question file. Ids are those of images, and each occurs in two rows."""
     return read_lines(sources, unique=False)
 
 
 def label_of(text: str) -> str:
-    """ "yes", "no" or "other": the first of yes and no that is in the first four characters."""
+    """Return "yes", "no" or "other": "yes" or "no" if it is in the first four characters, "yes" taking precedence."""
     start = text.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
-    """(file, cells, task, text file of the image) of every line below a folder of labels."""
+    """Yield (file, [question, label], task, text file of the image) of every line below a folder of labels."""
     for entry in sorted(folder.iterdir()):
         inner = entry / "questions_answers_YN"
         files = sorted((inner if inner.is_dir() else entry).glob("*.txt")) if entry.is_dir() else [entry]
@@ -58,14 +58,14 @@ def _lines(folder: Path) -> Iterator[tuple[Path, list[str], str, str]]:
                 cells = line.strip().split("\t")
                 if entry.is_dir() and len(cells) >= 2:
                     yield path, cells[:2], entry.name, path.name
-                elif len(cells) >= 3:  # the tool's own <task>.txt: image, question, label
+                elif len(cells) >= 3:  # <task>.txt of the official tool: image, question, label
                     yield path, cells[1:3], path.stem, _text_file(cells[0])
                 elif line.strip():
                     raise ValueError(f"{path}: no question and label separated by a tab in {line[:80]!r}")
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Read answers in LLaVA's format, or a folder of the official tool's <task>.txt files of four cells.
+    """Read answers in LLaVA's format, or a folder of the official tool's <task>.txt files, whose lines have four cells.
 
     Raises:
         ValueError: for anything else.
@@ -92,7 +92,7 @@ def _text_file(image: str) -> str:
 
 
 def load_labels(sources: Sources) -> dict[Key, str]:
-    """Read labels: the release folder, the tool's <task>.txt files, or a JSON-lines file with `label` or `answer`.
+    """Read labels from the release folder, the tool's <task>.txt files, or a JSON-lines file with `label` or `answer`.
 
     Raises:
         ValueError: for broken files, labels other than Yes and No, or no labels at all.
@@ -119,7 +119,7 @@ def load_labels(sources: Sources) -> dict[Key, str]:
 
 
 def _key(row: Mapping[str, Any], prompt: str) -> Key:
-    """Key of a row; the tail of the release replaces the instruction in its prompt.
+    """Return the key of a row; the tail of the release's questions replaces the instruction in the prompt.
 
     Source: convert_answer_to_mme.py in LLaVA's eval.zip.
     """
@@ -129,21 +129,21 @@ def _key(row: Mapping[str, Any], prompt: str) -> Key:
 
 
 def _known(key: Key, labels: Mapping[Key, str]) -> Key | None:
-    """The key in the labels; a few questions have two spaces before the tail."""
+    """Return the key as it is in the labels, or None; a few questions have two spaces before the tail."""
     double = (*key[:2], key[2].replace(TAIL, f" {TAIL}"))
     return key if key in labels else double if double in labels else None
 
 
 def unknown(labels: Mapping[Key, str], asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label."""
+    """Return the ids of questions that have no label."""
     return [str(q.id) for q in asked if _known(_key({"question_id": q.id}, q.stored), labels) is None]
 
 
 def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dict[str, list[Said]]:
-    """Answers with their labels by task, in order.
+    """Return answers with their labels by task, in order.
 
     Raises:
-        ValueError: for an answer whose question has no label.
+        ValueError: if the question of an answer has no label.
     """
     out: dict[str, list[Said]] = defaultdict(list)
     strange = []
@@ -162,7 +162,7 @@ def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dic
 
 
 def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
-    """Refuse answers unless the two of each image are consecutive and each label has one."""
+    """Refuse answers unless every label has one answer and the two answers to each image are consecutive."""
     given = [r.key for r in rows]
     missing = sorted(wanted - set(given))
     if missing:
@@ -182,7 +182,7 @@ def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
 def _questions(
     answers: Sequence[Mapping[str, Any]], labels: Mapping[Key, str], wanted: Mapping[str, set[Key]]
 ) -> QuestionScores:
-    """(score, task) of each answer row; the score is None where the question is not scored."""
+    """Return (score, task) of each answer row; the score is None if the question is not scored."""
     out: QuestionScores = []
     for row in answers:
         key = _known(_key(row, row.get("prompt", "")), labels)
@@ -193,7 +193,7 @@ def _questions(
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Every image of a perception task, with its two questions, is a unit of the task."""
+    """Return the units of the bootstrap: every image of a perception task is a unit, with its two questions."""
     right: dict[str, list[float]] = defaultdict(list)
     for row in scores:
         if row["score"] is not None and row["type"] in PERCEPTION:
@@ -206,18 +206,18 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Perception (the figure, of 2,000), cognition (of 800) and their sum.
+    """Compute perception (the figure, of 2,000), cognition (of 800) and their sum.
 
     Args:
-        answers: rows with `question_id`, `prompt` and `text`, the two of an image consecutive.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        answers: rows with `question_id`, `prompt` and `text`; the two answers to an image are consecutive.
+        labels: labels, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
         figure, rows, details (perception, cognition, total, tasks), and questions ((score, task) of each answer row).
 
     Raises:
-        ValueError: when answers do not belong to the labels one by one, or stand in another order.
+        ValueError: if answers and labels do not match one to one, or the answers are in another order.
     """
     answers = list(answers)
     said = join(answers, labels)
@@ -251,7 +251,7 @@ def score(
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], folder: Path, name: str) -> list[Path]:
-    """Write the text files of the official tool, one for each task: image, question, label, answer."""
+    """Write one text file of the official tool for each task: image, question, label, answer."""
     out = []
     for task, rows in join(answers, labels).items():
         lines = ("\t".join((r.key[1], r.key[2], r.gold, r.text.translate(_FLAT))) + "\n" for r in rows)

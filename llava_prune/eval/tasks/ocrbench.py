@@ -1,4 +1,4 @@
-"""OCRBench: number of answers that contain a reference, out of 1,000."""
+"""OCRBench: the number of answers that contain a reference, out of 1,000."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..resample import Units, mean_units, scores_of
 from ..task import Question, Sources
 
 FORMULAS = "HME100k"
-"""The dataset whose answers are compared without spaces and case-sensitively."""
+"""Dataset whose answers are compared case-sensitively and without spaces."""
 GROUPS = {
     "text recognition": (
         "Regular Text Recognition", "Irregular Text Recognition", "Artistic Text Recognition",
@@ -48,7 +48,7 @@ def load_labels(sources: Sources) -> list[Row]:
 
 
 def read_questions(sources: Sources) -> list[Question]:
-    """Read one question for each row, with the short-answer instruction of OCRBench's LLaVA-1.5 script."""
+    """Read one question for each row, with the instruction for short answers of OCRBench's LLaVA-1.5 script."""
     out = []
     for number, row in enumerate(load_labels(sources)):
         text = sources.task.complete(row["question"])
@@ -57,7 +57,7 @@ def read_questions(sources: Sources) -> list[Question]:
 
 
 def unknown(labels: Sequence[Row], asked: Sequence[Question]) -> list[str]:
-    """Always empty: questions and labels are the same rows."""
+    """Return an empty list: questions and labels are the same rows."""
     return []
 
 
@@ -83,7 +83,7 @@ def read_answers(path: Path) -> list[Row]:
 
 
 def right(text: str, row: Mapping[str, Any]) -> bool:
-    """Whether the answer contains a reference; an empty answer does not."""
+    """Return whether the answer contains a reference; an empty answer does not."""
     given = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
 
     def plain(value: str) -> str:
@@ -95,13 +95,13 @@ def right(text: str, row: Mapping[str, Any]) -> bool:
 
 
 def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[int]:
-    """Number of the answer row for each label.
+    """Return the index of the answer row for each label.
 
-    question_id may be the row's id (in the file's order, for ids are not unique), its number from 0 or 1, or its
-    image. The first reading that gives each row one answer, with the question in its prompt, is taken.
+    question_id may be the row's id (in the file's order, since ids are not unique), its number from 0 or 1, or its
+    image. The first of these readings that gives each row one answer, with the question in its prompt, is used.
 
     Raises:
-        ValueError: when none does.
+        ValueError: if no reading does.
     """
     ids = [str(a["question_id"]) for a in answers]
     if len(ids) != len(labels):
@@ -133,7 +133,7 @@ def _join(answers: Sequence[Mapping[str, Any]], labels: Sequence[Row]) -> list[i
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Every question is a unit; the figure is a sum."""
+    """Return the units of the bootstrap: every question is a unit, and the figure is a sum."""
     found = scores_of(scores)
     return mean_units(found, len(found))
 
@@ -141,19 +141,19 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Sequence[Row], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Right answers out of all rows (1,000 in the official file), by type and group.
+    """Count the right answers out of all rows (1,000 in the official file), by type and group.
 
     Args:
         answers: rows with `question_id` and `text`.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are the first of the benchmark.
+        labels: rows of the question file, see `load_labels`.
+        asked: the questions that the model was asked, if they are the first of the benchmark; None for all.
 
     Returns:
         figure, rows, details (share, groups, types), scores by row, their scale, and questions ((score, type) of each
         answer row).
 
     Raises:
-        ValueError: when answers and rows do not belong together.
+        ValueError: if answers and rows do not match.
     """
     labels = labels if asked is None else labels[: len(asked)]
     answers = list(answers)

@@ -1,7 +1,7 @@
-"""POPE: F1 of each split, as in LLaVA's eval_pope.py, and their mean.
+"""POPE: F1 of each split, as in LLaVA's eval_pope.py, and the mean over the splits.
 
-The official script joins answers and labels by their order alone. Here the images and texts of both are compared, so
-a shifted, mixed or foreign file is an error.
+The official script joins answers and labels by their order alone. This module compares the images and texts of both, so
+that a shifted, mixed or foreign file is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class Labels:
 
 
 def says_yes(text: str) -> bool:
-    """The official rule: of the text before the first dot, "no" where a word is No, no or not, otherwise "yes"."""
+    """Return whether an answer means "yes" by the official rule.
+
+    The rule reads the text before the first dot: the answer is "no" if one of its words is No, no or not, and otherwise
+    "yes".
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return not any(w in ("No", "no", "not") for w in words)
 
@@ -56,7 +60,7 @@ def load_labels(sources: Sources) -> Labels:
     """Read the labels of every split, and the order of the question file.
 
     Raises:
-        ValueError: for broken files, other files in the folder, or question ids that come twice.
+        ValueError: for broken files, other files in the folder, or repeated question ids.
     """
     folder = sources.path("annotations")
     files = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
@@ -83,22 +87,22 @@ def load_labels(sources: Sources) -> Labels:
 
 
 def unknown(labels: Labels, asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label."""
+    """Return the ids of questions that have no label."""
     return [str(q.id) for q in asked if str(q.id) not in labels.split]
 
 
 def _same(question: Mapping[str, Any], label: Mapping[str, Any]) -> bool:
-    """Whether a question and a label row match; a misspelling that later labels correct does not count."""
+    """Return whether a question and a label row match; a misspelling that later labels correct is ignored."""
     text = question["text"].split("\n")[0].replace("imange", "image")
     return question["image"] == label["image"] and text == label["text"].replace("imange", "image")
 
 
 def _gold(name: str, labels: Labels, whole: bool) -> dict[str, bool]:
-    """Question id -> whether the label is yes, for a split, in the order of the question file.
+    """Return question id -> whether the label is yes, for a split, in the order of the question file.
 
     Args:
         name: split.
-        labels: see Labels.
+        labels: labels of all splits.
         whole: whether every label must have a question; False for a part of the question file.
     """
     questions, rows = labels.questions[name], labels.rows[name]
@@ -130,7 +134,7 @@ def _figures(said: Sequence[bool], gold: Sequence[bool]) -> dict[str, Any]:
 
 
 def _check(name: str, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], labels: Labels) -> None:
-    """Refuse answers that are not one for each question, in order."""
+    """Refuse answers unless there is one for each question, in order."""
     given = [str(r["question_id"]) for r in rows]
     if len(given) != len(ids):
         there = set(given)
@@ -151,7 +155,7 @@ def _check(name: str, rows: Sequence[Mapping[str, Any]], ids: Sequence[str], lab
 
 
 def _questions(answers: Sequence[Mapping[str, Any]], labels: Labels, golds: Mapping[str, bool]) -> QuestionScores:
-    """(score, split) of each answer row; the score is None where the question is not scored."""
+    """Return (score, split) of each answer row; the score is None if the question is not scored."""
     out: QuestionScores = []
     for row in answers:
         key = str(row["question_id"])
@@ -161,7 +165,10 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Labels, golds: Mapp
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Every question is a unit of its split; the mean F1 follows from the shares of TP, FP and FN in the splits."""
+    """Return the units of the bootstrap: every question is a unit of its split.
+
+    The mean F1 follows from the shares of TP, FP and FN in each split.
+    """
     groups, values = [], []
     for row, score in zip(answers, scores, strict=True):
         if score["score"] is not None:
@@ -172,7 +179,10 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
 
 
 def _mean_f1(shares: Array) -> Array:
-    """Mean F1 in percent; (draws, splits, 3), shares of TP, FP and FN. It is 0 in a draw without a right yes."""
+    """Compute the mean F1 in percent from (draws, splits, 3) shares of TP, FP and FN.
+
+    The F1 of a split without true positives is 0.
+    """
     tp, wrong = shares[..., 0], shares[..., 1] + shares[..., 2]
     f1: Array = 2 * tp / np.maximum(2 * tp + wrong, 1e-12)  # (draws, splits)
     return 100 * f1.mean(1)
@@ -181,19 +191,19 @@ def _mean_f1(shares: Array) -> Array:
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Labels, asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Mean F1 of the splits in percent.
+    """Compute the mean F1 of the splits in percent.
 
     Args:
         answers: rows with `question_id` and `text` in the order of the question file.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        labels: labels, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
-        figure (None where a split has no right "yes", for which the official script divides by zero), rows, details
+        figure (None if a split has no true positive, for which the official script divides by zero), rows, details
         (shares, not percent), and questions ((score, split) of each answer row).
 
     Raises:
-        ValueError: when answers, questions and labels do not belong together row by row.
+        ValueError: if answers, questions and labels do not match row by row.
     """
     answers = list(answers)
     by_split: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

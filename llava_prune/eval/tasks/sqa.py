@@ -23,14 +23,14 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 @dataclass(frozen=True)
 class Label:
-    """The right answer of a question: its index among `options` choices."""
+    """The right answer of a question: its index, and the number of options."""
 
     answer: int
     options: int
 
 
 def letter(text: str) -> str:
-    """The letter of an answer, or FAILED: the bare letter, "A. ...", or one "The answer is A." in the text."""
+    """Return the letter of an answer: the bare letter, "A. ...", or "The answer is A." exactly once; else FAILED."""
     if len(text) == 1 and text in LETTERS:
         return text
     if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
@@ -40,7 +40,7 @@ def letter(text: str) -> str:
 
 
 def _conversations(path: Path) -> list[tuple[str, str | None, str, str]]:
-    """(id, image, text of the human turn, letter) of each row of the question file."""
+    """Return (id, image, text of the human turn, letter) of each row of the question file."""
     out = []
     for number, row in enumerate(read_json(path, list), 1):
         try:
@@ -76,7 +76,7 @@ def read_questions(sources: Sources) -> list[Question]:
 
 
 def _options(human: str) -> int:
-    """Number of options at the end of a question."""
+    """Count the options at the end of a question."""
     lines, count = human.split("\n"), 0
     starts = [i for i, line in enumerate(lines) if line.startswith("A. ")]
     for line in lines[starts[-1] :] if starts else []:
@@ -88,10 +88,10 @@ def _options(human: str) -> int:
 def load_labels(sources: Sources) -> dict[str, Label]:
     """Read the labels of the test split: question id -> label, in order.
 
-    From problems.json, the split from pid_splits.json where it is there; else from the question file.
+    They are read from problems.json, with the split from pid_splits.json if it exists, or else from the question file.
 
     Raises:
-        ValueError: for broken files, or a question that has no label.
+        ValueError: for broken files, or a question without a label.
     """
     path = sources.find("annotations") or sources.path("questions")
     if path.suffix == ".jsonl" or read_text(path).lstrip()[:1] == "[":
@@ -116,7 +116,7 @@ def load_labels(sources: Sources) -> dict[str, Label]:
 
 
 def unknown(labels: Mapping[str, Label], asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label."""
+    """Return the ids of questions that have no label."""
     return [str(q.id) for q in asked if str(q.id) not in labels]
 
 
@@ -142,13 +142,13 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _right(text: str, label: Label) -> bool:
-    """Whether an answer has the right letter, one of the options of its question."""
+    """Return whether an answer has the right letter; a letter beyond the options of the question is wrong."""
     choice = letter(text)
     return choice in LETTERS[: label.options] and LETTERS.find(choice) == label.answer
 
 
 def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label], ids: Sequence[str]) -> QuestionScores:
-    """(score, "image" or "text") of each answer row; the score is None where the question is not scored."""
+    """Return (score, "image" or "text") of each answer row; the score is None if the question is not scored."""
     wanted = set(ids)
     out: QuestionScores = []
     for row in answers:
@@ -159,29 +159,29 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Label]
 
 
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
-    """Every question with an image is a unit."""
+    """Return the units of the bootstrap: every question with an image is a unit."""
     return mean_units(scores_of([row for row in scores if row["type"] == "image"]))
 
 
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[str, Label], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Accuracy over all questions and IMG-Accuracy in percent.
+    """Compute the accuracy over all questions and IMG-Accuracy in percent.
 
-    A question without an answer is wrong in the former and absent from the latter; whether a question has an image is
-    read from the stored prompt. Both are LLaVA's rules.
+    A question without an answer is wrong in the former and absent from the latter. Whether a question has an image is
+    decided by the stored prompt. Both are LLaVA's rules.
 
     Args:
         answers: rows with `question_id`, `prompt` and `text`; the last row of a repeated id counts.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        labels: labels, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
         figure (IMG-Accuracy), rows, details (overall, image, text), scores of questions with an image, and questions
         ((score, "image" or "text") of each answer row).
 
     Raises:
-        ValueError: when nothing is left to score.
+        ValueError: if there is nothing to score.
     """
     answers = list(answers)
     given = {str(a["question_id"]): a for a in answers}

@@ -22,7 +22,7 @@ def read_questions(sources: Sources) -> list[Question]:
 
 
 def question_of(prompt: str) -> str | None:
-    """The question in a stored prompt, in lower case; None for a prompt of another format."""
+    """Return the question in a stored prompt, in lower case; None for a prompt of another format."""
     if prompt.startswith("OCR tokens: "):
         _, mark, rest = prompt.partition("Question: ")
         question, end, _ = rest.partition(" Short answer:")
@@ -34,7 +34,7 @@ def question_of(prompt: str) -> str | None:
 
 
 def answer_scores(references: Sequence[str]) -> dict[str, float]:
-    """Score of each distinct reference: mean over annotators of min(1, other annotators with it / 3)."""
+    """Return the score of each distinct reference: mean over annotators of min(1, other annotators with it / 3)."""
     said = [m4c(r) for r in references]
     counts = Counter(said)
     return {u: sum(min(1.0, (m - (other == u)) / 3) for other in said) / len(said) for u, m in counts.items()}
@@ -76,19 +76,19 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def unknown(labels: Mapping[Key, Any], asked: Sequence[Question]) -> list[str]:
-    """Ids of questions that have no label."""
+    """Return the ids of questions that have no label."""
     return [str(q.id) for q in asked if _key({"question_id": q.id, "prompt": q.stored}) not in labels]
 
 
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, list[str]], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Accuracy in percent.
+    """Compute the accuracy in percent.
 
     Args:
-        answers: rows with `question_id`, `prompt` and `text`, each question once.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        answers: rows with `question_id`, `prompt` and `text`, one for each question.
+        labels: annotations, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
         figure, rows, details, scores by row, and questions ((score, None) of each answer row).

@@ -1,4 +1,4 @@
-"""VQAv2: the EvalAI upload, and the official accuracy where annotations exist."""
+"""VQAv2: the EvalAI upload, and the official accuracy if annotations exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..task import Question, QuestionScores, Sources
 from ..vqa import digits_articles, m4c, one_line, punctuation
 
 READY = "converted"
-"""Field of answers that are normalised already."""
+"""Field that marks answers that are already normalised."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Labels:
     """Annotations and the ids of the upload.
 
     Attributes:
-        annotations: question id -> annotation; None where there are none.
-        upload: ids that the server expects, in order; None where the file is missing.
+        annotations: question id -> annotation; None without annotations.
+        upload: ids that the server expects, in order; None if the file is missing.
     """
 
     annotations: dict[str, dict[str, Any]] | None
@@ -40,7 +40,7 @@ def _annotation(row: Any) -> dict[str, Any]:
 
 
 def load_labels(sources: Sources) -> Labels:
-    """Read the annotations and the ids of the upload, where the files exist.
+    """Read the annotations and the ids of the upload, if the files exist.
 
     Raises:
         ValueError: for broken files or a question that is annotated twice.
@@ -69,7 +69,7 @@ def load_labels(sources: Sources) -> Labels:
 
 
 def unknown(labels: Labels, asked: Sequence[Question]) -> list[str]:
-    """Ids of questions without a label; empty where no question has one (test-dev with annotations of val)."""
+    """Return the ids of questions without a label; [] if no question has one (test-dev with annotations of val)."""
     known = labels.annotations or {}
     absent = [str(q.id) for q in asked if str(q.id) not in known]
     return absent if len(absent) < len(asked) else []
@@ -91,9 +91,9 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(text: str, references: Sequence[str]) -> float:
-    """Mean over annotators of min(1, other annotators with this answer / 3).
+    """Return the mean over annotators of min(1, other annotators with this answer / 3).
 
-    Both sides are normalised only where the references differ from one another.
+    Answer and references are normalised only if the references differ from one another.
 
     Source: vqaEval.py of GT-Vision-Lab/VQA.
     """
@@ -107,19 +107,19 @@ def accuracy(text: str, references: Sequence[str]) -> float:
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Labels, asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
-    """Accuracy in percent of the normalised answers; `details.unconverted` is that of the raw texts.
+    """Compute the accuracy of the normalised answers in percent; `details.unconverted` is that of the raw texts.
 
     Args:
         answers: rows with `question_id` and `text`; the last row of a repeated id counts.
-        labels: see `load_labels`.
-        asked: the questions of the model, where they are a part of the benchmark.
+        labels: annotations, see `load_labels`.
+        asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
         figure (None without annotations), rows, details, scores by question, and questions ((score, answer type) of
         each answer row).
 
     Raises:
-        ValueError: when an annotated question has no answer or an answer no annotation.
+        ValueError: if an annotated question has no answer, or an answer has no annotation.
     """
     answers = list(answers)
     said, known = last_by_id(answers), labels.annotations
