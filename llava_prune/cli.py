@@ -201,8 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = f"{error.strerror or error}{where}", 1
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left on the disk{where}; free some and run the same command, which resumes"
-    except (MemoryError, ValueError) as error:
-        message, status = str(error) or "out of memory; use a smaller batch or model", 1
+    except MemoryError:
+        message, status = "out of memory; use a smaller batch or model", 1
+    except ValueError as error:
+        message, status = str(error), 1
     except RuntimeError as error:
         kind = type(error).__name__
         if kind in ("DistNetworkError", "DistStoreError"):

@@ -159,7 +159,7 @@ def write(
 
 
 def _wrapped(*texts: str) -> str:
-    """Join texts below each other, wrapped to the width of the sheet; each has at most four lines."""
+    """Join texts below each other, wrapped to the width of the sheet; each has at most four lines, cut with [...]."""
     import textwrap
 
-    return "\n".join(part for text in texts for part in textwrap.wrap(text, 110)[:4])
+    return "\n".join(textwrap.fill(text, 110, max_lines=4) for text in texts)

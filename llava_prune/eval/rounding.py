@@ -128,7 +128,7 @@ def table(result: dict[str, Any]) -> Table:
         title=f"slope rounded to steps of {result['step']:g}, {result['questions']} questions",
         caption="overlap: kept tokens of both over kept tokens of either, mean over layers (minimum)",
     )
-    for name in ("run", "schedules", "rounded", "overlap, %", "same answers, %", "figure", "rounded"):
+    for name in ("run", "schedules", "rounded", "overlap, %", "same answers, %", "figure", "figure rounded"):
         out.add_column(name, justify="left" if name == "run" else "right")
     for r in result["rows"]:
         figures = ["-" if v is None else f"{v:.2f}" for v in r["figure"].values()]

@@ -190,7 +190,7 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
     """Run an evaluation in one and in several processes, in turn, and predict the latter from the former.
 
     The prediction uses the seconds of pieces of the one-process runs. The time in which no process answers is measured
-    with the same command and number of processes when nothing is left to do. If there are more processes than cores,
+    with the same command and number of processes on the first question alone. If there are more processes than cores,
     each process is slower in proportion.
 
     Args:
@@ -200,24 +200,24 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
         repeats: number of rounds.
 
     Returns:
-        {"task", "cores", "repeats", "rows"}. A row has processes, seconds, start (seconds with nothing left to do),
+        {"task", "cores", "repeats", "rows"}. A row has processes, seconds, start (seconds with one question),
         predicted, ratio (predicted over measured seconds), and times (speed-up over one process); medians over rounds.
     """
     took: dict[int, list[float]] = {n: [] for n in (1, *counts)}
-    idle: dict[int, list[float]] = {n: [] for n in (1, *counts)}
+    starts: dict[int, list[float]] = {n: [] for n in (1, *counts)}
     alone: list[list[list[float]]] = []
     with tempfile.TemporaryDirectory() as place:
         for _ in range(repeats):
             for count in took:
                 out = Path(place) / str(count)
                 took[count].append(_timed(argv, count, out, "--restart"))
-                idle[count].append(_timed(argv, count, out))
+                starts[count].append(_timed([*argv, "--limit", "1"], count, Path(place) / f"{count}-one", "--restart"))
                 if count == 1:
                     alone.append(measured(out))
     one = statistics.median(took[1])
     rows = []
     for count, seconds in took.items():
-        start, speed = statistics.median(idle[count]), min(1.0, cores / count)
+        start, speed = statistics.median(starts[count]), min(1.0, cores / count)
         cluster = Cluster([speed] * count, start)
         found = statistics.median([makespan(pieces, cluster, random.Random(0)) for pieces in alone])
         real = statistics.median(seconds)
@@ -298,7 +298,7 @@ def predict(
 def _check_table(result: dict[str, Any]) -> Table:
     title = f"{result['task']}: {result['repeats']} rounds on {result['cores']} cores, one thread a process"
     out = Table(title=title)
-    names = {"processes": "processes", "seconds": "seconds", "start": "nothing to do, seconds"}
+    names = {"processes": "processes", "seconds": "seconds", "start": "one question, seconds"}
     names |= {"predicted": "predicted", "ratio": "predicted / measured", "times": "x one process"}
     for name in names.values():
         out.add_column(name, justify="right")

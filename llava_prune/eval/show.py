@@ -125,7 +125,8 @@ def data_table(report: Mapping[str, Any]) -> Table:
         place = "yes" if f["path"] else "no (optional)" if f["optional"] else "no"
         size = "-" if f["bytes"] is None else f"{f['bytes'] / 1e6:.1f} MB, {f['files']} files"
         wanted = f["expected"]
-        rows = f"{_text(f['rows'])} of {' or '.join(map(str, wanted)) if isinstance(wanted, list) else _text(wanted)}"
+        known = " or ".join(map(str, wanted)) if isinstance(wanted, list) else _text(wanted)
+        rows = f"{_text(f['rows'])} of {known}" if wanted else _text(f["rows"])
         table.add_row(f["kind"], place, size, rows, _text(f["version"]))
     return table
 

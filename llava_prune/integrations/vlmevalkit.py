@@ -7,6 +7,7 @@ turns off the verification of SSL certificates and reads a .env file, so only th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import runpy
 import sys
@@ -97,9 +98,11 @@ def model_class() -> Any:
             """Return the answer to a message."""
             from PIL import Image
 
-            images = [Image.open(part["value"]) for part in message if part["type"] == "image"]
             text = "\n".join(part["value"] for part in message if part["type"] == "text")
-            prompt = prepared(text, images, self.protocol, self.loaded)
+            with contextlib.ExitStack() as files:
+                parts = [part["value"] for part in message if part["type"] == "image"]
+                images = [files.enter_context(Image.open(path)) for path in parts]
+                prompt = prepared(text, images, self.protocol, self.loaded)
             limit = LIMITS.get(DATASET_TYPE(dataset) if dataset else "", 1024)
             return answers([prompt], self.protocol, self.loaded, limit)[0]
 

@@ -95,8 +95,7 @@ def page(runs: Sequence[StoredRun], images: Images, count: int) -> tuple[str, li
                 with_images(found, shown, images, count)
             except ValueError as error:
                 left_out.append(f"no images of {found['title']}: {error}")
-            title, count = found["title"], len(found["runs"])
-            data.append({"title": title, "count": count, "json": Markup(_embedded(found))})
+            data.append({"title": found["title"], "count": len(found["runs"]), "json": Markup(_embedded(found))})
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -392,6 +392,14 @@ def test_mmbench_indices_of_every_length(tmp_path: Path) -> None:
     assert scores == {str(b): True for b in bases}
 
 
+@pytest.mark.parametrize("answer", ["E", "AB", "BCD", "a"])
+def test_mmbench_answers_are_single_letters(tmp_path: Path, answer: str) -> None:
+    rows = [{"index": 1, "question": "Q", "A": "x", "B": "y", "answer": answer, "image": "i"}]
+    table(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    with pytest.raises(ValueError, match="row 1: answer must be one of A, B, C, D, not"):
+        run("mmbench", lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A"}]), tmp_path)
+
+
 def test_mmbench_options() -> None:
     assert mmbench.options({"A": "x", "B": "None", "C": "y"}) == ["x"]
     assert mmbench.options({"A": "x", "B": "y", "C": None, "D": "z"}) == ["x", "y"]

@@ -88,6 +88,24 @@ def test_a_run_without_patches_has_none(runs: list[StoredRun]) -> None:
     assert len(found["images"]) == 4 and [len(run["patches"]) for run in found["runs"]] == [4, 0]
 
 
+def test_the_number_of_images_is_that_of_each_benchmark(tmp_path: Path) -> None:
+    asked = [(f"Question {i}?", "yes", 1.0) for i in range(5)]
+    for bench in ("gqa", "textvqa"):
+        folder = make_run(tmp_path / bench, asked, bench=bench)
+        rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["kept"] = {"entering": [4], "leaving": [4], "patches": pack_layers(torch.tensor([[1] * 4]))[0]}
+        (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = []
+
+    def counted(run: StoredRun, rows: Sequence[int], side: int) -> list[Thumbnail | None]:
+        counts.append(len(rows))
+        return [None] * len(rows)
+
+    page(read_runs([tmp_path]), counted, 4)
+    assert counts == [4, 4]
+
+
 def test_images_that_are_gone_are_named(runs: list[StoredRun]) -> None:
     def gone(*_: Any) -> Any:
         raise ValueError("n1.jpg: no such file")

@@ -50,7 +50,7 @@ def load_labels(sources: Sources) -> dict[str, Row]:
         if str(int(index)) in table:
             raise ValueError(f"{path}, row {number}: index {index} is repeated; fetch the file again")
         answer = row.get("answer")
-        if answer is not None and answer not in LETTERS:
+        if answer is not None and answer not in tuple(LETTERS):
             raise ValueError(f"{path}, row {number}: answer must be one of {', '.join(LETTERS)}, not {answer!r}")
         table[str(int(index))] = row
     questions = len({int(k) % CIRCLE for k in table})
