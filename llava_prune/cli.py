@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         kind = type(error).__name__
         if kind in ("DistNetworkError", "DistStoreError"):
-            message, status = "the first process is gone; run the same command to resume", 1
+            message, status = "lost the connection to the first process; run the same command to resume", 1
         elif kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
             message, status = "out of memory with a single sample; use a smaller --dtype or another --device", 1
         else:

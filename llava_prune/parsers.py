@@ -35,7 +35,7 @@ def _add_eval(commands: Any, env: Mapping[str, str]) -> None:
     flag("chunk-idx", "0", "chunk to run; the last chunk to finish joins the answers", type=arguments.natural)
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
     p.add_argument("--no-reference", action="store_true", help="leave out the unpruned model")
-    p.add_argument("--restart", action="store_true", help="discard earlier answers in OUT")
+    p.add_argument("--restart", action="store_true", help="discard earlier answers of these runs")
     _add_evaluation(p, e, env)
     _add_json(p)
     p.set_defaults(many_runs=False)
@@ -47,7 +47,7 @@ def _add_evaluation(p: argparse.ArgumentParser, e: Any, env: Mapping[str, str]) 
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, a LoRA folder or a lone mm_projector.bin, was trained on")
     flag("data", DATA, "folder with the benchmarks' files, e.g. LLaVA's playground/data/eval")
-    flag("family", "auto", "auto, llava or hf")
+    flag("family", "auto", "classes to load: llava (haotian-liu/LLaVA), hf (transformers) or auto")
     flag("conv-mode", None, CONV_MODE)
     flag("batch", "auto", "batch size, halved when memory runs out; auto chooses by free memory", type=arguments.batch)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
@@ -98,7 +98,11 @@ def _add_sweep(commands: Any, env: Mapping[str, str]) -> None:
     e = p.add_argument_group("settings")
     arguments.flag(e, env, "store", RESULTS, "folder of all results")
     arguments.add_method_args(e, env, "mi_scale=8,k0=0.3")
-    p.add_argument("--figure", metavar="FILE", help="draw it, too: FILE.pdf and FILE.png, or the one of FILE's suffix")
+    p.add_argument(
+        "--figure",
+        metavar="FILE",
+        help="also draw the results: FILE.pdf and FILE.png, or only FILE if it has a suffix (.pdf, .png, .svg)",
+    )
     _add_format(p)
     _add_evaluation(p, e, env)
     p.set_defaults(many_runs=True)
@@ -121,7 +125,7 @@ def _add_bench(commands: Any, env: Mapping[str, str]) -> None:
     flag("new", "8", "new tokens of a request, at least 2", type=arguments.whole(2))
     flag("repeats", "5", "timed pairs of an unpruned and a pruned request", type=arguments.positive)
     flag("warmup", "1", "pairs that run before the timed ones", type=arguments.natural)
-    flag("family", "auto", "auto, llava or hf; for a MODEL only")
+    flag("family", "auto", "classes to load: llava (haotian-liu/LLaVA), hf (transformers) or auto; for a MODEL only")
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16")
     flag("attn", None, "eager, sdpa or flash_attention_2; default the package's choice")
@@ -254,7 +258,7 @@ def _add_model_flags(flag: Any) -> None:
     """Add the flags that say which model is loaded, and how."""
     flag("model", TINY, "checkpoint folder or hub id, in either format")
     flag("model-base", None, "checkpoint that MODEL, an adapter, was trained on")
-    flag("family", "auto", "auto, llava or hf")
+    flag("family", "auto", "classes to load: llava (haotian-liu/LLaVA), hf (transformers) or auto")
     flag("conv-mode", None, CONV_MODE)
     flag("device", None, "cuda, cuda:1 or cpu; default cuda where available")
     flag("dtype", None, "float32, float16 or bfloat16; default the checkpoint's own")

@@ -43,7 +43,7 @@ def evaluate(args: argparse.Namespace) -> int:
         ValueError: for bad input, or benchmarks that failed.
     """
     if args.flops and args.tokens:
-        raise ValueError("TOKENS and FLOPS are both given; a budget is one of them")
+        raise ValueError("TOKENS and FLOPS are both given; give one of them")
     budgets = args.flops or args.tokens or DEFAULT
     settings = settings_of(args, methods=args.method, tokens=budgets, reference=not args.no_reference)
     return evaluate_settings(args, settings, functools.partial(_show_results, args, settings))
@@ -70,7 +70,7 @@ def evaluate_settings(args: argparse.Namespace, settings: Settings, show: Show) 
     if args.dry_run:
         return _dry_run(args, settings)
     if args.rate is not None:
-        raise ValueError(f"--rate {args.rate:g} is for --dry-run")
+        raise ValueError(f"--rate {args.rate:g} needs --dry-run")
     if "RANK" in os.environ:  # started by torchrun, or by `launch`
         return _one_process(args, settings, show)
     done = finished(settings)

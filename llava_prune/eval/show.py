@@ -85,7 +85,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
         columns: heading -> dotted path into the details.
     """
     table = Table(title=title, caption="figures with 95 % interval; TFLOPs of a prefill by equation (2)")
-    for name in ("method", "budget", figure, "to full", *columns, "tokens in/out", "FLOPs %", "seconds"):
+    for name in ("method", "budget", figure, "vs full", *columns, "tokens in/out", "FLOPs %", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for r in results:
         tokens, flops = r["visual_tokens"], r["flops"]

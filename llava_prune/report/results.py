@@ -41,7 +41,7 @@ def results(args: argparse.Namespace) -> int:
             _print_comparison(found, SHOWN if args.show is None else args.show)
         return 0
     if args.show is not None:
-        raise ValueError(f"--show {args.show} is for --compare")
+        raise ValueError(f"--show {args.show} needs --compare")
     runs = listed(places, args.task, args.method, args.model, args.tokens)
     if args.json:
         emit([run.row() for run in runs])
@@ -142,7 +142,7 @@ def _print_comparison(found: Comparison, show: int) -> None:
     console.print(counts_table(found))
     p = f"= {found.p_value:.4f}" if found.p_value >= 1e-4 else "< 0.0001"
     lines = [
-        f"flips: {len(found.flips)}, exact two-sided McNemar test p {p}",
+        f"questions with different scores: {len(found.flips)}; exact two-sided McNemar test p {p}",
         f"answers that differ in text only, with the same score: {found.reworded}",
     ]
     if found.unscored:
@@ -160,8 +160,8 @@ def counts_table(found: Comparison) -> Table:
     more = ("more in A", "more in B") if credit else ("only A", "only B")
     caption = "questions right in both, one or neither; B - A: mean scores in points, paired 95 % interval"
     table = Table(title=f"{found.bench}: A and B on the same questions", caption=caption)
-    for name in ("questions", "all", "both", *more, "neither", *(["same part"] if partly else []), "B - A"):
-        table.add_column(name, justify="left" if name == "questions" else "right", overflow="fold")
+    for name in ("type", "questions", "both", *more, "neither", *(["equal partial credit"] if partly else []), "B - A"):
+        table.add_column(name, justify="left" if name == "type" else "right", overflow="fold")
     for name, c in [("all", found.total), *found.by_type.items()]:
         row = [c.questions, c.both, c.only_a, c.only_b, c.neither, *([c.partly] if partly else [])]
         table.add_row(_plain(name), *map(str, row), difference_text(c.difference), end_section=c is found.total)

@@ -93,7 +93,7 @@ def sweep_sheet(table: Mapping[str, Any]) -> Sheet:
     tasks, varied = table["tasks"], table["varied"]
     head = ["method", "tokens", *varied]
     for task in tasks:
-        head += [task, "to full"] if len(tasks) == 1 else [task]
+        head += [task, "vs full"] if len(tasks) == 1 else [task]
     head += ["ratio"] if len(tasks) > 1 else []
     rows, cells = [], []
     for row in table["rows"]:

@@ -67,4 +67,4 @@ def test_the_command(nine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["eval", "gqa", f"--data={tmp_path}", "--dry-run"]) == 1
     assert "gqa: " in capsys.readouterr().err
     assert main(["eval", "gqa", "--rate=2"]) == 1
-    assert "--rate 2 is for --dry-run" in capsys.readouterr().err
+    assert "--rate 2 needs --dry-run" in capsys.readouterr().err

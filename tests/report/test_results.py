@@ -96,7 +96,7 @@ def test_filters(store: Path, capsys: Any, flags: tuple[str, ...], labels: list[
         (["--tokens", "32"], "--tokens 32: .* there are 64, 128"),
         (["--model", "nope"], "--model nope: .* there are llava-tiny, other_checkpoint-7"),
         (["--task", "pope", "--method", "random"], "none of the 5 runs in .* meets all conditions; leave one out"),
-        (["--show", "3"], "--show 3 is for --compare"),
+        (["--show", "3"], "--show 3 needs --compare"),
         (["--compare", "pope/llava-tiny/full", "gqa/llava-tiny/full"], "is a run of pope and .* of gqa"),
         (["--compare", "gqa/x", "gqa/llava-tiny/full"], "gqa/x: no finished run, looked for"),
         (["--compare", "a", "b", "--task", "gqa", "--csv", "-"], "--task, --csv cannot be combined with --compare"),
@@ -133,7 +133,7 @@ def test_csv(store: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None
 def test_comparison(pair: Path, capsys: Any, narrow: None, monkeypatch: Any) -> None:
     names = ("gqa/tiny/full", str(pair / "gqa" / "tiny" / "autoprune-64"))
     text = said(capsys, str(pair), "--compare", *names)
-    assert "flips: 10, exact two-sided McNemar test p = 0.0020" in text  # 2 / 2**10
+    assert "questions with different scores: 10; exact two-sided McNemar test p = 0.0020" in text  # 2 / 2**10
     assert "first 10 of 10 flipped questions" in text and "What is 27?" in text
     assert "[/b] [31m no" in text and "\x1b" not in text
     assert f"B: autoprune-64, accuracy 66.67 [10.0, 90.0], {names[1]}" in text
@@ -144,7 +144,7 @@ def test_comparison(pair: Path, capsys: Any, narrow: None, monkeypatch: Any) -> 
     (pair / "playground").mkdir()
     (pair / "gqa").rename(pair / RESULTS)  # as playground/results/gqa would be
     monkeypatch.chdir(pair)
-    assert "flips: 10" in said(capsys, "--compare", "tiny/full", "tiny/autoprune-64")
+    assert "different scores: 10" in said(capsys, "--compare", "tiny/full", "tiny/autoprune-64")
 
 
 @pytest.mark.parametrize("flags", [[], ["--compare", "gqa/tiny/full", "gqa/tiny/autoprune-64"], ["--csv", "-"]])
@@ -176,5 +176,5 @@ def test_partial_credit_is_named(tmp_path: Path, runs: Callable[..., Path]) -> N
     runs(tmp_path / "b", [("What?", "x", 0.3), ("Who?", "z", 0.6)])
     found = compare(find_run("a", [tmp_path]), find_run("b", [tmp_path]))
     text = "\n".join(drawn(results.counts_table(found), 120))
-    assert "more in B" in text and "same part" in text and "only" not in text
+    assert "more in B" in text and "equal partial credit" in " ".join(text.split()) and "only" not in text
     assert any("0.3 0.6" in line for line in drawn(results.flips_table(found, 5)))
