@@ -151,7 +151,7 @@ class AutoPrune(Method):
         cls = view.class_attention()  # (N, T)
         view.patch_values["cls"] = cls if padding is None else cls.masked_fill(padding, 0)
 
-    # which layer does what -----------------------------------------------------------------------------------
+    # attention and cut of each layer -------------------------------------------------------------------------
     def queries(self, layer: int, spans: Spans) -> Positions | None:
         return None if self._idle(layer, spans) else spans.text_positions()
 
@@ -192,7 +192,7 @@ class AutoPrune(Method):
     def information(self, view: View) -> Tensor:
         """Return (B,) mutual information I(V, T) in bit, summed over heads; 0 if no text follows the image."""
         assert view.attention is not None
-        text = view.spans.text & ~view.visual[:, -view.spans.n_text :]  # without text, `spans.text` has a visual token
+        text = view.spans.text & ~view.visual[:, -view.spans.n_text :]  # its last position may be a visual token
         heads = mutual_information(view.attention, text, view.visual)  # (B, H)
         return torch.nan_to_num(heads.sum(1) * self.mi_scale, posinf=0.0)
 

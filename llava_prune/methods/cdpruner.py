@@ -232,7 +232,7 @@ class CDPruner(EntryMethod):
             return
         patches, texts = view.clip_embeddings(self.strict)
         images = view.layout
-        times = len(images) // max(len(texts), 1)  # beams
+        times = len(images) // max(len(texts), 1)  # beam search repeats each image
         if not texts or times * len(texts) != len(images):
             raise ValueError(f"{len(texts)} questions for {len(images)} images; give one for each image")
         parts = patches.split([image.crops for image in images])

@@ -26,7 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @register("fastv", presets=_PRESETS)
 @dataclass(frozen=True)
 class FastV(ScoreMethod):
-    """After the first `layer` layers, keep the `keep` visual tokens with the last prompt token's largest attention.
+    """After `layer` layers, keep the `keep` visual tokens with the largest attention of the last prompt token.
 
     Score: softmax attention of the last prompt token in layer index `layer` - 1, mean over heads. Source:
     pkunlp-icler/FastV (all released variants use this one token; the paper describes a mean over all tokens). Tokens

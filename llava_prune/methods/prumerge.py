@@ -93,8 +93,9 @@ class PruMerge(Method):
     Attention and keys come from the block after the feature map, at full width: the class token's query times each key
     over sqrt(C), softmax, without the class token's own column. Output: kept patches by descending attention, then the
     sum of the patches that are not kept, weighted by attention. Weights are not normalised. Source: official code
-    097c041. Deviations: the threshold is computed for each image separately (the official code pools a batch), in
-    float64, with ties resolved by index. Images in crops are processed crop by crop, which is an interpretation.
+    097c041. Deviations: the threshold is computed for each image separately (the official code pools a batch),
+    quartiles are in float64, and ties are resolved by index. Images in crops are processed crop by crop, which is an
+    interpretation.
 
     Presets: "adaptive" is the official default. Budgets are not published. As an interpretation, `tokens` patches are
     kept, so tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.

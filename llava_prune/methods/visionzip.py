@@ -35,7 +35,7 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
     label = (keys @ keys[:, places].transpose(1, 2)).argmax(2)  # (N, R)
     states = take(features, rest)  # (N, R, Dv)
     member = torch.nn.functional.one_hot(label, contextual).float()  # (N, R, C)
-    member[:, places] = 0  # targets are no members
+    member[:, places] = 0  # targets do not count as members
     total = member.transpose(1, 2) @ states.float()
     mean = total / member.sum(1).clamp(min=1)[..., None]
     slots = torch.arange(contextual, device=rest.device)
@@ -113,7 +113,7 @@ class VisionZip(Method):
             assert self.dominant is not None and self.contextual is not None
             return self.dominant, self.contextual
         total = max(self.tokens // crops, 1)
-        contextual = (10 * total + 32) // 64  # 5/32, halves up
+        contextual = (10 * total + 32) // 64  # 5/32 of the total, halves rounded up
         return total - contextual, contextual
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:

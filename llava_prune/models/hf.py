@@ -105,7 +105,7 @@ def has_crops(model: Any) -> bool:
 
 
 def _limit(rule: str | None) -> int | None:
-    """Return the largest number of crops without interpolation, from `vision_aspect_ratio` of LLaVA-OneVision.
+    """Return the limit of the number of crops from `vision_aspect_ratio` of LLaVA-OneVision; see `Geometry.most`.
 
     Args:
         rule: "anyres_max_<number>", or None for no limit.
@@ -296,7 +296,7 @@ def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
     Args:
         numbers: (P + H (W + 1),) long, patch numbers of the image without interpolation: the whole image, then H rows.
         patches: P, number of patches of a crop.
-        most: largest number of crops without interpolation.
+        most: limit of the number of crops; see `Geometry.most`.
 
     Source: `pack_image_features` of LlavaOnevision; the nearest patch is that of torch's "nearest-exact".
     """

@@ -206,7 +206,7 @@ def quantise(model: Any, family: Family, bits: str, device: torch.device) -> Non
 
     Source: the same layers as load_8bit and load_4bit of haotian-liu/LLaVA's builder.py.
     """
-    tower = set(family.tower(model).modules())  # inside the language model in package llava
+    tower = set(family.tower(model).modules())  # in package llava, the tower is inside the language model
     for part in (family.language_model(model), family.projector(model)):
         for module in list(part.modules()):
             for name, child in list(module.named_children()):

@@ -43,8 +43,8 @@ class Geometry:
             encoded whole.
         merge: how crops become a sequence: "spatial_unpad", "spatial" or "flat"; see `mm_patch_merge_type` of LLaVA.
         digits: decimals to which the unpadded side length is rounded before it is truncated; None for no rounding.
-        most: largest number of crops whose patches are kept without interpolation; the tokens of more crops are
-            interpolated to that number of patches (LLaVA-OneVision's anyres_max). None for no limit.
+        most: limit of the number of crops, above which the tokens of an image are interpolated to the number of patches
+            of this many crops (LLaVA-OneVision's anyres_max); None for no limit.
     """
 
     grid: tuple[int, int]
@@ -262,7 +262,7 @@ class Seen:
             return None
         patches = self.geometry.grid[0] * self.geometry.grid[1] + self.geometry.leading
         counts = [min(n, 1) if self.geometry.resolutions else n // patches for n in self.n_visual]
-        if sum(counts) % len(self.sizes):  # package llava gives each sample without an image a blank one
+        if sum(counts) % len(self.sizes):  # package llava uses a blank image for each sample without an image
             counts = [max(n, 1) for n in counts]
         beams, rest = divmod(sum(counts), len(self.sizes))
         if rest or counts[sample] != 1:

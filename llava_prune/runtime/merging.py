@@ -75,7 +75,10 @@ class Tower:
 
 
 def merges_of(method: Method, tower: Tower) -> tuple[int, ...]:
-    """Tokens to merge away in each block up to the last that merges any; () when the tower is unchanged."""
+    """Return the number of tokens to merge away in each block, up to the last block that merges any.
+
+    The result is () if the method does not merge tokens in the tower.
+    """
     if tower.feature_layer < 0:
         return ()
     counts = tuple(method.merge_schedule(tower.feature_layer, tower.patches))[: tower.feature_layer + 1]

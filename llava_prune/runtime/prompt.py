@@ -200,5 +200,5 @@ def _table(known: HostPrompts, batch: int, length: int, cut: VisionTokens | None
                 first[image + i] = length - width + at + i * (known.patches - 1)
         image += max(n, 1) if blanks else n
         out.append([n * known.patches, len(row) - n, len(row) - 1 - at if n else 0, 0, length, *first])
-    times = batch // len(widths)  # beams
+    times = batch // len(widths)  # beam search repeats each prompt
     return [line for line in out for _ in range(times)]
