@@ -20,7 +20,7 @@ from .views import Spans, View
 class AutoPruneFlash(AutoPrune):
     """AutoPrune that ranks layers 1..L-1 by the last instruction token alone (supplement, section C).
 
-    There is no official code; this is an interpretation. The mutual information of a single text token is 0 by
+    No official code exists; this is an interpretation. The mutual information of a single text token is 0 by
     definition, so layers 0 and 1 use all text tokens for it (and for equation 1). Ranking from layer 1 on uses the last
     token.
 

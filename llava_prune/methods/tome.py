@@ -108,8 +108,8 @@ class ToMe(Method):
 
     Metric: keys of the block, mean over heads. Merged tokens are means weighted by size, log(size) is added to the
     attention scores, and the class token takes no part. Blocks after the one whose output is the feature map do not
-    merge. Tokens are in the order of the last merge, not in raster order. There is no official LLaVA integration. This
-    is written from the description of ToMe (its code is CC BY-NC and was not used), in interpretation (A) of the
+    merge. Tokens are in the order of the last merge, not in raster order. No official LLaVA integration exists. This is
+    written from the description of ToMe (its code is CC BY-NC and was not used), in interpretation (A) of the
     tables: merging inside the tower.
 
     For a budget, the merges are spread evenly ([17]*16 + [16]*7 for 192); the schedules for 7B and 13B are not

@@ -183,7 +183,7 @@ def _forward(cache: ImageCache, model: Any, stock: Any, pixels: Any = None, *arg
 
 
 def _image(found: TowerPass, features: Tensor, i: int) -> CachedImage:
-    """Return the cache entry of image i of a tower pass."""
+    """Return the cache entry of image i of one pass of the tower."""
     attention = {b: r.map(lambda t: t[i]) for b, r in found.attention.items()}
     cls = None if found.cls is None else found.cls[i]
     if found.merging is None:

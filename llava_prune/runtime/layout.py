@@ -61,7 +61,7 @@ def first_positions(cut: VisionTokens, visual: Tensor, source: Tensor) -> Tensor
         visual: (B, L) bool, visual tokens.
         source: (B, L) long, patch of each token, numbered over all images, -1 for none.
     """
-    ends = to_device([sum(n for n, _, _ in cut.layout[: p + 1]) for p in range(len(cut.layout))], source)  # cumulative crops
+    ends = to_device([sum(n for n, _, _ in cut.layout[: p + 1]) for p in range(len(cut.layout))], source)  # in crops
     crop = source.clamp(min=0) // (cut.grid[0] * cut.grid[1])
     image = torch.bucketize(crop, ends, right=True).masked_fill(~visual | (source < 0), -1)  # (B, L)
     hit = image[:, None] == torch.arange(len(cut.layout), device=source.device)[:, None]  # (B, P, L)

@@ -74,7 +74,7 @@ class Prefill:
             self._replace_patches(prompt.images.tokens, prompt)
         elif prompt.gaps and prunes_inside(type(method)):
             self._drop(sequence.visual, self.n_visual)
-        more = max(0, *(n - b for n, b in zip(self.n_visual, prompt.n_visual, strict=True)))  # PruMerge+ can add a token
+        more = max(0, *(n - b for n, b in zip(self.n_visual, prompt.n_visual, strict=True)))  # PruMerge+ can add one
         self.rotary = Rotary(lm, hidden, prompt.top + more)
         before = None
         if prompt.pad is not None:
