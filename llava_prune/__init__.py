@@ -1,4 +1,4 @@
-"""Training-free pruning of visual tokens for LLaVA. Importing changes nothing anywhere, and loads no torch."""
+"""Training-free pruning of visual tokens for LLaVA. Importing the package patches nothing and does not load torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are used first."""
+    """Import a public name on first use."""
     if name not in _MODULES:
         raise AttributeError(f"module 'llava_prune' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

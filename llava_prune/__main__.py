@@ -1,4 +1,4 @@
-"""`python -m llava_prune` is the `llava-prune` command."""
+"""Run the `llava-prune` command as `python -m llava_prune`."""
 
 from .cli import main
 

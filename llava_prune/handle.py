@@ -1,4 +1,4 @@
-"""Put a method on a model and take it off again."""
+"""Attach a pruning method to a model and detach it again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .runtime.record import Record
 from .runtime.vision import VisionHooks
 
 ATTRIBUTE = "_llava_prune"
-"""Where an attached model keeps its handle, so that copies of it can be detached."""
+"""Attribute in which an attached model keeps its handle, so that a copy of the model can be detached too."""
 
 
 class Handle:
@@ -29,12 +29,12 @@ class Handle:
     Attributes:
         model: the model.
         method: the method.
-        last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats, draw, show), None
-            before the first.
-        check: verify every cut on the host.
-        vision: hooks on vision tower and projector.
-        geometry: where in an image its visual tokens are.
-        engine: acceleration (experimental), None for plain torch.
+        last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats, draw, show), or None
+            before the first such prefill.
+        check: whether every cut is verified on the host.
+        vision: the hooks on the vision tower and the projector.
+        geometry: maps visual tokens to boxes in the image.
+        engine: the acceleration engine (experimental), or None for plain torch.
     """
 
     vision: VisionHooks
@@ -53,7 +53,7 @@ class Handle:
         return bool(self._undo)
 
     def install(self, family: Family) -> None:
-        """Put hooks and replacements in place, all of them or none."""
+        """Install all hooks and replacements; on an error, remove those that are installed and raise."""
         model, lm = self.model, family.language_model(self.model)
         encoder = family.encoder(model)
         try:
@@ -68,10 +68,10 @@ class Handle:
             raise
 
     def detach(self) -> None:
-        """Restore the model as `attach` found it. A second call does nothing.
+        """Restore the model to its state before `attach`. A second call does nothing.
 
         Raises:
-            RuntimeError: when somebody else replaced a method of the model in the meantime; undo that first.
+            RuntimeError: if other code has replaced a method of the model after `attach`; undo that replacement first.
         """
         for step in self._undo:
             if isinstance(step, Patch) and step.place() is None:
@@ -97,7 +97,8 @@ def attach(
 ) -> Handle:
     """Prune `model` with `method` until the handle is detached.
 
-    Works before and after `accelerate` dispatches the model, and on the model inside a PeftModel. Compile afterwards.
+    The model may be attached before or after `accelerate` dispatches it, and may be inside a PeftModel. Call
+    torch.compile only after attaching.
 
     On an attached model, the logits of a forward with images are those of the remaining tokens: the last n logits
     belong to the last n input ids, n being the number of tokens after the image. `labels` are refused.
@@ -105,20 +106,22 @@ def attach(
     Args:
         model: haotian-liu/LLaVA's LlavaLlamaForCausalLM or LlavaMistralForCausalLM, or transformers'
             LlavaForConditionalGeneration, LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration
-            with a Llama, Mistral, Qwen2 or Qwen3 language model. Or a transformers pipeline of one of the latter.
+            with a Llama, Mistral, Qwen2 or Qwen3 language model; or a transformers pipeline that holds one of the
+            transformers models.
         method: a name (`llava_prune.names()`) or a Method instance.
-        check: verify every cut on the host (for tests of new methods; slow).
+        check: verify every cut on the host (slow; for tests of new methods).
         graphs: experimental, see llava_prune.experimental: replay captured CUDA graphs.
-        text_step: experimental, with graphs: round text lengths up to a multiple.
-        fused: experimental: cuts by Triton kernels.
-        hyper: hyper-parameters when `method` is a name.
+        text_step: experimental, requires `graphs`: round text lengths up to a multiple of this number.
+        fused: experimental: compute cuts with Triton kernels.
+        hyper: hyper-parameters of the method, if `method` is a name.
 
     Returns:
-        Handle.
+        The handle of the attachment.
 
     Raises:
-        ValueError: unknown method or value, a model that is not supported or does not have what the method needs, a
-            model that is pruned already, or acceleration that the device does not have. Nothing is changed then.
+        ValueError: for an unknown method or value, a model that is not supported or lacks something that the method
+            needs, a model that is already pruned, or acceleration that the device does not support. The model is
+            unchanged in that case.
     """
     method = _built(method, hyper)
     refuse_wrappers(model)
@@ -152,7 +155,7 @@ def attach(
 
 
 def _built(method: str | Method, hyper: dict[str, Any]) -> Method:
-    """The instance that `attach` was asked for."""
+    """Return the method instance for the arguments of `attach`."""
     if isinstance(method, str):
         return build(method, **hyper)
     if not isinstance(method, Method):
@@ -163,16 +166,16 @@ def _built(method: str | Method, hyper: dict[str, Any]) -> Method:
 
 
 def attached_handle(model: Any) -> Handle | None:
-    """The handle of an attached model, None for any other."""
+    """Return the handle of an attached model, or None for a model without an attached method."""
     found: Handle | None = peel(model).__dict__.get(ATTRIBUTE)
     return found
 
 
 def detach(model: Any) -> None:
-    """Restore an attached model, also a copy of one, for which no handle is at hand.
+    """Restore an attached model through the model itself; this also works for a copy of an attached model.
 
     Raises:
-        ValueError: when no method is attached.
+        ValueError: if no method is attached.
     """
     handle = attached_handle(model)
     if handle is None:
@@ -182,7 +185,7 @@ def detach(model: Any) -> None:
 
 @contextmanager
 def pruned(model: Any, method: str | Method, **options: Any) -> Iterator[Handle]:
-    """`attach`, with all of its options, for the length of a with block.
+    """Attach a method for the duration of a with block; takes all options of `attach`.
 
     Example:
         with pruned(model, "autoprune", tokens=64) as handle:

@@ -11,10 +11,10 @@ Z95 = 1.959963984540054
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion, or of a mean of scores in 0..1.
+    """Return Wilson's 95 % interval of a proportion, or of a mean of scores in 0..1.
 
-    The variance is that of successes and failures, the largest that scores with this mean can have, so that scores in
-    between are never said to be more certain than they are.
+    The interval assumes the variance of successes and failures, which is the largest variance that scores with this
+    mean can have. For scores between 0 and 1 the interval is therefore never too narrow.
 
     Args:
         right: number of successes, or sum of the scores, 0..total.
@@ -24,7 +24,7 @@ def wilson(right: float, total: int) -> tuple[float, float]:
         (low, high) within 0..1.
 
     Raises:
-        ValueError: when right is outside 0..total.
+        ValueError: if right is outside 0..total.
     """
     if not 0 <= right <= total:
         raise ValueError(f"right={right} is outside 0..{total}")
@@ -39,10 +39,10 @@ def wilson(right: float, total: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean of scores in 0..1; see `wilson`.
+    """Return Wilson's 95 % interval of a mean of scores in 0..1; see `wilson`.
 
     Args:
-        values: one score for each question; none gives (0, 1).
+        values: one score for each question; an empty sequence gives (0, 1).
 
     Returns:
         (low, high) within 0..1.
@@ -51,35 +51,35 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share(right: Sequence[bool]) -> dict[str, Any]:
-    """Percentage of right answers with its interval; accuracy is None without answers."""
+    """Return the percentage of right answers with its interval; accuracy is None if there are no answers."""
     low, high = wilson(sum(right), len(right))
     value = 100 * sum(right) / len(right) if right else None
     return {"accuracy": value, "low": 100 * low, "high": 100 * high, "right": sum(right), "rows": len(right)}
 
 
 def average(values: Sequence[float]) -> dict[str, Any]:
-    """Mean in percent of scores in 0..1, with its interval; accuracy is None without scores."""
+    """Return the mean of scores in 0..1 in percent, with its interval; accuracy is None if there are no scores."""
     low, high = mean_interval(values)
     value = 100 * sum(values) / len(values) if values else None
     return {"accuracy": value, "low": 100 * low, "high": 100 * high, "rows": len(values)}
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of two runs on the same questions, with its paired 95 % interval.
+    """Return the mean difference of two runs on the same questions, with its paired 95 % interval.
 
-    The difference is what was gained minus what was lost, the means of max(gap, 0) and max(-gap, 0) over questions.
-    Both have Wilson intervals, which are combined by MOVER. The interval has a width where no answer differs, and does
-    not rely on a normal distribution of few questions.
+    The difference is the mean gain minus the mean loss, where gain and loss are the means of max(gap, 0) and
+    max(-gap, 0) over the questions. Wilson intervals of both are combined by MOVER. The interval has a positive width
+    even if no answer differs, and it does not assume a normal distribution when there are few questions.
 
     Args:
-        ours: score of each question, 0..1.
-        theirs: the same questions in the same order.
+        ours: score of each question in the first run, 0..1.
+        theirs: scores of the second run, for the same questions in the same order.
 
     Returns:
         (difference, low, high), ours minus theirs, in -1..1.
 
     Raises:
-        ValueError: when the lengths differ or are 0.
+        ValueError: if the lengths differ or are 0.
 
     Source: Zou and Donner, "Construction of confidence limits about effect measures" (2008), equation for the
     difference of two parameters with correlated estimates; gains and losses exclude each other, so the correlation of
@@ -103,17 +103,17 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[f
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of McNemar's test: are flips in both directions equally likely?
+    """Return the exact two-sided p-value of McNemar's test that flips in both directions are equally likely.
 
-    Under that hypothesis the flips of one direction are binomial with probability 1/2; the p-value is twice the smaller
-    tail, at most 1. Questions with equal outcomes do not enter.
+    Under this hypothesis the number of flips in one direction is binomial with probability 1/2. The p-value is twice
+    the smaller tail, at most 1. Questions with equal outcomes are not counted.
 
     Args:
-        only_a: questions that only the first run has right.
-        only_b: questions that only the second run has right.
+        only_a: number of questions that only the first run answers correctly.
+        only_b: number of questions that only the second run answers correctly.
 
     Returns:
-        A probability in 0..1; 1 without flips.
+        A probability in 0..1; 1 if there are no flips.
 
     Raises:
         ValueError: for negative counts.
@@ -131,5 +131,5 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def _mover(one: float, two: float, correlation: float) -> float:
-    """Distance of a limit of a difference from distances of the limits of its two parts."""
+    """Return the distance of a difference from its confidence limit, given these distances for its two terms."""
     return math.sqrt(max(0.0, one * one + two * two - 2 * correlation * one * two))

@@ -1,1 +1,1 @@
-"""Acceleration that no GPU has run yet: CUDA graphs and Triton kernels. Reached through `engine.py` only."""
+"""Experimental acceleration, not tested on a GPU: CUDA graphs and Triton kernels. `engine.py` is the only entry."""

@@ -1,13 +1,14 @@
-"""Prefills recorded as CUDA graphs and replayed for later requests of the same shape.
+"""Prefills that are captured as CUDA graphs and replayed for later requests of the same shape.
 
-At batch 1 a prefill of a few hundred tokens is a thousand small kernels, and a GPU is done with each before Python has
-asked for the next. A replay asks for all of them at once. A prefill is captured in pieces, one up to each tensor that
-the method asks for (`Method.host_values`; AutoPrune has one, most methods none) and one after the last. Which piece
-follows depends on what `Method.decide` makes of the values, so there is one for each decision: AutoPrune with
-`slope_step` has few of them. A piece is captured when it is wanted for the second time; the first time it runs as ever.
+At batch size 1, a prefill of a few hundred tokens consists of about a thousand small kernels, and a GPU finishes each
+of them before Python launches the next. A replay launches all of them at once. A prefill is captured in pieces: one up
+to each host value that the method asks for (`Method.host_values`; AutoPrune has one, most methods none), and one after
+the last. The next piece depends on the result of `Method.decide`, so there is one for each decision; AutoPrune with
+`slope_step` has few decisions. A piece is captured when it is needed for the second time; the first time it runs
+normally.
 
-Inputs are copied to where the recording read them; caches, states and record are copied out, so an answer does not
-change when the next one is replayed.
+Before a replay, inputs are copied into the captured input tensors. Afterwards, caches, states and record are copied
+out, so the next replay does not change them.
 """
 
 from __future__ import annotations
@@ -33,22 +34,23 @@ from ..runtime.state import ImageState
 from .steps import Recordings, Steps, recordable
 
 LIMIT = 32
-"""Recorded pieces that are kept; when a request finds so many, all are dropped. Each holds the memory of one prefill's
-cache and of its largest layer (the latter once for all)."""
+"""Largest number of captured pieces; when it is reached, the next request drops all of them. Each piece holds the
+memory of a prefill's cache; they share the memory of the largest layer."""
 
 RECORDED = 3
-"""Requests of a kind after which a method with one read is recorded: each piece waits for its second time."""
+"""Number of requests of the same kind after which a method with one host value is completely captured, since each piece
+is captured when it is needed for the second time."""
 
 
 class Recorder(Protocol):
-    """Runs a function and notes its operations."""
+    """Runs a function and captures its operations."""
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """(what `run` returned, a function that does its operations again on the same memory)."""
+        """Return (the result of `run`, a function that repeats its operations on the same memory)."""
 
 
 class CudaRecorder:
-    """Pieces as CUDA graphs that share a memory pool. What `run` returned holds values after the first replay."""
+    """Captures CUDA graphs that share a memory pool. The result of `run` holds valid values after the first replay."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -59,7 +61,7 @@ class CudaRecorder:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                run()  # libraries set themselves up in a first run, which a capture would not allow
+                run()  # libraries initialise in a first run, which is not possible inside a capture
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # loaders may pin memory
                 out = run()
@@ -67,7 +69,7 @@ class CudaRecorder:
 
 
 def recorder(device: torch.device) -> Recorder:
-    """What records on a device.
+    """Return the recorder for a device.
 
     Raises:
         ValueError: for a device without CUDA graphs.
@@ -78,10 +80,10 @@ def recorder(device: torch.device) -> Recorder:
 
 
 def check_step(text_step: int | None, recording: bool) -> None:
-    """Refuse a `text_step` where nothing is recorded.
+    """Refuse a `text_step` if nothing is captured.
 
     Raises:
-        ValueError: saying so.
+        ValueError: if `text_step` is given and `recording` is False.
     """
     if text_step is not None and not recording:
         raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True (--graphs) with it")
@@ -89,13 +91,22 @@ def check_step(text_step: int | None, recording: bool) -> None:
 
 @dataclass
 class _Stop:
-    """Where a piece ends: after layer `layer`, `view` being shown and `asked` wanted, or at the end (`asked` None)."""
+    """The end of a piece: a layer after which the method asks for host values, or the end of the prefill.
+
+    Attributes:
+        prefill: the prefill.
+        layer: the layer that ran last.
+        view: the view after this layer; None at the end.
+        asked: the values that the host has to read; None at the end.
+        ids: original indices of the tokens at all layers, concatenated; at the end only.
+        widths: number of tokens at each layer in `ids`.
+    """
 
     prefill: Prefill
     layer: int
     view: View | None = None
     asked: Tensor | None = None
-    ids: Tensor | None = None  # all of the trace's, one layer after the other; at the end only
+    ids: Tensor | None = None
     widths: list[int] = field(default_factory=list)
 
 
@@ -111,15 +122,14 @@ _Pieces = Recordings[_Piece]
 
 
 class Graphs:
-    """Recordings of one method on one model. Not for several threads at once.
+    """The captured graphs of one method on one model. Not safe for several threads at once.
 
     Args:
-        method: what prunes. Prefills are recorded where it says that they can be (`Method.replays`), decoding is for
-            every method.
-        device: of the model.
-        text_step: rounds the text length after the image up to a multiple, by masked positions before the
-            prompt, so that questions of nearly the same length share a recording (sdpa only; answers are the same up
-            to rounding); None records exact lengths.
+        method: the pruning method. Prefills are captured if `Method.replays` is set, decoding steps for every method.
+        device: device of the model.
+        text_step: rounds the text length after the image up to a multiple, by masked positions before the prompt, so
+            that questions of similar lengths share a capture (sdpa only; answers are equal up to rounding). None
+            captures exact lengths.
 
     Raises:
         ValueError: for a device without CUDA graphs, or a step that is not a positive integer.
@@ -135,10 +145,11 @@ class Graphs:
     def run(
         self, lm: Any, kernels: Any, prompt: Prompt, cache: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, DecodeState, Trace] | None:
-        """States, decode state and trace of a prefill, whose cache is filled; None where it has to run as usual.
+        """Replay a prefill, fill the cache, and return states, decode state and trace; None if it has to run normally.
 
-        That is: several samples, padding, tokens that replace the patches, what is not `recordable`, or a model of two
-        layers, where AutoPrune decides after the last.
+        A prefill is not replayed for several samples, with padding, with tokens that replace the patches, if it is not
+        `recordable`, in a model of fewer than 3 layers (where AutoPrune would decide after the last layer), and if its
+        first piece is needed for the first time.
         """
         if not self.method.replays or hidden.shape[0] > 1 or not prompt.full or prompt.images.tokens is not None:
             return None
@@ -153,7 +164,7 @@ class Graphs:
         if self.count >= LIMIT:
             self.first, self.count = _Pieces(), 0
         extra = 0
-        if self.text_step is not None and lm.config._attn_implementation == "sdpa":  # others would read the mask
+        if self.text_step is not None and lm.config._attn_implementation == "sdpa":  # others read the mask on the host
             extra = -prompt.n_text % self.text_step
             prompt, hidden = padded(prompt, extra), pad(hidden, (0, 0, extra, 0))
         patch_values = prompt.images.patch_values
@@ -201,7 +212,7 @@ class Graphs:
                 return self._advance(prefill, stop.layer)
 
             if not pieces.again(decision):
-                stop, pieces = go_on(), _Pieces()  # what comes after is new as well
+                stop, pieces = go_on(), _Pieces()  # all later pieces are new as well
                 continue
             piece = pieces.known.get(decision) or self._record(pieces, decision, go_on)
             piece.replay()
@@ -216,7 +227,7 @@ class Graphs:
         return piece
 
     def _advance(self, prefill: Prefill, layer: int) -> _Stop:
-        """Run on after a layer, to the next question or to the end."""
+        """Continue a prefill after a layer, up to the next host value or to the end."""
         for i in range(layer + 1, len(prefill.lm.layers)):
             view = prefill.layer(i, {})
             if view is None:
@@ -231,11 +242,11 @@ class Graphs:
 
 
 def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any], extra: int) -> tuple[Tensor, DecodeState, Trace]:
-    """Copies of what a replay left, without the `extra` rows before the prompt."""
+    """Copy the results of a replay, without the `extra` positions before the prompt, and fill the cache."""
     assert stop.ids is not None
     prefill = stop.prefill
     for i, layer in enumerate(prefill.cache.layers):
-        cache.update(layer.keys[:, :, extra:], layer.values[:, :, extra:], i)  # which copies
+        cache.update(layer.keys[:, :, extra:], layer.values[:, :, extra:], i)  # this copies
     request = copy.copy(prefill.decode)
     request.starts, request.length = request.starts.clone(), request.length - extra
     request.stages = [replace(s, length=s.length - extra) for s in request.stages]
@@ -246,7 +257,7 @@ def _delivered(stop: _Stop, cache: Any, stats: dict[str, Any], extra: int) -> tu
 
 
 def _empty_cache(lm: Any, hidden: Tensor) -> Any:
-    """A cache whose layers are set up, which a recording could not do."""
+    """Return an empty cache with initialised layers, since layers cannot be initialised inside a capture."""
     cache = DynamicCache(config=lm.config)
     nothing = hidden.new_empty(hidden.shape[0], 1, 0, 1)
     for layer in cache.layers:
@@ -261,7 +272,7 @@ def _forked_cache(cache: Any) -> Any:
 
 
 def _forked(stop: _Stop) -> tuple[Prefill, View]:
-    """A prefill that continues from another one, which stays there; the tensors are the same."""
+    """Return a prefill that continues from that of `stop` and leaves it unchanged, and its view; tensors are shared."""
     assert stop.view is not None
     prefill = stop.prefill.fork(_forked_cache(stop.prefill.cache))
     return prefill, replace(stop.view, scratch=prefill.trace.scratch)

@@ -1,7 +1,8 @@
-"""What a cut computes between two layers as a few Triton kernels, in place of dozens of small ones.
+"""Triton kernels for the operations of a cut between two layers, a few instead of dozens of small ones.
 
-Each function gives what the plain one it names gives, up to the order of float32 sums; shapes and errors are described
-there. Samples of a batch must keep the same counts. Imported by `engine.py` alone, for triton may be missing.
+Each function gives the same result as the plain torch function that it names, up to the order of float32 sums; shapes
+and errors are described there. All samples of a batch must keep the same counts. Only `engine.py` imports this module,
+since triton may be missing.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ EDGE = tl.constexpr(-3e38)
 def choose(
     score: Tensor, visual: Tensor, valid: Tensor, keep: int, recycle: int, clusters: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """`selection.descending_order`, `top` and `assemble` in one.
+    """Compute `selection.descending_order`, `top` and `assemble` in one.
 
     Args:
         score: (B, L) float.
         visual, valid: (B, L) bool.
-        keep, recycle, clusters: of each sample.
-        width: tokens of each sample afterwards, L'.
+        keep, recycle, clusters: counts of each sample.
+        width: L', number of tokens of each sample afterwards.
 
     Returns:
-        (B, L') long, tokens in output order, merged ones after the L; (B, recycle) long, the best after the kept.
+        (B, L') long, tokens in output order, indices from L on for merged ones; (B, recycle) long, the tokens with the
+        best scores after the kept ones.
     """
     batch, length = score.shape
     score, visual, valid = score.contiguous(), visual.contiguous(), valid.contiguous()
@@ -43,7 +45,7 @@ def choose(
 
 @triton.jit(do_not_specialize=["length"])
 def _rank(score, among, rank, length, BLOCK: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places by score, best first, ties by column; those not `among` come last."""
+    """Compute ranks by score, best first, ties by column; columns not in `among` come last."""
     row = tl.program_id(0) * length
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mine = _key(score + row, among + row, j, length)
@@ -69,7 +71,7 @@ def _key(score, among, column, length):  # type: ignore[no-untyped-def]
 def _place(  # type: ignore[no-untyped-def]
     rank, visual, valid, index, picked, length, width, keep, recycle, clusters, BLOCK: tl.constexpr
 ):
-    """What is kept in sequence order, merged tokens after the last visual one, right-aligned."""
+    """Write kept tokens in sequence order, merged tokens after the last visual token, right-aligned."""
     row = tl.program_id(0)
     j = tl.arange(0, BLOCK)
     here = j < length
@@ -89,7 +91,7 @@ def _place(  # type: ignore[no-untyped-def]
 
 
 def mean_of(rows: Tensor, index: Tensor, divisor: float) -> Tensor:
-    """(B, 1, D): rows (B, L, D) by `index` (B, Q), summed in float32 and divided, in the dtype of `rows`."""
+    """Return (B, 1, D): the rows (B, L, D) at `index` (B, Q), summed in float32 and divided, in the dtype of `rows`."""
     batch, length, width = rows.shape
     rows, index = rows.contiguous(), index.contiguous()
     out = torch.empty(batch, 1, width, dtype=rows.dtype, device=rows.device)
@@ -110,12 +112,12 @@ def _mean_of(rows, index, out, length, width, count, divisor, BLOCK: tl.constexp
 
 
 def turned(queries: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """Rotary positions of query projections.
+    """Apply the rotary embedding to query projections.
 
     Args:
         queries: (B, R, H dh).
-        cos, sin: (B or 1, R, dh).
-        heads: H.
+        cos, sin: (B or 1, R, dh) rotary embedding.
+        heads: H, number of heads.
 
     Returns:
         (B, H, R, dh).
@@ -149,12 +151,12 @@ def _turned(  # type: ignore[no-untyped-def]
 
 
 def attention(score: Tensor, scale: float, start: int, valid: Tensor | None) -> Tensor:
-    """Causal softmax of products.
+    """Compute the causal softmax of query-key products.
 
     Args:
-        score: (B, H, R, L), not scaled.
-        scale: factor.
-        start: the column of the first row; the next rows follow.
+        score: (B, H, R, L) products, not scaled.
+        scale: factor on the products.
+        start: position of the first query row; the other rows follow.
         valid: (B or 1, L) bool, columns that may be attended to; None for all.
 
     Returns:
@@ -189,7 +191,7 @@ def _attention(  # type: ignore[no-untyped-def]
 
 
 def looked_at(attention: Tensor, weight: Tensor) -> Tensor:
-    """`attention.text_attention`, `weight` being the shares (B, R) float32."""
+    """Compute `attention.text_attention` with the weights (B, R) float32 of the query positions."""
     batch, heads, count, length = attention.shape
     rows, columns = 4, 64
     parts = triton.cdiv(count, rows)
@@ -205,7 +207,7 @@ def looked_at(attention: Tensor, weight: Tensor) -> Tensor:
 def _looked_at(  # type: ignore[no-untyped-def]
     attention, weight, out, heads, count, length, ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The share of a few rows; a sum over all that does not depend on who is first follows."""
+    """Compute the partial sum of a few rows; the caller adds the parts in a fixed order."""
     sample, part = tl.program_id(0), tl.program_id(1)
     j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     h = tl.arange(0, HEADS)

@@ -1,9 +1,9 @@
-"""Decoding recorded as one CUDA graph a token.
+"""Decoding steps, each captured as one CUDA graph.
 
-A new token is a thousand small kernels as well, and its caches grow: after every token each has another shape. Here the
-caches of a request lie in buffers of fixed sizes, one size for each stage of pruning; a token writes its column and
-attends under a bias that hides what is not there yet. The request's own cache shows the live part of the buffers, so
-it is what it always was: it can be read, copied, cropped, and goes on as ever where a step cannot be replayed.
+A decoding step also consists of about a thousand small kernels, and the KV caches change their shape at every step.
+Here the caches of a request are in buffers of fixed sizes, one size for each stage of pruning. A step writes one column
+and attends under a bias that masks the unused columns. The request's own cache holds views of the used part of the
+buffers, so it can be read, copied and cropped as usual, and decoding continues normally if a step cannot be replayed.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ..runtime.compat import DynamicCache
 from ..runtime.decode import Decode, Stage, stage_of, through
 
 GRAIN = 64
-"""Sizes of buffers are multiples of this, so that requests of nearly the same counts share a recording."""
+"""Buffer sizes are multiples of this number, so that requests with similar token counts share a capture."""
 ROOM = (64, 256, 1024, 4096, 16384)
-"""Columns for new tokens, the least that suffices; the next size is another recording."""
+"""Possible numbers of columns for new tokens. The smallest sufficient one is used, and each needs its own capture."""
 LIMIT = 32
-"""Recordings that are kept; when a token finds so many, all are dropped. They share their buffers."""
+"""Largest number of captured steps; when it is reached, the next step drops all of them. They share their buffers."""
 BACKENDS = ("sdpa", "eager")
-"""Those that take a bias; flash-attn reads the lengths of a mask on the host."""
+"""Attention backends that take a bias; flash-attn reads the lengths of a mask on the host."""
 
 
 @dataclass
 class _Step:
-    """Where a recording reads.
+    """The tensors that a captured step reads.
 
     Attributes:
-        hidden: (B, 1, D) the new token.
-        positions: (S or 1, B, 1) long.
-        live: (B,) bool, whether a sample's new token is one.
-        seen: (1,) long, tokens since the prompt.
-        lengths: (S,) long, columns of the prompt in each stage.
-        bias: (S, B, 1, C) 0 on live columns, -inf elsewhere.
-        keys, values: (B, KV, C', dh) of each layer.
+        hidden: (B, 1, D) embedding of the new token.
+        positions: (S or 1, B, 1) long, its position ids.
+        live: (B,) bool, False if the new token of a sample is padding.
+        seen: (1,) long, number of tokens since the prompt.
+        lengths: (S,) long, number of prompt columns in each stage.
+        bias: (S, B, 1, C), 0 on columns that may be attended to, -inf elsewhere.
+        keys, values: (B, KV, C', dh) buffers of each layer.
     """
 
     hidden: Tensor
@@ -56,7 +56,7 @@ class _Step:
 
 @dataclass
 class _Recorded:
-    """A recorded token, and its states (B, 1, D)."""
+    """A captured step with its (B, 1, D) output states."""
 
     step: _Step
     out: Tensor
@@ -64,7 +64,7 @@ class _Recorded:
 
 
 class _Columns:
-    """What a decoder layer takes for its cache: one column is written, the whole buffer comes back."""
+    """The cache object for decoder layers in a captured step: `update` writes one column and returns whole buffers."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], at: list[Tensor]) -> None:
         self.keys, self.values, self.at = keys, values, at
@@ -80,31 +80,39 @@ T = TypeVar("T")
 
 @dataclass
 class Recordings(Generic[T]):
-    """Recordings by what they are for, and what was wanted once: it is recorded when it is wanted again."""
+    """Captures by key. A key is captured when it is requested for the second time.
+
+    Attributes:
+        known: key -> capture.
+        seen: keys that were requested before.
+    """
 
     known: dict[Hashable, T] = field(default_factory=dict)
     seen: set[Hashable] = field(default_factory=set)
 
     def again(self, key: Hashable) -> bool:
-        """Whether `key` was wanted before; it is noted."""
+        """Return whether `key` was requested before, and remember it."""
         before = key in self.seen
         self.seen.add(key)
         return before
 
 
 def recordable(lm: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a request's surroundings allow replays: no gradients, transformers' dynamic cache where it was made, no
-    layers that accelerate has wrapped, no unknown arguments."""
+    """Return whether a request can be captured and replayed.
+
+    It needs disabled gradients, a DynamicCache of transformers without offloading, layers that accelerate has not
+    wrapped, and no further arguments of the layers.
+    """
     if torch.is_grad_enabled() or kwargs or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return False
     return not any("_hf_hook" in vars(layer) for layer in lm.layers)
 
 
 class Steps:
-    """Recordings of the decoding of one model, and the buffers they share, which hold one request at a time.
+    """The captured decoding steps of one model, and their shared buffers, which hold one request at a time.
 
     Args:
-        record: see `graphs.Recorder`.
+        record: see `graphs.Recorder.record`.
     """
 
     def __init__(self, record: Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]) -> None:
@@ -112,18 +120,18 @@ class Steps:
         self.forget()
 
     def forget(self) -> None:
-        """Drop recordings and buffers; a request that has its cache there keeps it."""
+        """Drop captures and buffers; a request whose cache is in the buffers keeps them alive."""
         self.recordings: Recordings[_Recorded] = Recordings()
-        self.memory: list[tuple[Tensor, Tensor]] = []  # flat, of each layer
-        self.shown: list[tuple[Tensor, Tensor]] = []  # what the owner's cache has of it
+        self.memory: list[tuple[Tensor, Tensor]] = []  # flat buffers for keys and values of each layer
+        self.shown: list[tuple[Tensor, Tensor]] = []  # the views of them in the owner's cache
         self.owner: Callable[[], Any] = lambda: None
         self.held: _Step | None = None
 
     def run(self, decode: Decode, cache: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, 1, D) states of a new token, valid until the next one; None where it has to run as ever.
+        """Replay a step and return (B, 1, D) states, valid until the next step; None if the step has to run normally.
 
-        That is: several tokens at once or after a later turn, flash-attn, what is not `recordable`, or sizes that are
-        wanted for the first time.
+        A step is not replayed for several tokens at once, after a later turn, with flash-attn, if it is not
+        `recordable`, if there are too many tokens since the prompt, and for sizes that are needed for the first time.
         """
         lm, request = decode.lm, decode.request
         if decode.q != 1 or not request.whole or not recordable(lm, cache, kwargs):
@@ -165,14 +173,14 @@ class Steps:
         return recorded.out
 
     def _prepare(self, sizes: list[int], decode: Decode, cache: Any, hidden: Tensor) -> _Step:
-        """Buffers for a recording, cut out of the memory of all."""
+        """Return buffers for a capture, as views of the shared memory, which grows if it is too small."""
         batch, _, width = hidden.shape
         of = stage_of(decode.request.stages, len(cache.layers))
         shapes = [(*x.keys.shape[:2], sizes[n], x.keys.shape[3]) for x, n in zip(cache.layers, of, strict=True)]
         need = [torch.Size(s).numel() for s in shapes]
         if not self.memory or any(k.numel() < n for (k, _), n in zip(self.memory, need, strict=True)):
             have = [k.numel() for k, _ in self.memory] or [0] * len(need)
-            self.recordings.known = {}  # they read the smaller memory
+            self.recordings.known = {}  # existing captures refer to the old memory
             like, sized = cache.layers[0].keys, [max(a, b) for a, b in zip(have, need, strict=True)]
             self.memory = [(like.new_zeros(n), like.new_zeros(n)) for n in sized]
         keys = [k[:n].view(s) for (k, _), n, s in zip(self.memory, need, shapes, strict=True)]
@@ -190,8 +198,7 @@ class Steps:
         )
 
     def _hold(self, step: _Step, decode: Decode, cache: Any, seen: int) -> None:
-        """Copy a request's cache into the buffers; what comes after it is cleared, for even hidden columns must be
-        numbers."""
+        """Copy a request's cache into the buffers; set other columns to 0, since even masked columns must be finite."""
         stages = decode.request.stages
         for keys, values, layer in zip(step.keys, step.values, cache.layers, strict=True):
             for buffer, states in ((keys, layer.keys), (values, layer.values)):
@@ -208,21 +215,21 @@ class Steps:
         self.owner, self.held = weakref.ref(cache), step
 
     def _show(self, step: _Step, cache: Any, lengths: list[int]) -> None:
-        """Let the cache have the live part of the buffers."""
+        """Make the cache refer to the used part of the buffers."""
         self.shown = []
         for layer, keys, values, n in zip(cache.layers, step.keys, step.values, lengths, strict=True):
             layer.keys, layer.values = keys[:, :, :n], values[:, :, :n]
             self.shown.append((layer.keys, layer.values))
 
     def _shows(self, cache: Any) -> bool:
-        """Whether a cache is the owner's and as the last step left it."""
+        """Return whether a cache is the owner's and unchanged since the last step."""
         if self.owner() is not cache or len(cache.layers) != len(self.shown):
             return False
         pairs = zip(cache.layers, self.shown, strict=True)
         return all(layer.keys is keys and layer.values is values for layer, (keys, values) in pairs)
 
     def _release(self) -> None:
-        """The owner's cache takes its columns along, also where somebody has cropped it."""
+        """Copy the owner's columns out of the buffers into its cache, even if the cache was cropped."""
         cache = self.owner()
         for layer, ours in zip(cache.layers if cache is not None else (), self.memory, strict=False):
             for name, memory in zip(("keys", "values"), ours, strict=True):
@@ -233,7 +240,7 @@ class Steps:
 
 
 def _advance(step: _Step, lm: Any, stages: list[Stage]) -> Tensor:
-    """One token through the layers. Run twice it does the same."""
+    """Run one token through the layers. Running it twice gives the same result."""
     at = step.lengths + step.seen  # (S,)
     new = torch.zeros_like(step.live, dtype=step.bias.dtype).masked_fill_(~step.live, -torch.inf)
     places = at[:, None, None, None].expand(*step.bias.shape[:3], 1)

@@ -1,1 +1,1 @@
-"""One file a method; each registers itself, and every file here is found by name."""
+"""The pruning methods, one file each. Every file in this folder is imported, and each method registers itself."""

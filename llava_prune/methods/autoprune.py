@@ -1,7 +1,7 @@
 """AutoPrune: the complexity of the question sets the slope of the retention curve.
 
-Read beside section D of the paper's supplement. In order: equation (1) and the mutual information that it uses, the
-slope, the retention curve, the search for the budget, and the recycling of pruned tokens.
+This file follows section D of the paper's supplement. In order: equation (1) and its mutual information, the slope, the
+retention curve, the search for the budget, and the recycling of pruned tokens.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ CAP = 2.5
 PEAK = 0.75
 """Upper end of the logistic curve."""
 LEAST = 2
-"""Smallest budget: a layer that drops tokens keeps one and merges others into one. With 1, the official search finds no
-factor and keeps 2."""
+"""Smallest budget: a layer that drops tokens keeps at least one and merges others into one. With a budget of 1, the
+official search finds no factor and keeps 2 tokens."""
 
 
 @register("autoprune")
 @dataclass(frozen=True)
 class AutoPrune(Method):
-    """Pruning in every layer along a logistic curve whose slope follows the text-image mutual information.
+    """Prune in every layer along a logistic curve whose slope follows the text-image mutual information.
 
-    Layer 0 keeps min(2.5 tokens, N) by s = lam * I0 * alpha_text + alpha_CLS (equation 1). The mutual information
-    I1 of layer 1 gives the slope max(k0 - gamma I1, 0); the curve is scaled to the budget. Layers 1..L-1 keep
-    their best by text attention and recycle 30 % of the rest as DPC-KNN cluster means. Source: official code as
-    specified; deviations: no random noise on the cluster densities, mutual information in float32, the last layer's
-    cut is counted but computed only when its record is read, and `tokens` >= N leaves the image unchanged. Every
-    constant and every step is an argument, published by default; see "Ablations" in docs/methods/autoprune.md.
+    Layer 0 keeps min(2.5 tokens, N) tokens by the score s = lam * I0 * alpha_text + alpha_CLS (equation 1). The mutual
+    information I1 of layer 1 gives the slope max(k0 - gamma I1, 0); the curve is scaled to the budget. Layers 1..L-1
+    keep the tokens with the highest text attention and recycle 30 % of the others as DPC-KNN cluster means. Source:
+    official code as specified. Deviations: cluster densities have no random noise, mutual information is computed in
+    float32, the cut of the last layer is counted but computed only when its record is read, and `tokens` >= N leaves
+    the image unchanged. Every constant and every step is an argument whose default is the published value; see
+    "Ablations" in docs/methods/autoprune.md.
 
-    Where the text gives no information (no text after the image, or values that are not finite) I0 = I1 = 0,
-    so layer 0 goes by the class token alone and the slope is k0.
+    If the text gives no information (no text after the image, or values that are not finite), I0 = I1 = 0. Layer 0 then
+    ranks by the class token alone, and the slope is k0.
 
     Args:
         tokens: the budget B >= 2, an average over layers.
@@ -55,27 +56,28 @@ class AutoPrune(Method):
         k0: largest slope.
         gamma: how fast information flattens the curve.
         x0: midpoint of the curve; default 14.9 for 32 and for 40 layers, 14.9 L / 32 for other depths.
-        mi_scale: factor on both mutual informations. They are sums over heads and k0, gamma were set for 32.
-        mask_padding: True sets the class-token attention on padding to 0 where the original sizes are known;
-            False never; or a (T,) or (N, T) mask, 1 on padding.
-        budget: "after" averages the tokens leaving each layer (the tables' convention), "before" those entering.
-        strict: False skips layers that would only move one token to the end of the visual tokens.
-        slope_step: rounds the slope to the nearest multiple, so that few schedules occur (0.05 leaves 9 of them) and
-            compiled or captured prefills can be used again; None is the exact slope.
+        mi_scale: factor on both mutual informations. They are sums over heads, and k0 and gamma were tuned for 32
+            heads.
+        mask_padding: True sets the class-token attention on padding to 0 if the original sizes are known. False never
+            does. A (T,) or (N, T) mask, 1 on padding, is used as it is.
+        budget: "after" averages the tokens leaving each layer (the convention of the tables), "before" those entering.
+        strict: False skips cuts that would only move one token to the end of the visual tokens.
+        slope_step: rounds the slope to the nearest multiple, so that few schedules occur (9 of them with 0.05) and
+            compiled or captured prefills can be reused; None uses the exact slope.
         first_cap: layer 0 keeps min(int(first_cap * tokens), N) tokens, and no later layer keeps more; at least 1.
-        peak: upper end of the logistic curve, in [1e-9, 1]. The factor that scales the curve to the budget makes up for
-            it as long as it stays below 20, so values from 0.1 on differ by rounding only.
+        peak: upper end of the logistic curve, in [1e-9, 1]. The factor that scales the curve to the budget compensates
+            for it as long as the factor stays below 20, so values from 0.1 on differ by rounding only.
         recycle: share of a layer's pruned tokens that is clustered, in [0, 1]; 0 drops them all.
-        fixed_slope: a slope of at least 0 for every question, in place of max(k0 - gamma I1, 0) and not rounded to
-            `slope_step`; None is the slope of the question.
-        first_score: what layer 0 ranks by: "equation1", alpha_text alone ("text") or alpha_CLS alone ("class"). "none"
+        fixed_slope: a slope of at least 0 for every question, used instead of max(k0 - gamma I1, 0) and not rounded to
+            `slope_step`; None uses the slope of the question.
+        first_score: the score of layer 0: "equation1", alpha_text alone ("text") or alpha_CLS alone ("class"). "none"
             keeps all N tokens in layer 0. "text" and "none" need no class token.
-        class_token: where alpha_CLS comes from: "own" is the class token of a CLIP tower. "received" is the mean
-            attention that a patch receives from all positions of the tower's block; not in the paper, for towers
+        class_token: source of alpha_CLS: "own" is the class token of a CLIP tower. "received" is the mean attention
+            that a patch receives from all positions of the tower's block; it is not in the paper and serves towers
             without such a token (SigLIP, DINOv2).
-        positions: position ids after a cut. "renumber": 0..n-1, and a generated token has the length of each layer's
-            cache. "keep": those of the unpruned sequence, also for generated tokens; merged tokens take that of the
-            last visual token before the cut.
+        positions: position ids after a cut. "renumber": 0..n-1, and the position of a generated token is the length of
+            each layer's cache. "keep": those of the unpruned sequence, also for generated tokens; a merged token gets
+            the position of the last visual token before the cut.
     """
 
     tokens: int = 64
@@ -149,12 +151,12 @@ class AutoPrune(Method):
         cls = view.class_attention()  # (N, T)
         view.patch_values["cls"] = cls if padding is None else cls.masked_fill(padding, 0)
 
-    # which layer does what -----------------------------------------------------------------------------------
+    # attention and cut of each layer -------------------------------------------------------------------------
     def queries(self, layer: int, spans: Spans) -> Positions | None:
         return None if self._idle(layer, spans) else spans.text_positions()
 
     def _idle(self, layer: int, spans: Spans) -> bool:
-        """Whether a layer needs no attention: the budget keeps every image whole, and the information is known."""
+        """Return whether a layer needs no attention: it is after layer 1, and the budget keeps every image whole."""
         return layer > 1 and all(n <= self.tokens for n in spans.n_visual)
 
     def prune(self, layer: int, view: View) -> Cut | None:
@@ -164,7 +166,7 @@ class AutoPrune(Method):
 
     # layer 0: equation (1) -----------------------------------------------------------------------------------
     def _first_cut(self, view: View) -> Cut | None:
-        """Keep min(first_cap B, N) by s_v = lam I(V, T) alpha_{t,v} + alpha_{CLS,v}, or as `first_score` says."""
+        """Keep min(first_cap B, N) tokens by s_v = lam I(V, T) alpha_{t,v} + alpha_{CLS,v}, or by `first_score`."""
         assert view.attention is not None
         view.scratch["weights"] = mean_weights(view.spans.text)  # (B, Q)
         view.scratch["mi0"] = information = self.information(view) / view.spans.text.sum(1).clamp(min=1)  # (B,)
@@ -172,13 +174,13 @@ class AutoPrune(Method):
         return None if list(view.spans.n_visual) == keep else view.keep_top(self._first_scores(view, information), keep)
 
     def _first_count(self, n_visual: int) -> int:
-        """Visual tokens that leave layer 0 for an image of `n_visual`."""
+        """Return the number of visual tokens that leave layer 0 for an image of `n_visual` tokens."""
         if self.first_score == "none" or self.tokens >= n_visual:
             return n_visual
         return min(int(self.first_cap * self.tokens), n_visual)
 
     def _first_scores(self, view: View, information: Tensor) -> Tensor:
-        """(B, L) equation (1), or the attention of one of its two terms."""
+        """Return (B, L) scores of equation (1), or the attention of one of its two terms."""
         if self.first_score == "class":
             return view.patch_values("cls")
         assert view.attention is not None
@@ -188,15 +190,15 @@ class AutoPrune(Method):
         return self.lam * information[:, None] * attention + view.patch_values("cls")
 
     def information(self, view: View) -> Tensor:
-        """(B,) mutual information I(V, T) in bit, summed over heads; 0 where no text follows the image."""
+        """Return (B,) mutual information I(V, T) in bit, summed over heads; 0 if no text follows the image."""
         assert view.attention is not None
-        text = view.spans.text & ~view.visual[:, -view.spans.n_text :]  # a visual token may vote, but tells nothing
+        text = view.spans.text & ~view.visual[:, -view.spans.n_text :]  # its last position may be a visual token
         heads = mutual_information(view.attention, text, view.visual)  # (B, H)
         return torch.nan_to_num(heads.sum(1) * self.mi_scale, posinf=0.0)
 
     # after layer 1: the slope and the counts of every layer --------------------------------------------------
     def host_values(self, layer: int, view: View) -> Tensor | None:
-        """(B, 2) after layer 1: the mutual informations I0 and I1, from which every count follows."""
+        """Return (B, 2) after layer 1: the mutual informations I0 and I1. I1 determines the counts of every layer."""
         return torch.stack([view.scratch["mi0"], self.information(view)], 1) if layer == 1 else None
 
     def decide(self, layer: int, values: list[list[float]], view: View) -> tuple[Schedule, ...]:
@@ -208,20 +210,24 @@ class AutoPrune(Method):
         return tuple(plans) if self.strict else tuple(p.without_moves() for p in plans)
 
     def slope(self, information: float) -> float:
-        """k = max(k0 - gamma I1, 0) of the retention curve, I1 being the information of layer 1; or `fixed_slope`."""
+        """Return the slope k = max(k0 - gamma I1, 0) of the retention curve, or `fixed_slope`.
+
+        Args:
+            information: I1, the mutual information of layer 1.
+        """
         if self.fixed_slope is not None:
             return float(self.fixed_slope)
         exact = max(self.k0 - self.gamma * information, 0.0)
         return exact if self.slope_step is None else round(exact / self.slope_step) * self.slope_step
 
     def midpoint(self, n_layers: int) -> float:
-        """x0 for a model of `n_layers`."""
+        """Return x0 for a model of `n_layers` layers."""
         if self.x0 is not None:
             return self.x0
         return 14.9 if n_layers in (32, 40) else 14.9 * n_layers / 32
 
     def schedule_of(self, slope: float, n_visual: int, n_layers: int) -> Schedule:
-        """The counts of every layer for one image, by this method's arguments."""
+        """Return the counts of every layer for one image, with the arguments of this instance."""
         first, x0 = self._first_count(n_visual), self.midpoint(n_layers)
         constants = {"first_cap": self.first_cap, "peak": self.peak, "recycle": self.recycle}
         return schedule(slope, self.tokens, n_visual, n_layers, x0, self.budget, first, **constants)
@@ -236,26 +242,26 @@ class AutoPrune(Method):
         return view.keep_top(self.later_scores(view), keep, recycle, clusters)
 
     def later_scores(self, view: View) -> Tensor:
-        """(B, L) attention of the text tokens, mean over heads."""
+        """Return (B, L) attention of the text tokens, mean over heads."""
         assert view.attention is not None
         return text_attention(view.attention, view.scratch["weights"], view.kernels)
 
     # counts --------------------------------------------------------------------------------------------------
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
-        """Visual tokens entering each layer with a fixed slope; None where the question sets it."""
+        """Return the visual tokens entering each layer with a fixed slope; None if the question sets the slope."""
         if self.fixed_slope is None:
             return None
         return self.schedule_of(self.fixed_slope, n_visual, n_layers).entering(n_visual)
 
     def example(self, n_visual: int, n_layers: int) -> tuple[list[int], list[int], str]:
-        """The schedule of `fixed_slope`, or of a question of medium complexity: slope k0 / 2."""
+        """Return the schedule of `fixed_slope`, or that of a question of medium complexity (slope k0 / 2)."""
         fixed = self.fixed_slope
         slope, note = (self.k0 / 2, "the question sets it") if fixed is None else (fixed, "the same for every question")
         plan = self.schedule_of(slope, n_visual, n_layers)
         return plan.entering(n_visual), list(plan.leaving), f"slope {slope:g}; {note}"
 
     def curves(self, n_visual: int, n_layers: int) -> dict[str, tuple[int, ...]]:
-        """Schedules of slopes from 0 to k0, the range of all questions; none where the slope is fixed."""
+        """Return the schedules of slopes from 0 to k0, the range of all questions; none if the slope is fixed."""
         if self.fixed_slope is not None:
             return {}
         slopes = [self.k0 * i / 4 for i in range(5)]
@@ -263,11 +269,11 @@ class AutoPrune(Method):
 
 
 def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
-    """I(V; T) in bit, for each head.
+    """Compute the mutual information I(V; T) in bit for each head.
 
     With a the attention of T text tokens on V visual tokens (not renormalised over them), p = a / T and
-    p_v = sum_t p: I = sum p log2 max(p / (p_v / T + 1e-6), 1e-6). The 1e-6 is the official code's and not
-    negligible; the arithmetic here is float32 where the official one is the model's dtype.
+    p_v = sum_t p: I = sum p log2 max(p / (p_v / T + 1e-6), 1e-6). The 1e-6 is from the official code and not
+    negligible. The arithmetic is float32 here, and in the model's dtype in the official code.
 
     Args:
         attention: (B, H, Q, L) float32.
@@ -279,14 +285,14 @@ def mutual_information(attention: Tensor, text: Tensor, visual: Tensor) -> Tenso
     """
     count = text.sum(1).clamp(min=1)[:, None, None, None]  # (B, 1, 1, 1)
     live = text[:, None, :, None] & visual[:, None, None]  # (B, 1, Q, L)
-    joint = torch.nan_to_num(attention.float()).masked_fill_(~live, 0).div_(count)  # in place: large, and ours
+    joint = torch.nan_to_num(attention.float()).masked_fill_(~live, 0).div_(count)  # in place on a new, large tensor
     marginal = joint.sum(2, keepdim=True)  # (B, H, 1, L)
     ratio = (joint / (marginal / count + 1e-6)).clamp_(min=1e-6)
     return ratio.log2_().mul_(joint).sum((2, 3))
 
 
 def _is_mask(values: Any) -> bool:
-    """Whether a list holds 0 and 1 only, in rows of equal length."""
+    """Return whether a list holds only 0 and 1, in rows of equal length."""
     if not isinstance(values, (list, tuple)):
         return False
     try:
@@ -300,7 +306,7 @@ def _is_mask(values: Any) -> bool:
 
 
 def logistic(slope: float, x0: float, n_layers: int, peak: float = PEAK) -> list[float]:
-    """Retention of layers 1..L-1: peak / (1 + exp(k (l - (x0 + k)))), k the slope; its midpoint is x0 + k."""
+    """Return the retention of layers l = 1..L-1: peak / (1 + exp(k (l - (x0 + k)))), k being the slope."""
     out = []
     for layer in range(1, n_layers):
         power = slope * (layer - (x0 + slope))
@@ -310,15 +316,15 @@ def logistic(slope: float, x0: float, n_layers: int, peak: float = PEAK) -> list
 
 @dataclass(frozen=True)
 class Schedule:
-    """What AutoPrune keeps in each layer.
+    """The token counts of AutoPrune in each layer.
 
     Attributes:
-        keep: tokens kept by rank in layers 0..L-1 (layer 0: equation 1).
+        keep: tokens kept by score in layers 0..L-1 (layer 0: equation 1).
         recycle: tokens clustered in each layer.
-        merged: clusters appended in each layer.
+        merged: cluster means appended in each layer.
         leaving: visual tokens leaving each layer, keep + merged.
         scale: the factor on the curve.
-        steps: cost evaluations of the search.
+        steps: number of cost evaluations of the search.
     """
 
     keep: tuple[int, ...]
@@ -329,11 +335,11 @@ class Schedule:
     steps: int
 
     def entering(self, n_visual: int) -> list[int]:
-        """Visual tokens entering each layer, the first seeing all `n_visual`."""
+        """Return the visual tokens entering each layer; all `n_visual` enter the first one."""
         return [n_visual, *self.leaving[:-1]]
 
     def without_moves(self) -> Schedule:
-        """The same counts, but a layer that drops one token and recycles it alone (moves it to the end) keeps it."""
+        """Return a schedule without cuts that drop one token and recycle it alone, which only moves it to the end."""
         moves = [pair == (1, 1) for pair in zip(self.recycle, self.merged, strict=True)]
         keep = tuple(k + m for k, m in zip(self.keep, moves, strict=True))
         recycle = tuple(n * (not m) for n, m in zip(self.recycle, moves, strict=True))
@@ -355,11 +361,12 @@ def schedule(
     peak: float = PEAK,
     recycle: float = RECYCLED,
 ) -> Schedule:
-    """Counts of every layer for one image.
+    """Compute the counts of every layer for one image.
 
-    Source: official code, sections 6 to 9 of the method's specification. The bisection stops once its interval
-    is a single float, with the answer of the official 200 steps. The official estimate that a curve meets the budget as
-    it is, which can miss it by several tokens, holds for the official constants only.
+    Source: official code, sections 6 to 9 of the method's specification. The bisection stops once its interval is a
+    single float, with the same result as the official 200 steps. The official code skips the search if it estimates
+    that the unscaled curve meets the budget, which can miss the budget by several tokens. This estimate is used with
+    the official constants only.
 
     Args:
         slope: k >= 0 of the logistic curve.
@@ -367,14 +374,14 @@ def schedule(
         n_visual: N, visual tokens of the image.
         n_layers: L >= 2.
         x0: midpoint of the curve, before the slope shifts it.
-        budget: which mean `tokens` is.
+        budget: "after" or "before", which mean `tokens` refers to.
         first: tokens kept by layer 0; default min(int(first_cap B), N).
         first_cap: c >= 1; no layer after the first keeps more than min(int(c B), N) tokens.
         peak: upper end of the curve, in (0, 1].
         recycle: share of the pruned tokens that is clustered, in [0, 1].
 
     Raises:
-        ValueError: for fewer than 2 layers, a budget below 2 of more tokens, or one that no curve can meet.
+        ValueError: for fewer than 2 layers, a budget below min(2, N), or a budget that no curve can meet.
     """
     if n_layers < 2:
         raise ValueError(f"a schedule needs at least 2 layers, got {n_layers}")
@@ -396,7 +403,7 @@ def schedule(
             + (" or budget='after'" if budget == "before" else "")
         )
     unscaled = [int(v) for v in (torch.tensor(curve, dtype=torch.float32) * first).tolist()]
-    meets = abs(sum(unscaled) + unscaled[-1] - n_layers * tokens) < 1  # an estimate: layer 0 and clusters are left out
+    meets = abs(sum(unscaled) + unscaled[-1] - n_layers * tokens) < 1  # an estimate that omits layer 0 and clusters
     official = budget == "after" and (first_cap, peak, recycle) == (CAP, PEAK, RECYCLED) and first <= cap
     factor, steps = (1.0, 0) if official and meets else _search(cost, n_layers * tokens)
     scaled = torch.tensor([factor * r for r in curve], dtype=torch.float32)
@@ -413,7 +420,7 @@ def schedule(
 
 
 def _search(cost: Callable[[float], int], goal: int) -> tuple[float, int]:
-    """The factor on the curve that meets the budget, by bisection, and the cost evaluations that took."""
+    """Find the factor on the curve that meets the budget by bisection; return it and the number of cost evaluations."""
     low, high, best, gap = 0.0, 20.0, 1.0, math.inf
     for step in range(1, 201):
         middle = (low + high) / 2
@@ -423,7 +430,7 @@ def _search(cost: Callable[[float], int], goal: int) -> tuple[float, int]:
         if gap < 0.01:
             return best, step
         if (now < goal and middle == low) or (now >= goal and middle == high):
-            return best, step  # the interval is one float wide: no later step could change the answer
+            return best, step  # the interval is one float wide, so later steps cannot change the result
         low, high = (middle, high) if now < goal else (low, middle)
     return best, 200
 
@@ -431,7 +438,7 @@ def _search(cost: Callable[[float], int], goal: int) -> tuple[float, int]:
 def _cost(
     curve: list[float], first: int, cap: int, n_visual: int, budget: Budget, recycle: float, factor: float
 ) -> int:
-    """Sum over layers of the visual tokens leaving (or entering) them, with `factor` on the curve."""
+    """Return the sum over layers of the visual tokens leaving (or entering) them, with `factor` on the curve."""
     n, total = first, first
     last, ceil = 0, math.ceil
     for r in curve:

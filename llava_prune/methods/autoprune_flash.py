@@ -1,4 +1,4 @@
-"""AutoPrune-Flash: AutoPrune that ranks by one query position, as section C of the supplement outlines."""
+"""AutoPrune-Flash: AutoPrune that ranks by one query position, as outlined in section C of the supplement."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from .views import Spans, View
 class AutoPruneFlash(AutoPrune):
     """AutoPrune that ranks layers 1..L-1 by the last instruction token alone (supplement, section C).
 
-    No official code exists. Our reading: the mutual information of a single text token is 0 by definition, so layers 0
-    and 1 use all text tokens for it (and for equation 1); ranking from layer 1 on uses the last token.
+    No official code exists; this is an interpretation. The mutual information of a single text token is 0 by
+    definition, so layers 0 and 1 use all text tokens for it (and for equation 1). Ranking from layer 1 on uses the last
+    token.
 
     Args:
-        flash_score: "softmax" averages the attention of the heads, as PyramidDrop's code does; "dot" averages the
-            dot products themselves, as the supplement says.
+        flash_score: "softmax" averages the attention over heads, as PyramidDrop's code does; "dot" averages the dot
+            products themselves, as the supplement says.
     """
 
     flash_score: Literal["softmax", "dot"] = "softmax"

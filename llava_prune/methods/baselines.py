@@ -1,4 +1,4 @@
-"""Baselines that look at nothing: a random and a regular choice of visual tokens before the first layer, and none."""
+"""Baselines that ignore the content of the image: random tokens, evenly spaced tokens, and no visual tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .views import View
 
 
 class _Blind(ScoreMethod):
-    """Keep some visual tokens before the first layer, whatever they show.
+    """Base class of methods that keep some visual tokens before the first layer, independent of their content.
 
-    The rest of the prompt moves up (positions 0..n-1), as if the image had that many patches.
+    The rest of the prompt moves up (positions 0..n-1), as if the image had only that many patches.
     """
 
     info = MethodInfo(paper="baseline", where="before the language model", source="ours", licence="-")
@@ -25,14 +25,14 @@ class _Blind(ScoreMethod):
     tokens: int
 
     def ranking(self, n: int) -> Tensor:
-        """(n,) float: larger is kept, for an image of n tokens."""
+        """Return (n,) float scores for an image of n tokens; the tokens with the largest scores are kept."""
         raise TypeError("a subclass says which tokens it keeps")
 
     def scores(self, layer: int, view: View) -> Tensor:
         table = torch.zeros(len(view.spans.n_visual), max(view.spans.n_visual))  # (B, V)
         for b, n in enumerate(view.spans.n_visual):
             table[b, :n] = self.ranking(n)
-        place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) which visual token of its sample
+        place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) index among the visual tokens of the sample
         return table.to(view.hidden.device).gather(1, place)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
@@ -42,13 +42,13 @@ class _Blind(ScoreMethod):
 @register("random")
 @dataclass(frozen=True)
 class Random(_Blind):
-    """Random visual tokens, the same places for every image of that size.
+    """Keep random visual tokens, at the same places in every image with the same number of tokens.
 
     The places depend on `seed` and the number of tokens only, so answers do not depend on how images are batched.
 
     Args:
         tokens: visual tokens kept in every layer.
-        seed: of the draw.
+        seed: seed of the random choice.
     """
 
     tokens: int = 64
@@ -65,9 +65,9 @@ class Random(_Blind):
 @register("uniform")
 @dataclass(frozen=True)
 class Uniform(_Blind):
-    """Evenly spaced visual tokens in sequence order.
+    """Keep evenly spaced visual tokens in sequence order.
 
-    Token floor((i + 0.5) n / tokens) for i = 0..tokens-1.
+    These are the tokens floor((i + 0.5) n / tokens) for i = 0..tokens-1, n being the number of visual tokens.
 
     Args:
         tokens: visual tokens kept in every layer.
@@ -88,7 +88,7 @@ class Uniform(_Blind):
 @register("text-only")
 @dataclass(frozen=True)
 class TextOnly(_Blind):
-    """Drop every visual token before the first layer: what the language model answers from the question alone."""
+    """Drop every visual token before the first layer, so that the language model sees the question alone."""
 
     def scores(self, layer: int, view: View) -> Tensor:
         return view.visual.float()

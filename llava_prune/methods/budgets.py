@@ -1,4 +1,4 @@
-"""Budgets that depend on the model: a share of the visual tokens, or of the FLOPs."""
+"""Budgets that depend on the model: a share of its visual tokens or of its FLOPs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Budget = int | TokenShare | FlopsShare
 
 
 def tokens_for(budget: Budget, name: str, hyper: Mapping[str, Any], size: Size | None) -> int:
-    """The number of visual tokens that a budget is for a method.
+    """Convert a budget to a number of visual tokens for a method.
 
-    A share of the FLOPs becomes the number of tokens whose share is nearest; the larger one of two. FLOPs follow
-    equation (2) of the paper with n_i the visual tokens that enter layer i, as its text defines n_i. Where a question
-    decides the counts, `Method.example` stands for it.
+    A share of the FLOPs becomes the number of tokens whose share is nearest, the larger number if two are equally near.
+    FLOPs follow equation (2) of the paper with n_i the visual tokens that enter layer i, as its text defines n_i. If
+    the counts depend on the question, those of `Method.example` are used.
 
     Args:
-        budget: what is given.
-        name: of the method, with its preset.
+        budget: the budget.
+        name: name of the method, with its preset.
         hyper: hyper-parameters besides the budget.
-        size: of the model; an integer does not need it.
+        size: sizes of the model; not needed for an integer budget.
 
     Raises:
-        ValueError: for a method whose counts are not known in advance, or a share below the smallest it can have.
+        ValueError: for a method whose counts are not known in advance, or a share below the smallest possible one.
     """
     if isinstance(budget, int):
         return budget
@@ -38,7 +38,7 @@ def tokens_for(budget: Budget, name: str, hyper: Mapping[str, Any], size: Size |
 
 
 def flops_percent(name: str, hyper: Mapping[str, Any], size: Size) -> float:
-    """FLOPs of a method in percent of the unpruned model's; see `tokens_for`.
+    """Return the FLOPs of a method in percent of those of the unpruned model; see `tokens_for`.
 
     Raises:
         ValueError: for hyper-parameters out of range, or counts that depend on the image.
@@ -50,8 +50,8 @@ def flops_percent(name: str, hyper: Mapping[str, Any], size: Size) -> float:
 
 
 def _nearest(percent: Callable[[int], float], budget: FlopsShare, name: str, most: int) -> int:
-    """The number of tokens whose share, which grows with it, is nearest to a budget."""
-    percent(most)  # raises where no budget has known counts
+    """Return the number of tokens whose share is nearest to a budget; `percent` must grow with the number."""
+    percent(most)  # raises if the counts are not known in advance
 
     def share(n: int) -> float:
         try:

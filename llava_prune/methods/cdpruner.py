@@ -1,4 +1,4 @@
-"""CDPruner: visual tokens that are diverse and relevant for the instruction, by a determinantal point process."""
+"""CDPruner: keep visual tokens that are diverse and relevant to the instruction, by a determinantal point process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from .views import View, VisionView
 
 EPS = 1e-6
 THETA, CONTRIB_EPS = 0.5, 1e-5
-"""Exponent of the relevance, and what is added to a gain under the root, in the variant "contrib"."""
+"""Constants of the variant "contrib": the factor on the relevance in the exponent, and the number added to a gain under
+the root."""
 LEAST = 1e-6
-"""Smallest gain of a step, as a share of the first one's; below it the tokens left depend on those chosen."""
+"""Smallest gain of a step, as a share of the gain of the first step. Below it, the remaining tokens are linearly
+dependent on the chosen ones."""
 
 
 def clip_relevance(image_embeds: Tensor, text_embeds: Tensor, sign: int = -1, strict: bool = False) -> Tensor:
-    """Relevance by CLIP, of the official form. The sign is the official code's: CLIP's cosines are negated.
+    """Compute relevance by CLIP, for the official form. The default sign negates the cosines, as in the official code.
 
     Args:
         image_embeds: (N, T, C), patches of the crops of an image in the space that CLIP shares with text.
         text_embeds: (M, C), projected text vectors of the question's segments.
-        sign: -1 or 1, of the cosines.
-        strict: without a lower limit of norms and of the range.
+        sign: sign of the cosines, -1 or 1.
+        strict: do not apply a lower limit to norms and to the range.
 
     Returns:
         (N, T) in at least float32: 1e-6 / range for the least relevant patch of all crops together, about 1 for the
-        most relevant. Where all patches are alike, 1.
+        most relevant one; 1 if all patches are equally relevant.
     """
     e, t = wide(image_embeds), wide(text_embeds)
     if strict:
@@ -48,17 +50,17 @@ def clip_relevance(image_embeds: Tensor, text_embeds: Tensor, sign: int = -1, st
 
 
 def embedding_relevance(tokens: Tensor, text: Tensor, real: Tensor, sign: int = 1) -> Tensor:
-    """Relevance by the language model's embeddings, of the embedding form.
+    """Compute relevance by the language model's embeddings, for the embedding form.
 
     Args:
         tokens: (B, V, D), projected visual tokens.
         text: (B, D), mean of the input embeddings of the instruction tokens.
-        real: (B, V) bool.
-        sign: 1 or -1, of the cosines.
+        real: (B, V) bool, False on padding.
+        sign: sign of the cosines, 1 or -1.
 
     Returns:
-        (B, V) in at least float32: 0 for the least relevant token of a sample, about 1 for the most relevant.
-        Where all tokens are alike, 1.
+        (B, V) in at least float32: 0 for the least relevant token of a sample, about 1 for the most relevant one; 1 if
+        all tokens are equally relevant.
     """
     t = wide(text)
     t = t / (t.square().sum(1, keepdim=True) + EPS).sqrt()
@@ -66,13 +68,13 @@ def embedding_relevance(tokens: Tensor, text: Tensor, real: Tensor, sign: int = 
 
 
 def rows_relevance(tokens: Tensor, directions: Tensor, real: Tensor, sign: int = -1) -> Tensor:
-    """Relevance as the mean cosine with all instruction tokens, of the variant "contrib".
+    """Compute relevance as the mean cosine with all instruction tokens, for the variant "contrib".
 
     Args:
         tokens: (B, V, D), projected visual tokens.
-        directions: (B, D), mean over the instruction tokens of their input embeddings at length 1.
-        real: (B, V) bool.
-        sign: 1 or -1, of the cosines.
+        directions: (B, D), mean of the instruction tokens' input embeddings, each normalised to length 1.
+        real: (B, V) bool, False on padding.
+        sign: sign of the cosines, 1 or -1.
 
     Returns:
         As `embedding_relevance`.
@@ -81,28 +83,28 @@ def rows_relevance(tokens: Tensor, directions: Tensor, real: Tensor, sign: int =
 
 
 def _scaled(q: Tensor, real: Tensor) -> Tensor:
-    """(B, V) scores at 0..1 over the real tokens of each sample; 1 where all are alike."""
+    """Scale (B, V) scores to 0..1 over the real tokens of each sample; 1 if all are equal."""
     low = q.masked_fill(~real, torch.inf).amin(1, keepdim=True)
     span = q.masked_fill(~real, -torch.inf).amax(1, keepdim=True) - low
     return torch.where(span > EPS, (q - low) / (span + EPS), 1.0)
 
 
 def clip_kernel(tokens: Tensor, relevance: Tensor, strict: bool = False) -> Tensor:
-    """(N, T, T) r_i S_ij r_j with S the cosines of (N, T, D); `strict` normalises in the dtype of `tokens`."""
+    """Return (N, T, T) r_i S_ij r_j, S the cosines of (N, T, D) `tokens`; `strict` normalises in their dtype."""
     rows = (tokens / tokens.norm(dim=2, keepdim=True)).float() if strict else unit(tokens)
     similarity = rows @ rows.transpose(1, 2)
     return relevance[:, :, None] * similarity * relevance[:, None]
 
 
 def embedding_kernel(tokens: Tensor, relevance: Tensor, weight: float = 0.5) -> Tensor:
-    """(B, V, V) (1 - w) S_ij + w r_i S_ij r_j with S the cosines of (B, V, D), norms being sqrt(sum x^2 + 1e-6)."""
+    """Return (B, V, V) (1 - w) S_ij + w r_i S_ij r_j, S the cosines of (B, V, D) with norms sqrt(sum x^2 + 1e-6)."""
     rows = _unit(tokens)
     similarity = rows @ rows.transpose(1, 2)
     return similarity * ((1 - weight) + weight * relevance[:, :, None] * relevance[:, None])
 
 
 def exponential_kernel(tokens: Tensor, relevance: Tensor) -> Tensor:
-    """(B, V, V) exp(a r_i) S_ij exp(a r_j) with a = 0.5, of the variant "contrib"; S as in `embedding_kernel`."""
+    """Return (B, V, V) exp(a r_i) S_ij exp(a r_j) with a = 0.5 ("contrib"); S as in `embedding_kernel`."""
     rows, weight = _unit(tokens), (THETA * relevance).exp()
     return weight[:, :, None] * (rows @ rows.transpose(1, 2)) * weight[:, None]
 
@@ -113,20 +115,21 @@ def _unit(tokens: Tensor) -> Tensor:
 
 
 def greedy(kernel: Tensor, real: Tensor, count: int, eps: float = 0.0, strict: bool = False) -> tuple[Tensor, Tensor]:
-    """Greedy MAP of a determinantal point process: the token that adds most to the determinant, one by one.
+    """Run greedy MAP inference of a determinantal point process.
 
-    Once the best gain is at most 1e-6 of the first one, the tokens left are (to rounding) combinations of those chosen;
-    the largest diagonal entries left follow, ties by index.
+    Each step chooses the token that increases the determinant most. Once the best gain is at most 1e-6 of the first
+    one, the remaining tokens are linear combinations of the chosen ones up to rounding. From then on, the tokens with
+    the largest diagonal entries are chosen, ties by index.
 
     Args:
         kernel: (B, V, V).
         real: (B, V) bool, the tokens that may be chosen.
-        count: K, at most the real tokens of each sample that matters.
+        count: K, number of steps; results of a sample are valid up to its number of real tokens.
         eps: added to the gain under the root.
-        strict: as the official code: gains below rounding may choose a token again.
+        strict: as in the official code, where gains below rounding may choose a token again.
 
     Returns:
-        (B, K) long, the order of choice, and (B, K), the gain of each at its turn.
+        (B, K) long, the tokens in the order of choice; (B, K), the gain of each at its step.
     """
     batch, size = real.shape
     diagonal = kernel.diagonal(dim1=1, dim2=2)  # (B, V)
@@ -158,35 +161,36 @@ PRESETS: dict[str, dict[str, Any]] = {"relevance": {"weight": 1.0}, "diversity":
 @register("cdpruner", presets=PRESETS)
 @dataclass(frozen=True)
 class CDPruner(EntryMethod):
-    """Keep the visual tokens of the largest determinant, weighted by relevance for the instruction.
+    """Keep the set of visual tokens with the largest determinant, weighted by relevance to the instruction.
 
     Embedding form: relevance is the cosine of a projected visual token with the mean input embedding of all text tokens
     of the prompt, scaled to 0..1 over the visual tokens; the kernel is (1 - w) S + w r S r with S the cosines among
     visual tokens. Source: openvinotoolkit/openvino.genai @ da1db86, whole image.
 
     Official form, with `clip`: relevance is the negated cosine of a patch with the question in CLIP's shared space; the
-    kernel is r S r. LLaVA's checkpoints do not hold CLIP's text tower, so its folder has to be given, and the question
-    of each image with `llava_prune.questions([...])`. Source: Theia-4869/CDPruner @ 9541616.
+    kernel is r S r. LLaVA's checkpoints do not contain CLIP's text tower, so `clip` names its folder, and
+    `llava_prune.questions([...])` gives the question of each image. Source: Theia-4869/CDPruner @ 9541616.
 
-    Variant "contrib" of the embedding form: the negated mean cosine with all text tokens, and exp(r / 2) in place of
-    the weight. Source: openvinotoolkit/openvino_contrib @ 9b77af1, whose S is made of the tower's features; ours is
-    made of the projected tokens.
+    Variant "contrib" of the embedding form: relevance is the negated mean cosine with all text tokens, and exp(r / 2)
+    replaces the weight. Source: openvinotoolkit/openvino_contrib @ 9b77af1. Its S is computed from the tower's
+    features, here from the projected tokens.
 
-    Deviations: exactly `tokens` tokens remain where the kernel's rank is smaller (the others by their diagonal entry),
-    and a constant relevance counts as 1. Visual tokens of images in crops are one list, newline tokens included.
+    Deviations: exactly `tokens` tokens remain even if the rank of the kernel is smaller (the others are chosen by their
+    diagonal entry), and a constant relevance counts as 1. The visual tokens of images in crops form one list, including
+    newline tokens.
 
     Presets: "relevance" is w = 1, the official product; "diversity" is w = 0.
 
     Args:
         tokens: visual tokens kept in every layer.
         weight: w, share of the relevance in the kernel of the embedding form.
-        sign: 1 prefers tokens that are similar to the text, -1 the others; by default 1, but -1 with `clip` and
-            "contrib".
-        variant: "genai" or "contrib", of the embedding form.
+        sign: 1 prefers tokens that are similar to the text, -1 those that are not; the default is -1 with `clip` and
+            "contrib", else 1.
+        variant: variant of the embedding form, "genai" or "contrib".
         halves: choose half of the tokens from each half of the sequence, as openvino.genai does by default.
-        strict: go on choosing by gains below rounding, as the official codes, in place of filling up; an error where
-            that names a token twice. One synchronisation with the device.
-        clip: folder of a whole CLIP whose vision tower the model has, for the official form.
+        strict: continue to choose by gains below rounding, as the official code does, instead of by diagonal entries;
+            raises an error if a token is then chosen twice. Costs one synchronisation with the device.
+        clip: folder of a complete CLIP with the model's vision tower, for the official form.
     """
 
     tokens: int = 64
@@ -228,7 +232,7 @@ class CDPruner(EntryMethod):
             return
         patches, texts = view.clip_embeddings(self.strict)
         images = view.layout
-        times = len(images) // max(len(texts), 1)  # beams
+        times = len(images) // max(len(texts), 1)  # beam search repeats each image
         if not texts or times * len(texts) != len(images):
             raise ValueError(f"{len(texts)} questions for {len(images)} images; give one for each image")
         parts = patches.split([image.crops for image in images])
@@ -247,13 +251,14 @@ class CDPruner(EntryMethod):
         return in_raster_order(self.order(tokens, mean, real, keep), keep), None
 
     def order(self, tokens: Tensor, text: Tensor, real: Tensor, keep: Sequence[int]) -> Tensor:
-        """(B, max(keep)) long, the order of choice of the embedding form.
+        """Return (B, max(keep)) long, the tokens in the order of choice of the embedding form.
 
         Args:
             tokens: (B, V, D), projected visual tokens.
-            text: (B, D), mean of the input embeddings of the instruction tokens, at length 1 each for "contrib".
-            real: (B, V) bool.
-            keep: tokens that remain of each sample.
+            text: (B, D), mean of the input embeddings of the instruction tokens, each normalised to length 1 for
+                "contrib".
+            real: (B, V) bool, False on padding.
+            keep: number of tokens that remain in each sample.
         """
         if not self.halves:
             return self._order(tokens, text, real, max(keep))
@@ -281,10 +286,10 @@ class CDPruner(EntryMethod):
 
 
 def refuse_repeats(order: Tensor) -> Tensor:
-    """An order (B, K) that names no token twice; reads from the device.
+    """Return a (B, K) order unchanged if it contains no token twice; synchronises with the device.
 
     Raises:
-        ValueError: naming the number of independent tokens.
+        ValueError: if a token is repeated. The message states the number of independent tokens.
     """
     again = (order[:, :, None] == order[:, None]).tril(-1).any(2).any(0)  # (K,)
     if bool(again.any()):

@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, with one wording for all methods."""
+"""Checks of hyper-parameters with uniform error messages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 LARGEST = 2**31 - 1
 """Upper limit of integers without a limit of their own."""
 FAR = 1e6
-"""Limit of the size of numbers without a limit of their own; float32 holds every product that methods form of them."""
+"""Limit of the absolute value of numbers without a limit of their own; products of such numbers fit into float32."""
 SEEDS = -(2**63), 2**64 - 1
 """The range of torch.manual_seed."""
 
 
 def integer(name: str, value: Any, low: int = 0, high: int = LARGEST, *, none: bool = True) -> None:
-    """Refuse anything but an integer in [low, high]; None passes, unless `none` is False.
+    """Refuse a value that is not an integer in [low, high]; None is accepted unless `none` is False.
 
     Raises:
-        ValueError: naming value and limit.
+        ValueError: with the value and the limit.
     """
     if value is None and none:
         return
@@ -29,7 +29,7 @@ def integer(name: str, value: Any, low: int = 0, high: int = LARGEST, *, none: b
 
 
 def _items(name: str, values: Iterable[Any] | None, what: str) -> tuple[Any, ...] | None:
-    """A list as a tuple; None passes."""
+    """Return a list as a tuple; None is passed through."""
     if values is None:
         return None
     if isinstance(values, (str, dict)) or not isinstance(values, Iterable):
@@ -38,10 +38,10 @@ def _items(name: str, values: Iterable[Any] | None, what: str) -> tuple[Any, ...
 
 
 def integers(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int, ...] | None:
-    """A list of integers of at least `low` as a tuple; None passes.
+    """Return a list of integers of at least `low` as a tuple; None is passed through.
 
     Raises:
-        ValueError: naming value and limit.
+        ValueError: with the value and the limit.
     """
     out = _items(name, values, "integers, as [8, 16]")
     for n in out or ():
@@ -50,23 +50,23 @@ def integers(name: str, values: Iterable[Any] | None, low: int = 0) -> tuple[int
 
 
 def real(name: str, value: Any, low: float = -FAR, high: float = FAR, *, none: bool = True) -> None:
-    """Refuse anything but a number in [low, high]; None passes, unless `none` is False.
+    """Refuse a value that is not a number in [low, high]; None is accepted unless `none` is False.
 
     Raises:
-        ValueError: naming value and limits.
+        ValueError: with the value and the limits.
     """
     if value is None and none:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # not a number lies in no interval
+    if not number or not low <= value <= high:  # NaN fails the comparison
         raise ValueError(f"{name}={shown(value)}: must be a finite number in [{low:g}, {high:g}]")
 
 
 def reals(name: str, values: Iterable[Any] | None, low: float = -FAR, high: float = FAR) -> tuple[float, ...] | None:
-    """A list of numbers in [low, high] as a tuple; None passes.
+    """Return a list of numbers in [low, high] as a tuple; None is passed through.
 
     Raises:
-        ValueError: naming value and limits.
+        ValueError: with the value and the limits.
     """
     out = _items(name, values, "numbers, as [0.5, 0.25]")
     for x in out or ():
@@ -75,10 +75,10 @@ def reals(name: str, values: Iterable[Any] | None, low: float = -FAR, high: floa
 
 
 def seed(value: Any, name: str = "seed") -> None:
-    """Refuse anything but an integer that torch.manual_seed takes.
+    """Refuse a value that is not an integer in the range of torch.manual_seed.
 
     Raises:
-        ValueError: naming value and range.
+        ValueError: with the value and the range.
     """
     low, high = SEEDS
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -88,20 +88,20 @@ def seed(value: Any, name: str = "seed") -> None:
 
 
 def choice(name: str, value: Any, choices: tuple[object, ...]) -> None:
-    """Refuse a value that is not one of the choices; 1 is not True.
+    """Refuse a value that is not one of the choices; types must match, so 1 is not accepted for True.
 
     Raises:
-        ValueError: listing them.
+        ValueError: with the choices.
     """
     if not any(isinstance(value, type(c)) and value == c for c in choices):
         raise ValueError(f"{name}={shown(value)}: must be {' or '.join(repr(c) for c in choices)}")
 
 
 def at_most_one(**given: Any) -> None:
-    """Refuse two arguments that fix the same thing.
+    """Refuse more than one of several arguments that fix the token counts.
 
     Raises:
-        ValueError: naming those that were given.
+        ValueError: with the arguments that were given.
     """
     names = [f"{k}={shown(v)}" for k, v in given.items() if v is not None]
     if len(names) > 1:
@@ -109,8 +109,8 @@ def at_most_one(**given: Any) -> None:
 
 
 def shown(value: Any, width: int = 60) -> str:
-    """repr of a value for a message, in one line and not longer than `width`."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print the longest
+    """Return the repr of a value for a message, in one line of at most `width` characters."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print very long integers
         return f"{'-' if value < 0 else ''}1e{math.floor(value.bit_length() * math.log10(2))}"
     try:
         text = " ".join(repr(value).split())

@@ -1,4 +1,4 @@
-"""Two methods in a row: one before the language model, one inside it."""
+"""Compositions of two methods: one before the language model, one inside it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .base import EntryMethod, Method, MethodInfo, prunes_before, prunes_inside
 from .views import Spans, View, VisionCut, VisionView
 
 VISION = "vision_"
-"""Start of the name of an argument that goes to the first method alone."""
+"""Prefix of arguments that go to the first method only."""
 SHARE = 2.5
-"""Default budget before the language model, as a multiple of the one inside: what AutoPrune's first layer keeps."""
+"""Default budget of the first method, as a multiple of that of the second; the same as AutoPrune's `first_cap`."""
 
 
 def split(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
-    """The parts of "visionzip+autoprune"; names may end in a plus themselves ("prumerge++fastv")."""
+    """Split a name such as "visionzip+autoprune" into its two parts, or return None.
+
+    A name may itself end in a plus ("prumerge++fastv").
+    """
     for i, letter in enumerate(name):
         if letter == "+" and known(name[:i]) and known(name[i + 1 :]):
             return name[:i], name[i + 1 :]
@@ -29,13 +32,14 @@ def split(name: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
 
 
 class Composed(Method):
-    """A vision-side method, then one in the language model on what the first has left.
+    """A method before the language model, followed by a method inside it that prunes the remaining tokens.
 
-    `tokens` is the budget of the second, an average over layers. The first has `vision_tokens`, by default 2.5 times as
-    many (all, where that is more than there are); where the second is not given `tokens` either, the first has its own
-    default. Other hyper-parameters go to the one that has them, or to both; where the defaults of both differ, one that
-    starts with "vision_" goes to the first alone. The second one's positions count from the shortened prompt. Patch
-    values, like AutoPrune's class-token attention, are 0 on tokens that stand for no patch.
+    `tokens` is the budget of the second method, an average over layers. The budget of the first is `vision_tokens`, by
+    default 2.5 times `tokens` (or all tokens, if there are fewer). If the second method has no `tokens` either, the
+    first uses its own default. Other hyper-parameters go to the method that has them, or to both. If the defaults of
+    both differ, an argument with the prefix "vision_" goes to the first method only. Positions of the second method
+    count from the shortened prompt. Patch values, such as AutoPrune's class-token attention, are 0 on tokens that stand
+    for no patch.
     """
 
     parts: ClassVar[tuple[type[Method], type[Method]]]
@@ -55,14 +59,14 @@ class Composed(Method):
             tokens = int(SHARE * inside)
         self.vision = first(**given, **({} if tokens is None else {"tokens": tokens}))
         self.entry = self.vision if isinstance(self.vision, EntryMethod) else None
-        requires = self.vision.requires | self.language.requires  # an instance may have others than its class
+        requires = self.vision.requires | self.language.requires  # an instance may differ from its class
         vars(self).update(positions=self.language.positions, decode=self.language.decode, requires=requires)
         for name in inspect.signature(type(self)).parameters:
             owner = self.language if name in its else self.vision
             setattr(self, name, getattr(owner, name if name in its or name in mine else name.removeprefix(VISION)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rebuilt, (*self.parts, self.name, self.given)  # pickle would not find a class made for a composition
+        return rebuilt, (*self.parts, self.name, self.given)  # pickle cannot find the class of a composition by name
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:
         queries = self.vision.vision_queries(feature_layer)
@@ -88,7 +92,7 @@ class Composed(Method):
             blocks = part.vision_queries(view.feature_layer)
             tables = (view.attention, view.keys, view.queries)
             attention, keys, queries = ({b: t for b, t in table.items() if b in blocks} for table in tables)
-            shown = replace(view, attention=attention, keys=keys, queries=queries)  # `patch_values` is one for both
+            shown = replace(view, attention=attention, keys=keys, queries=queries)  # both parts share `patch_values`
             answer = part.prune_vision(shown)
         return answer
 
@@ -124,11 +128,16 @@ class Composed(Method):
 
 
 def compose(name: str, first: type[Method], second: type[Method]) -> type[Composed]:
-    """The class of "first+second".
+    """Return the class of the composition "first+second".
+
+    Args:
+        name: name of the composition.
+        first: the method before the language model.
+        second: the method inside it.
 
     Raises:
-        ValueError: when the first does not act before the language model only, the second not inside it, or the second
-            needs the patch of each token and the first makes tokens without one.
+        ValueError: if `first` does not prune before the language model only, if `second` does not prune inside it, or
+            if `second` needs the patch of every token and `first` makes tokens that stand for no patch.
     """
     if not issubclass(first, EntryMethod) and (prunes_inside(first) or not prunes_before(first)):
         raise ValueError(f"{name!r}: {first.name!r} does not work before the language model; put such a method first")
@@ -146,7 +155,7 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
         for p in inspect.signature(part).parameters.values():
             if p.name != "tokens" or part is second:
                 known = table.setdefault(p.name, p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-                if known.default != p.default:  # each keeps its own
+                if known.default != p.default:  # each part keeps its own default
                     name_of_first = VISION + p.name
                     table[name_of_first] = inspect.Parameter(
                         name_of_first, inspect.Parameter.KEYWORD_ONLY, default=None
@@ -167,5 +176,5 @@ def compose(name: str, first: type[Method], second: type[Method]) -> type[Compos
 
 
 def rebuilt(first: type[Method], second: type[Method], name: str, hyper: dict[str, Any]) -> Method:
-    """What a pickled or copied composition becomes."""
+    """Rebuild a composition that was pickled or copied."""
     return compose(name, first, second)(**hyper)

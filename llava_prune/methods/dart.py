@@ -18,13 +18,13 @@ from .registry import register
 from .views import View
 
 PIVOTS = 4
-"""Pivots of the image, and as many of the text."""
+"""Number of pivots among the visual tokens, and number of pivots among the text tokens."""
 SMALLEST = 1e-8
 """Lower limit of a norm in a cosine, as in torch.cosine_similarity."""
 
 
 def pivots(norm: Tensor, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The visual and the text tokens with the largest key norms.
+    """Find the visual and the text tokens with the largest key norms.
 
     Args:
         norm: (B, L), L1 norm of the key of each token.
@@ -32,20 +32,20 @@ def pivots(norm: Tensor, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         text: (B, L) bool, tokens after the image.
 
     Returns:
-        (B, 8) long, positions: visual pivots by falling norm, then text pivots; (B, 8) bool, False where there are
-        fewer.
+        (B, 8) long, positions: visual pivots by descending norm, then text pivots; (B, 8) bool, False for entries
+        without a pivot.
     """
     found = [(descending_order(norm, among)[:, :PIVOTS], among) for among in (visual, text)]
     return torch.cat([p for p, _ in found], 1), torch.cat([among.gather(1, p) for p, among in found], 1)
 
 
 def least_similar(states: Tensor, order: Tensor, quota: Tensor, free: Tensor) -> Tensor:
-    """Each pivot in turn takes the free tokens of smallest cosine with it; ties go by position.
+    """Let each pivot in turn take the free tokens with the smallest cosine with it, ties by position.
 
     Args:
-        states: (B, L, D).
-        order: (B, P) long, positions of the pivots in turn.
-        quota: (B, P) long, tokens that each takes.
+        states: (B, L, D) hidden states.
+        order: (B, P) long, positions of the pivots in the order of their turns.
+        quota: (B, P) long, number of tokens that each pivot takes.
         free: (B, L) bool, the candidates.
 
     Returns:
@@ -62,19 +62,19 @@ def least_similar(states: Tensor, order: Tensor, quota: Tensor, free: Tensor) ->
 def choose(
     states: Tensor, keys: Tensor, visual: Tensor, text: Tensor, keep: Sequence[int], turns: Tensor | None = None
 ) -> Tensor:
-    """The visual tokens that remain: pivots, and what each of them takes.
+    """Choose the visual tokens that remain: the visual pivots, and the tokens that the pivots take.
 
     Args:
-        states: (B, L, D), after the model's final norm.
-        keys: (B, KV, L, dh), with rotary positions.
+        states: (B, L, D) hidden states after the model's final norm.
+        keys: (B, KV, L, dh) keys with rotary embedding.
         visual: (B, L) bool.
         text: (B, L) bool, tokens after the image.
-        keep: visual tokens that remain of each sample.
-        turns: (B, 8) long, places of the pivots (visual, then text, by falling norm) in turn; each then takes the same
-            number, rounded down. None for the order found, with numbers that add up.
+        keep: number of visual tokens that remain in each sample.
+        turns: (B, 8) long, the order in which the pivots (as `pivots` returns them) take tokens; each takes the same
+            number, rounded down. None for the order of `pivots`, with numbers that sum to `keep`.
 
     Returns:
-        (B, L) bool.
+        (B, L) bool, the visual tokens that remain.
     """
     found, there = pivots(keys.abs().sum((1, 3)), visual, text)  # (B, 8)
     own = column([min(PIVOTS, k) for k in keep], found)  # (B, 1) visual pivots
@@ -91,7 +91,7 @@ def choose(
 
 
 def set_order(values: Sequence[int]) -> list[int]:
-    """The places of integers in the order in which a Python set of them is read."""
+    """Return the indices of integers in the iteration order of a Python set of them."""
     return [values.index(v) for v in list(set(values))]
 
 
@@ -104,25 +104,25 @@ PRESETS |= {f"official-{b}": {"keep": b, "strict": True} for b in (640, 320, 192
 class DART(Method):
     """After the first 2 layers, keep a few pivots and the visual tokens least similar to them.
 
-    Pivots: the 4 visual and the 4 text tokens (after the image) with the largest L1 norm of their keys in layer index
-    `layer` - 1. Each pivot in turn keeps the visual tokens of smallest cosine with it, in the layer's output after the
-    model's final norm. No attention is read. Remaining tokens keep their positions.
+    Pivots are the 4 visual and the 4 text tokens (after the image) with the largest L1 norm of their keys in layer
+    index `layer` - 1. Each pivot in turn keeps the visual tokens with the smallest cosine with it, computed from the
+    layer's output after the model's final norm. No attention is needed. Remaining tokens keep their positions.
 
     Source: ZichenWen1/DART @ 5a19452. Deviations: exactly `keep` tokens remain, while the official code keeps 4 + 8
-    floor(keep / 8); pivots take their turns in the order found (visual, then text, by falling norm), while the official
-    turn is the order of a Python set of positions; norms and cosines are in float32; with fewer than 4 text tokens
-    after the image there are fewer pivots; all images of a prompt are one list; a budget of all tokens prunes nothing.
-    `strict` undoes the first three, and refuses the others.
+    floor(keep / 8); pivots take turns by descending norm, visual ones first, while the official order is that of a
+    Python set of positions; norms and cosines are in float32; with fewer than 4 text tokens after the image there are
+    fewer pivots; all images of a prompt form one list; a budget of all tokens prunes nothing. `strict` undoes the first
+    three and refuses the other cases.
 
-    Presets: "keep192" and so on are that many tokens after layer 2; "official-128" is the official setting of that
-    argument (132 tokens), "official-320" the one of LLaVA-NeXT.
+    Presets: "keep192" and so on keep that many tokens after layer 2; "official-128" is the official setting with that
+    argument (132 tokens), "official-320" that of LLaVA-NeXT.
 
     Args:
-        tokens: budget, the mean over layers of visual tokens entering. After layer 2 where the budget allows it, else
-            after layer 1. 64 when `keep` is not given.
-        keep: visual tokens in the other layers, in place of `tokens`.
-        layer: layers that see everything (K >= 1).
-        strict: the official counts, turns and dtype; one synchronisation with the device.
+        tokens: budget, the mean over layers of visual tokens entering. The cut is after layer 2 if the budget allows
+            it, else after layer 1. Default 64 if `keep` is not given.
+        keep: number of visual tokens after the cut, instead of `tokens`.
+        layer: number of layers before the cut (K >= 1), which see all visual tokens.
+        strict: use the official counts, order of pivots and dtype; costs one synchronisation with the device.
     """
 
     tokens: int | None = None
@@ -148,7 +148,7 @@ class DART(Method):
             object.__setattr__(self, "tokens", 64)
 
     def host_values(self, layer: int, view: View) -> Tensor | None:
-        """Strict only: rows of the pivots in the unpadded prompt, text tokens, and runs of visual tokens."""
+        """With `strict`, return unpadded positions of the pivots, number of text tokens, and runs of visual tokens."""
         if not self.strict or self.keep_after(layer, view.spans) is None:
             return None
         found, _ = pivots(view.keys().abs().sum((1, 3)), view.visual, _text(view))
@@ -158,10 +158,10 @@ class DART(Method):
         return torch.cat([rows, _text(view).sum(1, keepdim=True), runs], 1)
 
     def decide(self, layer: int, values: list[list[int]], view: View) -> tuple[tuple[int, ...], ...]:
-        """The turns of the pivots, as places among those found.
+        """Return the order in which the pivots take tokens, as indices into the result of `pivots`.
 
         Raises:
-            ValueError: for what the official code cannot do.
+            ValueError: for prompts that the official code does not support.
         """
         for n, (*_, text, runs) in zip(view.spans.n_visual, values, strict=True):
             if n and text < PIVOTS:
@@ -192,10 +192,10 @@ class DART(Method):
         return [n_visual] * full + [min(keep, n_visual)] * (n_layers - full)
 
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int]:
-        """(K, tokens after K layers) for an image.
+        """Return (K, number of tokens after K layers) for an image.
 
         Raises:
-            ValueError: for a layer the model does not have, or a budget that cannot be met.
+            ValueError: for a layer that the model does not have, or a budget that cannot be met.
         """
         if self.layer is not None and self.layer >= n_layers:
             raise ValueError(f"layer={self.layer}: this model has {n_layers} layers; give at most {n_layers - 1}")
@@ -218,6 +218,6 @@ class DART(Method):
 
 
 def _text(view: View) -> Tensor:
-    """(B, L) bool, the text tokens after the image."""
+    """Return (B, L) bool, the text tokens after the image."""
     before = torch.zeros_like(view.visual[:, : view.spans.length - view.spans.n_text])
     return torch.cat([before, view.spans.text], 1) & ~view.visual

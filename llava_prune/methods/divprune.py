@@ -1,4 +1,4 @@
-"""DivPrune: the visual tokens that are farthest apart, by greedy max-min distance."""
+"""DivPrune: keep the visual tokens that are farthest apart, by greedy max-min distance."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from .views import View
 
 
 def max_min(tokens: Tensor, real: Tensor, count: int, strict: bool = False) -> tuple[Tensor, Tensor]:
-    """Choose tokens one by one, each as far as possible from those chosen before; the first is the most isolated.
+    """Choose tokens one by one, each as far as possible from those chosen before.
 
-    Distance is 1 - cosine. The first maximises the distance to its nearest other token, each further one the distance
-    to the nearest chosen token; ties go by index. The order of a smaller count is the start of that of a larger one.
+    Distance is 1 - cosine. The first token maximises the distance to its nearest other token, each further token the
+    distance to the nearest chosen token; ties are resolved by index. The order for a smaller count is a prefix of that
+    for a larger one.
 
     Args:
-        tokens: (B, V, D).
+        tokens: (B, V, D) projected visual tokens.
         real: (B, V) bool, the tokens that may be chosen.
-        count: K.
-        strict: as the official code: in the dtype of `tokens`, without a lower limit of norms, and chosen tokens may be
-            chosen again.
+        count: K, number of tokens to choose.
+        strict: as in the official code: compute in the dtype of `tokens`, apply no lower limit to norms, and allow a
+            token to be chosen again.
 
     Returns:
-        (B, K) long, the order of selection, and (B, K), the distance of each at its turn.
+        (B, K) long, the tokens in the order of selection; (B, K), the distance of each at its step.
     """
     if strict:
         unit = tokens / tokens.norm(dim=2, keepdim=True)
@@ -58,22 +59,22 @@ def max_min(tokens: Tensor, real: Tensor, count: int, strict: bool = False) -> t
 @register("divprune", presets={"paper": {"ratio": 0.098}})
 @dataclass(frozen=True)
 class DivPrune(EntryMethod):
-    """Keep the most diverse visual tokens before the first layer: greedy max-min cosine distance, nothing else.
+    """Keep the most diverse visual tokens before the first layer, by greedy max-min cosine distance.
 
     Source: vbdi/divprune @ 799e2d9. Deviations: chosen tokens are not chosen again, norms have the lower limit 1e-12,
-    and norms, products and distances are in float32 whatever the model's dtype (`strict` undoes these three); the
-    visual tokens of each sample are found in the prompt, in place of 576 rows after a prefix of 35 in the first
-    sample. Newline tokens of images in crops take part.
+    and norms, products and distances are in float32 for every model dtype (`strict` undoes these three); the visual
+    tokens of each sample are found in the prompt, while the official code takes 576 rows after a prefix of 35 in the
+    first sample. Newline tokens of images in crops take part.
 
-    Presets: "paper" is the published setting, 9.8 % of the tokens (56 of 576). 192, 128 and 64 are those of other
-    papers' tables.
+    Presets: "paper" is the published setting, 9.8 % of the tokens (56 of 576). Budgets of 192, 128 and 64 are from the
+    tables of other papers.
 
     Args:
-        tokens: visual tokens kept in every layer; 64 when `ratio` is not given.
-        ratio: share of the visual tokens kept, rounded (halves to even), in place of `tokens`.
-        order: "raster", or "selection" for the order in which tokens are chosen, as the paper's first table was made.
-        strict: the official arithmetic: dtype of the features, zero vectors become NaN, and a token that is chosen
-            twice is sent twice.
+        tokens: visual tokens kept in every layer; default 64 if `ratio` is not given.
+        ratio: share of the visual tokens kept, rounded (halves to even), instead of `tokens`.
+        order: "raster", or "selection" for the order in which tokens are chosen, as in the paper's first table.
+        strict: the official arithmetic: computed in the dtype of the features, zero vectors become NaN, and a token
+            that is chosen twice occurs twice.
     """
 
     tokens: int | None = None

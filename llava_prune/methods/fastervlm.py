@@ -1,4 +1,4 @@
-"""FasterVLM: keep the patches that the vision tower's class token attends to."""
+"""FasterVLM: keep the patches with the largest attention of the vision tower's class token."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .views import EVERY, VisionView
 @register("fastervlm")
 @dataclass(frozen=True)
 class FasterVLM(ScoreMethod):
-    """Keep the patches with the largest class-token attention, in raster order; no merging, no class token.
+    """Keep the patches with the largest class-token attention, in raster order, without merging.
 
-    Score: attention of the class token in the block whose output is the feature map, mean over heads, without its
-    attention on itself and without renormalising. Source: official code f5d5f12. Deviation: ties go by index. Images in
-    crops: the same number in each crop, neither newline tokens nor unpadding, as the official code forces; a budget of
-    all tokens keeps the image unchanged.
+    The class token itself is not kept. Score: attention of the class token in the block whose output is the feature
+    map, mean over heads, without its attention on itself and without renormalising. Source: official code f5d5f12.
+    Deviation: ties are resolved by index. Images in crops: the same number of patches in each crop, without newline
+    tokens and unpadding, as the official code enforces; a budget of all tokens keeps the image unchanged.
 
     Budgets 192, 128, 64, 640, 320 and 160 are not in the official tables; the code takes any number.
 
     Args:
         tokens: visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
         class_token: "own" ranks by the class token of a CLIP tower. "received" ranks by the mean attention that a patch
-            receives from all positions of the tower's block; not in the paper, for towers without such a token (SigLIP,
-            DINOv2).
+            receives from all positions of the tower's block; it is not in the paper and serves towers without such a
+            token (SigLIP, DINOv2).
     """
 
     tokens: int = 64

@@ -1,4 +1,4 @@
-"""FastV: all visual tokens enter the first layers, then only those the last prompt token attended to."""
+"""FastV: after the first layers, keep the visual tokens with the largest attention of the last prompt token."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @register("fastv", presets=_PRESETS)
 @dataclass(frozen=True)
 class FastV(ScoreMethod):
-    """The first `layer` layers see every visual token, the others the best `keep` by the last prompt token's attention.
+    """After `layer` layers, keep the `keep` visual tokens with the largest attention of the last prompt token.
 
     Score: softmax attention of the last prompt token in layer index `layer` - 1, mean over heads. Source:
-    pkunlp-icler/FastV (all released variants use this one token; the paper words it as a mean over all tokens).
-    Selection once, in the prefill; remaining tokens keep their positions, as in the variants with a cache (HF fork,
+    pkunlp-icler/FastV (all released variants use this one token; the paper describes a mean over all tokens). Tokens
+    are selected once, in the prefill. Remaining tokens keep their positions, as in the variants with a cache (HF fork,
     lmms-eval).
 
-    Without arguments this is the paper's setting, layer 2 and half of the tokens. What the widely copied rows at 192,
-    128 and 64 ran is not documented, so `tokens` takes the reading that is true to its name, an average of tokens
-    entering with the cut after layer 2, and the others are presets: "k3-192", the same after layer 3; "keep192", that
-    many after layer 2 (average 216); "one192", that many after layer 1, which gives the FLOPs printed beside the copied
-    rows. "keep288", "keep144" and "keep58" are how the 13B rows of FasterVLM were run.
+    Without arguments this is the paper's setting, layer 2 and half of the tokens. It is not documented which settings
+    produced the widely copied rows at 192, 128 and 64. `tokens` is therefore an average of the tokens entering, with
+    the cut after layer 2, and other interpretations are presets: "k3-192" is the same average with the cut after layer
+    3; "keep192" keeps that many tokens after layer 2 (average 216); "one192" keeps that many after layer 1, which gives
+    the FLOPs printed next to the copied rows. "keep288", "keep144" and "keep58" are the settings of FasterVLM's 13B
+    rows.
 
     Args:
-        tokens: budget, the mean over layers of visual tokens entering. After layer 2 where the budget allows it,
-            else after layer 1.
-        layer: layers that see everything (K >= 1).
-        keep: visual tokens in the other layers; a number below 1 is a share of the image's, rounded.
+        tokens: budget, the mean over layers of visual tokens entering. The cut is after layer 2 if the budget allows
+            it, else after layer 1.
+        layer: number of layers before the cut (K >= 1), which see all visual tokens.
+        keep: number of visual tokens after the cut; a float in [0, 1] is a share of the image's tokens (rounded).
     """
 
     tokens: int | None = None
@@ -80,10 +81,10 @@ class FastV(ScoreMethod):
         return [n_visual] * full + [min(keep, n_visual)] * (n_layers - full)
 
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int]:
-        """(K, k) for an image: layers that see everything, tokens in the others.
+        """Return (K, k) for an image: the number of layers before the cut, and the number of tokens after it.
 
         Raises:
-            ValueError: for a layer the model does not have, or a budget that K full layers exceed.
+            ValueError: for a layer that the model does not have, or a budget that K full layers exceed.
         """
         if self.layer is not None and self.layer >= n_layers:
             raise ValueError(f"layer={self.layer}: this model has {n_layers} layers; give at most {n_layers - 1}")

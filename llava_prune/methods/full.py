@@ -1,4 +1,4 @@
-"""The unpruned model, measured through the same machinery."""
+"""The unpruned model, run through the same runtime as the pruning methods."""
 
 from __future__ import annotations
 

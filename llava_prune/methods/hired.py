@@ -1,4 +1,4 @@
-"""HiRED: a budget shared between an image and its tiles by where the class token looks."""
+"""HiRED: share a budget between an image and its tiles by class-token attention."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .views import ImageLayout, VisionCut, VisionView
 
 
 def tile_of_patch(layout: ImageLayout, grid: tuple[int, int], strict: bool = False) -> list[int]:
-    """The tile that shows each patch of the whole image.
+    """Return the tile that each patch of the whole image belongs to.
 
     Args:
-        layout: of the image.
+        layout: layout of the image.
         grid: (rows, columns) of patches.
-        strict: as the official code, equal runs of patches in raster order in place of the tiles' areas.
+        strict: as in the official code, use equal runs of patches in raster order instead of the tiles' areas.
 
     Returns:
-        T integers. A patch belongs to the tile that its centre is in; tiles cover the image and its padding.
+        T integers. A patch belongs to the tile that contains its centre; tiles cover the image and its padding.
     """
     height, width = grid
     if strict:
         return [patch * layout.rows * layout.columns // (height * width) for patch in range(height * width)]
-    across, down = 1.0, 1.0  # shares of the tiles that the image takes
+    across, down = 1.0, 1.0  # shares of the tiles' width and height that the image covers
     if layout.size is not None:
         wider = layout.size[0] * layout.rows / (layout.size[1] * layout.columns)
         across, down = min(wider, 1.0), min(1 / wider, 1.0)
@@ -40,18 +40,19 @@ def tile_of_patch(layout: ImageLayout, grid: tuple[int, int], strict: bool = Fal
 
 
 def select(first: Tensor, last: Tensor, budget: int, alpha: float, tiles: list[int], strict: bool = False) -> Tensor:
-    """The patches of an image in crops that remain.
+    """Choose the patches that remain of an image in crops.
 
     Args:
         first: (T,), attention of the class token in the first block on the whole image, sum over heads.
-        last: (n, T), the same in the block whose output is the feature map, the whole image first.
-        budget: tokens of all n crops together.
+        last: (n, T), attention of the class token in the block whose output is the feature map; the whole image is the
+            first crop.
+        budget: number of tokens of all n crops together.
         alpha: share of the budget for the whole image; 1 - alpha is the share of patches whose tiles are counted.
         tiles: the tile, 0 to n - 2, of each patch; see `tile_of_patch`.
-        strict: as the official code, tiles lose what is rounded off.
+        strict: as in the official code, the remainder of rounding is lost.
 
     Returns:
-        (n, T) bool.
+        (n, T) bool, the patches that remain.
 
     Raises:
         ValueError: with `strict` and alpha=1, where the official code divides by zero.
@@ -82,23 +83,23 @@ PRESETS: dict[str, dict[str, Any]] = {f"paper-{p}": {"rate": p / 100} for p in (
 @register("hired", presets=PRESETS)
 @dataclass(frozen=True)
 class HiRED(Method):
-    """Patches with the largest class-token attention; tiles of an image share its budget by attention in block 0.
+    """Keep the patches with the largest class-token attention; tiles share an image's budget by attention in block 0.
 
-    Images that are seen whole: the patches with the largest attention of the class token in the block whose output is
-    the feature map, which is FasterVLM's selection. Images in crops: half of the budget goes to the whole image, the
-    other half to its tiles, in proportion to how many of the patches with the largest attention in block 0 they show.
-    Source: hasanar1f/HiRED @ 502d6dd. Deviations: patches are counted in the area of each tile, while the official
-    code counts equal runs in raster order; what is rounded off goes to other tiles; newline tokens stay where the
-    package has them. `strict` undoes these three.
+    Images that are encoded whole: keep the patches with the largest attention of the class token in the block whose
+    output is the feature map, which is FasterVLM's selection. Images in crops: half of the budget goes to the whole
+    image, the other half to its tiles. A tile's share is proportional to the number of patches with the largest
+    attention in block 0 that it contains. Source: hasanar1f/HiRED @ 502d6dd. Deviations: patches are counted in the
+    area of each tile, while the official code counts equal runs in raster order; the remainder of rounding goes to
+    other tiles; newline tokens stay where the package puts them. `strict` undoes these three.
 
     Presets: "paper-20" is the paper's 20 % of the patches of all crops, and so on.
 
     Args:
         tokens: visual tokens of an image; an image in n crops has n times tokens // (largest number of crops of the
-            model). 64 when `rate` is not given.
-        rate: share of the patches kept, rounded down, in place of `tokens`.
-        alpha: share of the budget for the whole image, and of the patches in block 0 that are not counted.
-        strict: as the official code.
+            model). Default 64 if `rate` is not given.
+        rate: share of the patches kept, rounded down, instead of `tokens`.
+        alpha: share of the budget for the whole image, and share of the patches in block 0 that are not counted.
+        strict: follow the official code in the three deviations.
     """
 
     tokens: int | None = None
@@ -151,7 +152,7 @@ class HiRED(Method):
         return VisionCut(kept, view.features, patches if self.strict else None)
 
     def budget(self, n: int, t: int, crops: int) -> int:
-        """Tokens of an image of n crops with t patches each, where the model has up to `crops`."""
+        """Return the number of tokens of an image of n crops with t patches each; the model has at most `crops`."""
         if self.rate is not None:
             return int(n * t * self.rate + (0 if self.strict else 1e-9))
         assert self.tokens is not None

@@ -1,4 +1,4 @@
-"""HoloV: a budget shared among regions of the image by attention, then the best patches of each region."""
+"""HoloV: share a budget among regions of the image by attention, then keep the best patches of each region."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SCALE = 1000.0
 
 
 def strips(real: Tensor, parts: Sequence[int]) -> Tensor:
-    """Cut the real tokens of each sample into runs, the first ones one token longer where the number does not divide.
+    """Split the real tokens of each sample into runs whose lengths differ by at most 1, the longer ones first.
 
     Args:
-        real: (B, V) bool.
-        parts: runs of each sample.
+        real: (B, V) bool, the tokens to split.
+        parts: number of runs of each sample.
 
     Returns:
         (B, V) long: the run of each token, parts[b] for tokens that are not real.
@@ -40,14 +40,14 @@ def strips(real: Tensor, parts: Sequence[int]) -> Tensor:
 
 
 def region_scores(tokens: Tensor, attention: Tensor, region: Tensor, count: int, alpha: float) -> Tensor:
-    """The mean score of the tokens of each region: attention, plus variance of similarity inside the region.
+    """Compute the mean score of the tokens of each region: attention, plus variance of similarity inside the region.
 
     Args:
-        tokens: (B, V, D), projected.
-        attention: (B, V), of the class token, mean over heads.
-        region: (B, V) long, 0 to count - 1; larger for tokens that count nowhere.
-        count: P.
-        alpha: weight of the variance. It has next to no effect: the variance term is scaled to the mean attention.
+        tokens: (B, V, D), projected visual tokens.
+        attention: (B, V), attention of the class token, mean over heads.
+        region: (B, V) long, 0 to count - 1; larger for tokens that belong to no region.
+        count: P, number of regions.
+        alpha: weight of the variance. It has almost no effect, since the variance term is scaled to the mean attention.
 
     Returns:
         (B, P) float32.
@@ -73,13 +73,17 @@ def region_scores(tokens: Tensor, attention: Tensor, region: Tensor, count: int,
 
 
 def region_counts(score: Tensor, sizes: Tensor, keep: Tensor, strict: bool) -> Tensor:
-    """Tokens of each region: its share of the budget, rounded down, the remainder to the regions of largest score.
+    """Return the number of tokens to keep in each region.
+
+    A region gets its share of the budget by score, rounded down; the remainder goes to the regions with the largest
+    scores.
 
     Args:
-        score: (B, P).
-        sizes: (B, P) long, tokens of each region.
+        score: (B, P), score of each region.
+        sizes: (B, P) long, number of tokens of each region.
         keep: (B, 1) long, the budget.
-        strict: a region loses what exceeds its size; otherwise regions with room share it in the same way.
+        strict: if a share exceeds the size of a region, the excess is lost; otherwise the regions with room share it in
+            the same way.
 
     Returns:
         (B, P) long.
@@ -102,19 +106,19 @@ def select(
     alpha: float = 0.09,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens of largest attention in each region, as many as `region_counts` says.
+    """Choose the tokens with the largest attention in each region, as many as `region_counts` says.
 
     Args:
-        tokens: (B, V, D), projected.
-        attention: (B, V).
+        tokens: (B, V, D), projected visual tokens.
+        attention: (B, V), attention of the class token.
         real: (B, V) bool, the tokens that have a patch.
         keep: budget of each sample.
-        parts: regions of each sample.
+        parts: number of regions of each sample.
         alpha, strict: see `region_scores` and `region_counts`.
 
     Returns:
-        (B, V) long, the chosen tokens first: region by region, by falling attention, or in raster order where a region
-        keeps all of its tokens; (B, 1) long, how many were chosen.
+        (B, V) long, an order with the chosen tokens first: region by region, by descending attention, or in raster
+        order if a region keeps all of its tokens; (B, 1) long, the number of chosen tokens.
     """
     most, region = max(parts), strips(real, parts)  # (B, V)
     numbers = torch.arange(most, device=region.device)
@@ -122,12 +126,12 @@ def select(
     score = region_scores(tokens, attention, region.masked_fill(~real, most), most, alpha).masked_fill(sizes == 0, 0)
     share = region_counts(score, sizes, column(keep, sizes), strict)
     where = region.clamp(max=most - 1)
-    wanted = share.gather(1, where).masked_fill(~real, 0)  # (B, V) tokens that the region of each keeps
+    wanted = share.gather(1, where).masked_fill(~real, 0)  # (B, V) number of tokens that each token's region keeps
     full = wanted == sizes.gather(1, where)
     place = torch.arange(real.shape[1], device=real.device)
     rank = torch.where(full, place, inverse(descending_order(attention, real)))
     order = (region.masked_fill(~real, most) * real.shape[1] + rank).sort(dim=1, stable=True).indices
-    first = (sizes.cumsum(1) - sizes).gather(1, where)  # (B, V) place of the region in the order
+    first = (sizes.cumsum(1) - sizes).gather(1, where)  # (B, V) where each token's region begins in the order
     chosen = (inverse(order) - first < wanted).gather(1, order)
     total = share.sum(1, keepdim=True)
     return order.gather(1, (~chosen).to(torch.int8).sort(dim=1, stable=True).indices), total
@@ -139,21 +143,23 @@ PRESETS: dict[str, dict[str, Any]] = {"literal": {"tokens": 64, "regions": 16, "
 @register("holov", presets=PRESETS)
 @dataclass(frozen=True)
 class HoloV(EntryMethod):
-    """Share the budget among strips of the image by class-token attention; keep each strip's best patches by the same.
+    """Share the budget among strips of the image by class-token attention; keep the best patches of each strip.
 
-    Attention of the class token in the block whose output is the feature map, mean over heads; tokens are projected.
-    Source: obananas/HoloV @ 1d2e65e. The share of a strip also has a variance of similarity, which cancels: for any
-    alpha it is the strip's share of the attention. Deviations: what a strip has no room for goes to others, while the
-    official code sends tokens of zeros; raster order; ties go by index; a budget of all tokens prunes nothing. `strict`
-    undoes the first two. Images in crops are one sequence as the package packs it, without newline tokens.
+    The score is the attention of the class token in the block whose output is the feature map, mean over heads. Source:
+    obananas/HoloV @ 1d2e65e. The score of a strip also contains a variance of similarity of the projected tokens, which
+    cancels: for any alpha, the share of a strip is its share of the attention. Deviations: if a share exceeds the size
+    of a strip, the excess goes to other strips, while the official code inserts tokens of zeros; tokens are in
+    raster order; ties are resolved by index; a budget of all tokens prunes nothing. `strict` undoes the first two.
+    Images in crops form one sequence as the package packs it, without newline tokens.
 
-    Preset: "literal" is what the official file says, 64 tokens in 16 strips.
+    Preset: "literal" is the setting in the official file, 64 tokens in 16 strips.
 
     Args:
         tokens: visual tokens kept in every layer.
-        regions: strips; by default 1024 // tokens for 576 visual tokens, in proportion for other numbers, at least 1.
-        alpha: weight of the variance term; without effect.
-        strict: official counts, tokens of zeros and order.
+        regions: number of strips; by default 1024 // tokens for 576 visual tokens, in proportion for other numbers, at
+            least 1.
+        alpha: weight of the variance term, which has no effect.
+        strict: use the official counts, tokens of zeros and order.
     """
 
     tokens: int = 64
@@ -195,7 +201,7 @@ class HoloV(EntryMethod):
         return torch.where(slots < total, order, tokens.shape[1] + slots), zeros
 
     def strips(self, n_visual: int, keep: int) -> int:
-        """Strips of an image."""
+        """Return the number of strips of an image."""
         if self.regions is not None:
             return min(self.regions, max(n_visual, 1))
         return min(max(1024 * n_visual // (576 * max(keep, 1)), 1), max(n_visual, 1))

@@ -1,4 +1,4 @@
-"""PyramidDrop: at the end of each stage a share of the visual tokens survives."""
+"""PyramidDrop: keep a share of the visual tokens at the end of each stage."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @register("pdrop", presets=_PRESETS)
 @dataclass(frozen=True)
 class PyramidDrop(ScoreMethod):
-    """After layer number r of `layers` (counted from 1) int(N ratio) visual tokens remain, N being the image's.
+    """After each of the layers `layers` (counted from 1), keep int(N ratio) of the N visual tokens of an image.
 
     Score: attention of the last prompt token with the norm, q and k of the *next* layer on the states at the boundary,
     softmax over the whole sequence, mean over heads. Positions become 0..n-1 after every drop. Source:
     Cooperx521/PyramidDrop; the paper uses the finished layer and a product without softmax, see `score`.
 
-    Without arguments this is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. On 40
-    layers the official scripts pass [8, 16, 24] all the same ("official"). Schedules of the published rows at 192, 128
-    and 64 are unknown; `tokens` follows the author's recipe (`pyramid_recipe`), and other candidates are presets:
-    "192-stages" keeps the paper's stages, "128-script", "64-script" and "128-fork" are third parties'.
+    Without arguments this is the published setting: quarters of the depth ([8, 16, 24] of 32) with 1/2, 1/4, 1/8. The
+    official scripts pass [8, 16, 24] also for 40 layers ("official"). The schedules of the published rows at 192, 128
+    and 64 are unknown. `tokens` follows the author's recipe (`pyramid_recipe`), and other candidates are presets:
+    "192-stages" keeps the paper's stages; "128-script", "64-script" and "128-fork" are from third parties.
 
     Args:
         tokens: budget, the mean over layers of visual tokens entering (the author's definition).
-        layers: numbers of the layers after which tokens are dropped, ascending, from 1.
-        ratios: shares of the original count that remain, not ascending.
-        score: "next" as the official code; "finished" ranks by the dot products of the layer just run, as the paper.
+        layers: numbers of the layers after which tokens are dropped, ascending, counted from 1.
+        ratios: shares of the original count that remain after each of them, not ascending.
+        score: "next" as in the official code; "finished" ranks by the dot products of the finished layer, as in the
+            paper.
     """
 
     tokens: int | None = None
@@ -82,10 +83,10 @@ class PyramidDrop(ScoreMethod):
             raise ValueError(f"{len(stages)} layers and {len(ratios)} ratios; give as many of one as of the other")
 
     def schedule(self, n_visual: int, n_layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Layer numbers and ratios for an image.
+        """Return layer numbers and ratios for an image.
 
         Raises:
-            ValueError: for layers the model does not have, or a budget that cannot be met.
+            ValueError: for layers that the model does not have, or a budget that cannot be met.
         """
         if self.tokens is not None:
             return ((), ()) if self.tokens >= n_visual else pyramid_recipe(self.tokens, n_visual, n_layers)
@@ -120,14 +121,14 @@ PYRAMID = (2, 8, 16)
 
 @functools.lru_cache(maxsize=512)
 def pyramid_recipe(tokens: int, n_visual: int, n_layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Stages and ratios for a budget: the author's l, l^2, l^3 with the stages [2, 8, 16] of 32 layers.
+    """Return stages and ratios for a budget: the author's ratios l, l^2, l^3 at the stages [2, 8, 16] of 32 layers.
 
-    Other depths scale the stages. l has as few decimals, from two on, as bring the mean of tokens entering within 2 %
-    of the budget; on 32 layers and 576 tokens that is .56, .42 and .19 for 192, 128 and 64. Where the layers before the
-    first drop alone exceed the budget, the first drop moves to layer 1.
+    For other depths the stages are scaled. l has at least two decimals, and only as many as are needed to bring the
+    mean of tokens entering within 2 % of the budget; for 32 layers and 576 tokens it is .56, .42 and .19 for budgets of
+    192, 128 and 64. If the layers before the first drop alone exceed the budget, the first drop moves to layer 1.
 
     Raises:
-        ValueError: when no l meets the budget.
+        ValueError: if no l meets the budget.
     """
     first, *later = (round(s * n_layers / 32) for s in PYRAMID)
     for start in dict.fromkeys((max(1, first), 1)):
@@ -140,7 +141,7 @@ def pyramid_recipe(tokens: int, n_visual: int, n_layers: int) -> tuple[tuple[int
             break
         for decimals in (2, 3, 4, 5, 6):
             unit = 10**decimals
-            low, high = 0, unit  # the mean grows with l: the last l that is not above the budget, and its neighbour
+            low, high = 0, unit  # the mean grows with l; find the last l within the budget and the next one
             while high - low > 1:
                 middle = (low + high) // 2
                 over = _mean(middle / unit, stages, n_visual, n_layers) > tokens
@@ -162,7 +163,7 @@ def _mean(share: float, stages: Sequence[int], n_visual: int, n_layers: int) -> 
 
 
 def pyramid(stages: Sequence[int], ratios: Sequence[float], n_visual: int, n_layers: int) -> list[int]:
-    """Visual tokens entering each layer: int(share of the original count) from each stage on."""
+    """Return the visual tokens entering each layer: int(ratio x original count) after each stage."""
     ends = [0, *stages, n_layers]
     kept = [n_visual, *(int(n_visual * r) for r in ratios)]
     return [k for k, a, b in zip(kept, ends[:-1], ends[1:], strict=True) for _ in range(b - a)]

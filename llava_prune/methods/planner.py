@@ -1,4 +1,4 @@
-"""Methods x presets x budgets x hyper-parameters, turned into runs. Every command plans with this module."""
+"""Turn methods, presets, budgets and hyper-parameters into runs. Every command plans its runs with this module."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .budgets import Budget, tokens_for
 from .registry import build, names, resolve, takes_budget
 
 ALL = "all"
-"""In place of a name: every registered method."""
+"""The name that stands for every registered method."""
 REFERENCE = "full"
-"""The unpruned model."""
+"""Name of the method that leaves the model unpruned."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Some methods at some budgets.
+    """A request to run some methods at some budgets.
 
     Attributes:
         methods: names; see `expand`.
-        budgets: each method runs at each of them.
-        hyper: hyper-parameters of this request alone; they are a part of the labels.
+        budgets: budgets; each method runs at each of them.
+        hyper: hyper-parameters of this request only; they become part of the labels.
     """
 
     methods: Sequence[str]
@@ -38,12 +38,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Case:
-    """One method at one budget, not built yet.
+    """One method at one budget, before the method is built.
 
     Attributes:
-        label: e.g. "autoprune-64" or "fastv-paper"; unique in a plan, and the name of the folder of results.
+        label: e.g. "autoprune-64" or "fastv-paper"; unique in a plan, and the name of the results folder.
         name: name of the method, with its preset.
-        tokens: budget, None where the method has none or its hyper-parameters fix the counts.
+        tokens: budget; None if the method has no budget or its hyper-parameters fix the counts.
         hyper: hyper-parameters besides those of the preset.
     """
 
@@ -55,11 +55,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One method at one budget.
+    """One method at one budget, ready to run.
 
     Attributes:
         label, name, tokens: see Case.
-        method: the instance.
+        method: the method instance.
     """
 
     label: str
@@ -69,14 +69,14 @@ class Run:
 
 
 def expand(given: Iterable[str], reference: bool = False) -> list[str]:
-    """Names in order, each once, "all" replaced by every registered method.
+    """Return the names in order without duplicates, with "all" replaced by every registered method.
 
     Args:
         given: names, "name:preset" forms, compositions or "all".
         reference: put the unpruned model first.
 
     Raises:
-        ValueError: when no name is left.
+        ValueError: if there are no names.
     """
     found = list(dict.fromkeys(n for g in given for n in (names() if g == ALL else [g])))
     if reference:
@@ -96,23 +96,23 @@ def cases(
     reference: bool = False,
     size: Size | None = None,
 ) -> list[Case]:
-    """Every method at every budget.
+    """Return a case for every method at every budget.
 
-    A preset that states `tokens` has that budget only. A preset or hyper-parameters that fix the counts otherwise, and
-    methods without a budget, give a single case without one.
+    A preset that states `tokens` runs at that budget only. If a preset or the hyper-parameters fix the counts in
+    another way, or if the method takes no budget, there is a single case without a budget.
 
     Args:
-        given: see `expand`.
-        budgets: visual token budgets, at least one; each counts once.
+        given: names; see `expand`.
+        budgets: visual token budgets, at least one; duplicates are dropped.
         method_args: hyper-parameters for every method that has them; they override presets and `defaults`.
-        seed: for every method that draws and is not given another.
-        defaults: method name -> hyper-parameters; those of its parts hold in a composition, too.
+        seed: seed of every method that takes one and is not given another.
+        defaults: method name -> hyper-parameters; a composition also takes those of its parts.
         reference: put the unpruned model first.
-        size: of the model, for budgets that depend on it.
+        size: sizes of the model, for budgets that depend on it.
 
     Raises:
         ValueError: for an unknown method or preset, a hyper-parameter that none of the methods has, no method, no
-            budget, a budget that a method cannot have, or two cases with the same label.
+            budget, a budget that a method does not support, or two cases with the same label.
     """
     requests = [Request(expand(given, reference), budgets)]
     return cases_of(requests, method_args, seed=seed, defaults=defaults, size=size)
@@ -126,7 +126,10 @@ def cases_of(
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
     size: Size | None = None,
 ) -> list[Case]:
-    """The cases of several requests, each once; see `cases`. Hyper-parameters of a request override `method_args`."""
+    """Return the cases of several requests without duplicates; see `cases`.
+
+    Hyper-parameters of a request override `method_args`.
+    """
     requests, shared = list(requests), dict(method_args or {})
     _check_known("METHOD_ARGS", [n for r in requests for n in expand(r.methods)], shared)
     out: dict[str, Case] = {}
@@ -174,7 +177,7 @@ def _budgets(given: Sequence[Budget], name: str, hyper: Mapping[str, Any], size:
 
 
 def _label(name: str, tokens: int | None, hyper: Mapping[str, Any]) -> str:
-    """Label of a case, which a file system takes: "autoprune-64" or "autoprune-64,gamma=0.1"."""
+    """Return the label of a case, a valid folder name such as "autoprune-64" or "autoprune-64,gamma=0.1"."""
     parts = [name.replace(":", "-") + ("" if tokens is None else f"-{tokens}")]
     parts += [f"{k}={json.dumps(v, default=repr)}" for k, v in hyper.items()]
     label = ",".join(parts).replace('"', "").replace(" ", "")
@@ -193,10 +196,10 @@ def plan(found: Iterable[Case]) -> list[Run]:
 
 
 def check_budgets(runs: Iterable[Run], limit: int) -> None:
-    """Refuse budgets above the visual tokens of an image.
+    """Refuse budgets above the number of visual tokens of an image.
 
     Raises:
-        ValueError: naming the limit.
+        ValueError: with the limit.
     """
     for run in runs:
         if run.tokens is not None and run.tokens > limit:
@@ -214,7 +217,7 @@ def _check_known(where: str, chosen: Sequence[str], values: Mapping[str, Any]) -
     """Refuse hyper-parameters that none of the methods has.
 
     Raises:
-        ValueError: naming them, and `where` they were given.
+        ValueError: with their names, and with `where` they were given.
     """
     classes = [resolve(name)[0] for name in chosen]
     if "tokens" in values:

@@ -1,4 +1,4 @@
-"""Downsampling, two baselines: average pooling of the feature grid, and a smaller image."""
+"""Two downsampling baselines: average pooling of the feature grid, and a smaller image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .views import MERGED, VisionCut, VisionView
 
 
 def rectangle(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the grid of most cells that a budget allows.
+    """Return (rows, columns) of the grid with the largest number of cells within a budget.
 
-    A square where the budget is one. Otherwise one side is at most twice the other (where the grid allows it), and of
-    equal numbers the one nearest to a square counts, with more columns than rows.
+    One side is at most twice the other, if the grid of patches allows it. Among grids with equal numbers of cells, the
+    one nearest to a square is chosen, with more columns than rows.
 
     Args:
-        tokens: most cells, at least 1.
-        grid: (rows, columns) of the patches, the most of either.
+        tokens: largest number of cells, at least 1.
+        grid: (rows, columns) of patches, the upper limits of rows and columns.
     """
     pairs = [(h, min(tokens // h, grid[1])) for h in range(1, min(tokens, grid[0]) + 1)]
     fair = [(h, w) for h, w in pairs if max(h, w) <= 2 * min(h, w)] or pairs
@@ -31,17 +31,18 @@ def rectangle(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _cells(grid: tuple[int, int], size: tuple[int, int], live: Tensor) -> Tensor:
-    """(N, T) long: the cell of `size` (rows, columns) that the centre of each patch of `grid` is in."""
+    """Return (N, T) long: the cell of a (rows, columns) grid of `size` that contains the centre of each patch."""
     rows, columns = (((torch.arange(n) + 0.5) * k / n).long() for n, k in zip(grid, size, strict=True))
     return (rows[:, None] * size[1] + columns).flatten().to(live.device).expand(live.shape[0], -1)
 
 
 @dataclass(frozen=True)
 class Coarser(Method):
-    """A coarser grid of features in place of the patches; a subclass makes it.
+    """Base class of methods that replace the patches by a coarser grid of features, which a subclass computes.
 
     Args:
-        tokens: most visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
+        tokens: largest number of visual tokens of an image; each crop of it gets tokens // (largest number of crops of
+            the model).
     """
 
     tokens: int = 64
@@ -54,7 +55,7 @@ class Coarser(Method):
         integer("tokens", self.tokens, 1, none=False)
 
     def grid_features(self, view: VisionView, rows: int, columns: int) -> Tensor:
-        """(N, rows x columns, Dv) features in raster order."""
+        """Return (N, rows x columns, Dv) features in raster order."""
         raise TypeError(f"{self!r} must define grid_features()")
 
     def prune_vision(self, view: VisionView) -> VisionCut | None:
@@ -81,12 +82,13 @@ class Coarser(Method):
 class Pool(Coarser):
     """Replace the patch features by averages over a coarser grid, before the projector.
 
-    The grid is that of `rectangle`: 192 tokens are 12 x 16, 128 are 8 x 16, 64 are 8 x 8. A cell averages the patches
-    that it touches (adaptive average pooling). Images in crops: the same in each crop, crop after crop, without newline
-    tokens. A budget of all tokens keeps the image unchanged.
+    The grid is that of `rectangle`: 12 x 16 for 192 tokens, 8 x 16 for 128, 8 x 8 for 64. A cell averages the patches
+    that it overlaps (adaptive average pooling). Images in crops: the same in each crop, crop after crop, without
+    newline tokens. A budget of all tokens keeps the image unchanged.
 
     Args:
-        tokens: most visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
+        tokens: largest number of visual tokens of an image; each crop of it gets tokens // (largest number of crops of
+            the model).
     """
 
     info = MethodInfo(
@@ -101,16 +103,16 @@ class Pool(Coarser):
 @register("resize")
 @dataclass(frozen=True)
 class Resize(Coarser):
-    """Encode a smaller image: resized to fewer patches, the tower's position embeddings interpolated.
+    """Encode a smaller image: resize it to fewer patches and interpolate the tower's position embeddings.
 
-    The grid is that of `pool`: 192 tokens are 12 x 16 patches, 128 are 8 x 16, 64 are 8 x 8. The image is resized as
-    the tower gets it, padding included (bicubic, with antialiasing). The model package encodes the full image as ever,
-    so the tower runs a second time, on the small one; counts and FLOPs are those of the language model. Images in
-    crops: the same in each crop, crop after crop, without newline tokens. A budget of all tokens keeps the image
-    unchanged.
+    The grid is that of `pool`: 12 x 16 patches for 192 tokens, 8 x 16 for 128, 8 x 8 for 64. The input of the tower,
+    including padding, is resized (bicubic, with antialiasing). The model package still encodes the full image, so the
+    tower runs a second time on the small one; counts and FLOPs are those of the language model. Images in crops: the
+    same in each crop, crop after crop, without newline tokens. A budget of all tokens keeps the image unchanged.
 
     Args:
-        tokens: most visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
+        tokens: largest number of visual tokens of an image; each crop of it gets tokens // (largest number of crops of
+            the model).
     """
 
     info = MethodInfo(

@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+: outliers of class-token attention stay and absorb the patches most like them."""
+"""PruMerge and PruMerge+: keep outliers of class-token attention and merge the patches most similar to them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ SMALLEST = 1e-6
 
 
 def outliers(score: Tensor) -> Tensor:
-    """(N,) long: scores of each image that are strictly above q3 + 1.5 (q3 - q1); quartiles by linear interpolation.
+    """Count the scores of each image strictly above q3 + 1.5 (q3 - q1), with quartiles by linear interpolation.
 
     Args:
         score: (N, T).
+
+    Returns:
+        (N,) long.
     """
     s = score.double()
     q1, q3 = s.quantile(0.25, dim=1), s.quantile(0.75, dim=1)
@@ -35,22 +38,24 @@ def outliers(score: Tensor) -> Tensor:
 def absorb(
     features: Tensor, keys: Tensor, score: Tensor, kept: Tensor, counts: list[int], neighbours: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Add to each kept patch its nearest others, and sum up what is not kept.
+    """Add to each kept patch its nearest candidates, and sum the patches that are not kept.
 
-    y_i = x_i + sum of score_j x_j over the `neighbours` candidates j of largest cosine; candidates are the patches
-    that are not kept and the other places of the kept list. Where that list names a patch twice, as many of the
-    lowest patches that are not kept are lost to candidates and sum, as in the official code.
+    y_i = x_i + sum of score_j x_j over the `neighbours` candidates j with the largest cosine. Candidates are the
+    patches that are not kept and the other entries of the kept list. If that list contains patches twice, the same
+    number of unkept patches with the lowest indices is omitted from the candidates and the sum, as in the official
+    code.
 
     Args:
-        features: (N, T, Dv).
-        keys: (N, T, C).
-        score: (N, T).
-        kept: (N, K) long, the first counts[n] being real.
-        counts: kept places of each image.
-        neighbours: at most so many.
+        features: (N, T, Dv) patch features.
+        keys: (N, T, C) keys, all heads concatenated.
+        score: (N, T) class-token attention.
+        kept: (N, K) long, kept patches, of which the first counts[n] are real.
+        counts: number of kept patches of each image.
+        neighbours: largest number of candidates added to a patch.
 
     Returns:
-        (N, K, Dv) float32 and (N, Dv) float32.
+        (N, K, Dv) float32, the kept patches with their neighbours; (N, Dv) float32, the sum of the others weighted by
+        `score`.
     """
     n, t = score.shape
     size = kept.shape[1]
@@ -75,7 +80,7 @@ def absorb(
 
 
 def _rest(kept: Tensor, t: int) -> Tensor:
-    """(N, T) long: patches that are not among `kept` (N, K) are in the last token K, -1 for the others."""
+    """Return (N, T) long, the groups of a `VisionCut`: K, the last token, for patches not in `kept` (N, K), else -1."""
     named = torch.zeros(kept.shape[0], t + 1, dtype=torch.bool, device=kept.device).scatter(1, kept, True)[:, :t]
     return torch.where(named, -1, kept.shape[1])
 
@@ -83,22 +88,23 @@ def _rest(kept: Tensor, t: int) -> Tensor:
 @register("prumerge", presets=PRESETS)
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keep the patches with outlying class-token attention, let each absorb its 32 nearest, and add one for the rest.
+    """Keep patches with outlying class-token attention, merge the 32 nearest into each, and add a token for the rest.
 
-    Attention and keys come from the block that reads the feature map (the one after it), at full width: the class
-    token's query times each key over sqrt(C), softmax, its own column taken away. Output: kept patches by descending
-    attention, then the sum of those not kept, weighted by attention. Weights are not normalised. Source: official
-    code 097c041. Deviations: the threshold is found for each image by itself (the official one pools a batch),
-    quartiles in float64, ties by index. Images in crops: crop by crop, our reading.
+    Attention and keys come from the block after the feature map, at full width: the class token's query times each key
+    over sqrt(C), softmax, without the class token's own column. Output: kept patches by descending attention, then the
+    sum of the patches that are not kept, weighted by attention. Weights are not normalised. Source: official code
+    097c041. Deviations: the threshold is computed for each image separately (the official code pools a batch),
+    quartiles are in float64, and ties are resolved by index. Images in crops are processed crop by crop, which is an
+    interpretation.
 
-    Presets: "adaptive" is the official default. Budgets are not published: our reading keeps `tokens` patches, so
-    tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.
+    Presets: "adaptive" is the official default. Budgets are not published. As an interpretation, `tokens` patches are
+    kept, so tokens + 1 with the sum; `exact=True` keeps one patch fewer. "ratio" is the official 1/8.
 
     Args:
-        tokens: patches kept, a fixed number; each crop gets tokens // (largest number of crops of the model).
-        ratio: share of the patches kept, a fixed number, in [1e-6, 1]; 1/8 when adaptive=False.
-        adaptive: keep the outliers, as many as there are (the default when neither tokens nor ratio is given).
-        exact: with `tokens`, count the sum among them.
+        tokens: fixed number of patches kept; each crop gets tokens // (largest number of crops of the model).
+        ratio: fixed share of the patches kept, in [1e-6, 1]; default 1/8 if adaptive=False.
+        adaptive: keep all outliers of an image (the default if neither tokens nor ratio is given).
+        exact: with `tokens`, include the sum in the number.
         strict: only for PruMerge+.
     """
 
@@ -158,7 +164,7 @@ class PruMerge(Method):
         return VisionCut(live, features, ids, by_canvas=False, counts=[c + 1 for c in counts], groups=groups)
 
     def share(self, t: int, crops: int) -> float:
-        """The fixed ratio; `tokens` of t patches are tokens / t."""
+        """Return the fixed ratio, or the one that corresponds to `tokens` of t patches."""
         return self.ratio if self.tokens is None else self.target(crops) / t  # type: ignore[return-value]
 
     def target(self, crops: int) -> int:
@@ -166,7 +172,7 @@ class PruMerge(Method):
         return max(max(self.tokens // crops, 1) - self.exact, 0)
 
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
-        """Kept patches (N, K) in output order, and how many of them are real in each image."""
+        """Return (N, K) kept patches in output order, and the number of real ones in each image."""
         n, t = score.shape
         counts: list[int]
         counts = outliers(score).tolist() if self.adaptive else [int(t * self.share(t, crops) + 1e-9)] * n
@@ -183,25 +189,25 @@ class PruMerge(Method):
 @register("prumerge+", presets=PRESETS)
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge that keeps a regular grid of patches as well, so that no part of the image is lost.
+    """PruMerge that also keeps a regular grid of patches, so that every part of the image is covered.
 
     Adaptive: every s-th patch from 0 on, s = floor(floor(N / k) / 3) for k outliers. Fixed: every t-th from floor(t/2)
-    on, t = floor(1 / ratio). The last patch is never on the grid. Output: outliers by descending attention, the grid
-    ascending, the sum. Source: official code 097c041 (the stride's divisor was another one before 2024-05-02; which
-    made the tables is not known). Deviations beside PruMerge's: s and k are at least 1 (the official code divides by
-    zero where there is no outlier); a grid of another length than k is allowed; with a fixed ratio a patch that is both
-    outlier and grid point is sent once, unless `strict`.
+    on, t = floor(1 / ratio). The last patch is never on the grid. Output: outliers by descending attention, the grid in
+    ascending order, the sum. Source: official code 097c041 (the divisor of the stride was different before 2024-05-02;
+    it is not known which version produced the tables). Deviations in addition to those of PruMerge: s and k are at
+    least 1 (the official code divides by zero if there is no outlier); the length of the grid may differ from k; with a
+    fixed ratio, a patch that is both outlier and grid point occurs once, unless `strict`.
 
-    Presets: budgets are not published; our reading takes ratio tokens / 1152, half outliers and half grid, so at most
-    tokens + 1 tokens for 192, 128, 64 and 144.
+    Presets: budgets are not published. As an interpretation, the ratio is tokens / 1152, half outliers and half grid,
+    which gives at most tokens + 1 tokens for 192, 128, 64 and 144.
 
     Args:
-        tokens: outliers and grid together, half each.
-        ratio: share of the patches kept as outliers, and as grid, in [1e-6, 1/2]; 1/8 when adaptive=False.
+        tokens: number of outliers and grid points together, half each.
+        ratio: share of the patches kept as outliers, and again as grid, in [1e-6, 1/2]; default 1/8 if adaptive=False.
         adaptive: as in PruMerge.
-        exact: with `tokens`, count the sum among them.
-        strict: with a fixed ratio, send patches twice that are both, and lose as many of the lowest others, as the
-            official code does.
+        exact: with `tokens`, include the sum in the number.
+        strict: with a fixed ratio, repeat a patch that is both outlier and grid point, and omit as many other patches
+            with the lowest indices, as the official code does.
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Names of methods. A method registers itself in its own file; nothing else lists it."""
+"""The registry of methods by name. Each method registers itself in its own file; there is no other list."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str, *, presets: dict[str, dict[str, Any]] | None = None) -> Callable[[M], M]:
-    """Class decorator: make a Method known under `name`.
+    """Register a Method class under `name`; use it as a class decorator.
 
     Args:
-        name: what users write in `pruned(model, name)`.
-        presets: names of published settings, `{"strict": {...}}` becomes "name:strict". A number needs none: "name:192"
-            is `tokens=192`.
+        name: the name that users write in `pruned(model, name)`.
+        presets: published settings by name; `{"strict": {...}}` makes "name:strict" known. Budgets need no preset:
+            "name:192" is `tokens=192`.
 
     Raises:
-        ValueError: when the name is taken by another class or the class is not a Method.
+        ValueError: if the name is taken by another class, or if the class is not a Method.
     """
 
     def add(cls: M) -> M:
@@ -56,13 +56,13 @@ def _discover() -> None:
 
 @functools.cache
 def _import_all(folders: tuple[str, ...]) -> None:
-    """Import every module of some folders, once: a search for a budget builds thousands of methods."""
+    """Import every module of some folders once. The result is cached, since a budget search builds many methods."""
     for module in pkgutil.iter_modules(folders):
         importlib.import_module(f"llava_prune.methods.{module.name}")
 
 
 def names(presets: bool = False) -> list[str]:
-    """Names of all known methods, sorted; with `presets=True` also the "name:preset" forms."""
+    """Return the sorted names of all known methods; with `presets=True` also the "name:preset" forms."""
     _discover()
     out = sorted(_METHODS)
     if presets:
@@ -71,18 +71,18 @@ def names(presets: bool = False) -> list[str]:
 
 
 def _known(text: str) -> bool:
-    """Whether `text` is "name" or "name:preset" of a registered name (the preset may not exist)."""
+    """Return whether `text` is "name" or "name:preset" with a registered name; the preset is not checked."""
     name, _, preset = text.partition(":")
     return name in _METHODS and "+" not in preset
 
 
 def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
-    """Class and preset hyper-parameters of "name", "name:preset" or "name:192", or two of these joined by a plus.
+    """Return class and preset hyper-parameters of "name", "name:preset" or "name:192", or two of these joined by "+".
 
-    `tokens` in the preset of a composition's first part become its `vision_tokens` (see `Composed`).
+    In a composition, `tokens` in the preset of the first part becomes `vision_tokens` (see `Composed`).
 
     Raises:
-        ValueError: for an unknown name or preset, or parts that do not fit.
+        ValueError: for an unknown name or preset, or parts that cannot be combined.
     """
     _discover()
     if name.endswith(":"):
@@ -100,7 +100,7 @@ def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
 
 
 def _preset(name: str, preset: str) -> dict[str, Any]:
-    """Hyper-parameters of a preset; a number is a budget."""
+    """Return the hyper-parameters of a preset; a number stands for a budget."""
     table = _PRESETS[name]
     if preset in table:
         return dict(table[preset])
@@ -112,12 +112,12 @@ def _preset(name: str, preset: str) -> dict[str, Any]:
 
 
 def takes_budget(cls: type[Method], values: Mapping[str, Any]) -> bool:
-    """Whether `tokens` goes with these hyper-parameters of a method: none of them fixes the counts already."""
+    """Return whether a method takes `tokens` and none of these hyper-parameters fixes the token counts."""
     return "tokens" in inspect.signature(cls).parameters and not values.keys() & set(cls.fixes_budget)
 
 
 def presets(name: str) -> dict[str, dict[str, Any]]:
-    """The presets of the method `name`: preset -> hyper-parameters.
+    """Return the presets of the method `name`: preset -> hyper-parameters.
 
     Raises:
         ValueError: for an unknown name.
@@ -127,10 +127,11 @@ def presets(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, **hyper: Any) -> Method:
-    """A new instance of the method `name` (see `resolve`).
+    """Build an instance of the method `name`.
 
     Args:
-        hyper: hyper-parameters; they override the preset's.
+        name: see `resolve`.
+        hyper: hyper-parameters; they override those of the preset.
 
     Raises:
         ValueError: for an unknown name, preset or hyper-parameter, or a value out of range.
@@ -150,20 +151,20 @@ def build(name: str, **hyper: Any) -> Method:
 
 
 def from_file(path: str | Path) -> list[str]:
-    """Run a Python file that registers methods; the names it registered.
+    """Run a Python file that registers methods and return the registered names.
 
     Raises:
-        ValueError: when the file cannot be run or registers nothing.
+        ValueError: if the file cannot be run or registers no method.
     """
     _discover()
     try:
         path = Path(path).expanduser().resolve()
         source = path.read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # of reading, of ~nobody, of a path with null bytes
+    except (OSError, RuntimeError, ValueError) as error:  # unreadable file, unknown ~user, null byte in the path
         raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that hides nobody's module
+    module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that does not shadow another module
     module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.modules[module.__name__] = module  # dataclasses look up their module here
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""SCOPE: patches whose neighbourhoods cover the image, weighted by class-token attention."""
+"""SCOPE: keep patches that cover all others by similarity, weighted by class-token attention."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ def cover(
     alpha: float = 1.0,
     combine: Literal["multiply", "add"] = "multiply",
 ) -> Tensor:
-    """Choose patches one by one: the largest gain of coverage, weighted by attention.
+    """Choose patches one by one, each with the largest gain of coverage weighted by attention.
 
-    The coverage of a patch is its largest cosine with a chosen patch, at least 0. The gain of a candidate is the sum of
-    what it adds over all patches. Ties go by index; the order of a smaller count is the start of that of a larger one.
+    The coverage of a patch is its largest cosine with a chosen patch, at least 0. The gain of a candidate is the
+    increase of coverage summed over all patches. Ties are resolved by index; the order for a smaller count is a prefix
+    of that for a larger one.
 
     Args:
         features: (N, T, Dv), output of the feature layer.
-        attention: (N, T), of the class token, sum over heads.
+        attention: (N, T), attention of the class token, sum over heads.
         count: K, at most T.
         alpha: exponent of the attention.
-        combine: "multiply" the gain with attention^alpha, or "add" it.
+        combine: "multiply" the gain by attention^alpha, or "add" both.
 
     Returns:
-        (N, K) long, the order of choice.
+        (N, K) long, the patches in the order of choice.
     """
     similarity = cosines(features)  # (N, T, T)
     weight = attention.to(similarity.dtype) ** alpha
@@ -59,21 +60,21 @@ PRESETS: dict[str, dict[str, Any]] = {"add": {"combine": "add"}}
 @register("scope", presets=PRESETS)
 @dataclass(frozen=True)
 class SCOPE(Method):
-    """Greedy coverage of all patches by cosine, each step's gain multiplied by the patch's class-token attention.
+    """Greedily cover all patches by cosine similarity; each gain is multiplied by the patch's class-token attention.
 
-    Features and attention come from the block whose output is the feature map, attention summed over heads. Source:
+    Features and attention come from the block whose output is the feature map; attention is summed over heads. Source:
     kinredon/SCOPE @ 6bf7306, from a description (the repository has no licence file). Deviations: float32, norms have
     the lower limit 1e-12, and every image of a batch has the whole budget. Images in crops: tokens // (largest number
-    of crops of the model) in each crop, neither newline tokens nor unpadding; `strict` divides by the crops of the
+    of crops of the model) in each crop, without newline tokens and unpadding; `strict` divides by the crops of the
     request, as the official code does, and takes one image at a time.
 
     Preset: "add" adds gain and attention; the published rows multiply them.
 
     Args:
         tokens: visual tokens of an image.
-        alpha: exponent of the attention; 0 leaves attention out.
+        alpha: exponent of the attention; 0 ignores attention.
         combine: "multiply" or "add".
-        strict: share the budget as the official code, floor(tokens / crops).
+        strict: share the budget among crops as the official code does, floor(tokens / crops).
     """
 
     tokens: int = 64

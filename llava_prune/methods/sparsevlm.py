@@ -1,7 +1,8 @@
-"""SparseVLM: text tokens that attend to the image rate its tokens; some of the pruned ones are recycled.
+"""SparseVLM: text tokens that attend to the image rate its tokens, and some of the pruned tokens are recycled.
 
-Three versions on one base: 1.0 counts by the rank of the attention, 1.5 has fixed counts and recycles, 2.0 (SparseVLM+)
-has fixed counts, keeps positions and removes the rotary bias from the attention.
+Three versions share a base class. Version 1.0 determines counts by the rank of the attention. Version 1.5 has fixed
+counts and recycles tokens. Version 2.0 (SparseVLM+) has fixed counts, keeps positions and removes the rotary bias from
+the attention.
 """
 
 from __future__ import annotations
@@ -36,31 +37,33 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @register("sparsevlm", presets=_PRESETS)
 @dataclass(frozen=True)
 class SparseVLM(Method):
-    """At a few layers the visual tokens that the raters attend to least are pruned, and some return as cluster means.
+    """At a few layers, prune the visual tokens that the raters attend to least; some return as cluster means.
 
-    Raters: text tokens after the image whose weight under products of embeddings is above the average (`raters`),
-    chosen once. Score at a sparse layer: their attention, mean over heads and raters. Source: Gumpest/SparseVLMs;
-    deviations: no random noise on cluster densities, raters and scores in float32, and the attention of all text tokens
-    is computed (how many of them rate is known to the device only).
+    Raters are the text tokens after the image whose weight under products of embeddings is above the average
+    (`raters`); they are chosen once. The score at a sparse layer is their attention, mean over heads and raters.
+    Source: Gumpest/SparseVLMs. Deviations: cluster densities have no random noise, raters and scores are computed in
+    float32, and the attention of all text tokens is computed, since the number of raters is known on the device only.
 
     The version chooses the class: `SparseVLM(version="2.0")` is a `SparseVLMPlus`.
-    "1.5": fixed counts, recycling, positions 0..n-1, new tokens after each layer's cache. "2.0" (SparseVLM+): no
-    recycling, positions kept, attention divided by its value for vectors of ones under the rotary embedding, and only
-    the heads with the most of it from raters to the image vote. "1.0": the count is scale x rank of the raters'
-    attention + bias, read from the device at each of four layers; its scales were tuned per benchmark.
+    "1.5": fixed counts, recycling, positions 0..n-1; the position of a generated token is the length of each layer's
+    cache. "2.0" (SparseVLM+): no recycling, positions are kept, attention is divided by its value for vectors of ones
+    under the rotary embedding, and only the heads with the most of this attention from raters to the image are used.
+    "1.0": the count is scale x rank of the raters' attention + bias, read from the device at each of four layers; the
+    official scales were tuned per benchmark.
 
-    `tokens` of the official tables (192, 128, 96, 64 on 32 layers and 576 tokens) uses those; otherwise counts of the
-    nearest table are scaled to the budget (`sparse_schedule`). Readings as presets: "plus-192" is 2.0, "v1-192" 1.0
-    with the scripts' scale (tuned on MME; 128 on POPE, 64 on TextVQA).
+    If `tokens` is in the official tables (192, 128, 96, 64 for 32 layers and 576 tokens), their counts are used;
+    otherwise the counts of the nearest table are scaled to the budget (`sparse_schedule`). Other interpretations are
+    presets: "plus-192" is version 2.0; "v1-192" is version 1.0 with the scale of the official scripts (tuned on MME;
+    that of 128 on POPE, that of 64 on TextVQA).
 
     Args:
         tokens: budget, the mean over layers of visual tokens *leaving* (the official counter); default 192.
         version: "1.0", "1.5" or "2.0".
-        layers: sparse layers, 0-based, in place of the table's.
-        retain: tokens kept at each of them, in place of the table's.
-        heads: heads that vote in "2.0"; default 14 of 32, the same share of other numbers.
-        scale: of the rank in "1.0"; default by `tokens` (192, 128 and 64 only).
-        bias: added to it; default by `tokens`, 0 with a scale of your own.
+        layers: sparse layers, 0-based, instead of those of the table.
+        retain: tokens kept at each sparse layer, instead of those of the table.
+        heads: number of heads used in "2.0"; default 14 of 32, the same share of other numbers.
+        scale: factor on the rank in "1.0"; default by `tokens` (192, 128 and 64 only).
+        bias: number added to the scaled rank in "1.0"; default by `tokens`, or 0 if `scale` is given.
     """
 
     tokens: int | None = None
@@ -110,7 +113,11 @@ class SparseVLM(Method):
         self.check()
 
     def check(self) -> None:
-        """Arguments that go together, for fixed counts."""
+        """Check which arguments are given together, for versions with fixed counts.
+
+        Raises:
+            ValueError: for arguments that contradict each other.
+        """
         if self.scale is not None:
             raise ValueError("version '1.0' counts by scale and bias, '1.5' and '2.0' by retain")
         at_most_one(tokens=self.tokens, retain=self.retain)
@@ -122,15 +129,15 @@ class SparseVLM(Method):
 
     @property
     def budget(self) -> int:
-        """`tokens`, 192 where it was not given."""
+        """`tokens`, or 192 if it is not given."""
         return 192 if self.tokens is None else self.tokens
 
     # which layers are sparse, and what they keep -------------------------------------------------------------
     def steps(self, n_visual: int, n_layers: int) -> dict[int, Step]:
-        """Layer -> (kept, recycled, clusters) for the versions with fixed counts.
+        """Return layer -> (kept, recycled, clusters) for the versions with fixed counts.
 
         Raises:
-            ValueError: for a layer the model does not have, or a budget that cannot be met.
+            ValueError: for a layer that the model does not have, or a budget that cannot be met.
         """
         if n_visual == 0 or (self.retain is None and self.budget >= n_visual):
             return {}
@@ -142,10 +149,10 @@ class SparseVLM(Method):
         return sparse_schedule(self.budget, n_visual, n_layers, self.default_layers, self.table[nearest], self.merging)
 
     def sparse_layers(self, n_layers: int) -> Sequence[int]:
-        """The sparse layers of a model.
+        """Return the sparse layers of a model.
 
         Raises:
-            ValueError: for a layer the model does not have.
+            ValueError: for a layer that the model does not have.
         """
         layers = self.layers or self.default_layers
         if layers[-1] >= n_layers:
@@ -153,7 +160,7 @@ class SparseVLM(Method):
         return layers
 
     def is_sparse(self, layer: int, spans: Spans) -> bool:
-        """Whether any sample drops tokens after `layer`."""
+        """Return whether any sample drops tokens after `layer`."""
         return any(layer in self.steps(n, spans.n_layers) for n in spans.n_visual)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int] | None:
@@ -181,12 +188,12 @@ class SparseVLM(Method):
         return None if keep == now else view.keep_top(self.scores(view), keep, recycle, clusters)
 
     def request_steps(self, layer: int, view: View, now: list[int]) -> Sequence[Step]:
-        """(kept, recycled, clusters) of each sample, which has `now` visual tokens."""
+        """Return (kept, recycled, clusters) of each sample; `now` are their current numbers of visual tokens."""
         tables = [self.steps(n, view.spans.n_layers) for n in view.spans.n_visual]
         return [t.get(layer, (n, 0, 0)) for t, n in zip(tables, now, strict=True)]
 
     def scores(self, view: View) -> Tensor:
-        """(B, L) attention of the raters, mean over heads."""
+        """Return (B, L) attention of the raters, mean over heads."""
         assert view.attention is not None
         return text_attention(view.attention, view.scratch["raters"], view.kernels)
 
@@ -196,7 +203,7 @@ SparseVLM.__signature__ = inspect.Signature(_parameters[1:])  # type: ignore[att
 
 
 class SparseVLM15(SparseVLM):
-    """Version 1.5: fixed counts, recycling."""
+    """Version 1.5: fixed counts and recycling."""
 
     merging = True
     table = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -242,7 +249,7 @@ class SparseVLM1(SparseVLM):
         return None
 
     def host_values(self, layer: int, view: View) -> Tensor | None:
-        """(B,) ranks of the raters' attention in a sparse layer."""
+        """Return (B,) ranks of the raters' attention in a sparse layer."""
         if view.attention is None or not self.is_sparse(layer, view.spans):
             return None
         return attention_ranks(view.attention, view.scratch["raters"], view.visual)
@@ -263,7 +270,7 @@ class SparseVLM1(SparseVLM):
 
 
 def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-    """Text tokens that vote.
+    """Choose the text tokens that rate the visual tokens.
 
     Args:
         hidden: (B, L, D) embeddings.
@@ -271,7 +278,7 @@ def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         text: (B, Q) bool, text tokens among the last Q positions.
 
     Returns:
-        (B, Q) bool: weight above the average; all of `text` where none is.
+        (B, Q) bool: text tokens with a weight above the average; all of `text` if there are none.
     """
     states = hidden.float()
     product = states @ states[:, -text.shape[1] :].transpose(1, 2)  # (B, L, Q)
@@ -284,12 +291,13 @@ def raters(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
 
 
 def strongest_heads(attention: Tensor, text: Tensor, visual: Tensor, count: int) -> Tensor:
-    """The `count` heads with the largest sum over text and visual tokens.
+    """Select the `count` heads with the largest attention summed over text and visual tokens.
 
     Args:
         attention: (B, H, Q, L).
         text: (B, Q) bool.
         visual: (B, L) bool.
+        count: number of heads to select.
 
     Returns:
         (B, count, Q, L).
@@ -300,7 +308,7 @@ def strongest_heads(attention: Tensor, text: Tensor, visual: Tensor, count: int)
 
 
 def rotary_ones(cos: Tensor, sin: Tensor, queries: Positions) -> Tensor:
-    """(B or 1, Q, L): 2 / sqrt(d) sum_k cos((p_i - p_j) theta_k), the scaled product of rotated vectors of ones."""
+    """Return (B or 1, Q, L): 2 / sqrt(d) sum_k cos((p_i - p_j) theta_k), scaled products of rotated vectors of ones."""
     half = cos.shape[-1] // 2
     parts = cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]
     rotated = torch.cat(parts, -1).float()  # (B or 1, L, dh)
@@ -308,7 +316,7 @@ def rotary_ones(cos: Tensor, sin: Tensor, queries: Positions) -> Tensor:
 
 
 def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
-    """(B,) rank of each sample's (text x visual tokens) attention, mean over heads.
+    """Return (B,) rank of each sample's (text x visual tokens) attention matrix, mean over heads.
 
     Args:
         attention: (B, H, Q, L) float32.
@@ -324,10 +332,15 @@ def attention_ranks(attention: Tensor, text: Tensor, visual: Tensor) -> Tensor:
 
 
 def chain(n_visual: int, retain: Sequence[int], merging: bool) -> list[Step]:
-    """What every sparse layer keeps, recycles and merges; at least one token goes at each.
+    """Compute the counts of consecutive sparse layers; each keeps at least one token fewer than enter it.
+
+    Args:
+        n_visual: visual tokens that enter the first sparse layer.
+        retain: tokens to keep at each sparse layer.
+        merging: whether pruned tokens are recycled.
 
     Returns:
-        One (kept, recycled, clusters) a sparse layer; kept + clusters leave it.
+        (kept, recycled, clusters) for each sparse layer; kept + clusters tokens leave it.
     """
     steps, now = [], n_visual
     for want in retain:
@@ -342,14 +355,14 @@ def chain(n_visual: int, retain: Sequence[int], merging: bool) -> list[Step]:
 def sparse_schedule(
     tokens: int, n_visual: int, n_layers: int, layers: tuple[int, ...], shape: tuple[int, ...], merging: bool
 ) -> dict[int, Step]:
-    """Sparse layers and their counts for an average of `tokens` leaving the layers, on any depth and image.
+    """Compute sparse layers and their counts for an average of `tokens` leaving the layers, for any depth and image.
 
-    `layers` (0-based, of 32) move with the depth: "after 3, 7 and 16 of 32 layers" becomes the same share of them. The
-    counts of `shape` are multiplied by the factor that brings the average nearest to the budget. Where the layers
-    before the first sparse one alone exceed it, that one moves forward.
+    `layers` (0-based, of 32) are scaled to the depth: "after 3, 7 and 16 of 32 layers" becomes the same shares of other
+    depths. The counts of `shape` are multiplied by the factor that brings the average nearest to the budget. If the
+    layers before the first sparse layer alone exceed the budget, the first sparse layer moves forward.
 
     Raises:
-        ValueError: when no factor comes within 5 % of the budget.
+        ValueError: if no factor comes within 5 % of the budget.
     """
     wanted = [max(1, round((x + 1) * n_layers / 32)) - 1 for x in layers]
     for first in range(wanted[0], -1, -1):
@@ -370,7 +383,7 @@ def sparse_schedule(
 def _fit(
     tokens: int, n_visual: int, n_layers: int, layers: Sequence[int], shape: Sequence[int], merging: bool
 ) -> tuple[float, list[Step]]:
-    """The factor on `shape` by bisection: distance of the average to the budget, and the counts."""
+    """Find a factor on `shape` by bisection; return the distance of the average from the budget, and the counts."""
     low, high = 0.0, n_visual / min(shape)
     best: tuple[float, list[Step]] = (math.inf, [])
     for _ in range(40):
@@ -385,7 +398,7 @@ def _fit(
 
 
 def entering(steps: Mapping[int, Step], n_visual: int, n_layers: int) -> list[int]:
-    """Visual tokens entering each layer, for steps after layers 0..n_layers - 2."""
+    """Return the visual tokens entering each layer, for steps after layers 0..n_layers - 2."""
     counts = [n_visual]
     for layer in range(n_layers - 1):
         keep, _, clusters = steps.get(layer, (counts[-1], 0, 0))

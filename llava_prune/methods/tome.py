@@ -1,4 +1,4 @@
-"""ToMe: the tower's blocks merge their most similar tokens."""
+"""ToMe: merge the most similar tokens in every block of the vision tower."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ PRESETS |= {"constant-16": {"schedule": (16,) * 24}}
 
 
 def even_schedule(remove: int, blocks: int, t: int) -> list[int]:
-    """As even as possible, larger numbers first; a block takes at most half of its tokens, the others then take more.
+    """Spread merges over blocks as evenly as possible, larger numbers first.
+
+    A block merges at most half of its tokens; if this limits some blocks, the others merge more.
 
     Args:
-        remove: tokens to merge away in all blocks.
-        blocks: blocks that may merge.
-        t: tokens entering the first, class token included.
+        remove: tokens to merge away in all blocks together.
+        blocks: number of blocks that may merge.
+        t: tokens entering the first block, including the class token.
 
     Raises:
-        ValueError: when that many cannot be merged away.
+        ValueError: if that many tokens cannot be merged away.
     """
 
     def run(level: int) -> list[int]:
@@ -54,10 +56,12 @@ def even_schedule(remove: int, blocks: int, t: int) -> list[int]:
 
 
 def decreasing_schedule(remove: int, blocks: int, t: int) -> list[int]:
-    """Linearly falling to nearly nothing with the same sum; what halving forbids moves to the even schedule.
+    """Spread merges over blocks with linearly decreasing numbers; arguments as in `even_schedule`.
+
+    If the limit of half of a block's tokens makes the sum too small, the result is that of `even_schedule`.
 
     Raises:
-        ValueError: when that many cannot be merged away.
+        ValueError: if that many tokens cannot be merged away.
     """
     share = [2 * remove * (blocks - b) / (blocks * (blocks + 1)) for b in range(blocks)]
     out: list[int] = []
@@ -70,18 +74,19 @@ def decreasing_schedule(remove: int, blocks: int, t: int) -> list[int]:
 
 
 def match(metric: Tensor, count: int, protect: bool = True) -> Merge:
-    """The `count` tokens at even places that are most similar to one at an odd place are merged into it.
+    """Choose merges by bipartite matching of the tokens at even and at odd positions.
 
-    Source: ToMe's description. Several may be merged into the same token; those at odd places never are. Ties go by
-    index.
+    Each token at an even position is matched with the most similar token at an odd position, and the `count` tokens
+    with the most similar partners are merged into them. Several tokens may be merged into the same token; tokens at odd
+    positions always remain. Ties are resolved by index. Source: the description of ToMe.
 
     Args:
-        metric: (N, t, d); its length does not matter.
-        count: at most half of the tokens (without the class token) are merged.
-        protect: token 0 is the class token and takes no part.
+        metric: (N, t, d) vectors to compare by cosine.
+        count: number of tokens to merge; at most half of the tokens (without the class token) are merged.
+        protect: whether token 0 is a class token, which is never merged.
 
     Returns:
-        Merge; kept tokens at even places come first, then all at odd places.
+        Merge; the kept tokens at even positions come first, then all tokens at odd positions.
     """
     n, t = metric.shape[:2]
     count = min(count, (t - protect) // 2)
@@ -101,23 +106,26 @@ def match(metric: Tensor, count: int, protect: bool = True) -> Merge:
 class ToMe(Method):
     """Merge the most similar pairs of tokens in every block of the tower, between attention and MLP.
 
-    Metric: keys of the block, mean over heads. Merged tokens are means weighted by size, attention adds log(size) to
-    the scores, and the class token takes no part. Only blocks up to the one whose output is the feature map count.
-    The order of tokens is that of the last merge, not the raster. No LLaVA integration is official; written from the
-    description of ToMe (its code is CC BY-NC and was not used), in reading (A) of what the tables did: in the tower.
+    Metric: keys of the block, mean over heads. Merged tokens are means weighted by size, log(size) is added to the
+    attention scores, and the class token takes no part. Blocks after the one whose output is the feature map do not
+    merge. Tokens are in the order of the last merge, not in raster order. No official LLaVA integration exists. This is
+    written from the description of ToMe (its code is CC BY-NC and was not used), in interpretation (A) of the
+    tables: merging inside the tower.
 
-    A budget spreads the merges evenly ([17]*16 + [16]*7 for 192); neither those of 7B nor of 13B are published.
-    Presets: "decreasing-192" falls linearly with the same sum, "output-192" is reading (B), merging the final features
-    without the class token, at most half a step; "constant-16" is the ports' r = 16 (208 tokens).
-    Images in crops are refused: their assembly needs whole grids.
+    For a budget, the merges are spread evenly ([17]*16 + [16]*7 for 192); the schedules for 7B and 13B are not
+    published. Presets: "decreasing-192" has linearly decreasing numbers with the same sum; "output-192" is
+    interpretation (B), which merges the final features without the class token, at most half of them in a step;
+    "constant-16" is the setting r = 16 of third-party ports (208 tokens). Images in crops are refused, since their
+    assembly needs complete grids.
 
     Args:
-        tokens: visual tokens left. Default 64 when there is no schedule.
-        schedule: tokens merged away in each block, missing ones 0; at most half of a block's tokens are taken.
-        shape: "even" or "decreasing", how `tokens` is spread over the blocks.
-        reading: "tower", or "output" for reading (B): sizes weight the means, keys of the last block are the metric.
-        prop_attn: False leaves log(size) out.
-        order: "raster" sorts the tokens by their first patch.
+        tokens: visual tokens that remain. Default 64 if there is no schedule.
+        schedule: tokens merged away in each block, 0 for missing entries; a block merges at most half of its tokens.
+        shape: "even" or "decreasing", how the merges for `tokens` are spread over the blocks.
+        reading: "tower", or "output" for interpretation (B), in which means are weighted by size and the metric is the
+            keys of the last block.
+        prop_attn: False does not add log(size) to the attention scores.
+        order: "merge", or "raster" to sort the tokens by their first patch.
     """
 
     tokens: int | None = None
@@ -192,7 +200,7 @@ class ToMe(Method):
         return VisionCut(live, features, ids, counts=[k] * n, groups=lambda: groups)
 
     def _after(self, view: VisionView, tokens: int) -> tuple[Tensor, Tensor]:
-        """Reading (B): halve the final features until `tokens` are left."""
+        """Merge the final features, at most half of them in a step, until `tokens` are left (interpretation B)."""
         (keys,) = view.keys.values()
         features = view.features
         metric = keys.mean(1)[:, 1:].to(features.device, torch.float32)  # (N, T, dh)

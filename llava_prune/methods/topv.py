@@ -1,4 +1,4 @@
-"""TopV (a reconstruction): visual tokens that contribute most in a transport problem over one layer."""
+"""TopV (a reconstruction): keep the visual tokens that contribute most to a transport problem over one layer."""
 
 from __future__ import annotations
 
@@ -31,33 +31,34 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @register("topv", presets=_PRESETS)
 @dataclass(frozen=True)
 class TopV(Method):
-    """A reconstruction: no code of the authors exists, and parity with the paper is not claimed.
+    """A reconstruction of TopV: no official code is known, and parity with the paper is not claimed.
 
-    Sources are the visual tokens entering layer index `full_layers` - 1, targets what its MLP is given. The cost of a
-    pair is alpha (squared distance) + beta (1 - Gaussian of the distance on the grid) + gamma (distance of the source
-    to the centre), the first and last scaled to 0..1; the importance of a source is its row sum of the transport plan
-    with uniform marginals, row steps damped by `tau`, the exact column step last. What the paper does not state is our
-    choice or a third party's; docs/methods/topv.md lists every decision.
+    Sources are the visual tokens entering layer index `full_layers` - 1, targets are the inputs of its MLP. The cost of
+    a pair is alpha (squared distance) + beta (1 - Gaussian of the distance on the grid) + gamma (distance of the source
+    to the centre), with the first and the last term scaled to 0..1. The importance of a source is its row sum of the
+    transport plan with uniform marginals; row steps are damped by `tau`, and the exact column step comes last. Details
+    that the paper does not state are choices of this package or of third parties; docs/methods/topv.md lists them.
 
     Without arguments this is 50 % of the FLOPs on visual tokens alone ("half": 272 of 576 tokens after two of 32
-    layers). The paper's "49 %" is read as a reduction ("49-less"). "recover4" and "recover6" put discarded tokens back
-    within the same cost, "full3" prunes a layer later (the index of the paper's layer 2 is unknown), "balanced" is
-    plain Sinkhorn, "unit" normalises both ends.
+    layers). The paper's "49 %" is interpreted as a reduction ("49-less"). "recover4" and "recover6" put discarded
+    tokens back at the same cost, "full3" prunes one layer later (the index of the paper's layer 2 is unknown),
+    "balanced" is plain Sinkhorn, "unit" normalises sources and targets.
 
     Args:
-        tokens: budget, the mean over layers of visual tokens entering, recovered ones included. After `full_layers`
-            where the budget allows it, else after layer 1.
-        rho: share of the visual tokens kept by rank, round(rho N); recovered ones come on top.
-        flops: share of the unpruned model's FLOPs on visual tokens alone, recovered ones included.
-        full_layers: layers that see everything; scoring happens in the last of them. Default 2.
-        r: every r-th discarded token comes back; 0 for none.
+        tokens: budget, the mean over layers of visual tokens entering, including recovered ones. The cut is after
+            `full_layers` layers; without `full_layers`, after layer 2 if the budget allows it, else after layer 1.
+        rho: share of the visual tokens kept by rank, round(rho N); recovered tokens are added to them.
+        flops: share of the unpruned model's FLOPs on visual tokens alone, including recovered tokens.
+        full_layers: number of layers that see all visual tokens; scores are computed in the last of them. Default 2.
+        r: put every r-th discarded token back; 0 for none.
         alpha: weight of the feature distance.
         beta: weight of the grid distance.
         gamma: weight of the centre distance.
         sigma: width of the Gaussian, in patches.
         eps: entropic regularisation.
-        tau: 1 is balanced Sinkhorn; 0 leaves the rows free, the only setting in which all three terms act as meant.
-        iterations: Sinkhorn iterations.
+        tau: 1 is balanced Sinkhorn; 0 leaves the rows free, the only setting in which all three terms have the intended
+            effect.
+        iterations: number of Sinkhorn iterations.
         unit: L2-normalise sources and targets first.
     """
 
@@ -100,10 +101,10 @@ class TopV(Method):
 
     # counts --------------------------------------------------------------------------------------------------
     def setting(self, n_visual: int, n_layers: int) -> tuple[int, int, int]:
-        """(full layers, tokens kept by rank, tokens recovered) for an image.
+        """Return (full layers, tokens kept by rank, tokens recovered) for an image.
 
         Raises:
-            ValueError: for a layer the model does not have, or a budget that cannot be met.
+            ValueError: for a layer that the model does not have, or a budget that cannot be met.
         """
         full = self.full_layers
         if full is not None and full >= n_layers:
@@ -135,7 +136,7 @@ class TopV(Method):
 
     # requests ------------------------------------------------------------------------------------------------
     def prune_vision(self, view: VisionView) -> None:
-        """Places of the patches, each in its own image or crop."""
+        """Store the place of each patch in its own image or crop."""
         view.patch_values.update(patch_places(view.features.shape[0], view.grid, view.features.device))
 
     def needs_mlp_input(self, layer: int, spans: Spans) -> bool:
@@ -162,27 +163,27 @@ class TopV(Method):
         return assemble(stay, view.visual, view.valid, lengths)
 
     def _importance(self, view: View, place: Tensor, live: Tensor) -> Tensor:
-        """(B, V) row sums of the transport plan, 0 on padding."""
+        """Return (B, V) row sums of the transport plan, 0 on padding."""
         assert view.layer_input is not None and view.mlp_input is not None
         source, target = take(view.layer_input, place).float(), take(view.mlp_input, place).float()  # (B, V, D)
         if self.unit:
             source, target = (torch.nn.functional.normalize(z, dim=2) for z in (source, target))
         crop = view.patch_values("crop").gather(1, place)  # (B, V), 0 on tokens without a patch
         index = torch.arange(crop.shape[1], device=crop.device).expand_as(crop)
-        before = index.masked_fill(crop == 0, 0).cummax(1).values  # a newline token stands where the one before it does
+        before = index.masked_fill(crop == 0, 0).cummax(1).values  # newline tokens get the place of the patch before
         x, y, off = (view.patch_values(k).gather(1, place).gather(1, before) for k in ("x", "y", "off"))
         grid = grid_distance(x, y, crop.gather(1, before))
         cost = self.cost(feature_cost(source, target), grid, off, live)
         return transport(cost, live, self.eps, self.tau, self.iterations).sum(2)
 
     def cost(self, feature: Tensor, grid: Tensor, off: Tensor, live: Tensor) -> Tensor:
-        """(B, V, V) weighted sum of the three terms.
+        """Return the (B, V, V) weighted sum of the three cost terms.
 
         Args:
             feature: (B, V, V) squared distance of source i and target j.
             grid: (B, V, V) squared distance of their places.
             off: (B, V) distance of source i to the centre.
-            live: (B, V) bool.
+            live: (B, V) bool, False on padding.
         """
         pair = live[:, :, None] & live[:, None]
         near = 1 - torch.exp(-grid / (2 * self.sigma**2))
@@ -193,24 +194,24 @@ class TopV(Method):
 
 
 def tokens_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> int:
-    """Tokens in the other layers that bring the FLOPs on visual tokens alone nearest to a share of the unpruned ones.
+    """Return the number of tokens after `full` layers for a share of the unpruned FLOPs on visual tokens alone.
 
-    May be 0.
+    The FLOPs are as near to the share as possible. The result may be 0.
     """
-    model = Size()  # LLaVA-1.5-7B; 13B has nearly the same ratio of MLP to hidden size
+    model = Size()  # LLaVA-1.5-7B; 13B has nearly the same ratio of MLP size to hidden size
     each = layer_flops(n_visual, model.hidden, model.intermediate)
     left = (share * n_layers - full) * each / (n_layers - full)
     return tokens_for_flops(left, model.hidden, model.intermediate)
 
 
 def with_recovery(keep: int, n_visual: int, every: int) -> tuple[int, int]:
-    """(kept by rank, recovered) when every `every`-th of the others is recovered; 0 for none."""
+    """Return (kept by rank, recovered) if every `every`-th other token is recovered; `every` = 0 recovers none."""
     keep = min(keep, n_visual)
     return keep, math.ceil((n_visual - keep) / every) if every else 0
 
 
 def within_total(total: int, n_visual: int, every: int) -> tuple[int, int]:
-    """The most kept by rank, and what is recovered then, that together are `total` tokens at most; (0, 0) if none."""
+    """Return the largest (kept by rank, recovered) with at most `total` tokens together; (0, 0) if there is none."""
     keep = (every * total - n_visual) // (every - 1) if every > 1 else 0 if every else total
     return with_recovery(keep, n_visual, every) if keep > 0 else (0, 0)
 
@@ -219,20 +220,20 @@ def within_total(total: int, n_visual: int, every: int) -> tuple[int, int]:
 
 
 def feature_cost(source: Tensor, target: Tensor) -> Tensor:
-    """(B, V, V) squared distances."""
+    """Return (B, V, V) squared distances of sources and targets."""
     return torch.cdist(source, target).square()
 
 
 def patch_places(images: int, grid: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
-    """Places of patches by name, (N, T) float32 each.
+    """Return the places of patches by name, (N, T) float32 each.
 
-    "x", "y": column and row in the patch's own image or crop; "crop": its number, from 1; "off": distance to the
-    centre.
+    "x" and "y" are column and row in the patch's own image or crop, "crop" is its number, counted from 1, and "off" is
+    the distance to the centre.
 
     Args:
-        images: N, images or crops.
+        images: N, number of images or crops.
         grid: (height, width) in patches.
-        device: of the tensors.
+        device: device of the tensors.
     """
     height, width = grid
     place = torch.arange(height * width, device=device, dtype=torch.float32).expand(images, -1)
@@ -243,13 +244,13 @@ def patch_places(images: int, grid: tuple[int, int], device: torch.device) -> di
 
 
 def grid_distance(x: Tensor, y: Tensor, crop: Tensor) -> Tensor:
-    """(B, V, V) squared distances on the grid; patches of different images or crops are infinitely far."""
+    """Return (B, V, V) squared distances on the grid; infinite for patches of different images or crops."""
     square = (x[:, :, None] - x[:, None]).square() + (y[:, :, None] - y[:, None]).square()
     return square.masked_fill(crop[:, :, None] != crop[:, None], torch.inf)
 
 
 def unit_range(values: Tensor, live: Tensor) -> Tensor:
-    """Min-max to 0..1 over the live entries of a sample; 0 where all are equal."""
+    """Scale values to 0..1 by minimum and maximum over the live entries of a sample; 0 if all are equal."""
     flat, mask = values.flatten(1), live.flatten(1)
     low = flat.masked_fill(~mask, torch.inf).amin(1)
     high = flat.masked_fill(~mask, -torch.inf).amax(1)
@@ -259,19 +260,19 @@ def unit_range(values: Tensor, live: Tensor) -> Tensor:
 
 
 def transport(cost: Tensor, live: Tensor, eps: float, tau: float, iterations: int) -> Tensor:
-    """The plan diag(u) exp(-C / eps) diag(v), uniform marginals, log-domain.
+    """Compute the transport plan diag(u) exp(-C / eps) diag(v) with uniform marginals, in the log domain.
 
     Each iteration takes a row step damped by `tau`, u = (p / K v)^tau, then the exact column step.
 
     Args:
-        cost: (B, V, V).
-        live: (B, V) bool.
-        eps: regularisation.
+        cost: (B, V, V) costs C.
+        live: (B, V) bool, False on padding.
+        eps: entropic regularisation.
         tau: damping of the row step.
-        iterations: at least 1.
+        iterations: number of iterations, at least 1.
 
     Returns:
-        (B, V, V), 0 where row or column is not live. Columns sum to their marginal exactly.
+        (B, V, V) plan, 0 where row or column is not live. Columns sum to their marginal exactly.
     """
     pair = live[:, :, None] & live[:, None]
     kernel = (-cost / eps).masked_fill(~pair, -1e30)

@@ -1,7 +1,7 @@
-"""What the runtime shows a method, and what a method answers.
+"""The views of a request that methods receive, and the `VisionCut` that they return.
 
-Shapes: B samples, L token positions of the sequence now, D hidden size, H heads, Q query positions, dh head size,
-N images or crops, T patches of one, Dv width of the vision tower.
+Shapes: B samples, L current token positions, D hidden size, H heads, KV key-value heads, Q query positions, dh head
+size, N images or crops, T patches of one image or crop, Dv width of the vision tower.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from ..ops.selection import Cut, Positions, assemble, column, descending_order, 
 MERGED = -1
 """Original index of a token that was made by merging others."""
 PADDING = -2
-"""Original index of a masked position that pads samples of unequal length (ragged padding)."""
+"""Original index of a masked position that pads samples of unequal lengths (ragged padding)."""
 TEXT = -3
 """Original index of a token that is not visual."""
 EVERY = -1
-"""In `Method.vision_queries`, alone in its list: the mean attention over all query positions of a block."""
+"""As the only entry of a list in `Method.vision_queries`: the mean attention over all query positions of a block."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where the tokens of a request are at one layer.
+    """The positions of the tokens of a request at one layer.
 
     Samples are right-aligned: padding on the right is moved to the left before a method sees the batch, and every cut
-    keeps samples right-aligned. The text after the image is therefore always the last ``n_text`` positions.
+    keeps samples right-aligned. The text after the image is therefore always at the last ``n_text`` positions.
 
     Attributes:
-        length: L, token positions now.
-        n_text: Q, positions after the last visual token, at least 1.
-        text: (B, Q) bool, which of the last Q positions are a sample's text tokens after its image. In a sample with
-            nothing after its image the last position counts; in one without an image, none.
-        n_visual: visual tokens of each sample as they enter the language model, before any cut.
-        n_layers: decoder layers of the model.
+        length: L, number of current token positions.
+        n_text: Q, number of positions after the last visual token, at least 1.
+        text: (B, Q) bool, which of the last Q positions are text tokens after the sample's image. For a sample with no
+            token after its image, only the last position is True; for a sample without an image, none is.
+        n_visual: number of visual tokens of each sample that enter the language model, before any cut.
+        n_layers: number of decoder layers.
     """
 
     length: int
@@ -50,35 +50,37 @@ class Spans:
     n_layers: int
 
     def text_positions(self) -> slice:
-        """The Q positions after the image."""
+        """Return the last Q positions, which hold the text after the image."""
         return slice(self.length - self.n_text, self.length)
 
     def last_position(self) -> slice:
-        """The last position, which holds the last instruction token of every sample."""
+        """Return the last position, which holds the last instruction token of every sample."""
         return slice(self.length - 1, self.length)
 
 
 @dataclass
 class View:
-    """A request after one decoder layer, or before the first (layer -1).
+    """A request after one decoder layer, or before the first layer (layer -1).
 
     Attributes:
         hidden: (B, L, D) output of the layer.
         visual: (B, L) bool, visual tokens.
         valid: (B, L) bool, False on padding.
         ids: (B, L) long, index among the sample's original visual tokens, or MERGED, PADDING, TEXT.
-        attention: (B, H, Q, L) float32, softmax attention of the positions that `Method.queries` named; None if none.
+        attention: (B, H, Q, L) float32, softmax attention of the query positions that `Method.queries` returned; None
+            if it returned None.
         spans: see Spans.
         scratch: dict that lives as long as the request; a method keeps its state here, never on itself.
-        n_other: tokens of each sample that are neither visual nor padding.
-        patch_table: name -> (B, V) values of the vision side by original visual index; read them with `patch_values`.
+        n_other: number of tokens of each sample that are neither visual nor padding.
+        patch_table: name -> (B, V) values that `prune_vision` stored, by original visual index; read them with
+            `patch_values`.
         next_attention: function of positions -> (B, H, Q, L) float32, attention of the next layer on these states.
-        rope: cosine and sine of the layer's positions, (B or 1, L, dh) each.
-        layer_input: (B, L, D) input of the layer, None before the first.
-        mlp_input: (B, L, D) input of the layer's MLP, after its norm, where `Method.needs_mlp_input` says so.
-        find_keys: what `keys` returns.
+        rope: cosine and sine of the layer's rotary embedding, (B or 1, L, dh) each.
+        layer_input: (B, L, D) input of the layer, None before the first layer.
+        mlp_input: (B, L, D) input of the layer's MLP, after its norm; None unless `Method.needs_mlp_input` asks for it.
+        find_keys: function that computes the result of `keys`; None before the first layer.
         final_norm: function (B, R, D) -> (B, R, D), the norm after the model's last layer.
-        kernels: fused kernels that replace single operations (experimental), None for plain torch.
+        kernels: module of fused kernels that replace single operations (experimental), None for plain torch.
     """
 
     hidden: Tensor
@@ -99,20 +101,20 @@ class View:
     kernels: Any = None
 
     def keys(self) -> Tensor:
-        """(B, KV, L, dh) keys of the layer with rotary positions, as the KV cache holds them.
+        """Return (B, KV, L, dh) keys of the layer with rotary embedding, as in the KV cache.
 
         Raises:
-            ValueError: before the first layer, where there are none.
+            ValueError: before the first layer.
         """
         if self.find_keys is None:
             raise ValueError("there are no keys before the first layer")
         return self.find_keys()
 
     def patch_values(self, name: str) -> Tensor:
-        """(B, L) values that `Method.prune_vision` left for the patches under `name`; 0 on tokens without a patch.
+        """Return (B, L) values that `Method.prune_vision` stored for the patches as `name`; 0 for other tokens.
 
         Raises:
-            ValueError: when nothing was left under that name.
+            ValueError: if nothing is stored under that name.
         """
         if name not in self.patch_table:
             known = ", ".join(sorted(self.patch_table)) or "none"
@@ -124,9 +126,9 @@ class View:
         return picked.masked_fill(~self.visual | (self.ids < 0), 0)
 
     def visual_tokens(self) -> tuple[Tensor, Tensor]:
-        """(B, V) long, positions of the visual tokens of each sample in order, and (B, V) bool, which are real.
+        """Return (B, V) long, positions of the visual tokens of each sample in order, and (B, V) bool, which are real.
 
-        V is the largest number that entered the language model.
+        V is the largest number of visual tokens of a sample that entered the language model.
         """
         width = max(self.spans.n_visual)
         places = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
@@ -135,13 +137,16 @@ class View:
     def keep_top(
         self, score: Tensor, keep: Sequence[int], recycle: Sequence[int] = (), clusters: Sequence[int] = ()
     ) -> Cut:
-        """Keep the best visual tokens in sequence order; the best of the others may return as cluster means.
+        """Keep the visual tokens with the highest scores in sequence order, and optionally recycle some of the others.
+
+        Recycled tokens are clustered, and the cluster means are appended as merged tokens.
 
         Args:
-            score: (B, L) float, ties go by position.
-            keep: visual tokens to keep, one count a sample.
-            recycle: tokens that are clustered, the best after the kept ones; none if empty.
-            clusters: clusters of each sample, appended after the kept tokens in the order of their centres.
+            score: (B, L) float; ties are resolved by position.
+            keep: number of visual tokens to keep in each sample.
+            recycle: number of tokens to cluster in each sample, the best after the kept ones; empty for none.
+            clusters: number of clusters in each sample; their means follow the kept tokens in the order of their
+                centres.
         """
         if not any(recycle):
             clusters = recycle = [0] * len(keep)
@@ -170,18 +175,18 @@ class View:
 
 
 def _members(picked: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `Cut.members`; without labels all are in one cluster."""
+    """Return the result of `Cut.members`; without labels, all tokens are in one cluster."""
     return picked, torch.zeros_like(picked) if label is None else label
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """How an image became crops.
+    """How an image is split into crops.
 
     Attributes:
-        crops: the image as a whole, and its tiles; 1 where it is seen whole only.
-        rows, columns: of tiles; 0 where there are none.
-        size: (width, height) of the image; None where it is not known.
+        crops: number of crops: the whole image and its tiles; 1 if the image is encoded whole only.
+        rows, columns: grid of tiles; 0 if there are no tiles.
+        size: (width, height) of the image; None if it is not known.
     """
 
     crops: int = 1
@@ -195,25 +200,25 @@ class VisionView:
     """The images of a request between vision tower and projector.
 
     Attributes:
-        features: (N, T, Dv) patch features, class token removed; fewer than T tokens where the method merged inside
-            the tower.
-        attention: block -> (N, H, Q, 1 + T) float32, softmax attention that `Method.vision_queries` asked for; T
-            without the 1 in a tower without a class token.
+        features: (N, T, Dv) patch features without the class token; fewer than T tokens if the method merged tokens
+            inside the tower.
+        attention: block -> (N, H, Q, 1 + T) float32, softmax attention that `Method.vision_queries` asked for; the last
+            dimension is T in a tower without a class token.
         keys: block -> (N, H, 1 + T, dh) key projections of the same blocks.
-        queries: block -> (N, H, Q, dh) query projections.
+        queries: block -> (N, H, Q, dh) query projections of the same blocks.
         grid: (height, width) in patches.
-        cls: (N, Dv) feature of the class token, or None when the method asks for no attention of the tower, or the
-            tower has none.
-        groups: (N, T) long, the token of `features` that each patch is in; None where nothing was merged.
-        crops: largest number of crops this model makes of an image, 1 where it sees images whole.
-        feature_layer: 0-based block whose output the features are.
-        leading: tokens of the tower before its patches: 1 with a class token, else 0.
-        patch_values: name -> (N, T), values for `View.patch_values`; a method fills it.
-        find_padding: what `padding` returns.
-        find_layout: what `layout` returns; None where every image is seen whole.
-        find_clip: what `clip_embeddings` returns.
+        cls: (N, Dv) feature of the class token; None if the method asks for no attention of the tower, or if the tower
+            has no class token.
+        groups: (N, T) long, the token of `features` that contains each patch; None if nothing was merged.
+        crops: largest number of crops into which this model splits an image, 1 if it encodes images whole.
+        feature_layer: 0-based block whose output is `features`.
+        leading: number of tokens before the patches in the tower: 1 with a class token, else 0.
+        patch_values: name -> (N, T) values for `View.patch_values`; a method fills this dict.
+        find_padding: function that computes `padding`.
+        find_layout: function that computes `layout`; None if every image is encoded whole.
+        find_clip: function that computes the result of `clip_embeddings`; None if no CLIP was given.
         encode: function of (rows, columns) -> (N, rows x columns, Dv), features of the images resized to that many
-            patches, position embeddings interpolated; a further pass of the tower.
+            patches, with interpolated position embeddings. It runs the tower again. None if the pixels are not known.
     """
 
     features: Tensor
@@ -234,19 +239,21 @@ class VisionView:
 
     @property
     def padding(self) -> Tensor | None:
-        """(N, T) bool, patches that show padding only, or None when the original sizes are unknown.
+        """(N, T) bool, patches that show padding only, or None if the original sizes are unknown.
 
         Raises:
-            ValueError: when the sizes were given in another thread, or do not fit the number of images.
+            ValueError: if the sizes were given in another thread, or do not fit the number of images.
         """
         return self.find_padding()
 
     @property
     def layout(self) -> list[ImageLayout]:
-        """The images that the N rows are, in order; in transformers' LLaVA-NeXT this reads their sizes.
+        """The layout of each image; the crops of all images together are the N rows, in order.
+
+        In transformers' LLaVA-NeXT this reads the image sizes, which costs a synchronisation if they are on a device.
 
         Raises:
-            ValueError: where the crops of the images are not known.
+            ValueError: if the crops of the images are not known.
         """
         n = self.features.shape[0]
         found = [ImageLayout()] * n if self.find_layout is None else self.find_layout()
@@ -256,41 +263,44 @@ class VisionView:
         return found
 
     def clip_embeddings(self, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Patches and questions in the space of the CLIP that a method's argument `clip` names.
+        """Embed patches and questions with the CLIP that a method's argument `clip` names.
+
+        Args:
+            strict: read a segment of text as the official code of CDPruner does, see `TextTower.text`.
 
         Returns:
-            (N, T, C) float32, and (M, C) float32 for the segments of each image's question.
+            (N, T, C) float32 for the patches; for each image (M, C) float32 for the M segments of its question.
 
         Raises:
-            ValueError: where no CLIP or no questions were given.
+            ValueError: if no CLIP or no questions were given.
         """
         if self.find_clip is None:
             raise ValueError("no CLIP with a text tower was given; name its folder, as clip=...")
         return self.find_clip(strict)
 
     def class_attention(self) -> Tensor:
-        """(N, T) float32: attention of the class token on each patch in the one recorded block, mean over heads.
+        """Return (N, T) float32: attention of the class token on each patch in the recorded block, mean over heads.
 
-        Its attention on itself is left out without renormalising. Where `vision_queries` asked for EVERY, the mean
-        attention that each patch receives.
+        Exactly one block must be recorded. The attention of the class token on itself is dropped without renormalising.
+        If `vision_queries` asked for EVERY, this is the mean attention that each patch receives.
         """
         (recorded,) = self.attention.values()  # (N, H, 1, leading + T)
         return recorded[:, :, 0, self.leading :].mean(1)
 
     def tokens_per_crop(self, tokens: int) -> int:
-        """What each crop gets of a budget: tokens // (largest number of crops of the model), at least 1."""
+        """Return the share of a budget for each crop: tokens // (largest number of crops of the model), at least 1."""
         return max(tokens // self.crops, 1)
 
     def keep_top(self, score: Tensor, keep: int) -> VisionCut:
         """Keep the `keep` patches of each image or crop with the highest score (N, T), in raster order, ties by index.
 
-        Neither newline tokens nor the unpadding of LLaVA-NeXT are applied to them.
+        Newline tokens and the unpadding of LLaVA-NeXT are not applied to the kept patches.
         """
         every = torch.ones_like(score, dtype=torch.bool)
         return self._raster(top(descending_order(score, every), [keep] * score.shape[0], every), keep)
 
     def keep(self, patches: Tensor) -> VisionCut:
-        """Keep these patches (N, K) of each image or crop, each named once, in raster order; as `keep_top`."""
+        """Keep the patches (N, K) of each image or crop, each listed once, in raster order; see also `keep_top`."""
         live = torch.zeros(self.features.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, patches, True)
         return self._raster(live, patches.shape[1])
 
@@ -299,10 +309,14 @@ class VisionView:
         return VisionCut(live, self.features, patches, counts=[keep] * live.shape[0])
 
     def mask(self, name: str, values: Any) -> Tensor:
-        """(N, T) bool from what a user gave: T values for all images, or N x T, in any shape.
+        """Return (N, T) bool from a user's mask: T values for all images, or N x T values, in any shape.
+
+        Args:
+            name: the argument, for the error message.
+            values: the mask.
 
         Raises:
-            ValueError: for another number of values, naming the argument.
+            ValueError: for any other number of values.
         """
         n, t = self.features.shape[:2]
         given = torch.as_tensor(values, device=self.features.device).bool()
@@ -316,18 +330,20 @@ class VisionCut:
     """The tokens that enter the language model in place of the patches.
 
     Attributes:
-        live: (N, K) bool; K may differ from the number of patches.
-        features: (N, K, Dv) features for the projector; those not `live` are ignored. `VisionView.features` itself
-            where the tokens are unchanged patches, which then need no second projection.
-        ids: (N, K) long, the patch that each token stands for, MERGED for none. Tokens are sent in this order, so
-            patches may be reordered or repeated, and newline tokens are not sent. None when token j is patch j: patches
-            then stay where the package packs them, among newline tokens, and those it removes as padding are lost.
-        by_canvas: how crops are ordered when there are ids. The first crop (the whole image) always comes first. True
-            places the patches of the others on the stitched image and sends them row by row, then tokens without a
-            patch: those before the patches of their crop, crop by crop, then those after. False sends crop after crop.
-        counts: live tokens of each image or crop, where the host knows them; otherwise they are read from the device.
-        groups: for tokens without a patch, what they were made of: a function that returns for each patch its token
-            (N, T), a position among the K, -1 for none. Only records call it.
+        live: (N, K) bool, the tokens to keep; K may differ from the number of patches.
+        features: (N, K, Dv) features for the projector; those not `live` are ignored. If the tokens are unchanged
+            patches, this should be the tensor `VisionView.features` itself, which is then not projected twice.
+        ids: (N, K) long, the patch that each token stands for, MERGED for a token without a patch. Tokens enter the
+            language model in this order, so patches may be reordered or repeated, and there are no newline tokens. None
+            if token j is patch j: patches then stay where the package packs them, among newline tokens, and patches
+            that the package removes as padding are lost.
+        by_canvas: order of the crops if `ids` is given. The first crop (the whole image) always comes first. With True
+            the patches of the other crops follow row by row on the stitched image, then the tokens without a patch:
+            those before the patches of their crop, crop by crop, then those after them. With False, one crop follows
+            the other.
+        counts: number of live tokens of each image or crop, if the host knows it; otherwise it is read from the device.
+        groups: for tokens without a patch, a function that returns (N, T) long: the token of each patch, as a position
+            among the K tokens, -1 for none. Only records call it.
     """
 
     live: Tensor

@@ -1,4 +1,4 @@
-"""VisionZip: dominant patches by class-token attention, the rest compressed into contextual tokens."""
+"""VisionZip: keep dominant patches by class-token attention and compress the others into contextual tokens."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .views import MERGED, VisionCut, VisionView
 
 
 def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compress patches into `contextual` tokens: evenly spaced targets, each plus the mean of what is nearest to it.
+    """Compress patches into `contextual` tokens: evenly spaced targets, each plus the mean of its nearest patches.
 
     Args:
-        features: (N, T, Dv).
-        metric: (N, T, d), keys; their length does not matter.
+        features: (N, T, Dv) patch features.
+        metric: (N, T, d) keys, which are compared by cosine.
         rest: (N, R) long, patches to compress, ascending.
-        contextual: 1 to R.
+        contextual: number of tokens to make, 1 to R.
 
     Returns:
         (N, contextual, Dv) tokens in raster order; (N, contextual) long, their target patches; (N, R) long, the token
-        each patch of `rest` belongs to.
+        to which each patch of `rest` belongs.
     """
     stride = max(1, rest.shape[1] // contextual)
     places = torch.arange(contextual, device=rest.device) * stride
@@ -35,7 +35,7 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
     label = (keys @ keys[:, places].transpose(1, 2)).argmax(2)  # (N, R)
     states = take(features, rest)  # (N, R, Dv)
     member = torch.nn.functional.one_hot(label, contextual).float()  # (N, R, C)
-    member[:, places] = 0  # targets are no members
+    member[:, places] = 0  # targets do not count as members
     total = member.transpose(1, 2) @ states.float()
     mean = total / member.sum(1).clamp(min=1)[..., None]
     slots = torch.arange(contextual, device=rest.device)
@@ -44,7 +44,7 @@ def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual
 
 
 def _groups(order: Tensor, token: Tensor) -> Tensor:
-    """(N, T) long: the token (N, R) of the last R patches of an order (N, T), -1 for the others."""
+    """Return (N, T) long, the groups of a `VisionCut`: `token` (N, R) for the last R patches of `order`, else -1."""
     rest = order[:, order.shape[1] - token.shape[1] :]
     return torch.full_like(order, -1).scatter(1, rest, token)
 
@@ -52,26 +52,26 @@ def _groups(order: Tensor, token: Tensor) -> Tensor:
 @register("visionzip", presets={"default": {"dominant": 191, "contextual": 30}})
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """The class token, the patches it attends to most, then contextual tokens made of the rest.
+    """Keep the class token, the patches with its largest attention, and contextual tokens made of the other patches.
 
     Score: attention of the class token in the block whose output is the feature map, mean over heads (the official
-    sum ranks the same). The rest goes by the cosine of its keys in that block (mean over heads, then normalised) to
-    evenly spaced targets; a contextual token is its target PLUS the mean of its members, as in the official code, not a
-    mean over all. Source: official code 3151f6d; deviations: ties of the score go by index, contextual=0 prunes only.
-    Images in crops: the same in each crop, neither newline tokens nor unpadding; a budget of all tokens keeps the image
-    unchanged.
+    sum ranks the same). The other patches are assigned to evenly spaced targets by the cosine of their keys in that
+    block (mean over heads, then normalised). A contextual token is its target PLUS the mean of its members, as in the
+    official code, not a mean over all. Source: official code 3151f6d. Deviations: ties of the score are resolved by
+    index, and contextual=0 prunes only. Images in crops: the same in each crop, without newline tokens and unpadding; a
+    budget of all tokens keeps the image unchanged.
 
-    Budgets: 192, 128 and 64 are the paper's 162+30, 108+20 and 54+10 as others transcribe it; 32, 640, 320 and 160
-    those of LightCompress. 288, 144 and 58 are not published: our reading keeps the share, contextual =
+    Budgets: 192, 128 and 64 are the paper's 162+30, 108+20 and 54+10 as others transcribe it; 32, 640, 320 and 160 are
+    those of LightCompress. 288, 144 and 58 are not published; as an interpretation, the share is the same, contextual =
     round(5 tokens / 32). Preset "default" is the official function's default, 191+30.
 
     Args:
-        tokens: dominant and contextual tokens together, split as above; with crops each of them gets
-            tokens // (largest number of crops). Default 64 when the other two are not given.
-        dominant: tokens of the first kind in each image or crop, the class token among them; 191 when only
-            `contextual` is given.
-        contextual: tokens of the second kind; 30 when only `dominant` is given.
-        keep_cls: False sends one more patch in place of the class token, which LLaVA never saw in training.
+        tokens: dominant and contextual tokens together, split as above; each crop gets tokens // (largest number of
+            crops of the model). Default 64 if the other two are not given.
+        dominant: dominant tokens of each image or crop, including the class token; default 191 if only `contextual` is
+            given.
+        contextual: contextual tokens of each image or crop; default 30 if only `dominant` is given.
+        keep_cls: False keeps one more patch instead of the class token, which LLaVA does not see in training.
     """
 
     tokens: int | None = None
@@ -108,12 +108,12 @@ class VisionZip(Method):
         integer("contextual", self.contextual)
 
     def split(self, crops: int = 1) -> tuple[int, int]:
-        """(dominant, contextual) of each image or crop."""
+        """Return (dominant, contextual) of each image or crop."""
         if self.tokens is None:
             assert self.dominant is not None and self.contextual is not None
             return self.dominant, self.contextual
         total = max(self.tokens // crops, 1)
-        contextual = (10 * total + 32) // 64  # 5/32, halves up
+        contextual = (10 * total + 32) // 64  # 5/32 of the total, halves rounded up
         return total - contextual, contextual
 
     def vision_queries(self, feature_layer: int) -> dict[int, list[int]]:

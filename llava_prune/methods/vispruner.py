@@ -1,4 +1,4 @@
-"""VisPruner: patches that the class token attends to, and the most diverse of the others."""
+"""VisPruner: keep the patches with the largest class-token attention and the most diverse of the others."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .registry import register
 from .views import VisionCut, VisionView
 
 ROUND = 8
-"""Tokens removed in a round."""
+"""Number of tokens removed in a round."""
 
 
 def select(features: Tensor, score: Tensor, tokens: int, ratio: float, strict: bool = False) -> tuple[Tensor, Tensor]:
-    """Important patches by attention, then the patches that survive rounds of duplicate removal among the others.
+    """Choose important patches by attention, and diverse ones by rounds of duplicate removal among the others.
 
-    The others form a list by falling attention. In each round the patches at even places of the list are compared with
-    those at odd places; the 8 whose best partner is most similar are removed. The rest of the even places, most similar
-    first, and then the odd places form the next list.
+    The others form a list by descending attention. In each round the patches at even positions of the list are compared
+    with those at odd positions, and the 8 patches with the most similar partner are removed. The remaining patches of
+    the even positions, most similar first, and then those of the odd positions form the next list.
 
     Args:
-        features: (N, T, Dv), output of the feature layer, in the dtype to compute in.
+        features: (N, T, Dv), output of the feature layer, in the dtype of the computation.
         score: (N, T), attention of the class token, mean over heads.
-        tokens: patches kept, fewer than T.
-        ratio: share of them that is important, rounded down.
-        strict: refuse what the official code cannot do, and leave norms without a lower limit.
+        tokens: number of patches to keep, fewer than T.
+        ratio: share of important patches among them, rounded down.
+        strict: refuse numbers that the official code does not support, and apply no lower limit to norms.
 
     Returns:
-        (N, int(tokens ratio)) long, important patches by falling score; the others (N, the rest) long, in the order of
-        the last list.
+        (N, int(tokens ratio)) long, important patches by descending score; (N, the rest) long, the diverse patches in
+        the order of the last list.
 
     Raises:
         ValueError: with `strict`, for numbers that the official rounds cannot reach.
@@ -62,10 +62,10 @@ def select(features: Tensor, score: Tensor, tokens: int, ratio: float, strict: b
 
 
 def _check_rounds(others: int, diverse: int) -> None:
-    """Refuse numbers at which the official rounds fail.
+    """Refuse numbers of patches for which the rounds of the official code fail.
 
     Raises:
-        ValueError: naming them.
+        ValueError: with the numbers.
     """
     left = others
     while left > diverse > 0:
@@ -89,21 +89,21 @@ PRESETS: dict[str, dict[str, Any]] = {"mme-64": {"tokens": 64, "ratio": 0.75}}
 @register("vispruner", presets=PRESETS)
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Half of the budget to the patches with the largest class-token attention, half to diverse patches among the rest.
+    """Keep patches with the largest class-token attention for half of the budget, diverse patches for the other half.
 
     Score: attention of the class token in the block whose output is the feature map, mean over heads. Similarity:
     cosine of the feature map, before the projector. Source: Theia-4869/VisPruner @ aefa01a. Deviations: float32 and
-    stable sorts, where the official code runs in the tower's dtype and its second half follows rounding; lists of odd
-    length and budgets below 16 work. `strict` takes the tower's dtype and refuses these. Images in crops: the same in
-    each crop, neither newline tokens nor unpadding, as the official code forces.
+    stable sorts, while the official code runs in the tower's dtype, where rounding determines its second half; lists of
+    odd length and budgets below 16 are supported. `strict` uses the tower's dtype and refuses such lists and budgets.
+    Images in crops: the same in each crop, without newline tokens and unpadding, as the official code enforces.
 
-    Presets: "mme-64" is the published setting for MME. The shares of the other published rows are not known; the
-    scripts' default is 0.5.
+    Presets: "mme-64" is the published setting for MME. The ratios of the other published rows are not known; the
+    default of the official scripts is 0.5.
 
     Args:
         tokens: visual tokens of an image; each crop of it gets tokens // (largest number of crops of the model).
-        ratio: share of the budget that goes by attention, rounded down; 1 is FasterVLM.
-        strict: the tower's dtype, and errors where the official code fails.
+        ratio: share of the budget that is chosen by attention, rounded down; 1 is FasterVLM.
+        strict: compute in the tower's dtype, and raise errors where the official code fails.
     """
 
     tokens: int = 64

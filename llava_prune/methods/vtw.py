@@ -1,4 +1,4 @@
-"""VTW: visual tokens withdrawal. After one layer there are none."""
+"""VTW (visual tokens withdrawal): drop all visual tokens after one layer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ _PRESETS: dict[str, dict[str, int | float]] = {
 @register("vtw", presets=_PRESETS)
 @dataclass(frozen=True)
 class VTW(Method):
-    """All visual tokens leave before layer index `layer`; nothing is ranked.
+    """Drop all visual tokens before layer index `layer`; nothing is ranked.
 
-    Source: lzhxmu/VTW. Text keeps its positions, layers before the withdrawal keep the visual tokens in their caches.
+    Source: lzhxmu/VTW. Text keeps its positions, and layers before the withdrawal keep the visual tokens in their
+    caches.
 
-    Without arguments this is half of the layers: 16 of 32 and 20 of 40, the command line's defaults, exactly 50 % of
-    the FLOPs counted on visual tokens alone ("half"). "k15" is the README's setting. The paper has no rows at 192, 128
-    and 64: there the layer is the one whose average is nearest.
+    Without arguments the tokens are dropped after half of the layers: 16 of 32 and 20 of 40, the defaults of the
+    official command line, which is exactly 50 % of the FLOPs counted on visual tokens alone ("half"). "k15" is the
+    setting of the official README. The paper has no rows at 192, 128 and 64; for a budget, the layer with the nearest
+    average is used.
 
     Args:
-        tokens: budget, the mean over layers of visual tokens entering; the nearest layer, at least 1.
+        tokens: budget, the mean over layers of visual tokens entering; the nearest layer is used, at least layer 1.
         layer: first layer without visual tokens, 0..L.
-        flops: share of the unpruned model's FLOPs on visual tokens alone, 0..1; with no text every layer costs the
-            same, so it is the share of layers.
+        flops: share of the unpruned model's FLOPs on visual tokens alone, 0..1. Text is not counted, so every layer
+            costs the same, and this is the share of layers.
     """
 
     tokens: int | None = None
@@ -60,7 +62,7 @@ class VTW(Method):
         real("flops", self.flops, 0, 1)
 
     def first(self, n_visual: int, n_layers: int) -> int:
-        """First layer without visual tokens.
+        """Return the first layer without visual tokens.
 
         Raises:
             ValueError: for a layer above the model's depth.
@@ -95,11 +97,11 @@ ETA = {"llava-v1.5-7b": 0.003, "llava-v1.5-13b": 0.0005, "llava-v1.6-vicuna-7b":
 
 
 def divergence(full: Tensor, withdrawn: Tensor) -> Tensor:
-    """KL(P_withdrawn || P_full) of the last prompt token, the direction of the official code.
+    """Compute KL(P_withdrawn || P_full) of the last prompt token, in the direction of the official code.
 
     Args:
         full: (..., vocabulary) logits of the unpruned model.
-        withdrawn: the same with visual tokens withdrawn.
+        withdrawn: (..., vocabulary) logits with visual tokens withdrawn.
 
     Returns:
         (...,) float32.
@@ -109,10 +111,10 @@ def divergence(full: Tensor, withdrawn: Tensor) -> Tensor:
 
 
 def first_below(errors: Sequence[float], eta: float, start: int = 5) -> int:
-    """The first layer whose mean divergence is at most `eta`, errors beginning at layer `start`.
+    """Return the first layer whose mean divergence is at most `eta`; the first entry of `errors` is layer `start`.
 
     Raises:
-        ValueError: when none is.
+        ValueError: if there is no such layer.
     """
     for layer, error in enumerate(errors, start):
         if error <= eta:
@@ -123,12 +125,12 @@ def first_below(errors: Sequence[float], eta: float, start: int = 5) -> int:
 def find_layer(
     logits: Callable[[VTW | None], Tensor], n_layers: int, eta: float = 0.003, start: int = 5
 ) -> tuple[int, list[float]]:
-    """The official search for the withdrawal layer.
+    """Run the official search for the withdrawal layer.
 
     Args:
-        logits: gives (samples, vocabulary) logits at the last prompt token, of the model pruned by what it is given,
-            or unpruned for None.
-        n_layers: depth of the model.
+        logits: function that returns (samples, vocabulary) logits at the last prompt token, of the model pruned by the
+            given `VTW`, or of the unpruned model for None.
+        n_layers: number of decoder layers.
         eta: threshold, see `ETA`.
         start: first candidate.
 
@@ -136,7 +138,7 @@ def find_layer(
         The layer, and the mean divergence of every candidate.
 
     Raises:
-        ValueError: when no candidate is good enough.
+        ValueError: if no candidate has a divergence of at most `eta`.
     """
     full = logits(None)
     errors = [float(divergence(full, logits(VTW(layer=k))).mean()) for k in range(start, n_layers)]

@@ -1,1 +1,1 @@
-"""The two packages whose LLaVA can be pruned; the only code that knows one from the other."""
+"""The two packages whose LLaVA classes can be pruned. Only the code in this folder distinguishes between them."""

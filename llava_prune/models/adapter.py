@@ -1,4 +1,4 @@
-"""Adapters in LLaVA's format: a LoRA folder, or a lone projector, with the checkpoint that it was trained on."""
+"""Adapters in LLaVA's format: a LoRA folder or a projector alone, with the checkpoint that it was trained on."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ KNOWN = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
 }  # fmt: skip
-"""Entries of an adapter_config.json that a plain LoRA has; any other that is set asks for more."""
+"""Entries of the adapter_config.json of a plain LoRA. An adapter with any other entry set is refused."""
 PLAIN = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Initialisations of a LoRA that leave the weights of the base as they are."""
+"""Initialisations of a LoRA that do not change the weights of the base."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the parts of a checkpoint are.
+    """The folders of a checkpoint.
 
     Attributes:
-        folder: config, and the adapter if it is one.
+        folder: the folder of the config, and of the adapter if the checkpoint is one.
         base: the checkpoint that the adapter was trained on; None for a complete checkpoint.
     """
 
@@ -43,16 +43,19 @@ class Source:
 
     @property
     def weights(self) -> Path:
-        """The folder with the weights of the language model, and the tokenizer."""
+        """The folder with the weights of the language model and the tokenizer."""
         return self.base or self.folder
 
     @property
     def folders(self) -> list[Path]:
-        """Folders in which a vision tower is looked for."""
+        """The folders in which a vision tower is searched."""
         return [self.folder] if self.base is None else [self.folder, self.base]
 
     def extra(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of an adapter that take the place of the base's: the projector, and what was trained beside LoRA."""
+        """Yield the tensors of an adapter that replace those of the base: the projector, and other trained tensors.
+
+        The low-rank updates are not among them.
+        """
         if self.base is None:
             return
         for name in (PROJECTOR, TRAINED):
@@ -61,7 +64,7 @@ class Source:
                     yield _stripped(key), value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, those of the adapter in place of the base's; LoRA is added by `add_lora`."""
+        """Yield all tensors, with those of `extra` instead of the base's; `add_lora` adds the low-rank updates."""
         extra = dict(self.extra())
         yield from ((name, value) for name, value in tensors(self.weights) if name not in extra)
         yield from extra.items()
@@ -75,17 +78,17 @@ def _floating(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stripped(name: str) -> str:
-    """The base's name of a tensor that was trained beside a LoRA."""
+    """Return the base's name of a tensor that was trained next to a LoRA."""
     if name.startswith("base_model."):
         return name.removeprefix("base_model.").removeprefix("model.")
     return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 
 def check_base(folder: Path, base: Path | None) -> None:
-    """Refuse a base for a complete checkpoint, and one that is not in LLaVA's format or its language model's.
+    """Refuse a base for a complete checkpoint, and a base that is not a LLaVA in LLaVA's format or its language model.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: if the base is refused. The message says what to give instead.
     """
     if base is None:
         return
@@ -107,10 +110,10 @@ def add_lora(model: nn.Module, source: Source, rename: Callable[[str], str] = st
     Args:
         model: built from the base.
         source: the checkpoint.
-        rename: the model's name of a tensor of the base.
+        rename: function that maps the name of a tensor in the base to its name in the model.
 
     Raises:
-        ValueError: for anything but a plain LoRA, or one of another model.
+        ValueError: if the adapter is not a plain LoRA, or belongs to another model.
 
     Source: W + (alpha / r) B A of the LoRA paper; with rslora alpha / sqrt(r).
     """
@@ -145,7 +148,7 @@ def _lora_config(path: Path) -> dict[str, Any]:
 
 
 def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (A, B), (r, in) and (out, r)."""
+    """Return module -> (A, B), with shapes (r, in) and (out, r)."""
     files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     found = [file for file in files if file.is_file()]
     if not found:
@@ -173,7 +176,7 @@ def _scale(config: dict[str, Any], module: str, rank: int, folder: Path) -> floa
 
 
 def _of_module(config: dict[str, Any], name: str, module: str, default: Any) -> Any:
-    """The value of a pattern whose key ends a module's name, as peft reads it; or the default."""
+    """Return the value of the first pattern that matches the end of a module's name, as in peft, or the default."""
     for key, value in (config.get(name) or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

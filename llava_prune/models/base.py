@@ -1,4 +1,4 @@
-"""What the runtime needs to know about a package's LLaVA."""
+"""The interface through which the runtime accesses the LLaVA of either package."""
 
 from __future__ import annotations
 
@@ -15,43 +15,47 @@ TOWERS |= {"SiglipVisionModel": ("SigLIP", 0), "SiglipVisionTransformer": ("SigL
 
 
 class Family(Protocol):
-    """One package. Methods take the whole model and return its parts; nothing is stored."""
+    """One of the two packages. Its methods take the whole model and return parts or facts of it; nothing is stored."""
 
     name: str
 
     def matches(self, model: Any) -> bool:
-        """Whether `model` is one of the package's classes."""
+        """Return whether `model` is an instance of the package's classes."""
 
     def language_model(self, model: Any) -> Any:
-        """The language model."""
+        """Return the language model."""
 
     def tower(self, model: Any) -> Any:
-        """The module whose call encodes images; the image cache wraps it."""
+        """Return the module whose call encodes images; the image cache wraps it."""
 
     def encoder(self, model: Any) -> Any:
-        """The vision model inside `tower`."""
+        """Return the vision model inside `tower`."""
 
     def projector(self, model: Any) -> nn.Module:
-        """The module between vision tower and language model."""
+        """Return the module between vision tower and language model."""
 
     def tower_facts(self, model: Any) -> Tower:
-        """What a method's demands on the vision tower are checked against."""
+        """Return the facts against which the requirements of a method are checked."""
 
     def geometry(self, model: Any) -> Geometry:
-        """Where in an image its visual tokens are."""
+        """Return the geometry, which maps visual tokens to boxes in the image."""
 
     def max_visual(self, model: Any) -> int:
-        """Largest number of visual tokens that one image can become."""
+        """Return the largest number of visual tokens of an image."""
 
     def install(self, model: Any, handle: Any) -> list[Any]:
-        """Open a request in every outermost call, and find the visual tokens; returns what removes that."""
+        """Replace methods so that every outermost call opens a request and finds the visual tokens.
+
+        Returns:
+            The replacements, each with a method `remove`.
+        """
 
 
 def block_index(select_layer: int, depth: int) -> int:
-    """The block whose output hidden_states[select_layer] is (hidden_states[0] being the embeddings).
+    """Return the block whose output is hidden_states[select_layer]; hidden_states[0] are the embeddings.
 
     Raises:
-        ValueError: when no block makes that state.
+        ValueError: if that state is not the output of a block.
     """
     index = depth + select_layer if select_layer < 0 else select_layer - 1
     if not 0 <= index < depth:
@@ -63,27 +67,33 @@ def block_index(select_layer: int, depth: int) -> int:
 
 
 def encoder_blocks(encoder: Any) -> Any:
-    """Blocks of a vision model, which older releases wrap once more; () where they are somewhere else."""
+    """Return the blocks of a vision model, which older releases wrap once more; () if they are not found."""
     inner = getattr(getattr(encoder, "vision_model", encoder), "encoder", None)
     return getattr(inner, "layers", getattr(inner, "layer", ()))
 
 
 def tower_kind(encoder: Any) -> tuple[str, int | None]:
-    """Kind of a vision model, and the number of its tokens before the patches; None for a tower that is not known."""
+    """Return the kind of a vision model and its number of tokens before the patches; None for an unknown tower."""
     name = type(encoder).__name__
     return TOWERS.get(name, (name, None))
 
 
 def image_tokens(rows: int, columns: int, crops: int, tall: int) -> int:
-    """Largest number of visual tokens of an image: its crops, and one newline token for each row of patches."""
+    """Return the largest number of visual tokens of an image: its crops, and a newline token for each row of patches.
+
+    Args:
+        rows, columns: patches of a crop.
+        crops: largest number of crops, 1 if images are encoded whole.
+        tall: largest number of rows of crops.
+    """
     return rows * columns if crops == 1 else crops * rows * columns + tall * rows
 
 
 def refuse_wrappers(model: Any) -> None:
-    """Refuse wrappers whose calls would go around the method.
+    """Refuse wrappers whose calls would bypass the method.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: for such a wrapper. The message says what to attach to instead.
     """
     if is_pipeline(model):
         model = model.model
@@ -101,12 +111,12 @@ def refuse_wrappers(model: Any) -> None:
 
 
 def is_pipeline(model: Any) -> bool:
-    """Whether this is a pipeline of transformers, which holds a model."""
+    """Return whether this is a transformers pipeline, which holds a model."""
     return any(c.__name__ == "Pipeline" and c.__module__.startswith("transformers.") for c in type(model).__mro__)
 
 
 def peel(model: Any) -> Any:
-    """The LLaVA inside a pipeline, a PeftModel, a compiled model or DeepSpeed's inference engine; others unchanged."""
+    """Return the LLaVA inside a pipeline, PeftModel, compiled model or DeepSpeed inference engine; else the model."""
     if is_pipeline(model):
         return peel(model.model)
     if type(model).__name__ == "OptimizedModule":

@@ -20,14 +20,14 @@ from .processor import clip_settings
 from .tower import check_vision, load_tower, tower_config
 
 TOWER = "model.vision_tower."
-"""Start of the names of a vision tower's tensors in LLaVA's format."""
+"""Prefix of the names of a vision tower's tensors in LLaVA's format."""
 
 
 def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dtype, source: str) -> None:
     """Copy tensors into a model built on the meta device.
 
     Raises:
-        ValueError: for tensors that are missing, of another size, or have no place in the model.
+        ValueError: for tensors that are missing, have the wrong size, or do not belong to the model.
     """
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     spare, filled = [], {}
@@ -50,7 +50,7 @@ def _fill(model: nn.Module, state: Iterator[tuple[str, Tensor]], dtype: torch.dt
 def _from_pretrained(
     build: Any, folder: Path, dtype: torch.dtype, attn: str | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A model of transformers' own loading, and its loading info; the caller refuses what does not fit."""
+    """Load a model by transformers; return it with its loading info, which the caller has to check."""
     if attn is not None:
         options["attn_implementation"] = attn
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
@@ -59,7 +59,11 @@ def _from_pretrained(
 
 
 def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
-    """haotian-liu/LLaVA format into the `llava` package's class."""
+    """Load a checkpoint in haotian-liu/LLaVA's format into the class of package `llava`.
+
+    Returns:
+        The model and its image processor.
+    """
     build = _original_class(config)
     accept_cache(build)
     stored, base = shapes(source.weights), str(source.weights)
@@ -69,7 +73,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
     processor = image_processor(place)
     options.mm_vision_tower = place
     unfrozen = getattr(options, "unfreeze_mm_vision_tower", False)
-    options.unfreeze_mm_vision_tower = False  # built empty first, loaded below
+    options.unfreeze_mm_vision_tower = False  # the tower is built empty first and loaded below
     check_depth(stored, options.num_hidden_layers, base, tower=False)
     check_elements(build, options, stored, base)
     encoder = load_tower(place, vision, dtype).requires_grad_(False)
@@ -88,7 +92,7 @@ def load_original(source: Source, config: dict[str, Any], dtype: torch.dtype, at
 
 
 def _original_class(config: dict[str, Any]) -> Any:
-    """The `llava` package's class for a config.json of haotian-liu/LLaVA's format."""
+    """Return the class of package `llava` for a config.json in haotian-liu/LLaVA's format."""
     try:
         if ORIGINAL[config["model_type"]] == "mistral":
             from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
@@ -104,7 +108,7 @@ def _original_class(config: dict[str, Any]) -> Any:
 
 
 def _copy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy the tensors that an adapter brings along; those of the vision tower are read later."""
+    """Copy the tensors of an adapter into a model, except those of the vision tower, which are read later."""
     own = {n: v for n, v in state.items() if not n.startswith(TOWER)}
     try:
         found = model.load_state_dict(own, strict=False)
@@ -114,10 +118,10 @@ def _copy(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
 
 
 def _overlay(vision: Any, state: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Tower weights that were trained with the model and are in its checkpoint: all of them, or none.
+    """Load the tower weights that were trained with the model, if the checkpoint contains any.
 
     Raises:
-        ValueError: when a part of them is missing or has no place.
+        ValueError: if the checkpoint contains some of them but not all, or weights that do not belong to the tower.
     """
     own = vision.vision_tower.state_dict()
     found = {_in_tower(name, own): value for name, value in state if name.startswith(TOWER)}
@@ -129,13 +133,17 @@ def _overlay(vision: Any, state: Iterable[tuple[str, Tensor]], source: str) -> N
 
 
 def _in_tower(name: str, own: Any) -> str:
-    """A tower's name of one of its tensors in a checkpoint of LLaVA's format."""
+    """Return the tower's own name of one of its tensors in a checkpoint in LLaVA's format."""
     short = name.removeprefix(TOWER).removeprefix("vision_tower.")
     return short if short in own else short.removeprefix("vision_model.")
 
 
 def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
-    """haotian-liu/LLaVA format into transformers' class; keys are renamed while reading."""
+    """Load a checkpoint in haotian-liu/LLaVA's format into transformers' class; tensors are renamed while reading.
+
+    Returns:
+        The model and its image processor.
+    """
     if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
         raise ValueError(
             f"mm_projector_type is {config.get('mm_projector_type', 'linear')!r}, and transformers has 'mlp2x_gelu' "
@@ -160,14 +168,14 @@ def load_converted(source: Source, config: dict[str, Any], dtype: torch.dtype, a
 
 
 def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
-    """transformers' class and config for a config.json of haotian-liu/LLaVA's format and its tower's config."""
+    """Return transformers' class and config for a config.json in haotian-liu/LLaVA's format and its tower's config."""
     import transformers
     from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
     drop = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", *ATTENTION)
     language = getattr(transformers, f"{ORIGINAL[config['model_type']].capitalize()}Config")
     text = language(**{k: v for k, v in config.items() if k not in drop and not k.startswith("mm_")})
-    text.tie_word_embeddings = False  # a checkpoint without a head gets a copy of its embeddings
+    text.tie_word_embeddings = False  # a checkpoint without lm_head gets a copy of its embeddings
     patches_only = config.get("mm_vision_select_feature", "patch") == "patch"
     common: dict[str, Any] = {
         "vision_config": vision,
@@ -192,7 +200,7 @@ def _converted_config(config: dict[str, Any], vision: Any) -> tuple[Any, Any]:
 
 
 def read_full_config(source: Source, config: dict[str, Any]) -> Any:
-    """transformers' config of a checkpoint of either format, without reading weights.
+    """Return transformers' config of a checkpoint in either format, without reading weights.
 
     Args:
         source: folders of the checkpoint.
@@ -205,7 +213,7 @@ def read_full_config(source: Source, config: dict[str, Any]) -> Any:
 
 
 def _converted_class(config: dict[str, Any]) -> Any:
-    """transformers' class for a config.json of its own format."""
+    """Return transformers' class for a config.json in its own format."""
     import transformers
 
     parts = "".join(part.capitalize() for part in config["model_type"].split("_"))
@@ -216,7 +224,7 @@ PROJECTOR = {"model.mm_projector.0.": "linear_1.", "model.mm_projector.2.": "lin
 
 
 def rename(name: str) -> str:
-    """transformers' name of a tensor of haotian-liu/LLaVA's format (language model, projector, newline)."""
+    """Return transformers' name of a tensor in haotian-liu/LLaVA's format (language model, projector, newline)."""
     for old, new in PROJECTOR.items():
         if name.startswith(old):
             return f"model.multi_modal_projector.{new}{name.removeprefix(old)}"
@@ -226,13 +234,13 @@ def rename(name: str) -> str:
 
 
 def _renamed(source: Source, tower: dict[str, Tensor], unfrozen: bool) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the original format under transformers' names.
+    """Yield the tensors of the original format under transformers' names.
 
-    As in package llava, tower weights of the checkpoint are used only where the tower was trained (`unfrozen`), and a
-    checkpoint without a head has that of its embeddings.
+    As in package llava, tower weights of the checkpoint are used only if the tower was trained (`unfrozen`). For a
+    checkpoint without lm_head, a copy of its embeddings is used.
 
     Raises:
-        ValueError: when a trained tower is incomplete.
+        ValueError: if a trained tower is incomplete.
     """
     seen, embeddings, head = set(), None, False
     for name, value in source.tensors():
@@ -255,7 +263,7 @@ def _renamed(source: Source, tower: dict[str, Tensor], unfrozen: bool) -> Iterat
 
 
 def _generation_config(folder: Path, config: dict[str, Any]) -> Any:
-    """The checkpoint's, as package llava has it, with the special ids of the config where it states none."""
+    """Return the checkpoint's generation config, as in package llava; special ids default to those of its config."""
     from transformers import GenerationConfig
 
     stated = (folder / "generation_config.json").is_file()
@@ -269,7 +277,7 @@ def _generation_config(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _rebuild_buffers(model: Any) -> None:
-    """Buffers that no checkpoint stores (rotary frequencies, position numbers) for a model built on meta."""
+    """Compute the buffers that checkpoints do not store (rotary frequencies, position ids) in a model built on meta."""
     inner = model.model
     lm = inner.language_model
     lm.rotary_emb = type(lm.rotary_emb)(config=lm.config)
@@ -283,7 +291,7 @@ def _rebuild_buffers(model: Any) -> None:
 
 
 def _add_placeholder(model: Any) -> None:
-    """One more input embedding for the placeholder id, which is past the vocabulary."""
+    """Add an input embedding for the placeholder id, which is one past the vocabulary."""
     old = model.get_input_embeddings()
     if model.config.image_token_id < old.num_embeddings:
         return
@@ -294,7 +302,11 @@ def _add_placeholder(model: Any) -> None:
 
 
 def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype, attn: str | None) -> tuple[Any, Any]:
-    """transformers' own format. A placeholder past the vocabulary, as `load_converted` makes it, is read back."""
+    """Load a checkpoint in transformers' own format, including a placeholder one past the vocabulary.
+
+    Returns:
+        The model and its image processor, None for a processor that is not CLIP's.
+    """
     folder, build = source.folder, _converted_class(config)
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     past = vocabulary is not None and config.get("image_token_id", config.get("image_token_index")) == vocabulary
@@ -313,10 +325,10 @@ def load_transformers(source: Source, config: dict[str, Any], dtype: torch.dtype
 
 
 def _check_transformers(build: Any, full: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a config of transformers' format that does not go with the weights, before a model is built.
+    """Refuse a config in transformers' format that does not fit the weights, before a model is built.
 
     Raises:
-        ValueError: naming the entry.
+        ValueError: with the entry.
     """
     file = folder / "config.json"
     check_vision(full.vision_config, file)
@@ -324,7 +336,7 @@ def _check_transformers(build: Any, full: Any, folder: Path, config: dict[str, A
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
         block_index(layer, full.vision_config.num_hidden_layers)
     if config.get("quantization_config"):
-        return  # packed as integers
+        return  # quantised weights are packed as integers
     stored = shapes(folder)
     check_depth(stored, full.text_config.num_hidden_layers, str(folder), tower=False)
     check_depth(stored, full.vision_config.num_hidden_layers, str(folder), tower=True)
@@ -332,10 +344,10 @@ def _check_transformers(build: Any, full: Any, folder: Path, config: dict[str, A
 
 
 def _read_placeholder(model: Any, folder: Path, mismatched: Any) -> None:
-    """Input embeddings of the vocabulary and the placeholder after it, which transformers found one vector too long.
+    """Read the input embeddings of a vocabulary with a placeholder after it, whose size transformers reports as wrong.
 
     Raises:
-        ValueError: when anything else has a size that the config does not ask for.
+        ValueError: if any other tensor has a size that differs from the config.
     """
     last = "embed_tokens.weight"
     refuse_sizes((m for m in mismatched if not m[0].endswith(last)), str(folder))

@@ -1,4 +1,4 @@
-"""The config of a checkpoint, and the dtype, device and attention backend that follow from it."""
+"""Read and check the config of a checkpoint, and choose dtype, device and attention backend."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ BACKENDS = ("eager", "sdpa", "flash_attention_2")
 PROJECTORS = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
 MERGES = ("flat", "spatial", "spatial_unpad")
 ORIGINAL = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
-"""Language model by `model_type` in haotian-liu/LLaVA's format."""
+"""Language model for each `model_type` in haotian-liu/LLaVA's format."""
 CONVERTED = ("llava", "llava_next", "llava_onevision")
-"""`model_type` in transformers' format."""
+"""Supported values of `model_type` in transformers' format."""
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of language models in transformers' format."""
+"""Supported values of the language model's `model_type` in transformers' format."""
 SMALL = 1 << 30
-"""Bytes of weight files below which half precision is computed in float32 on a CPU."""
+"""On a CPU, a half-precision checkpoint is loaded as float32 if its weight files have fewer bytes than this."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint.
+    """Read and check the config.json of a checkpoint.
 
     Raises:
-        ValueError: when it is missing, broken or of a model that is not a LLaVA.
+        ValueError: if it is missing, broken or not that of a supported LLaVA.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_converted(file: Path, config: dict[str, Any]) -> None:
-    """Refuse a config.json of transformers' format with a language model that cannot be pruned."""
+    """Refuse a config.json in transformers' format with a language model that cannot be pruned."""
     text = config["text_config"]
     if not isinstance(text, dict):
         raise ValueError(f"{file}: text_config is {text!r}; it must be the language model's config")
@@ -69,10 +69,10 @@ def _is_float(name: Any) -> bool:
 
 
 def check_generation(file: Path) -> None:
-    """Refuse a broken generation_config.json, which transformers would leave out without a word.
+    """Refuse a broken generation_config.json, which transformers would ignore silently.
 
     Raises:
-        ValueError: naming the file, and the entry.
+        ValueError: with the file and the entry.
     """
     if not file.is_file():
         return
@@ -83,15 +83,15 @@ def check_generation(file: Path) -> None:
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of haotian-liu/LLaVA's format."""
+    """Return whether a config.json is in haotian-liu/LLaVA's format."""
     return "text_config" not in config
 
 
 def check_original(file: Path, config: dict[str, Any]) -> None:
-    """Refuse a config.json of haotian-liu/LLaVA's format whose entries the two packages would read differently.
+    """Refuse a config.json in haotian-liu/LLaVA's format with entries that the two packages would read differently.
 
     Raises:
-        ValueError: naming the entry and what to add.
+        ValueError: with the entry and its supported values.
     """
     names, language = config.get("architectures") or [], ORIGINAL[config["model_type"]].capitalize()
     strange = (
@@ -153,11 +153,18 @@ def _is_size(point: Any) -> bool:
 
 
 def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: int = SMALL) -> torch.dtype:
-    """The dtype asked for, else the checkpoint's, of which half precision is computed otherwise on a CPU.
+    """Return the requested dtype, else that of the checkpoint; on a CPU half precision is replaced.
 
-    There it becomes float32 where ``size``, the bytes of the weight files, is below `SMALL`, and bfloat16 from there
-    on: many CPUs have no bfloat16 arithmetic and take several times as long for it, but a large model in float32 may
-    not fit. The rule looks at no property of the machine, so that figures are the same on all of them.
+    On a CPU a half-precision checkpoint is loaded as float32 if ``size``, the bytes of its weight files, is below
+    `SMALL`, and as bfloat16 otherwise. Many CPUs have no bfloat16 arithmetic and take several times as long for it, but
+    a large model may not fit into memory as float32. The rule does not depend on the machine, so results are the same
+    on all machines.
+
+    Args:
+        dtype: a dtype, its name, "auto" or None.
+        config: content of config.json.
+        device: the device that the model computes on.
+        size: bytes of the weight files.
 
     Raises:
         ValueError: for an unknown name.
@@ -179,15 +186,15 @@ def pick_dtype(dtype: Any, config: dict[str, Any], device: torch.device, size: i
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of the weight files of a checkpoint in bytes."""
+    """Return the size of the weight files of a checkpoint in bytes."""
     return sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
 
 
 def pick_device(device: Any) -> torch.device:
-    """The device asked for; default cuda if there is one, else cpu.
+    """Return the requested device; by default cuda if it is available, else cpu.
 
     Raises:
-        ValueError: for an unknown device, one that holds no data, or one that this machine does not have.
+        ValueError: for an unknown device, the meta device, or a device that this machine does not have.
     """
     try:
         found = torch.device(device if device not in (None, "") else ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -212,10 +219,10 @@ def pick_device(device: Any) -> torch.device:
 
 
 def pick_attention(attn: str | None, config: dict[str, Any], file: Path) -> str | None:
-    """The attention backend asked for, else the config's; None for the package's choice.
+    """Return the requested attention backend, else that of the config; None for the package's default.
 
     Raises:
-        ValueError: for one that is not known, such as a kernel that would be downloaded, or not installed.
+        ValueError: for a backend that is not supported, such as a kernel that would be downloaded, or not installed.
     """
     stated = [config.get(name) for name in ATTENTION if config.get(name) is not None]
     where, found = ("attn", attn) if attn is not None else (f"{file}: attn_implementation", next(iter(stated), None))

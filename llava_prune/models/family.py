@@ -1,4 +1,4 @@
-"""Which package a model is of."""
+"""Find the package that a model belongs to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ KNOWN = ", ".join(ARCHITECTURES.values())
 
 
 def family_of(model: Any) -> Family:
-    """The package that `model` is of.
+    """Return the family of the package that `model` belongs to.
 
     Raises:
-        ValueError: for any other model, naming what is not supported and what is.
+        ValueError: for a model that is not supported. The message lists the supported ones.
     """
     for family in (Llava(), HF()):
         if family.matches(model):

@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint. Nothing here unpickles code: safetensors, or torch.load(weights_only=True)."""
+"""Read the files of a checkpoint: safetensors, or torch.load(weights_only=True), so that no pickled code is run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PROCESSOR = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 POINTER = b"version https://git-lfs"
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-"""Entries of a config that name the attention backend."""
+"""Config entries that name the attention backend."""
 ADAPTER, PROJECTOR = "adapter_config.json", "mm_projector.bin"
 WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""A single weight file, and the index of several; the first that is there is read, as in transformers."""
+"""Pairs of a single weight file and the index of several files. The first that exists is read, as in transformers."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if the file cannot be read, is not valid JSON or does not hold one object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -48,10 +48,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def refuse_pointers(folder: Path) -> None:
-    """Refuse a clone that has Git LFS pointers in place of its files.
+    """Refuse a clone that has Git LFS pointers instead of its files.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first pointer file.
     """
     for file in sorted(folder.iterdir()):
         if file.suffix in (".model", ".json", ".safetensors", ".bin") and file.is_file() and file.stat().st_size < 1024:
@@ -61,11 +61,11 @@ def refuse_pointers(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path, original: bool) -> Any:
-    """The checkpoint's tokenizer, or None when it has no tokenizer files.
+    """Load the checkpoint's tokenizer; None if it has no tokenizer files.
 
     Args:
         folder: the checkpoint.
-        original: whether it is in LLaVA's format, whose tokenizers are Llama's under any `model_type`.
+        original: whether it is in LLaVA's format, in which tokenizers are Llama's for every `model_type`.
 
     Raises:
         ValueError: for broken tokenizer files.
@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=False, trust_remote_code=False, **config)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # tokenizer libraries raise errors of their own, and those in Rust panic
+    except BaseException as error:  # tokenizer libraries raise their own errors, and those in Rust may panic
         if "custom code" in str(error):
             raise ValueError(
                 f"{folder}: the tokenizer needs code of its own (auto_map in tokenizer_config.json), which is not run"
@@ -98,16 +98,16 @@ def load_tokenizer(folder: Path, original: bool) -> Any:
 
 
 def refuse_protobuf_clash(folder: Path) -> None:
-    """Explain a tokenizer that cannot be read because of the packages protobuf and sentencepiece, where they clash.
+    """Raise a clear error if a tokenizer cannot be read because protobuf and sentencepiece are incompatible.
 
-    transformers then tries other formats, and their errors say nothing of the cause.
+    Otherwise transformers tries other formats, whose errors do not mention the cause.
 
     Raises:
-        ValueError: naming both packages.
+        ValueError: if the two packages are incompatible.
     """
     try:
         from sentencepiece import sentencepiece_model_pb2  # noqa: F401
-    except Exception as error:  # protobuf has a class of its own for it
+    except Exception as error:  # protobuf raises its own class of error
         detail = " ".join(str(error).split())[:160]
         raise ValueError(
             f"{folder}: the tokenizer cannot be read, because the installed sentencepiece and protobuf do not go "
@@ -116,10 +116,10 @@ def refuse_protobuf_clash(folder: Path) -> None:
 
 
 def shards(folder: Path) -> list[Path]:
-    """Weight files of a checkpoint, safetensors first, a single file before the index of several.
+    """Return the weight files of a checkpoint: safetensors before others, a single file before an index of several.
 
     Raises:
-        ValueError: when there are none, or for an index that is broken, points outside the folder or names a missing
+        ValueError: if there are none, or for an index that is broken, points outside the folder or lists a missing
             file.
     """
     listed = {index: _listed(folder, index) for _, index in WEIGHTS if (folder / index).is_file()}
@@ -142,14 +142,14 @@ def shards(folder: Path) -> list[Path]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder has a LoRA adapter or a projector, and no weights of a whole model."""
+    """Return whether a folder has a LoRA adapter or a projector, and no weights of a complete model."""
     if any((folder / name).is_file() for names in WEIGHTS for name in names):
         return False
     return any((folder / name).is_file() for name in (ADAPTER, PROJECTOR))
 
 
 def _listed(folder: Path, index: str) -> list[Path]:
-    """Files that an index names."""
+    """Return the files that an index lists."""
     table = read_json(folder / index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{folder / index}: expected a weight_map of tensors and files; fetch the file again")
@@ -165,20 +165,20 @@ def _listed(folder: Path, index: str) -> list[Path]:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) of a checkpoint, one shard in memory at a time.
+    """Yield all (name, tensor) of a checkpoint, with one shard in memory at a time.
 
     Raises:
-        ValueError: for a file that is cut off or no weight file.
+        ValueError: for a file that is truncated or not a weight file.
     """
     for file in shards(folder):
         yield from tensors_of(file)
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) of a weight file.
+    """Yield all (name, tensor) of a weight file.
 
     Raises:
-        ValueError: for a file that is cut off, is not a weight file, or holds more than tensors.
+        ValueError: for a file that is truncated, is not a weight file, or holds more than tensors.
     """
     with _reading(file):
         if file.suffix == ".safetensors":
@@ -186,7 +186,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in handle.keys():  # noqa: SIM118
                     yield name, handle.get_tensor(name)
             return
-        zipped = zipfile.is_zipfile(file)  # older files cannot be mapped
+        zipped = zipfile.is_zipfile(file)  # files in the older format cannot be memory-mapped
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{file}: {MORE}")
@@ -194,10 +194,10 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint, which are floating-point numbers.
+    """Return name -> shape of every tensor of a checkpoint.
 
     Raises:
-        ValueError: naming file and tensor for integers, which would be taken for weights.
+        ValueError: for a tensor of integers other than position ids; the model needs floating-point weights.
     """
     out: dict[str, tuple[int, ...]] = {}
     for file in shards(folder):
@@ -216,10 +216,10 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_integers(names: Iterable[str], file: Path) -> None:
-    """Refuse tensors of a weight file that hold integers, except position numbers.
+    """Refuse tensors of integers in a weight file, except position ids.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first such tensor.
     """
     found = [n for n in names if not n.endswith("position_ids")]
     if found:
@@ -231,7 +231,7 @@ MORE = "holds more than tensors, so it is not loaded; save the state dict alone"
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """One line for what the readers of weight files raise."""
+    """Turn the errors of weight file readers into a ValueError with a message of one line."""
     try:
         yield
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
@@ -243,11 +243,11 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def tower_folder(folders: list[Path], name: str) -> str:
-    """Where a vision tower is: inside a checkpoint when `name` is a folder there, else `name` itself.
+    """Locate a vision tower: a folder inside a checkpoint if `name` exists there, else `name` itself.
 
     Args:
-        folders: the checkpoint, and its base.
-        name: a name inside a checkpoint, a folder, or a hub id.
+        folders: the checkpoint and its base.
+        name: a folder inside a checkpoint, another folder, or a hub id.
 
     Raises:
         ValueError: for a path that does not exist.
@@ -266,19 +266,19 @@ def tower_folder(folders: list[Path], name: str) -> str:
 
 
 def processor_class() -> Any:
-    """CLIP's image processor on Pillow: the one whose pixels LLaVA was trained on."""
+    """Return the class of CLIP's image processor that uses Pillow, with which LLaVA was trained."""
     import transformers
 
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
 def clip_processor(settings: dict[str, Any]) -> Any:
-    """CLIP's image processor with the settings of a checkpoint in transformers' format."""
+    """Build CLIP's image processor with the settings of a checkpoint in transformers' format."""
     return processor_class().from_dict({k: v for k, v in settings.items() if not k.endswith("_type")})
 
 
 def image_processor(source: str) -> Any:
-    """The processor of a tower's folder or hub id.
+    """Load the image processor of a tower from a folder or hub id.
 
     Raises:
         ValueError: for a broken preprocessor_config.json.

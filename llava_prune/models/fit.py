@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint are those that its config asks for; nothing is allocated here."""
+"""Check that the weights of a checkpoint fit its config, without allocating memory for weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 Shapes = Mapping[str, tuple[int, ...]]
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 UNUSED = ("inv_freq", "position_ids")
-"""Ends of the names of buffers that old checkpoints hold and models compute."""
+"""Suffixes of the names of buffers that old checkpoints contain and that models compute themselves."""
 
 
 def refuse_spare(names: Iterable[str], source: str, place: str = "a LLaVA with this language model") -> None:
-    """Refuse weights that the model has no place for, as attention biases.
+    """Refuse weights that do not belong to the model, such as attention biases.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first such tensor.
     """
     spare = sorted(n for n in names if not n.endswith(UNUSED))
     if spare:
@@ -31,10 +31,10 @@ def refuse_spare(names: Iterable[str], source: str, place: str = "a LLaVA with t
 
 
 def refuse_missing(names: Iterable[str], source: str) -> None:
-    """Refuse a model that would keep random weights.
+    """Refuse missing weights, which would leave random values in the model.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first missing tensor.
     """
     missing = sorted(n for n in names if not n.endswith(UNUSED))
     if missing:
@@ -42,31 +42,31 @@ def refuse_missing(names: Iterable[str], source: str) -> None:
 
 
 def refuse_sizes(mismatched: Iterable[Any], source: str) -> None:
-    """Refuse tensors of another size than the config asks for.
+    """Refuse tensors whose sizes differ from the config.
 
     Args:
-        mismatched: (name, shape in the file, shape in the model) each, as transformers reports them.
-        source: where they are.
+        mismatched: (name, shape in the file, shape in the model) of each tensor, as transformers reports them.
+        source: the files, for the error message.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: with the first such tensor.
     """
     for name, found, wanted in sorted(mismatched):
         raise ValueError(f"{source}: {name} has shape {tuple(found)}, the config asks for {tuple(wanted)}")
 
 
 def check_depth(stored: Shapes, depth: int, source: str, tower: bool | None = None) -> None:
-    """Refuse a config of another number of layers than the weights have, before a model is built from it.
+    """Refuse a config whose number of layers differs from that of the weights, before a model is built from it.
 
     Args:
         stored: name -> shape of the weights.
-        depth: what the config says.
-        source: where they are.
-        tower: count the layers of the vision tower (True) or the language model (False) in a whole model; None where
-            the weights are of one of them alone.
+        depth: number of layers in the config.
+        source: the files, for the error message.
+        tower: count the layers of the vision tower (True) or of the language model (False) in a complete model; None if
+            the weights are those of one of them alone.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: if the numbers differ.
     """
     names = (n for n in stored if tower is None or ("vision" in n) == tower)
     found = len({m[1] for m in map(LAYER.search, names) if m})
@@ -75,20 +75,20 @@ def check_depth(stored: Shapes, depth: int, source: str, tower: bool | None = No
 
 
 def check_elements(build: Any, config: Any, stored: Shapes, source: str) -> None:
-    """Refuse a config of a far larger model than the weights make up, before memory is asked for.
+    """Refuse a config of a model that is more than twice as large as the weights, before memory is allocated.
 
     Args:
         build: the model's class.
         config: its config.
         stored: name -> shape of the weights.
-        source: where they are.
+        source: the files, for the error message.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: if the config asks for more than twice the stored number of parameters.
     """
     with torch.device("meta"):
         empty = build._from_config(copy.deepcopy(config), attn_implementation="eager")
     wanted = sum(p.numel() for p in empty.parameters())
     found = sum(math.prod(shape) for shape in stored.values())
-    if wanted > 2 * found:  # less is told tensor by tensor
+    if wanted > 2 * found:  # smaller differences are reported tensor by tensor later
         raise ValueError(f"{source}: the config asks for {wanted:,} parameters, the weight files hold {found:,}")

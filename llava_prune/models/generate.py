@@ -1,4 +1,4 @@
-"""Ask a loaded model: prompts with -200 where an image goes, as either package wants them."""
+"""Generate with a loaded model of either package, from prompts with the id -200 for each image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .image_cache import BLANK, crop_keys
 from .llava import IMAGE, context_limit
 
 Images = Tensor | list[Tensor] | None
-"""(N, 3, H, W), or N tensors (crops, 3, H, W); None for none."""
+"""(N, 3, H, W), or N tensors (crops, 3, H, W); None if there are no images."""
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and mask, (B, L) long each."""
+    """Return left-padded ids and attention mask, (B, L) long each."""
     width = max(len(r) for r in rows)
     ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], dtype=torch.long)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
@@ -29,12 +29,12 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tenso
 
 _CONFIGS = threading.Lock()
 _IN_USE: dict[int, tuple[int, dict[str, Any]]] = {}
-"""Config -> (calls in progress, values before the first of them)."""
+"""id of a config -> (number of calls in progress, values before the first of them)."""
 
 
 @contextmanager
 def _config_values(config: Any, **values: Any) -> Iterator[None]:
-    """Set values of a config while any thread is in the block; the last one to leave restores them."""
+    """Set values of a config while any thread is in the block; the last thread to leave restores them."""
     with _CONFIGS:
         calls, before = _IN_USE.get(id(config), (0, {name: getattr(config, name, None) for name in values}))
         _IN_USE[id(config)] = calls + 1, before
@@ -53,12 +53,12 @@ def _config_values(config: Any, **values: Any) -> Iterator[None]:
 
 
 def _host_prompts(loaded: Any, rows: list[list[int]], images: Images) -> HostPrompts | None:
-    """What the host knows of the prompts; None for crops, whose numbers of visual tokens differ."""
+    """Return the prompts as hints for the request; None for crops, whose numbers of visual tokens differ."""
     return None if isinstance(images, list) else HostPrompts(rows, IMAGE, loaded.n_visual)
 
 
 def _counts(loaded: Any, rows: list[list[int]], sizes: Any, images: Images) -> list[int]:
-    """Visual tokens of each image of the prompts."""
+    """Return the number of visual tokens of each image in the prompts."""
     if isinstance(images, list):
         return [loaded.visual_tokens(size) for size in sizes]
     return [loaded.n_visual] * sum(r.count(IMAGE) for r in rows)
@@ -67,7 +67,7 @@ def _counts(loaded: Any, rows: list[list[int]], sizes: Any, images: Images) -> l
 def ask_llava(
     loaded: Any, rows: list[list[int]], images: Images, sizes: Any, keys: Any, options: dict[str, Any]
 ) -> Any:
-    """`generate` of package llava. See `Loaded.generate`."""
+    """Call `generate` of package llava; see `Loaded.generate`."""
     model = loaded.model
     ids, mask = _padded(rows, options["pad_token_id"], loaded.device)
     prompts = _host_prompts(loaded, rows, images)
@@ -95,7 +95,7 @@ def ask_llava(
 
 
 def _with_blanks(rows: list[list[int]], images: Any, sizes: Any, keys: Any) -> tuple[Any, Any, Any]:
-    """A blank image for each prompt without one, since the package takes one from the list for it."""
+    """Insert a blank image for each prompt without an image, since the package takes one from the list for it."""
     side, at = images[0].shape[-1], 0
     order: list[int | None] = []  # image numbers, None for a blank one
     for r in rows:
@@ -110,7 +110,7 @@ def _with_blanks(rows: list[list[int]], images: Any, sizes: Any, keys: Any) -> t
 
 
 def ask_hf(loaded: Any, rows: list[list[int]], images: Images, sizes: Any, keys: Any, options: dict[str, Any]) -> Any:
-    """`generate` of transformers' classes. See `Loaded.generate`."""
+    """Call `generate` of transformers' classes; see `Loaded.generate`."""
     model = loaded.model
     left = iter(_counts(loaded, rows, sizes, images))
     token = model.config.image_token_id
@@ -127,7 +127,7 @@ def ask_hf(loaded: Any, rows: list[list[int]], images: Images, sizes: Any, keys:
 
 
 def _pixel_values(images: Tensor | list[Tensor], sizes: Any) -> dict[str, Tensor]:
-    """Crops stacked to the largest number of them, with sizes as (height, width), as transformers takes them."""
+    """Stack the crops, padded to the largest number, with sizes as (height, width), for transformers' classes."""
     if isinstance(images, Tensor):
         return {"pixel_values": images}
     most = max(len(x) for x in images)

@@ -1,4 +1,4 @@
-"""transformers' LlavaForConditionalGeneration, LlavaNext... and LlavaOnevisionForConditionalGeneration."""
+"""Support of transformers' Llava, LlavaNext and LlavaOnevision classes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ CLASSES = (
     "LlavaOnevisionForConditionalGeneration",
 )
 WITHOUT_LIMIT = "anyres_max_1000000"
-"""`vision_aspect_ratio` of LLaVA-OneVision with which crops are packed without interpolation."""
+"""A value of LLaVA-OneVision's `vision_aspect_ratio` with which crops are packed without interpolation."""
 
 
 class HF:
-    """transformers' Llava, LlavaNext and LlavaOnevision."""
+    """The family of transformers' Llava, LlavaNext and LlavaOnevision."""
 
     name = "hf"
 
@@ -100,15 +100,18 @@ class HF:
 
 
 def has_crops(model: Any) -> bool:
-    """Whether images come in crops of several resolutions (LLaVA-NeXT, LLaVA-OneVision)."""
+    """Return whether the model splits images into crops (LLaVA-NeXT, LLaVA-OneVision)."""
     return any(c.__name__ in CLASSES[1:] for c in type(model).__mro__)
 
 
 def _limit(rule: str | None) -> int | None:
-    """Crops that a larger number of them is interpolated to, from `vision_aspect_ratio` of LLaVA-OneVision.
+    """Return the limit of the number of crops from `vision_aspect_ratio` of LLaVA-OneVision; see `Geometry.most`.
+
+    Args:
+        rule: "anyres_max_<number>", or None for no limit.
 
     Raises:
-        ValueError: for another rule than anyres_max_<number>, and None, which means no limit.
+        ValueError: for any other rule.
     """
     if rule is None:
         return None
@@ -125,25 +128,25 @@ def _grid(model: Any) -> tuple[int, int]:
 
 
 def most_crops(config: Any) -> int:
-    """Largest number of crops of an image, 1 where images are seen whole, from a config of transformers' format."""
+    """Return the largest number of crops of an image for a config in transformers' format; 1 without crops."""
     points = getattr(config, "image_grid_pinpoints", None)
     size = config.vision_config.image_size
     return max((h // size) * (w // size) + 1 for h, w in points) if points else 1
 
 
 def counted_crops(config: Any) -> int:
-    """Crops whose patches papers count for an image: the largest number, or that of the limit with the whole image."""
+    """Return the number of crops that papers count for an image: the largest number, limited by anyres_max plus 1."""
     most = _limit(getattr(config, "vision_aspect_ratio", None))
     return most_crops(config) if most is None else min(most_crops(config), most + 1)
 
 
 def _count(pixels: Any) -> int | None:
-    """Images of a call, None where it brings none."""
+    """Return the number of images of a call, None if it has no pixel values."""
     return None if pixels is None else len(pixels)
 
 
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a model by name."""
+    """Return the arguments of a call of a model's forward by name."""
     if not args:
         return kwargs
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -151,7 +154,7 @@ def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 
 
 def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """generate() opens the request; newer releases of transformers encode the images in it, before the prefill."""
+    """Replace `generate` and open the request in it; newer transformers encode images there, before the prefill."""
     if kwargs.get("inputs_embeds") is not None:
         refuse_embeddings()
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -164,7 +167,7 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuses what counts on one logit for each input id, in a prefill with images."""
+    """Replace the outer `forward`: refuse options that need one logit for each input id in a prefill with images."""
     given = _named(model, args, kwargs)
     keep = given.get("logits_to_keep", 0)
     if not _has_images(given) or decode_state(given_cache(given)) is not None:
@@ -194,12 +197,12 @@ def _has_images(given: dict[str, Any]) -> bool:
 
 
 def _encoded(given: dict[str, Any], kind: str = "image") -> Any:
-    """Images that were encoded before the call; or videos."""
+    """Return the images (or videos) that were encoded before the call, or None."""
     return (given.get("mm_encoder_outputs") or {}).get(kind)
 
 
 def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """The multimodal model's forward opens a request of its own and says where the visual tokens of a prefill are."""
+    """Replace the multimodal model's `forward`: open a request and provide the positions of visual tokens."""
     given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given_cache(given)
     with request(handle, _count(given.get("pixel_values"))) as state:
@@ -219,15 +222,17 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
 
 
 def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Splice:
-    """Where the visual tokens are and which patch each is; called when the language model is entered.
+    """Return the positions of the visual tokens and their patches; called when the language model is entered.
 
     Args:
-        state: of the forward.
-        visual: (B, L) bool.
-        ahead: whether the images were encoded before the forward, in the request around it.
+        handle: the handle of the attachment.
+        state: the request state of the forward.
+        visual: (B, L) bool, visual tokens.
+        ahead: whether the images were encoded before the forward, in the enclosing request.
 
     Raises:
-        ValueError: when the images were not encoded in this request although the method prunes them.
+        ValueError: if the method needs the images to be encoded in this request, and they were not; or if it replaces
+            patches and the package interpolates them.
     """
     owner = state.parent if ahead else state
     images = None if owner is None else owner.images
@@ -252,14 +257,14 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
 
 
 def _number_patches(handle: Any, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-    """Projector hook: patches are numbered over all images unless packing rearranges them."""
+    """Projector hook: number the patches over all images; `_pack` changes the numbers if it packs crops."""
     state = active(handle)
     if state is not None and state.images is not None and state.images.source is None:
         state.images.source = torch.arange(output.shape[0] * output.shape[1], device=output.device)
 
 
 def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
-    """The package's packing of crops, run once more on patch numbers."""
+    """Replace the packing of crops: run it, and run it again on patch numbers to find the order of patches."""
     out = stock(features, *args, **kwargs)
     state = active(handle)
     images = None if state is None else state.images
@@ -286,14 +291,14 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
 
 
 def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
-    """The patch nearest to each token of an image that the package interpolates, -1 for newline tokens.
+    """Return the nearest patch of each token of an image that the package interpolates, -1 for newline tokens.
 
     Args:
-        numbers: (P + H (W + 1),) long, tokens of the image without interpolation: the whole image, then H rows.
-        patches: P, patches of a crop.
-        most: crops whose number of patches the others are interpolated to.
+        numbers: (P + H (W + 1),) long, patch numbers of the image without interpolation: the whole image, then H rows.
+        patches: P, number of patches of a crop.
+        most: limit of the number of crops; see `Geometry.most`.
 
-    Source: `pack_image_features` of LlavaOnevision; the nearest patch as in torch's "nearest-exact".
+    Source: `pack_image_features` of LlavaOnevision; the nearest patch is that of torch's "nearest-exact".
     """
     rest = numbers[patches:]
     width = int((rest < 0).to(torch.int8).argmax())  # the first newline token ends the first row
@@ -308,7 +313,7 @@ def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
 
 
 def _layouts_of(inner: Any, given: dict[str, Any]) -> Callable[[], list[ImageLayout]] | None:
-    """See `VisionView.layout`; None for images that are seen whole."""
+    """Return a function that computes `VisionView.layout`; None for images that are encoded whole."""
     sizes = given.get("image_sizes")
     if sizes is None or not getattr(inner.config, "image_grid_pinpoints", None):
         return None
@@ -324,7 +329,7 @@ def _layouts_of(inner: Any, given: dict[str, Any]) -> Callable[[], list[ImageLay
 
 
 def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:
-    """(crops, rows of crops, columns of crops) of an image; see `VisionTokens.layout`."""
+    """Return (crops, rows of crops, columns of crops) of an image; see `VisionTokens.layout`."""
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
     if crops == 1:
@@ -334,7 +339,7 @@ def _layout(inner: Any, crops: int, size: Any) -> tuple[int, int, int]:
 
 
 def _spread(visual: Tensor, source: Tensor) -> Tensor:
-    """(B, L) long: patch numbers (V,) laid on the visual tokens; beams repeat whole samples."""
+    """Return (B, L) long: patch numbers (V,) assigned to the visual tokens in order; beams repeat whole samples."""
     count, patches = visual.sum(1), source.shape[0]  # (B,)
     times = (count.sum() // patches).clamp(min=1)
     sample = torch.arange(visual.shape[0], device=visual.device)

@@ -1,4 +1,4 @@
-"""Keep what the vision tower made of each image, so that a run encodes it once."""
+"""Cache the output of the vision tower for each image, so that an evaluation encodes each image once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ..runtime.vision import record_attention
 from .base import Family, encoder_blocks
 
 BLANK = object()
-"""Key of the image that a prompt without images gets in package llava."""
+"""Key of the blank image that package llava needs for a prompt without images."""
 LIMIT = 4 << 30
-"""Bytes of features an image cache holds; LLaVA-1.5 in half precision takes about 2.5 MB an image."""
+"""Default limit of an image cache in bytes; LLaVA-1.5 in half precision takes about 2.5 MB for each image."""
 
 
 @dataclass(frozen=True)
 class CachedImage:
-    """What the tower made of one image.
+    """The cached output of the tower for one image.
 
     Attributes:
-        features: (T or 1 + T, Dv).
+        features: (T or 1 + T, Dv) features.
         attention: recorded attention by block, without the image dimension.
-        cls: (Dv,) the class token's feature, or None.
-        size, groups: see `Merging`; None where nothing was merged.
+        cls: (Dv,) feature of the class token, or None.
+        size, groups: see `Merging`; None if nothing was merged.
     """
 
     features: Tensor
@@ -47,7 +47,7 @@ class CachedImage:
         return [t for t in (self.features, self.cls, self.size, self.groups, *parts) if t is not None]
 
     def clone(self) -> CachedImage:
-        """A copy that shares no memory with the batch it was computed in."""
+        """Return a copy that shares no memory with the batch in which it was computed."""
 
         def own(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.clone()
@@ -57,20 +57,28 @@ class CachedImage:
 
 
 def crop_keys(images: Any, keys: Sequence[Hashable] | None) -> list[Hashable] | None:
-    """Identities of what the vision tower encodes: images, or the crops of a list of images one after the other."""
+    """Return the keys of the images that the tower encodes; for a list of images in crops, one key for each crop."""
     if keys is None or not isinstance(images, list):
         return None if keys is None else list(keys)
     return [(key, i) for key, crops in zip(keys, images, strict=True) for i in range(len(crops))]
 
 
 class ImageCache:
-    """What the tower made of images. When it is full, further images are encoded every time. Safe for threads.
+    """A cache of the tower's outputs by image key. Thread-safe.
 
-    A method that merges inside the tower makes another tower of it, whose features are kept apart.
+    When the cache is full, further images are encoded every time. The features of a method that merges inside the tower
+    are stored separately.
+
+    Args:
+        queries: block -> query positions whose attention is recorded.
+        layer: index of the feature layer in `hidden_states` (transformers); None for package llava, whose tower returns
+            features.
+        tower: the vision tower.
+        limit: largest number of bytes to hold.
 
     Attributes:
-        passes: images the tower really encoded.
-        hits: images answered from memory.
+        passes: number of images that the tower has encoded.
+        hits: number of images answered from the cache.
         size: bytes held.
     """
 
@@ -78,7 +86,7 @@ class ImageCache:
         self.queries = queries
         self.limit = limit
         self.size = 0
-        self.layer = layer  # transformers: index into hidden_states; llava: None, the tower returns features
+        self.layer = layer
         self._tower = tower
         self.table: dict[tuple[Hashable, Hashable], CachedImage] = {}
         self.passes = 0
@@ -86,10 +94,10 @@ class ImageCache:
         self._lock = threading.Lock()
 
     def encode(self, keys: Sequence[Hashable], pixels: Tensor | list[Tensor]) -> None:
-        """Run the tower on images that are not known, ahead of the requests that will need them.
+        """Encode images that are not in the cache, before the requests that need them.
 
         Args:
-            keys: N image identities.
+            keys: N image keys.
             pixels: (N, 3, H, W), or N tensors (crops, 3, H, W).
         """
         dtype = next(self._tower.parameters()).dtype
@@ -99,13 +107,13 @@ class ImageCache:
             self._tower(images.to(execution_device(self._tower, images.device), dtype), **extra)
 
     def clear(self) -> None:
-        """Forget all images."""
+        """Remove all images from the cache."""
         with self._lock:
             self.table.clear()
             self.size = 0
 
     def add(self, fresh: dict[tuple[Hashable, Hashable], CachedImage], asked: int) -> None:
-        """Keep new images, if they fit, and count those that were `asked` for."""
+        """Store new images if they fit, and update the counts for `asked` requested images."""
         copies = {name: found.clone() for name, found in fresh.items()}
         with self._lock:
             self.passes += len(fresh)
@@ -119,14 +127,16 @@ class ImageCache:
 
 @contextmanager
 def cached_images(model: Any, family: Family, methods: list[Any], limit: int = LIMIT) -> Iterator[ImageCache]:
-    """Answer tower calls from memory for images whose key (see `Loaded.generate`) was seen in this block.
+    """Answer tower calls from a cache for images whose key (see `Loaded.generate`) was encoded before in this block.
 
     Args:
-        methods: every method of the block; the attention they need is recorded on the first pass.
-        limit: bytes to hold at most.
+        model: the model.
+        family: its package.
+        methods: all methods that run in the block; the attention that they need is recorded on the first pass.
+        limit: largest number of bytes to hold.
 
     Raises:
-        ValueError: for features made of several tower layers, or methods that need different query positions.
+        ValueError: for features of several tower layers, or methods that need different query positions.
     """
     facts = family.tower_facts(model)
     if facts.feature_layer < 0:
@@ -149,14 +159,14 @@ def cached_images(model: Any, family: Family, methods: list[Any], limit: int = L
 
 
 def _forward(cache: ImageCache, model: Any, stock: Any, pixels: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """The tower's forward: images that are not known are encoded, all are answered from the cache."""
+    """Replace the tower's forward: encode images that are not cached, and return the outputs of all images."""
     pixels = kwargs.pop("pixel_values", pixels)
     keys = hints().take_keys()
     if keys is None or isinstance(pixels, (list, tuple)) or len(keys) != pixels.shape[0]:
         return stock(pixels, *args, **kwargs)
     request = innermost()
     mine = request is not None and request.handle.model is model
-    asked = tower_pass() if mine else None  # what an attached method wants of this pass
+    asked = tower_pass() if mine else None  # recordings that an attached method needs from this pass
     variant = request.handle.vision.variant if request is not None and asked is not None else None
     names = [(variant, k) for k in keys]
     known = {name: cache.table[name] for name in names if name in cache.table}
@@ -173,7 +183,7 @@ def _forward(cache: ImageCache, model: Any, stock: Any, pixels: Any = None, *arg
 
 
 def _image(found: TowerPass, features: Tensor, i: int) -> CachedImage:
-    """Image i of a pass of the tower."""
+    """Return the cache entry of image i of one pass of the tower."""
     attention = {b: r.map(lambda t: t[i]) for b, r in found.attention.items()}
     cls = None if found.cls is None else found.cls[i]
     if found.merging is None:
@@ -182,7 +192,7 @@ def _image(found: TowerPass, features: Tensor, i: int) -> CachedImage:
 
 
 def _answer(cache: ImageCache, images: list[CachedImage], asked: TowerPass | None) -> Any:
-    """The tower's output for known images, and what the hooks would have recorded."""
+    """Return the tower's output for cached images, and fill `asked` with the recordings of the hooks."""
     features = torch.stack([f.features for f in images])
     if asked is not None:
         for block in images[0].attention:
@@ -194,5 +204,5 @@ def _answer(cache: ImageCache, images: list[CachedImage], asked: TowerPass | Non
         asked.merging = Merging(torch.stack(sizes), torch.stack(groups), True) if sizes else None
     if cache.layer is None:
         return features
-    states: Any = {cache.layer: features}  # looked up by the feature layer, which may be negative
+    states: Any = {cache.layer: features}  # the package looks it up by the feature layer, which may be negative
     return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=states)

@@ -1,4 +1,4 @@
-"""haotian-liu/LLaVA's own classes (package `llava`)."""
+"""Support of haotian-liu/LLaVA's own classes (package `llava`)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ..runtime.state import ImageState, RequestState, Splice, active, hinting, r
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 IMAGE = -200
-"""The placeholder id of an image in the package's prompts."""
+"""Placeholder id of an image in the package's prompts."""
 IGNORE = -100
-"""The package's label of a position that is not text."""
+"""The package's label of positions that are not text."""
 
 
 class Llava:
-    """`llava.model.LlavaLlamaForCausalLM` and `LlavaMistralForCausalLM`."""
+    """The family of `llava.model.LlavaLlamaForCausalLM` and `LlavaMistralForCausalLM`."""
 
     name = "llava"
 
@@ -96,7 +96,7 @@ class Llava:
 
 
 def _pinpoints(model: Any) -> list[tuple[int, int]]:
-    """(width, height) of the resolutions that images are cut up at; empty where they are seen whole."""
+    """Return the (width, height) at which images are split into crops; empty if they are encoded whole."""
     points = getattr(model.config, "image_grid_pinpoints", None)
     anyres = getattr(model.config, "image_aspect_ratio", None) == "anyres"
     return list(points) if anyres and isinstance(points, (list, tuple)) else []
@@ -109,18 +109,18 @@ def _crops(model: Any) -> int:
 
 @contextlib.contextmanager
 def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
-    """A request for a call with these images; their sizes come with them in this package."""
+    """Open a request for a call with images; in this package the call also has their sizes."""
     with contextlib.ExitStack() as stack:
         if image_sizes is not None:
             known: dict[str, Any] = {"image_sizes": checked_sizes(image_sizes), "explicit": True}
-            if active(handle) is not None:  # a call inside a request: what the caller said of that one does not hold
+            if active(handle) is not None:  # hints of the enclosing request do not apply to a nested call
                 known |= {"image_keys": None, "prompts": None}
             stack.enter_context(hinting(**known))
         yield stack.enter_context(request(handle, None if images is None else len(images)))
 
 
 def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]
-    """generate() splices text and images itself, then hands embeddings to forward()."""
+    """Replace `generate`, which splices text and images itself and passes embeddings to `forward`."""
     cache: Any = given_cache(kwargs)
     if images is not None and decode_state(cache) is not None:
         refuse_later_image(cache.get_seq_length())
@@ -130,9 +130,9 @@ def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, i
 
 
 def accept_cache(cls: Any) -> None:
-    """Let a class of the package take the KV cache under the name that this release of transformers gives it.
+    """Make a class of the package accept the KV cache under the name that the installed transformers gives it.
 
-    The package knows it as `past_key_values`. Since transformers 5.24, generate() calls it `cache`.
+    The package names the argument `past_key_values`. Since transformers 5.24, generate() passes it as `cache`.
     """
     stock = cls.forward
     if CACHE == "past_key_values" or getattr(stock, "accepts_cache", False):
@@ -156,7 +156,7 @@ FORWARD = (
 
 
 def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """forward() opens a request of its own; embeddings are taken from generate() alone."""
+    """Replace `forward` and open a request in it; embeddings are accepted from `generate` only."""
     given = {**dict(zip(FORWARD, args, strict=False)), **kwargs}
     ids, images = given.get("input_ids"), given.get("images")
     if given.get("inputs_embeds") is None and decode_state(given_cache(given)) is not None:
@@ -187,7 +187,7 @@ def _prepare(
     images: Any,
     image_sizes: Any = None,
 ) -> tuple[Any, ...]:
-    """The package's splice, run with labels and mask of ours so that it tells where the images went."""
+    """Replace the package's splice: run it with labels and a mask, from which the positions of the images follow."""
     given = (input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
     state = active(handle)
     if decode_state(past_key_values) is not None:
@@ -218,13 +218,13 @@ def _prepare(
 
 
 def context_limit(model: Any) -> int | None:
-    """Tokens after which the package cuts a prompt off, images included; None for no limit."""
+    """Return the number of tokens, images included, after which the package truncates a prompt; None for no limit."""
     limit: int | None = getattr(model.config, "tokenizer_model_max_length", None)
     return limit
 
 
 def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int) -> None:
-    """Warn where the package has probably cut off the end of a prompt, which holds the question."""
+    """Warn if the package has probably truncated the end of a prompt, which holds the question."""
     limit, crops = context_limit(model), _crop_counts(images)
     n = len(images) if crops is None else sum(crops)
     most = input_ids.shape[1] + n * model.get_vision_tower().num_patches
@@ -237,14 +237,14 @@ def _warn_of_truncation(model: Any, input_ids: Tensor, images: Any, length: int)
 
 
 def _crop_counts(images: Any) -> list[int] | None:
-    """Crops of each image in a list or a 5-D tensor of images; None for a plain batch (N, 3, H, W)."""
+    """Return the number of crops of each image in a list or 5-D tensor of images; None for a batch (N, 3, H, W)."""
     if isinstance(images, (list, tuple)) or images.ndim == 5:
         return [x.shape[0] if x.ndim == 4 else 1 for x in images]
     return None
 
 
 def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, int]]:
-    """(crops, rows of crops, columns of crops) of each image; see `VisionTokens.layout`."""
+    """Return (crops, rows of crops, columns of crops) of each image; see `VisionTokens.layout`."""
     from llava.mm_utils import get_anyres_image_grid_shape
 
     crops = _crop_counts(images)
@@ -261,13 +261,13 @@ def _layouts(model: Any, images: Any, image_sizes: Any) -> list[tuple[int, int, 
 
 
 def _image_layouts(model: Any, images: Any, image_sizes: Any) -> list[ImageLayout]:
-    """See `VisionView.layout`."""
+    """Compute `VisionView.layout`."""
     sizes = [None] * len(images) if image_sizes is None else checked_sizes(image_sizes)
     return [ImageLayout(*cut, size) for cut, size in zip(_layouts(model, images, image_sizes), sizes, strict=True)]
 
 
 def _encode(handle: Any, stock: Any, images: Any) -> Any:
-    """The package's encoding of images, or patch numbers in their place while `_source` asks for them."""
+    """Replace `encode_images`: return patch numbers instead of features while `_source` runs the splice on them."""
     state = active(handle)
     return stock(images) if state is None or state.numbers is None else state.numbers
 
@@ -282,16 +282,17 @@ def _source(
     image_sizes: Any,
     visual: Tensor,
 ) -> Tensor:
-    """(B, L) long: the patch of each visual token, counted over all images; -1 for newline tokens.
+    """Return (B, L) long: the patch of each visual token, numbered over all images; -1 for newline tokens.
 
-    The package's own merging decides: with crops (anyres) its splice runs once more on patch numbers in place of
-    features. A newline vector is recognised by its channels, which are not all the same number.
+    For images in crops (anyres), the package's splice runs a second time on patch numbers instead of features, so its
+    own packing determines the order. All channels of a patch then have the same value, which distinguishes patches from
+    newline vectors.
     """
     crops = _crop_counts(images)
     patches = model.get_vision_tower().num_patches
     if crops is None or getattr(model.config, "mm_patch_merge_type", "flat") == "flat":
         named = ((input_ids == IMAGE) & mask.bool()).sum(1)
-        used = named.clamp(min=1)  # a sample without an image takes an unused one, as the package does
+        used = named.clamp(min=1)  # the package takes one image for a sample without an image
         first = used.cumsum(0) - used  # (B,) number of each sample's first image
         if crops is not None:
             before = to_device([sum(crops[:i]) for i in range(len(crops) + 1)], first)

@@ -1,4 +1,4 @@
-"""Load a checkpoint of either format into either family."""
+"""Load a checkpoint in either format into the classes of either package."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .processor import load_processor
 
 log = logging.getLogger(__name__)
 FamilyName = Literal["auto", "llava", "hf"]
-LONGEST = 400  # letters of a message of another library
+LONGEST = 400  # characters kept of another library's error message
 
 
 @dataclass
 class Loaded:
-    """A model ready to be pruned and asked.
+    """A loaded model with its tokenizer and processors.
 
     Attributes:
         model: LlavaLlamaForCausalLM ("llava") or LlavaForConditionalGeneration / LlavaNext... ("hf").
-        tokenizer: the checkpoint's, or None when it has no tokenizer files.
-        image_processor: the CLIP image processor of LLaVA's preprocessing, None for towers with another.
+        tokenizer: the checkpoint's tokenizer, or None if it has no tokenizer files.
+        image_processor: the CLIP image processor of LLaVA's preprocessing, None for towers with another processor.
         family: "llava" or "hf".
-        path: where it came from.
-        bits: "8bit" or "4bit" where the weights are quantised, else None.
-        engine: "deepspeed" or "tp" where this process has a part of the model, else None. Every process then makes
+        path: the path or hub id that was loaded.
+        bits: "8bit" or "4bit" if the weights are quantised, else None.
+        engine: "deepspeed" or "tp" if this process holds a part of the model, else None. All processes must then make
             the same calls in the same order.
-        processor: transformers' AutoProcessor of a checkpoint in its format, None where it has none. Where its class
-            needs a package that is missing (LLaVA-OneVision's video part needs torchvision), a `processor.Processor`
-            with its parts for images and text.
+        processor: transformers' AutoProcessor of a checkpoint in its format, None if it has none. If its class needs a
+            package that is not installed (LLaVA-OneVision's video part needs torchvision), a `processor.Processor` with
+            the parts for images and text.
     """
 
     model: Any
@@ -65,7 +65,7 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go. A model that is spread over devices or offloaded moves them on by itself."""
+        """The device for inputs. A model that is spread over devices or offloaded moves them further by itself."""
         return execution_device(self.model, torch.device("cpu"))
 
     @property
@@ -74,48 +74,48 @@ class Loaded:
 
     @property
     def n_visual(self) -> int:
-        """Visual tokens of one image or crop: its patches, and the class token where the model keeps it."""
+        """Number of visual tokens of one image or crop: its patches, and the class token if the model keeps it."""
         return self._family.tower_facts(self.model).features
 
     @property
     def crops(self) -> int:
-        """Largest number of crops that an image is cut into, the whole image included; 1 where it is seen whole."""
+        """Largest number of crops of an image, including the whole image; 1 if images are encoded whole."""
         return self._family.tower_facts(self.model).crops
 
     @property
     def max_visual(self) -> int:
-        """Largest number of visual tokens that an image can become, newline tokens included."""
+        """Largest number of visual tokens of an image, including newline tokens."""
         return self.n_visual if self.crops == 1 else self._family.max_visual(self.model)
 
     @property
     def size(self) -> Size:
-        """Sizes of the language model, with the visual tokens that papers count for an image.
+        """Sizes of the language model, and the number of visual tokens that papers count for an image.
 
-        Of a model that sees images in crops these are the patches of the largest number of crops (2,880 for LLaVA-NeXT;
-        7,290 for LLaVA-OneVision, whose limit is ten crops), without newline tokens and unpadding; `visual_tokens` has
-        what an image really becomes.
+        For a model that splits images into crops, these are the patches of the largest number of crops (2,880 for
+        LLaVA-NeXT; 7,290 for LLaVA-OneVision, whose limit is ten crops), without newline tokens and unpadding.
+        `visual_tokens` returns the number of an actual image.
         """
         c = self._family.language_model(self.model).config
         crops = counted_crops(self.model.config) if self.family == "hf" else self.crops
         return Size(c.num_hidden_layers, c.hidden_size, c.intermediate_size, self.n_visual * crops)
 
     def visual_tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of an image of (width, height) before pruning, newline tokens included."""
+        """Return the number of visual tokens of an image of (width, height) before pruning, with newline tokens."""
         geometry = self._family.geometry(self.model)
         return geometry.count(size) if geometry.resolutions else self.n_visual
 
     @property
     def geometry(self) -> Geometry:
-        """Where in an image its visual tokens are."""
+        """The geometry of the model, which maps visual tokens to boxes in the image."""
         return self._family.geometry(peel(self.model))
 
     @contextmanager
     def remember_images(self, methods: Sequence[Any] = (), limit: int = LIMIT) -> Iterator[ImageCache]:
-        """Encode each image once for the length of the block; images are identified by the `keys` of `generate`.
+        """Encode each image only once during the block; images are identified by the `keys` of `generate`.
 
         Args:
-            methods: the methods that will run in the block.
-            limit: bytes of features to hold at most, on the model's device.
+            methods: the methods that run in the block.
+            limit: largest number of bytes of features to hold, on the model's device.
         """
         with cached_images(self.model, self._family, list(methods), limit) as cache:
             yield cache
@@ -130,25 +130,27 @@ class Loaded:
         max_new_tokens: int = 128,
         **kwargs: Any,
     ) -> Any:
-        """Greedy answers (unless `kwargs` say otherwise) to a batch of prompts.
+        """Generate answers to a batch of prompts, by default greedily.
 
-        Prompts longer than the model's context are warned of and kept whole; package llava would cut off their end.
+        With package llava, a prompt longer than the model's context causes a warning and is kept whole; the package
+        itself would truncate its end.
 
         Args:
-            rows: B prompts of token ids with -200 where an image goes.
-            pixels: (N, 3, H, W), the images in prompt order, or None when no prompt has one. For a model that sees
-                images in crops N tensors (crops, 3, H, W), the whole image first; their numbers may differ.
-            sizes: N (width, height) before padding; lets methods tell padding from image. Crops need them.
-            keys: N image identities for `remember_images`.
-            max_new_tokens: limit of each answer.
-            kwargs: for the model's generate().
+            rows: B prompts of token ids with the id -200 for each image.
+            pixels: (N, 3, H, W), the images in prompt order, or None if no prompt has an image. For a model that splits
+                images into crops, N tensors (crops, 3, H, W) with the whole image first; the numbers of crops may
+                differ.
+            sizes: N (width, height) before padding, from which methods know the padding. Required with crops.
+            keys: N image keys for `remember_images`.
+            max_new_tokens: largest number of tokens of an answer.
+            kwargs: further arguments of the model's generate().
 
         Returns:
-            (B, new) long, the new ids only, padded with the padding id; with return_dict_in_generate=True the
-            package's output object, `sequences` holding the same.
+            (B, new) long, the new ids only, padded with the padding id. With return_dict_in_generate=True, the output
+            object of generate(), whose `sequences` are these ids.
 
         Raises:
-            ValueError: when placeholders, sizes or keys do not match the images.
+            ValueError: if the number of placeholders, sizes or keys differs from the number of images.
         """
         wanted = sum(list(r).count(IMAGE) for r in rows)
         given = 0 if pixels is None else len(pixels)
@@ -169,7 +171,7 @@ class Loaded:
         return out.cpu() if isinstance(out, Tensor) else out
 
     def _placed(self, pixels: Tensor | Sequence[Tensor], sizes: Any) -> Tensor | list[Tensor]:
-        """Pixels on the device and in the dtype of the tower; a list for a model that sees images in crops."""
+        """Move pixels to the device for inputs and the dtype of the tower; a list for a model with crops."""
         kind = {"device": self.device, "dtype": next(self._family.tower(self.model).parameters()).dtype}
         if self.crops == 1:
             if not isinstance(pixels, Tensor):
@@ -186,10 +188,14 @@ class Loaded:
 
 
 def resolve(path: str | Path, files: str | None = None) -> Path:
-    """A local checkpoint folder for `path`, downloading a hub id (or the `files` of a pattern) through huggingface_hub.
+    """Return a local checkpoint folder for `path`; a hub id is downloaded through huggingface_hub.
+
+    Args:
+        path: folder or hub id.
+        files: pattern of the files to download; None for all files.
 
     Raises:
-        ValueError: when neither a folder nor a hub repository can be had.
+        ValueError: if there is no such folder and no hub repository can be reached.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -205,21 +211,21 @@ def resolve(path: str | Path, files: str | None = None) -> Path:
 
 
 def read_size(path: str | Path, model_base: str | Path | None = None) -> Size:
-    """Sizes of a checkpoint as `Loaded.size` gives them, from its config files alone.
+    """Return the sizes of a checkpoint as in `Loaded.size`, from its config files alone.
 
     Args:
         path: folder or hub id.
-        model_base: checkpoint that `path`, an adapter, was trained on.
+        model_base: the checkpoint that `path` was trained on, if `path` is an adapter.
 
     Raises:
-        ValueError: for a missing or foreign checkpoint.
+        ValueError: for a missing checkpoint, or one that is not a supported LLaVA.
     """
     from .checkpoint import read_full_config
 
     source = Source(resolve(path, "*.json"), None if model_base is None else resolve(model_base, "*.json"))
     try:
         full = read_full_config(source, read_config(source.folder))
-    except Exception as error:  # of other libraries
+    except Exception as error:  # includes errors of other libraries
         raise ValueError(_message(path, torch.device("cpu"), error)) from error
     text, vision = full.text_config, full.vision_config
     whole = full.vision_feature_select_strategy == "full" and vision.model_type.startswith("clip")
@@ -240,37 +246,40 @@ def load(
     load_4bit: bool = False,
     engine: str | None = None,
 ) -> Loaded:
-    """Load a LLaVA.
+    """Load a LLaVA model.
 
     Args:
-        path: folder or hub id; haotian-liu/LLaVA format (either family) or transformers format ("hf").
-        family: which package's classes to build; "auto" is "llava" for its own format where the package is
-            installed, else "hf".
-        dtype: torch dtype or name; default the checkpoint's own; on a CPU half precision is read as float32 where the
-            weight files are small, and as bfloat16 otherwise, see `pick_dtype`.
-        device: default cuda if there is one, else cpu.
-        attn: "eager", "sdpa" or "flash_attention_2"; default the package's choice.
-        model_base: checkpoint that an adapter in LLaVA's format (a LoRA folder, or a folder with a mm_projector.bin)
-            was trained on, folder or hub id. The config is the adapter's, tokenizer and language model are the base's.
-        device_map: spreads a model over several GPUs, CPU memory and disk: "auto", "balanced", "balanced_low_0" or
-            "sequential" by free memory, or a dict of module and device ("cpu" beside a GPU, or "disk", is offloaded).
-        max_memory: with the name of a device map, device -> bytes or "10GiB" that weights may take.
+        path: folder or hub id, in haotian-liu/LLaVA format (for either family) or transformers format ("hf").
+        family: the package whose classes are built; "auto" is "llava" for a checkpoint in its own format if the
+            package is installed, else "hf".
+        dtype: torch dtype or name; by default that of the checkpoint. On a CPU, half precision is by default loaded as
+            float32 if the weight files are small, and as bfloat16 otherwise; see `pick_dtype`.
+        device: by default cuda if it is available, else cpu.
+        attn: "eager", "sdpa" or "flash_attention_2"; by default that of the checkpoint's config, else the package's
+            choice.
+        model_base: folder or hub id of the checkpoint that an adapter in LLaVA's format (a LoRA folder, or a folder
+            with a mm_projector.bin) was trained on. The config is the adapter's; tokenizer and language model are the
+            base's.
+        device_map: spreads the model over several GPUs, CPU memory and disk: "auto", "balanced", "balanced_low_0" or
+            "sequential" by free memory, or a dict of module -> device (modules on "disk", and on "cpu" if there is a
+            GPU, are offloaded).
+        max_memory: with the name of a device map: device -> bytes, or a size such as "10GiB", that weights may take.
         load_8bit: quantise the linear layers of language model and projector to 8 bit (bitsandbytes' LLM.int8()).
         load_4bit: quantise them to 4 bit (nf4 with double quantisation).
-        engine: splits the language model over the processes of torchrun, "deepspeed" or "tp" (transformers' own);
-            joins the process group, and LOCAL_RANK chooses the GPU.
+        engine: splits the language model over the processes of torchrun by "deepspeed" or "tp" (transformers' own).
+            It joins the process group, and LOCAL_RANK selects the GPU.
 
     Returns:
-        Loaded. A vision tower named by a relative path is looked for inside the checkpoint; without tokenizer files
-        `.tokenizer` is None. In "hf", `.model.config.image_token_id` is the placeholder id, one past the
-        vocabulary where the checkpoint has none.
+        The loaded model. A vision tower with a relative path is searched inside the checkpoint. Without tokenizer
+        files, `.tokenizer` is None. In "hf", `.model.config.image_token_id` is the placeholder id, one past the
+        vocabulary if the checkpoint has none.
 
     Raises:
-        ValueError: for a missing, truncated or foreign checkpoint, a family that cannot read it, a device, dtype,
-            attention backend or package that is not there, ways of placing a model that do not go together, or a lack
-            of memory. The message names the checkpoint.
+        ValueError: for a checkpoint that is missing, truncated or not a supported LLaVA, a family that cannot read it,
+            a device, dtype, attention backend or package that is not available, contradictory ways of placing the
+            model, or a lack of memory. An error of the checkpoint names it.
 
-    Source: adapters as llava/model/builder.py of package llava; LoRA is added in float32.
+    Source: adapters follow llava/model/builder.py of package llava; LoRA is added in float32.
     """
     if family not in ("auto", "llava", "hf"):
         raise ValueError(f"family={family!r}: choose 'auto', 'llava' or 'hf'")
@@ -289,12 +298,12 @@ def load(
         return loaded
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # libraries raise errors of their own, and those in Rust panic
+    except BaseException as error:  # libraries raise their own errors, and those in Rust may panic
         raise ValueError(_message(path, where, error)) from error
 
 
 def _message(path: str | Path, where: torch.device, error: BaseException) -> str:
-    """One line for an error of loading, which names the checkpoint."""
+    """Return a message of one line for an error while loading, which names the checkpoint."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -327,7 +336,7 @@ def _load(
     build = (load_original if family == "llava" else load_converted) if original else load_transformers
     check_generation(source.weights / "generation_config.json")
     tokenizer = load_tokenizer(source.weights, original)
-    torch.set_num_threads(torch.get_num_threads())  # in a forked process, the loader's threads race to remake the pool
+    torch.set_num_threads(torch.get_num_threads())  # forked process: else the loader's threads race to make a new pool
     model, processor = build(source, config, kind, attn)
     loaded = Loaded(model.eval(), tokenizer, processor, family, str(path))
     if not original:
@@ -343,7 +352,7 @@ def _place(
     bits: str | None,
     engine: str | None,
 ) -> None:
-    """Bring a model from CPU memory to where it computes; at most one of the three ways is asked for."""
+    """Move a model from CPU memory to its device, by at most one of device map, quantisation and engine."""
     model, family = loaded.model, loaded._family
     if device_map is not None:
         return dispatch(model, family, device_map, max_memory)

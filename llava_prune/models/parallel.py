@@ -1,6 +1,6 @@
-"""Tensor parallelism: the processes that torchrun starts hold a part of every layer of the language model each.
+"""Tensor parallelism: each process that torchrun starts holds a part of every layer of the language model.
 
-Vision tower and projector are whole in every process. Scores are computed from the attention of all heads, which
+Vision tower and projector are complete in every process. Scores are computed from the attention of all heads, which
 `runtime.attention.all_heads` gathers, so every process keeps the same tokens.
 """
 
@@ -25,14 +25,14 @@ ENGINES = ("deepspeed", "tp")
 
 
 def check_engine(engine: str, others: dict[str, Any]) -> None:
-    """Refuse an unknown engine, one that is not installed, or other ways of placing the model beside it.
+    """Refuse an unknown engine, one that is not installed, or an engine together with other placement arguments.
 
     Args:
         engine: see `llava_prune.load`.
-        others: those ways by argument name, None where they are not asked for.
+        others: placement arguments by name, None for those that are not given.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: if the engine is refused. The message says what to change.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not known; choose {' or '.join(ENGINES)}, or leave it out")
@@ -47,10 +47,16 @@ def check_engine(engine: str, others: dict[str, Any]) -> None:
 
 
 def start_group(store: Any, rank: int, count: int, local: int) -> None:
-    """Start the process group of processes that share a store already.
+    """Start the process group of processes that already share a store.
+
+    Args:
+        store: the store of torch.distributed.
+        rank: rank of this process.
+        count: number of processes.
+        local: LOCAL_RANK of this process, which selects the GPU.
 
     Raises:
-        ValueError: when there is no GPU for this process.
+        ValueError: if there is no GPU for this process.
     """
     if torch.cuda.is_available():
         _take_gpu(local)
@@ -67,10 +73,10 @@ def _take_gpu(local: int) -> None:
 
 
 def join() -> torch.device:
-    """Join the processes that torchrun started, unless that has happened; the device of this one.
+    """Join the process group of torchrun, if this has not happened yet, and return the device of this process.
 
     Raises:
-        ValueError: when there is no GPU for this process, or the others are not found.
+        ValueError: if there is no GPU for this process, or if the process group cannot be joined.
     """
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda:
@@ -86,26 +92,26 @@ def join() -> torch.device:
 
 
 def processes() -> int:
-    """Number of processes in the group, 1 without a group."""
+    """Return the number of processes in the group, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
-    """Leave this process its part of the language model's layers and of the head; changed in place.
+    """Split the language model's layers and lm_head over the processes; the model is changed in place.
 
     Args:
-        model: whole, on the CPU.
+        model: the complete model, on the CPU.
         family: its package.
         engine: "deepspeed" for deepspeed.init_inference without kernel injection, "tp" for transformers' `tp_plan`.
-        dtype: of the model.
+        dtype: dtype of the model.
 
     Raises:
-        ValueError: when the heads cannot be divided among the processes, and for other language models than Llama's.
+        ValueError: if the heads cannot be divided among the processes, or for a language model other than Llama.
     """
     lm, world = family.language_model(model), processes()
     _refuse_untested(lm, f"engine={engine!r}", "use device_map, load_8bit or load_4bit")
@@ -120,7 +126,16 @@ def split(model: Any, family: Family, engine: str, dtype: torch.dtype) -> None:
 
 
 def _refuse_untested(lm: Any, what: str, way: str) -> None:
-    """Refuse what only Llama's layers were tested with: biases and norms of heads may have to be split, too."""
+    """Refuse a feature that is tested with Llama's layers only; in others, biases and head norms may need a split too.
+
+    Args:
+        lm: the language model.
+        what: the feature, for the error message.
+        way: the alternative, for the error message.
+
+    Raises:
+        ValueError: if the language model is not a Llama.
+    """
     found = architecture(lm)
     if found != "Llama":
         raise ValueError(f"{what} is tested with Llama language models only, and this one is {found}; {way}")
@@ -130,21 +145,26 @@ def _deepspeed(model: Any, layer: type, dtype: torch.dtype, world: int) -> None:
     options: dict[str, Any] = {"tensor_parallel": {"tp_size": world}, "replace_with_kernel_inject": False}
     if world > 1:
         options["injection_policy"] = {layer: ("self_attn.o_proj", "mlp.down_proj")}  # their outputs are summed
-    with contextlib.redirect_stdout(sys.stderr):  # where its log goes, which is set up on import
+    with contextlib.redirect_stdout(sys.stderr):  # deepspeed sets up its log on import, which must not go to stdout
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         if get_accelerator().device_name() == "cpu":
-            # its own all-reduce is compiled on first use, and crashes without the LOCAL_SIZE of its own launcher
+            # deepspeed's own all-reduce is compiled on first use and crashes without its launcher's LOCAL_SIZE
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_inference(model, dtype=dtype, **options)
 
 
 def check_split(family: Family, model: Any, accelerated: bool) -> None:
-    """Refuse a model whose heads are split unevenly over processes, and acceleration where it was not tested.
+    """Refuse a model whose heads are split unevenly over processes, and acceleration of models it is not tested with.
+
+    Args:
+        family: the model's package.
+        model: the model.
+        accelerated: whether `graphs` or `fused` is requested.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: if the model or the acceleration is refused. The message says what to change.
     """
     if accelerated:
         _refuse_untested(family.language_model(model), "acceleration (graphs, fused)", "leave them out")
@@ -163,12 +183,12 @@ def check_split(family: Family, model: Any, accelerated: bool) -> None:
 
 
 def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the whole model from this process' part of it. Every process must call it.
+    """Gather a tensor of the complete model from the parts of all processes. Every process must call this.
 
     Args:
-        model: of either engine, or any other.
-        name: of the tensor.
-        tensor: what this process has.
+        model: a model that is split by either engine, or not split.
+        name: name of the tensor.
+        tensor: the part of this process.
     """
     if hasattr(tensor, "full_tensor"):
         full: Tensor = tensor.full_tensor()
@@ -182,7 +202,7 @@ def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     dim, world = 0 if by_rows else 1, dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world)]
     dist.all_gather(sizes, torch.full_like(sizes[0], tensor.shape[dim]), group=group)
-    widths = torch.cat(sizes).tolist()  # the head is divided by 64 columns
+    widths = torch.cat(sizes).tolist()  # lm_head is divided in units of 64 columns, so widths may differ
     padded = tensor.new_zeros([max(widths) if d == dim else n for d, n in enumerate(tensor.shape)])
     padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     parts = [torch.empty_like(padded) for _ in range(world)]
@@ -191,7 +211,7 @@ def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def smallest(value: int) -> int:
-    """The smallest of a value over all processes."""
+    """Return the minimum of a value over all processes."""
     if processes() == 1:
         return value
     cuda = dist.get_backend() == "nccl"

@@ -1,4 +1,4 @@
-"""Models larger than a GPU: device maps of accelerate, and weights in 8 or 4 bit by bitsandbytes."""
+"""Placement of models that are larger than a GPU: accelerate's device maps, and 8-bit or 4-bit weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import pick_device
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Names of device maps, as in transformers; "auto" is "balanced"."""
 SHARE = 0.9
-"""Share of a GPU's free memory that weights may take; the rest is for activations and the KV cache."""
+"""Share of a GPU's free memory that weights may take; the rest is left for activations and the KV cache."""
 BITS = {"8bit": "load_8bit", "4bit": "load_4bit"}
 
 DeviceMap = str | Mapping[str, Any]
@@ -30,10 +30,11 @@ DeviceMap = str | Mapping[str, Any]
 
 
 def pick_map(device_map: Any, device: Any) -> torch.device:
-    """The device that a model with this device map computes on first, which decides its dtype.
+    """Return the first device on which a model with this device map computes; its dtype depends on it.
 
     Raises:
-        ValueError: for an unknown map, a device that is not there, a `device` beside it, or without accelerate.
+        ValueError: for an unknown map, a device that does not exist, if `device` is given too, or if accelerate is not
+            installed.
     """
     if device not in (None, ""):
         raise ValueError(f"device={str(device)!r} and device_map go against each other; give one of them")
@@ -54,14 +55,14 @@ def pick_map(device_map: Any, device: Any) -> torch.device:
 
 
 def pick_bits(load_8bit: bool, load_4bit: bool, attended: Mapping[str, Any]) -> str | None:
-    """ "8bit", "4bit", or None for weights as they are.
+    """Return "8bit" or "4bit", or None for weights that are not quantised.
 
     Args:
         load_8bit, load_4bit: see `llava_prune.load`.
-        attended: other ways of placing a model by argument name, None where they are not asked for.
+        attended: placement arguments by name, None for those that are not given.
 
     Raises:
-        ValueError: for both at once, with another way of placing a model, or without bitsandbytes.
+        ValueError: for both at once, together with another placement argument, or if bitsandbytes is not installed.
     """
     if not (load_8bit or load_4bit):
         return None
@@ -80,19 +81,20 @@ def pick_bits(load_8bit: bool, load_4bit: bool, attended: Mapping[str, Any]) -> 
 
 
 def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any = None) -> None:
-    """Spread a model over devices, and over CPU memory and disk what does not fit; it is changed in place.
+    """Spread a model over devices, CPU memory and disk; it is changed in place.
 
-    Layers and the vision tower are not split. What is on disk is in a temporary folder (TMPDIR), which is removed with
-    the model.
+    Decoder layers and the vision tower are not split. Weights on disk are in a temporary folder (TMPDIR), which is
+    removed with the model.
 
     Args:
-        model: on the CPU.
+        model: the model, on the CPU.
         family: its package.
         device_map: see `llava_prune.load`.
-        max_memory: device -> bytes or "10GiB" that weights may take; None for `SHARE` of what is free.
+        max_memory: device -> bytes, or a size such as "10GiB", that weights may take; None for `SHARE` of the free
+            memory.
 
     Raises:
-        ValueError: for a map that does not cover the model, or names what it does not have.
+        ValueError: for a map that does not cover the model, or contains a module that the model does not have.
     """
     from accelerate import dispatch_model
 
@@ -105,12 +107,12 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
     if "disk" in found.values():
         folder = tempfile.mkdtemp(prefix="llava-prune-")
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    # the tower's class asks for its own device, so its weights come all at once
+    # the tower's class reads the device of its own weights, so an offloaded tower is loaded as a whole
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following device_map keys do not match")  # those of parameters
+        warnings.filterwarnings("ignore", "The following device_map keys do not match")  # keys of single parameters
         dispatch_model(model, found, offload_dir=folder, preload_module_classes=[tower])
     for name, parameter in model.named_parameters():
-        if name in found:  # accelerate places modules alone
+        if name in found:  # accelerate places only modules, not single parameters
             parameter.data = parameter.data.to(execution_device(model, parameter.device))
     if family.name == "llava" and model.get_input_embeddings().weight.is_meta:
         raise ValueError(
@@ -120,7 +122,7 @@ def dispatch(model: Any, family: Family, device_map: DeviceMap, max_memory: Any 
 
 
 def _computed(model: Any, name: str, max_memory: Any, whole: list[str]) -> dict[str, Any]:
-    """Module -> device by memory, as transformers does for the same name; classes in `whole` are not split."""
+    """Return module -> device by free memory, as transformers does for this name; classes in `whole` are not split."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
@@ -136,7 +138,7 @@ def _computed(model: Any, name: str, max_memory: Any, whole: list[str]) -> dict[
 
 
 def _check_map(model: nn.Module, found: Mapping[str, Any]) -> None:
-    """Refuse names that a model does not have, and parts of it that no name covers."""
+    """Refuse a map with names that the model does not have, or that does not cover all parameters."""
     known = {"", *(n for n, _ in model.named_modules()), *(n for n, _ in model.named_parameters())}
     known |= {n for n, _ in model.named_buffers()}
     strange = [name for name in found if name not in known]
@@ -149,7 +151,7 @@ def _check_map(model: nn.Module, found: Mapping[str, Any]) -> None:
 
 
 def _disjoint(module: nn.Module, name: str, found: Mapping[str, Any], above: Any = None) -> dict[str, Any]:
-    """The part of a map below a module, as names of which none is inside another; the longest name counts."""
+    """Return the part of a map below a module with disjoint names; for nested names in the map, the longest counts."""
     here = found.get(name, found.get("") if above is None else above)
     if not any(key.startswith(f"{name}.") for key in found):
         return {name: here}
@@ -161,27 +163,27 @@ def _disjoint(module: nn.Module, name: str, found: Mapping[str, Any], above: Any
 
 
 def devices(model: Any) -> list[torch.device]:
-    """Devices that the modules of a model compute on, the one that takes its inputs first."""
+    """Return the devices on which the modules of a model compute; the first one takes the inputs."""
     first = execution_device(model, torch.device("cpu"))
     found = [execution_device(m, first) for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
     return list(dict.fromkeys([first, *found]))
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all parameters and buffers sorted by name, those that accelerate has offloaded included.
+    """Yield (name, tensor) of all parameters and buffers by name, including those that accelerate has offloaded.
 
-    Of quantised weights, the scales as well. One offloaded tensor is read at a time.
+    For quantised weights, the scales are included. Offloaded tensors are read one at a time.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):  # a layout for the CPU is undone, too
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):  # state_dict also undoes the layout for the CPU
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     for name in sorted(tensors):
         yield name, _offloaded(model, name) if tensors[name].is_meta else tensors[name]
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor:
-    """A tensor that is on the meta device, as the hook of the module that holds it has it."""
+    """Return the values of a tensor on the meta device from accelerate's hook of the module that holds it."""
     parts = name.split(".")
     for i in range(len(parts) - 1, -1, -1):
         hook = model.get_submodule(".".join(parts[:i])).__dict__.get("_hf_hook")
@@ -197,14 +199,14 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
 
 
 def quantise(model: Any, family: Family, bits: str, device: torch.device) -> None:
-    """Turn the linear layers of language model and projector into bitsandbytes' on a device, one after the other.
+    """Replace the linear layers of language model and projector by bitsandbytes' layers on a device, one by one.
 
-    The head (lm_head) and the vision tower stay as they are. 8 bit is LLM.int8() with outliers above 6; 4 bit is nf4
-    with double quantisation, computed in the model's dtype.
+    lm_head and the vision tower are not quantised. 8 bit is LLM.int8() with the outlier threshold 6; 4 bit is nf4 with
+    double quantisation, computed in the model's dtype.
 
-    Source: what haotian-liu/LLaVA's builder.py quantises with load_8bit and load_4bit.
+    Source: the same layers as load_8bit and load_4bit of haotian-liu/LLaVA's builder.py.
     """
-    tower = set(family.tower(model).modules())  # inside the language model in package llava
+    tower = set(family.tower(model).modules())  # in package llava, the tower is inside the language model
     for part in (family.language_model(model), family.projector(model)):
         for module in list(part.modules()):
             for name, child in list(module.named_children()):
@@ -213,7 +215,7 @@ def quantise(model: Any, family: Family, bits: str, device: torch.device) -> Non
 
 
 def _quantised(linear: nn.Linear, bits: str) -> Any:
-    """bitsandbytes' layer for a linear one; its weights are quantised when it is moved to a device."""
+    """Return bitsandbytes' layer for a linear layer; its weights are quantised when it is moved to a device."""
     import bitsandbytes as bnb
 
     made: Any = None

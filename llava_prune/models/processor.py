@@ -11,21 +11,21 @@ from typing import Any
 from .files import PROCESSOR, read_json
 
 WHOLE = "processor_config.json"
-"""File of a processor in newer releases; older ones have PROCESSOR alone."""
+"""File name of a processor's settings in newer transformers; older releases write only PROCESSOR."""
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 CLIP_LIKE = ("CLIP", "Llava", "LlavaNext")
-"""Image processors that resize and crop as CLIP's does; they differ before that, in what LLaVA's own code does."""
+"""Image processors that resize and crop like CLIP's. They differ only in the steps before, which LLaVA's code does."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What an AutoProcessor is made of, without its part for videos.
+    """The parts of an AutoProcessor, without the video processor.
 
     Attributes:
-        image_processor: of the checkpoint.
-        tokenizer: of the checkpoint.
-        chat_template: a Jinja template; None where the checkpoint has none.
+        image_processor: the checkpoint's image processor.
+        tokenizer: the checkpoint's tokenizer.
+        chat_template: a Jinja template; None if the checkpoint has none.
     """
 
     image_processor: Any
@@ -34,7 +34,7 @@ class Processor:
 
 
 def load_processor(folder: Path, tokenizer: Any) -> Any:
-    """The processor of a checkpoint; None where it has no tokenizer or no files of a processor.
+    """Load the processor of a checkpoint; None if it has no tokenizer or no readable processor.
 
     Raises:
         ValueError: for broken files.
@@ -49,7 +49,7 @@ def load_processor(folder: Path, tokenizer: Any) -> Any:
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         return AutoProcessor.from_pretrained(str(folder), **options)
-    except Exception as error:  # of other libraries, for packages that are not installed
+    except Exception as error:  # such as errors of other libraries about packages that are not installed
         log.debug("%s: no AutoProcessor (%s)", folder, error)
     try:
         images = AutoImageProcessor.from_pretrained(str(folder), **options)
@@ -68,7 +68,7 @@ def _template(folder: Path) -> str | None:
 
 
 def clip_settings(folder: Path) -> dict[str, Any] | None:
-    """The image settings of a checkpoint whose image processor is CLIP's or LLaVA's; None for any other.
+    """Read the image settings of a checkpoint whose image processor is CLIP's or LLaVA's; None for any other.
 
     Raises:
         ValueError: for broken files.

@@ -1,4 +1,4 @@
-"""CLIP's text tower and its projections, which LLaVA's checkpoints do not have: a folder that holds a whole CLIP."""
+"""CLIP's text tower and projections, loaded from a folder with a complete CLIP; LLaVA's checkpoints lack them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from .files import shapes
 
 SEGMENT = 77
-"""Positions of the text tower."""
+"""Number of token positions of the text tower."""
 NEEDED = ("text_projection.weight", "visual_projection.weight", "vision_model.post_layernorm.weight")
 
 
 class TextTower:
-    """Questions and patches in the space that CLIP shares between text and images; float32.
+    """Embeds questions and patches in the space that CLIP shares between text and images, in float32.
 
     Args:
-        folder: a CLIP in transformers' format, with its tokenizer.
+        folder: folder of a CLIP in transformers' format, with its tokenizer.
 
     Raises:
         ValueError: for a folder without a text tower.
@@ -49,10 +49,10 @@ class TextTower:
 
     @torch.no_grad()
     def patches(self, features: Tensor) -> Tensor:
-        """(N, T, C) float32 of patch features (N, T, Dv).
+        """Return (N, T, C) float32 embeddings of (N, T, Dv) patch features.
 
         Raises:
-            ValueError: for features of another width.
+            ValueError: for features whose width differs from that of this CLIP.
         """
         if features.shape[2] != self.visual.in_features:
             raise ValueError(
@@ -64,10 +64,10 @@ class TextTower:
 
     @torch.no_grad()
     def text(self, question: str, device: torch.device, strict: bool = False) -> Tensor:
-        """(M, C) float32, one vector for each segment of 77 tokens, filled up with id 0.
+        """Return (M, C) float32 embeddings of a question, one for each segment of 77 tokens; padded with id 0.
 
-        A segment is read at its end token; one without is read at its last token, or with `strict` at its largest id,
-        as the official code does.
+        The embedding of a segment is the output at its end token. Without an end token, it is the output at the last
+        token, or with `strict` at the token with the largest id, as in the official code of CDPruner.
         """
         ids = self.tokenizer(question, truncation=False, verbose=False).input_ids
         segments = [ids[i : i + SEGMENT] for i in range(0, len(ids), SEGMENT)]
@@ -82,7 +82,7 @@ class TextTower:
 
 
 def _place(segment: list[int], end: int, strict: bool) -> int:
-    """Where a segment is read."""
+    """Return the token position at which the embedding of a segment is read."""
     if end in segment:
         return segment.index(end)
     return segment.index(max(segment)) if strict else len(segment) - 1
@@ -90,5 +90,5 @@ def _place(segment: list[int], end: int, strict: bool) -> int:
 
 @functools.lru_cache(maxsize=2)
 def text_tower(folder: str) -> TextTower:
-    """The text tower of a folder, loaded once."""
+    """Return the text tower of a folder, which is loaded once."""
     return TextTower(folder)

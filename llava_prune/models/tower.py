@@ -1,4 +1,4 @@
-"""The vision tower of a checkpoint in LLaVA's format, which is a CLIP of its own: a folder or a hub id."""
+"""The vision tower of a checkpoint in LLaVA's format: a separate CLIP, given by a folder or hub id."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refu
 
 KINDS = ("clip", "clip_vision_model")
 OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-"""Starts of the names of what a whole CLIP holds beside its vision tower."""
+"""Prefixes of the names of tensors in a complete CLIP that do not belong to its vision tower."""
 
 
 def tower_config(place: str, model: dict[str, Any]) -> Any:
-    """The config of a tower, which is refused when it is not a CLIP's or not the one of a `model`'s config.
+    """Read the config of a tower and check that it is a CLIP that fits the config of a model.
 
-    Entries that name an attention backend are dropped: nothing depends on them, and transformers would download some.
+    Entries that name an attention backend are dropped: nothing depends on them, and transformers would download some
+    backends.
+
+    Args:
+        place: folder or hub id of the tower.
+        model: content of the model's config.json.
 
     Raises:
-        ValueError: naming the entry.
+        ValueError: with the entry that does not fit.
     """
     from transformers import CLIPVisionConfig
 
@@ -47,10 +52,10 @@ def tower_config(place: str, model: dict[str, Any]) -> Any:
 
 
 def check_vision(config: Any, file: Path) -> None:
-    """Refuse sizes of a vision tower that no tower has.
+    """Refuse a vision config whose sizes are not positive integers.
 
     Raises:
-        ValueError: naming the entry.
+        ValueError: with the entry.
     """
     for name in ("num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_size"):
         value = getattr(config, name, 1)
@@ -59,10 +64,10 @@ def check_vision(config: Any, file: Path) -> None:
 
 
 def load_tower(place: str, config: Any, dtype: torch.dtype) -> Any:
-    """The vision model, every weight of which is in the tower's files.
+    """Load the vision model and check that the tower's files contain exactly its weights.
 
     Raises:
-        ValueError: for weights that are missing, left over, integers or of another size.
+        ValueError: for weights that are missing, superfluous, integers or of the wrong size.
     """
     from transformers import CLIPVisionModel
 

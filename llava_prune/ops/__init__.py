@@ -1,1 +1,1 @@
-"""Pure tensor functions and counts that two papers or more use. Depends on torch only."""
+"""Tensor functions and token counts that two or more methods use. Depends on torch only."""

@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 def text_attention(attention: Tensor, text: Tensor, kernels: Any = None) -> Tensor:
-    """Attention on each key position, mean over heads and over the text tokens of a sample.
+    """Return the attention on each key position, mean over heads and over the text tokens of a sample.
 
     Args:
         attention: (B, H, Q, L) float32.
-        text: (B, Q) bool, or the weights of the query positions (`mean_weights`), for callers that use them in
-            every layer.
+        text: (B, Q) bool, text tokens among the query positions; or (B, Q) float, the weights of the query positions
+            (`mean_weights`), for callers that reuse them in every layer.
         kernels: see `View.kernels`.
 
     Returns:
-        (B, L) float32; a query whose attention is not finite in some head counts 0.
+        (B, L) float32; the attention of a query on a key counts as 0 if it is NaN in any head.
     """
     weight = text if text.is_floating_point() else mean_weights(text)  # (B, Q)
     if kernels is not None:
@@ -31,17 +31,17 @@ def text_attention(attention: Tensor, text: Tensor, kernels: Any = None) -> Tens
 
 
 def mean_weights(text: Tensor) -> Tensor:
-    """(B, Q) float32: the weight of each position in a mean over the positions that are `text`, (B, Q) bool."""
+    """Return (B, Q) float32: the weight of each position in a mean over the `text` positions, (B, Q) bool."""
     return text / text.sum(1, keepdim=True).clamp(min=1)
 
 
 def last_attention(attention: Tensor, product: bool = False) -> Tensor:
-    """Attention of the last query position on each key position, mean over heads.
+    """Return the attention of the last query position on each key position, mean over heads.
 
     Args:
         attention: (B, H, Q, L) float32.
-        product: average the dot products instead. A head's log-softmax is its dot product less a constant of the
-            query, so the mean of log-softmax ranks alike. Positions whose attention underflows tie.
+        product: rank by the mean of dot products instead. A head's log-softmax is its dot product minus a constant of
+            the query, so the mean of log-softmax gives the same ranking. Positions whose attention underflows tie.
 
     Returns:
         (B, L) float32.

@@ -1,4 +1,4 @@
-"""Recycle pruned tokens as means of density-peak clusters, as AutoPrune and SparseVLM do.
+"""Recycle pruned tokens as means of density-peak clusters, for AutoPrune and SparseVLM.
 
 Shapes: B samples, Q points, C clusters, L token positions, D hidden size.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 from .selection import per_sample, take, to_device
 
 RECYCLED = 0.3
-"""Share of the pruned tokens that is clustered; one cluster for every ten of them."""
+"""Share of the pruned tokens that is clustered; there is one cluster for every ten clustered tokens."""
 EPS = 1e-6
 """Added to the size of a cluster before dividing by it."""
 
 
 @functools.lru_cache(maxsize=8192)
 def recycled(pruned: int, share: float = RECYCLED) -> tuple[int, int]:
-    """(tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) for none, and for a share of 0."""
+    """Return (tokens clustered, clusters) for `pruned` dropped tokens; (0, 0) if no token is dropped or share is 0."""
     if pruned <= 0 or share <= 0:
         return 0, 0
     q = min(int(share * pruned) + 1, pruned)
@@ -30,23 +30,24 @@ def recycled(pruned: int, share: float = RECYCLED) -> tuple[int, int]:
 
 
 def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
-    """Density-peak clustering with k nearest neighbours, k being the number of clusters.
+    """Run density-peak clustering with k nearest neighbours, k being the number of clusters.
 
-    Source: specs of AutoPrune and SparseVLM; density exp(-mean of the k smallest squared distances, itself
-    included), distance to the nearest denser point, centres by their product; the official code's random noise of
-    1e-6 on the density is left out. Exact ties of centres go as torch.topk orders them.
+    The density of a point is exp(-mean of the k smallest squared distances), including the distance to itself. Centres
+    are the points with the largest product of density and distance to the nearest denser point. Exact ties are resolved
+    by torch.topk. Source: specifications of AutoPrune and SparseVLM, without the official code's random noise of 1e-6
+    on the density.
 
     Args:
-        points: (B, Q, D); the first counts[b] rows of a sample are points, the rest padding.
-        counts: points of each sample.
-        clusters: clusters of each sample, at most its points.
+        points: (B, Q, D); the first counts[b] rows of a sample are points, the others padding.
+        counts: number of points of each sample.
+        clusters: number of clusters of each sample, at most its number of points.
 
     Returns:
         (B, Q) long, the cluster of each point, numbered by descending centre score; -1 on padding.
     """
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
-    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # nothing to mask
+    even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # no padding, so no masks are needed
     distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
     numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
     if even:
@@ -54,7 +55,7 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
         delta = _to_denser(distance, density, distance.amax((1, 2), keepdim=True), None)
         centre = _centres(density * delta, counts, clusters)  # (B, C)
         label = distance.gather(2, centre[:, None].expand(-1, size, -1)).argmin(2)
-        return label.scatter_(1, centre, numbers)  # centres belong to themselves
+        return label.scatter_(1, centre, numbers)  # each centre belongs to its own cluster
     slots = torch.arange(size, device=device)
     real = (slots < per_sample(counts, points)).expand(points.shape[:2])  # (B, Q)
     pair = real[:, None] & real[:, :, None]  # (B, Q, Q)
@@ -64,29 +65,33 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     density = _density(nearest, per_sample([max(c, 1) for c in clusters], points)).masked_fill_(~real, -1.0)
     farthest = distance.masked_fill(~pair, 0).amax((1, 2), keepdim=True)
     delta = _to_denser(distance, density, farthest, pair)
-    centre = _centres(density * delta, counts, clusters)  # (B, C), Q where there is none
+    centre = _centres(density * delta, counts, clusters)  # (B, C), Q for no centre
     to_centre = distance.gather(2, centre.clamp(max=size - 1)[:, None].expand(-1, size, -1))  # (B, Q, C)
     label = to_centre.masked_fill_((centre >= size)[:, None], torch.inf).argmin(2)
-    label = torch.cat([label, label[:, :1]], 1)  # one column more, for the centres that are none
+    label = torch.cat([label, label[:, :1]], 1)  # an extra column, which entries without a centre write to
     return label.scatter_(1, centre, numbers)[:, :size].masked_fill(~real, -1)
 
 
 def _density(nearest: Tensor, count: Tensor | int) -> Tensor:
-    """(B, Q) from the distances (B, Q, K) to the nearest points, of which `count` are averaged."""
+    """Return (B, Q) densities from the distances (B, Q, K) to the nearest points, of which `count` are averaged."""
     return nearest.square().sum(2).div_(-count).exp_()
 
 
 def _to_denser(distance: Tensor, density: Tensor, farthest: Tensor, pair: Tensor | None) -> Tensor:
-    """(B, Q) distance to the nearest denser point, (B, 1, 1) `farthest` where there is none; only among `pair`s."""
+    """Return (B, Q) distance to the nearest denser point, or (B, 1, 1) `farthest` for a point without one.
+
+    If `pair` (B, Q, Q) is given, only pairs of points for which it is True count.
+    """
     denser = density[:, None] > density[:, :, None]  # (B, i, j): j denser than i
     return torch.where(denser if pair is None else denser & pair, distance, farthest).amin(2)
 
 
 def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> Tensor:
-    """(B, C) long: the best clusters[b] of the first counts[b] points, best first, Q filling up.
+    """Return (B, C) long: the best clusters[b] of the first counts[b] points, best first, padded with Q.
 
-    Equal scores are common (the two densest points are often each other's neighbour), and their order is the order
-    of the merged tokens. torch.topk decides it, as in the official code, so samples with the same counts share a call.
+    Equal scores are common (the two densest points are often each other's neighbour), and their order determines the
+    order of the merged tokens. They are ordered by torch.topk, as in the official code. Samples with the same counts
+    share a call.
     """
     size = score.shape[1]
     if len(set(zip(counts, clusters, strict=True))) == 1 and clusters[0]:
@@ -102,20 +107,20 @@ def _centres(score: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
 def cluster_means(
     hidden: Tensor, picked: Tensor, counts: Sequence[int], clusters: Sequence[int], kernels: Any = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Means of the clusters of some tokens.
+    """Cluster some tokens and return the means of the clusters.
 
     Args:
-        hidden: (B, L, D).
+        hidden: (B, L, D) hidden states.
         picked: (B, Q) long, positions of the tokens to cluster; the first counts[b] of a sample are real.
-        counts: tokens of each sample.
-        clusters: clusters of each sample.
+        counts: number of tokens of each sample.
+        clusters: number of clusters of each sample.
         kernels: see `View.kernels`.
 
     Returns:
-        (B, C, D) in the dtype of `hidden`; (B, Q) long, the cluster of each token as in `dpc_knn`, None where one
-        cluster takes them all.
+        (B, C, D) means in the dtype of `hidden`; (B, Q) long, the cluster of each token as in `dpc_knn`, or None if all
+        tokens are in one cluster.
     """
-    if set(clusters) == {1} and all(n == picked.shape[1] for n in counts):  # one cluster takes them all
+    if set(clusters) == {1} and all(n == picked.shape[1] for n in counts):  # all tokens are in one cluster
         size = picked.shape[1] + EPS
         if kernels is not None:
             mean: Tensor = kernels.mean_of(hidden, picked, size)
@@ -127,7 +132,7 @@ def cluster_means(
 
 
 def average(points: Tensor, label: Tensor, n_clusters: int) -> Tensor:
-    """Sum of each cluster divided by (size + EPS), as the official codes do.
+    """Return the sum of each cluster divided by (size + EPS), as in the official code.
 
     Args:
         points: (B, Q, D).

@@ -1,4 +1,4 @@
-"""Token counts and FLOPs that two methods or more are computed from: plain Python, no tensors."""
+"""Token counts and FLOPs that two or more methods use. Plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a model that token counts and FLOPs depend on; the defaults are LLaVA-1.5-7B's.
+    """The sizes of a model on which token counts and FLOPs depend; the defaults are those of LLaVA-1.5-7B.
 
     Attributes:
-        layers: L, decoder layers.
+        layers: L, number of decoder layers.
         hidden: d, hidden size.
         intermediate: m, MLP size.
-        visual: visual tokens before pruning.
+        visual: number of visual tokens before pruning.
     """
 
     layers: int = 32
@@ -45,9 +45,9 @@ class FlopsShare:
 
 
 def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: int) -> int:
-    """Visual tokens in the remaining layers for a mean of `tokens` entering, when `full` layers see all `n_visual`.
+    """Return the visual tokens after `full` unpruned layers for a mean of `tokens` entering all layers.
 
-    May be below 1, which means that the budget cannot be met.
+    A result below 1 means that the budget cannot be met.
     """
     if full >= n_layers:
         return 0
@@ -55,16 +55,18 @@ def tokens_after_full_layers(tokens: int, n_visual: int, n_layers: int, full: in
 
 
 def full_layers(tokens: int, n_visual: int, n_layers: int, choices: Sequence[int]) -> tuple[int, int]:
-    """(full layers, tokens in the others) for a mean of `tokens` entering: the first choice that leaves a token.
+    """Return (full layers, tokens in the others) for a mean of `tokens` entering all layers.
+
+    The first of `choices` is taken that leaves at least one token for the other layers.
 
     Args:
         tokens: budget, at most `n_visual`.
-        n_visual: visual tokens in the full layers.
-        n_layers: decoder layers.
+        n_visual: number of visual tokens in the full layers.
+        n_layers: number of decoder layers.
         choices: numbers of full layers, the preferred one first.
 
     Raises:
-        ValueError: for a budget that the full layers of every choice exceed.
+        ValueError: if the full layers exceed the budget for every choice.
     """
     for full in choices:
         rest = tokens_after_full_layers(tokens, n_visual, n_layers, full)
@@ -77,10 +79,12 @@ def full_layers(tokens: int, n_visual: int, n_layers: int, choices: Sequence[int
 
 
 def layer_flops(n: float, hidden: int, intermediate: int) -> float:
-    """4 n d^2 + 2 n^2 d + 3 n d m: one decoder layer on n tokens. Source: equation (2) of the supplement.
+    """Return the FLOPs of one decoder layer on n tokens, 4 n d^2 + 2 n^2 d + 3 n d m.
+
+    Source: equation (2) of the supplement.
 
     Args:
-        n: tokens of the layer.
+        n: number of tokens in the layer.
         hidden: d, hidden size.
         intermediate: m, MLP size.
 
@@ -93,17 +97,17 @@ def layer_flops(n: float, hidden: int, intermediate: int) -> float:
 
 
 def flops_visual_only(counts: Sequence[float], size: Size) -> float:
-    """Equation (2) with n_i the visual tokens of layer i."""
+    """Return the FLOPs of all layers by equation (2), with n_i the visual tokens of layer i."""
     return sum(layer_flops(n, size.hidden, size.intermediate) for n in counts)
 
 
 def percent_visual_only(counts: Sequence[float], size: Size) -> float:
-    """`flops_visual_only` in percent of the unpruned model's."""
+    """Return `flops_visual_only` in percent of that of the unpruned model."""
     return 100 * flops_visual_only(counts, size) / flops_visual_only([size.visual] * len(counts), size)
 
 
 def tokens_for_flops(flops: float, hidden: int, intermediate: int) -> int:
-    """The whole number of tokens nearest to a layer's FLOPs, the inverse of `layer_flops`; 0 for none."""
+    """Return the rounded number of tokens for a layer's FLOPs, the inverse of `layer_flops`; 0 if flops <= 0."""
     if flops <= 0:
         return 0
     linear, square = 4 * hidden**2 + 3 * hidden * intermediate, 2 * hidden

@@ -20,7 +20,7 @@ class Merge:
     Attributes:
         kept: (N, t') long, the tokens that remain, in output order.
         merged: (N, r) long, the tokens that are merged into another.
-        destination: (N, r) long, places in `kept` that they are merged into.
+        destination: (N, r) long, for each of them the position in `kept` of the token that it is merged into.
     """
 
     kept: Tensor
@@ -29,17 +29,19 @@ class Merge:
 
 
 def merge_tokens(merge: Merge, states: Tensor, size: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means weighted by size, without atomic operations, so that results repeat bit for bit.
+    """Merge tokens by means weighted by size.
+
+    No atomic operations are used, so results are bitwise reproducible.
 
     Args:
         merge: which tokens are merged into which.
-        states: (N, t, D).
-        size: (N, t) float32, patches in each token.
-        groups: (N, T) long, the token that each patch is in.
+        states: (N, t, D) states of the tokens.
+        size: (N, t) float32, number of patches in each token.
+        groups: (N, T) long, the token that contains each patch.
 
     Returns:
-        (N, t', D) in the dtype of `states`, (N, t') and (N, T) afterwards. A token that receives no other is
-        unchanged bit for bit.
+        (N, t', D) states in the dtype of `states`, (N, t') sizes and (N, T) groups after the merge. A token that
+        receives no other token is bitwise unchanged.
     """
     count = merge.kept.shape[1]
     joins = torch.nn.functional.one_hot(merge.destination, count).transpose(1, 2).float()  # (N, t', r)

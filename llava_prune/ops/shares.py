@@ -1,4 +1,4 @@
-"""Share a budget among parts in proportion to weights, on the device.
+"""Divide a budget among parts in proportion to weights, on the device.
 
 Shapes: B samples or images, P parts of each.
 """
@@ -14,23 +14,23 @@ from .selection import inverse
 
 
 def proportional(weight: Tensor, total: Tensor, room: Tensor, first: Literal["weight", "fraction"]) -> Tensor:
-    """Shares of a total: rounded down, the remainder one each, and what a part has no room for to the others.
+    """Divide a total among parts in proportion to weights, with an upper limit for each part.
 
-    What does not fit is shared again among the parts that have room, until all of the total is given out or every
-    part is full.
+    Shares are rounded down, and the remainder is given out one by one. Amounts above the limit of a part are divided
+    again among the parts that have room, until the whole total is given out or every part is full.
 
     Args:
-        weight: (B, P) float, at least 0. Where those of all parts with room are 0, their room is the weight.
-        total: (B, 1) long.
-        room: (B, P) long, the most that each part takes.
-        first: parts that get the remainder first: those of the largest weight, or of the largest fraction that was
-            rounded off; ties go by index.
+        weight: (B, P) float, at least 0. If the weights of all parts with room are 0, their room is the weight.
+        total: (B, 1) long, the total to divide.
+        room: (B, P) long, the upper limit of each part.
+        first: parts that get the remainder first: those with the largest weight ("weight"), or those with the largest
+            fraction that was rounded off ("fraction"); ties are resolved by index.
 
     Returns:
-        (B, P) long.
+        (B, P) long, the share of each part.
     """
     given = torch.zeros_like(room)
-    for _ in range(weight.shape[1]):  # each round gives everything out or fills a part
+    for _ in range(weight.shape[1]):  # each round gives out the whole total or fills a part
         free = room - given
         left = total - given.sum(1, keepdim=True)  # (B, 1)
         some = weight * (free > 0)

@@ -1,1 +1,1 @@
-"""What happens in a request: its state, vision hooks, prefill and decoding."""
+"""The runtime of a request: its state, the vision hooks, the prefill, decoding and the record."""

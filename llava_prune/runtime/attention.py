@@ -1,7 +1,7 @@
-"""Attention of a few query positions, computed beside the layer.
+"""Attention of a few query positions, computed next to the layer.
 
-The attention backend (eager, sdpa, flash) makes the layer's output; only the attention that a method asks for is
-computed again, so no L x L matrix exists anywhere.
+The attention backend (eager, sdpa, flash) computes the layer's output. Only the attention of the query positions that a
+method asks for is computed a second time, so an L x L matrix is never built.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .decoder import heads
 
 
 def head_group(attention: Any) -> Any:
-    """The processes that an attention module's heads are split over (tensor parallelism), None where it has them all.
+    """Return the process group over which an attention module's heads are split, or None if it holds all heads.
 
-    Both engines say so at the projection: transformers' by a weight that is a DTensor, DeepSpeed by a layer of its own.
+    The key projection shows the split: under transformers' tensor parallelism its weight is a DTensor, under DeepSpeed
+    it is a layer with an `mp_group`.
     """
     projection = attention.k_proj
     mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)
@@ -34,7 +35,7 @@ def head_group(attention: Any) -> Any:
 
 
 def all_heads(attention: Any, values: Tensor) -> Tensor:
-    """(B, H, ...) of all heads from those of this process, in the order of the whole model."""
+    """Gather (B, H, ...) values of all heads from the heads of every process, in the head order of the whole model."""
     group = head_group(attention)
     if group is None:
         return values
@@ -54,16 +55,16 @@ def decoder_attention(
     queries: Tensor | None = None,
     kernels: Any = None,
 ) -> Tensor:
-    """Softmax attention of some query positions in a decoder layer.
+    """Compute the softmax attention of some query positions in a decoder layer.
 
     Args:
         layer: decoder layer of a supported language model, see `decoder.ARCHITECTURES`.
         hidden: (B, L, D) input of the layer, on the layer's device.
-        rope: cosine and sine, (B or 1, L, dh) each.
-        positions: a slice with start and stop, or (Q,) long.
-        valid: (B, L) bool, or None when no position is padding.
-        keys: (B, KV, L, dh) keys with rotary positions, as the cache holds them; None computes them.
-        queries: (B, Q, H dh) query projections, as the layer made them; None computes them.
+        rope: cosine and sine of the rotary embedding, (B or 1, L, dh) each.
+        positions: query positions: a slice with start and stop, or (Q,) long.
+        valid: (B, L) bool, or None if no position is padding.
+        keys: (B, KV, L, dh) keys with rotary embedding, as in the KV cache; None to compute them.
+        queries: (B, Q, H dh) query projections of the layer; None to compute them.
         kernels: see `View.kernels`.
 
     Returns:
@@ -100,40 +101,42 @@ def decoder_attention(
 
 
 def decoder_keys(layer: nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor | None) -> Tensor:
-    """(B, KV, L, dh) keys of all heads of a decoder layer, with rotary positions; arguments as `decoder_attention`."""
+    """Return (B, KV, L, dh) keys of all heads with rotary embedding; arguments as in `decoder_attention`."""
     attn: Any = layer.self_attn
     norm: Any = layer.input_layernorm
     return all_heads(attn, _project_keys(attn, norm(hidden), rope) if keys is None else keys)
 
 
 def _project_keys(attn: Any, states: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, KV, L, dh) keys of this process's heads from normed states (B, L, D)."""
+    """Return (B, KV, L, dh) keys of this process's heads from normed (B, L, D) states."""
     return _rotate(heads(attn, "k", attn.k_proj(states)), *rope)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(B, H, Q, dh) with rotary positions, whose cosine and sine are (B or 1, Q, dh)."""
+    """Apply the rotary embedding, cosine and sine (B or 1, Q, dh), to (B, H, Q, dh) states."""
     return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
 
 
 @functools.cache
 @torch.inference_mode(False)
 def _future(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys) bool, the later keys that a query does not see, both starting at the first query.
+    """Return the (queries, keys) bool causal mask, True where a key is later than the query.
 
-    A few kilobytes for each number of text tokens, kept for good: captured prefills read it in place.
+    The first key and the first query have the same position.
+
+    The masks are cached permanently, since captured prefills read them in place. Each takes a few kilobytes.
     """
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(1)
 
 
 @dataclass(frozen=True)
 class RecordedAttention:
-    """What one block of the vision tower showed.
+    """Attention, keys and queries recorded in one block of the vision tower.
 
     Attributes:
         attention: (N, H, Q, 1 + T) float32, softmax attention of the recorded query positions.
-        keys: (N, H, 1 + T, dh).
-        queries: (N, H, Q, dh).
+        keys: (N, H, 1 + T, dh) keys of all positions.
+        queries: (N, H, Q, dh) queries of the recorded positions.
     """
 
     attention: Tensor
@@ -144,30 +147,30 @@ class RecordedAttention:
         return self.attention, self.keys, self.queries
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RecordedAttention:
-        """With `change` applied to every tensor."""
+        """Return a copy with `change` applied to every tensor."""
         return RecordedAttention(*map(change, self.tensors()))
 
     @staticmethod
     def joined(several: Sequence[RecordedAttention], join: Callable[[list[Tensor]], Tensor]) -> RecordedAttention:
-        """Several records of a block as one; `join` is torch.cat or torch.stack."""
+        """Join several recordings of a block into one; `join` is torch.cat or torch.stack."""
         parts = zip(*(r.tensors() for r in several), strict=True)
         return RecordedAttention(*(join(list(part)) for part in parts))
 
 
 def tower_parts(layer: nn.Module) -> tuple[Any, Any, float]:
-    """Norm, attention and its scale of a block of a vision tower: CLIP's and SigLIP's names, then DINOv2's."""
+    """Return the first norm, the attention module and its scale of a block of CLIP, SigLIP or DINOv2."""
     attn: Any = getattr(layer, "self_attn", None) or layer.attention
     norm: Any = getattr(layer, "layer_norm1", None) or layer.norm1
     return norm, attn, attn.scale if hasattr(attn, "scale") else attn.scaling
 
 
 def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> RecordedAttention:
-    """Softmax attention of some query positions in a block of a vision tower, with keys and queries.
+    """Compute softmax attention, keys and queries of some query positions in a block of a vision tower.
 
     Args:
         layer: block of CLIP, SigLIP or DINOv2.
-        hidden: (N, K, Dv) input of the layer, K being 1 + T with a class token.
-        positions: query positions, 0 being the class token; [EVERY] for the mean over all of them.
+        hidden: (N, K, Dv) input of the block; K is 1 + T with a class token.
+        positions: query positions, position 0 being the class token; [EVERY] for the mean over all query positions.
     """
     norm, attn, scale = tower_parts(layer)
     n, length = hidden.shape[:2]
@@ -175,7 +178,7 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
     keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, K, dh)
     asked = states if positions == [EVERY] else states[:, positions]
     query = attn.q_proj(asked).view(n, asked.shape[1], -1, attn.head_dim).transpose(1, 2)  # (N, H, Q, dh)
-    if positions == [EVERY]:  # one image after the other: K x K numbers a head
+    if positions == [EVERY]:  # one image at a time, since each needs a K x K matrix per head
         parts = [(q @ k.mT * scale).softmax(-1, dtype=torch.float32).mean(1) for q, k in zip(query, keys, strict=True)]
         attention, query = torch.stack(parts)[:, :, None], query.mean(2, keepdim=True)  # (N, H, 1, K), (N, H, 1, dh)
     else:
@@ -184,22 +187,28 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
 
 
 def catch_mlp_input(layer: nn.Module, wanted: bool) -> AbstractContextManager[list[Tensor]]:
-    """Catch the input of a decoder layer's MLP while it runs in this thread: a list of one tensor (B, L, D)."""
+    """Catch the input of a decoder layer's MLP while the layer runs in this thread, as a list of one (B, L, D) tensor.
+
+    The list stays empty if `wanted` is False.
+    """
     norm: Any = layer.post_attention_layernorm
     return output_of(norm, lambda x: x) if wanted else nullcontext([])
 
 
 def catch_queries(layer: nn.Module, positions: Positions | None) -> AbstractContextManager[list[Tensor]]:
-    """Catch query projections while a decoder layer runs in this thread: a list of one tensor (B, Q, H dh)."""
+    """Catch query projections while a decoder layer runs in this thread, as a list of one (B, Q, H dh) tensor.
+
+    The list stays empty if `positions` is None.
+    """
     attn: Any = layer.self_attn
     if positions is None:
         return nullcontext([])
-    return output_of(attn.q_proj, lambda x: x[:, positions].clone())  # a slice would keep all positions alive
+    return output_of(attn.q_proj, lambda x: x[:, positions].clone())  # a view would keep all positions in memory
 
 
 @contextmanager
 def output_of(module: nn.Module, pick: Callable[[Any], Tensor]) -> Iterator[list[Tensor]]:
-    """A list that holds `pick` of the module's output after it ran in this thread; empty before."""
+    """Yield a list that receives `pick(output)` whenever the module runs in this thread; it is empty before."""
     box: list[Tensor] = []
     thread = threading.get_ident()
 

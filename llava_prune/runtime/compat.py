@@ -1,4 +1,4 @@
-"""The only imports of transformers internals."""
+"""All imports of transformers internals."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if Version(transformers.__version__) < FLOOR:
     raise ImportError(f"transformers {transformers.__version__} is too old for llava_prune; install >= {FLOOR}")
 
 CACHES = ("cache", "past_key_values")
-"""Names of the argument that holds the KV cache: since transformers 5.24, and before."""
+"""Names of the argument that holds the KV cache: `cache` since transformers 5.24, `past_key_values` before."""
 CACHE = next(name for name in CACHES if name in inspect.signature(LlamaModel.forward).parameters)
-"""The one of this release."""
+"""The name in the installed release."""
 
 CAUSAL = ("sdpa", "flash_attention_2")
-"""Backends that are causal by themselves when no mask is given, and take a mask of theirs without `create_causal_mask`:
-bool (B, 1, q, keys) or (B, keys)."""
+"""Attention backends that are causal without a mask, and that also take a bool mask which `create_causal_mask` has not
+made: (B, 1, q, keys) for sdpa, (B, keys) for flash attention."""
 
 
 def given_cache(given: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a call, under either name; None where there is none."""
+    """Return the KV cache among the arguments of a call, under either name, or None."""
     return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 def split_by_plan(model: Any, processes: int) -> None:
-    """Leave this process its part of a model in memory, by the model's own plan (`tp_plan="auto"`); in place.
+    """Split a model in memory over the processes in place, by the model's own plan (`tp_plan="auto"`).
 
     Raises:
-        ValueError: for a release that splits models only while it reads them.
+        ValueError: for a transformers release that can split a model only while loading it.
     """
     from torch.distributed import get_backend
     from torch.distributed.device_mesh import init_device_mesh

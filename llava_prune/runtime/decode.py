@@ -1,7 +1,8 @@
-"""Later tokens of a pruned request.
+"""Decoding steps of a pruned request.
 
-Masks and positions are computed per stage, from each layer's cache or from the unpruned length, as the method says;
-those that generate() passes know nothing of cuts.
+Attention masks and positions are computed per stage, from the length of each layer's cache or from the unpruned length
+(`Method.decode`). The masks and positions that generate() passes refer to the unpruned sequence and are not used as
+they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from .compat import CACHE, CAUSAL, create_causal_mask
 
 @dataclass
 class Stage:
-    """Layers from `first` on share this sequence: (B, L) mask (None when no position is padding) and its length."""
+    """A group of consecutive layers that see the same tokens.
+
+    Attributes:
+        first: the first layer of the group; it ends before the first layer of the next stage.
+        valid: (B, L) attention mask; None if no position is padding.
+        length: L, number of token positions.
+    """
 
     first: int
     valid: Tensor | None
@@ -29,14 +36,14 @@ class Stage:
 
 @dataclass
 class DecodeState:
-    """Made by the prefill, found again by every later step through the KV cache.
+    """The state that decoding needs. The prefill creates it and attaches it to the KV cache.
 
     Attributes:
-        stages: ascending by first layer, the first at layer 0.
-        length: positions of the prompt as generate() counts them.
-        starts: (S, B, 1) position of the next token in each stage, or (1, B, 1) when all stages share it.
-        whole: False once a later turn brought tokens that may be padding.
-        open: whether a pruned model is decoding now, so that the KV cache may grow.
+        stages: ascending by first layer; the first stage begins at layer 0.
+        length: length of the unpruned prompt, as generate() counts it.
+        starts: (S, B, 1) position of the next token in each stage, or (1, B, 1) if all stages share it.
+        whole: False once a later turn has added tokens that may be padding.
+        open: whether a pruned model is decoding, so that the KV cache may grow.
     """
 
     stages: list[Stage]
@@ -46,13 +53,13 @@ class DecodeState:
     open: bool = False
 
     def keep_in(self, cache: Any) -> None:
-        """Hang the state on a KV cache, which then refuses new tokens from a model that does not know of it."""
+        """Attach the state to a KV cache, which then refuses new tokens from a model that is not pruned."""
         cache._llava_prune = self
         cache.update = functools.partial(_guarded_update, self, cache.update)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Let the KV cache grow for the length of the block."""
+        """Allow the KV cache to grow for the duration of the block."""
         self.open = True
         try:
             yield
@@ -61,7 +68,7 @@ class DecodeState:
 
 
 def _guarded_update(state: DecodeState, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Cache.update` of a pruned request."""
+    """Run `Cache.update` for a cache of a pruned request; raise outside `DecodeState.decoding`."""
     if not state.open:
         raise ValueError(
             "this KV cache belongs to a pruned request, its layers differ in length, and the model is not pruned any "
@@ -71,13 +78,13 @@ def _guarded_update(state: DecodeState, stock: Any, *args: Any, **kwargs: Any) -
 
 
 def decode_state(cache: Any) -> DecodeState | None:
-    """The decode state of a cache with tokens in it; None for a new cache or an unpruned one."""
+    """Return the decode state of a cache that holds tokens; None for an empty cache or one of an unpruned request."""
     found: DecodeState | None = getattr(cache, "_llava_prune", None)
     return found if found is not None and cache.get_seq_length() else None
 
 
 def refuse_later_image(past: int) -> NoReturn:
-    """An image that comes after the prefill."""
+    """Raise the error for an image that comes after the prefill."""
     raise ValueError(
         f"an image after {past} cached tokens: images are pruned in the prefill only; start a new cache with the whole "
         "conversation"
@@ -85,10 +92,10 @@ def refuse_later_image(past: int) -> NoReturn:
 
 
 def _seen(request: DecodeState, cache: Any, batch: int) -> int:
-    """Tokens that every layer has cached since the prefill.
+    """Return the number of tokens that every layer has cached since the prefill.
 
     Raises:
-        ValueError: when the cache was cropped into the prompt or unevenly, or its samples were selected or repeated.
+        ValueError: if the cache was cropped into the prompt or unevenly, or if its samples were selected or repeated.
     """
     seen: int = cache.get_seq_length() - request.stages[0].length
     if seen < 0 or any(cache.get_seq_length(s.first) != s.length + seen for s in request.stages):
@@ -103,7 +110,7 @@ def _seen(request: DecodeState, cache: Any, batch: int) -> int:
 
 
 def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
-    """The index of the stage that each layer is in."""
+    """Return the index of the stage of each layer."""
     first, n, out = {s.first: n for n, s in enumerate(stages)}, 0, []
     for i in range(layers):
         n = first.get(i, n)
@@ -120,16 +127,16 @@ def through(
     cache: Any,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """(B, q, D) states after the last layer.
+    """Run new tokens through all decoder layers and return their (B, q, D) states after the last layer.
 
     Args:
         lm: the language model.
-        stages: of the request.
-        positions: (S or 1, B, q) long, of each stage or of all.
-        masks: attention masks of the layers of each stage.
-        hidden: (B, q, D) new tokens.
+        stages: the stages of the request.
+        positions: (S or 1, B, q) long, position ids for each stage or for all stages.
+        masks: one attention mask for each stage.
+        hidden: (B, q, D) embeddings of the new tokens.
         cache: the KV cache.
-        kwargs: further arguments of a layer.
+        kwargs: further arguments of a decoder layer.
     """
     cos, sin = lm.rotary_emb(hidden, positions.flatten(0, 1))
     shape = (*positions.shape, cos.shape[-1])
@@ -148,7 +155,17 @@ def through(
 
 
 class Decode:
-    """Later tokens of a request: no cuts, each layer with its own cache length, mask and positions."""
+    """One decoding step of a request, or a later turn of several tokens. Nothing is cut.
+
+    Each stage has its own cache length, attention mask and positions.
+
+    Args:
+        lm: the language model.
+        request: the decode state of the request.
+        cache: the KV cache.
+        mask: (B, L) attention mask over the unpruned sequence and all tokens after it, or None.
+        hidden: (B, q, D) embeddings of the new tokens.
+    """
 
     def __init__(self, lm: Any, request: DecodeState, cache: Any, mask: Any, hidden: Tensor) -> None:
         self.lm, self.request, self.cache = lm, request, cache
@@ -178,13 +195,13 @@ class Decode:
 
     def _mask(self, hidden: Tensor, stage: Stage) -> Any:
         if stage.valid is None and self.plain:
-            return None  # one query that sees every key
+            return None  # a single query attends to every key
         before = stage.valid
         if before is None:
             before = torch.ones(hidden.shape[0], stage.length, dtype=torch.bool, device=hidden.device)
         live = torch.cat([before.to(hidden.device).bool(), self.tail], 1)
         backend = self.lm.config._attn_implementation
-        if self.q == 1 and backend in CAUSAL:  # the mask that transformers would make, without its look at the values
+        if self.q == 1 and backend in CAUSAL:  # transformers' mask, without its inspection of the values
             return live[:, None, None] if backend == "sdpa" else live
         return create_causal_mask(
             config=self.lm.config,

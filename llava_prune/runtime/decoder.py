@@ -1,4 +1,4 @@
-"""What the decoder layers of the supported language models have in common, and where they differ."""
+"""The decoder layers of the supported language models: what they share and how they differ."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch import Tensor
 
 ARCHITECTURES = {"LlamaDecoderLayer": "Llama", "MistralDecoderLayer": "Mistral"}
 ARCHITECTURES |= {"Qwen2DecoderLayer": "Qwen2", "Qwen3DecoderLayer": "Qwen3"}
-"""Decoder layers that can be pruned by class name. Their parts have the same names and are called in the same order; an
-attention with `q_norm` and `k_norm` (Qwen3) norms each head between projection and rotary embedding."""
+"""Class name of a supported decoder layer -> architecture. The parts of these layers have the same names and are called
+in the same order. An attention module with `q_norm` and `k_norm` (Qwen3) normalises each head between projection and
+rotary embedding."""
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-"""What a layer must have, whatever its class is called."""
+"""Attributes that a decoder layer must have in addition to its class name."""
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling", "num_key_value_groups")
-"""What its attention must have to be computed beside it."""
+"""Attributes that its attention module must have, so that attention can be computed next to the layer."""
 
 
 def architecture(lm: Any) -> str | None:
-    """The architecture of a language model by the class of its decoder layers; None where it is not supported."""
+    """Return the architecture of a language model by the class of its decoder layers; None if it is not supported."""
     one_of_each = {type(layer): layer for layer in getattr(lm, "layers", ())}
     kinds = {_kind(layer) for layer in one_of_each.values()}
     return kinds.pop() if len(kinds) == 1 else None
@@ -31,13 +32,13 @@ def _kind(layer: Any) -> str | None:
 
 
 def refuse_window(lm: Any) -> None:
-    """Refuse a language model whose layers see a window of the last tokens only.
+    """Refuse a language model that attends to a sliding window of the last tokens only.
 
-    Visual tokens outside the window would count as kept although no layer sees them, and layers of different cache
-    lengths would have windows over different tokens.
+    Visual tokens outside the window would count as kept although no layer attends to them, and layers of different
+    cache lengths would have windows over different tokens.
 
     Raises:
-        ValueError: with the window and the way out.
+        ValueError: if the layers use a sliding window. The message says how to disable it.
     """
     config = lm.config
     kinds = getattr(config, "layer_types", None)
@@ -52,10 +53,10 @@ def refuse_window(lm: Any) -> None:
 
 
 def heads(attn: Any, which: str, projected: Tensor) -> Tensor:
-    """(B, H, n, dh) queries or keys without rotary embedding.
+    """Return (B, H, n, dh) queries or keys before the rotary embedding.
 
     Args:
-        attn: attention of a decoder layer.
+        attn: attention module of a decoder layer.
         which: "q" or "k".
         projected: (B, n, H dh) output of `q_proj` or `k_proj`.
     """

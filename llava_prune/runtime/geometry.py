@@ -1,4 +1,4 @@
-"""Where in an image each visual token is, with padding, resizing and crops undone. Plain Python, no tensors."""
+"""Map visual tokens to boxes in the user's image, undoing padding, resizing and cropping. Plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the user's image."""
 LEAST_RATIO = 1.1
-"""Ratio of sides up to which a stitched grid is not interpolated (LLaVA-OneVision)."""
+"""Largest ratio of side lengths at which a stitched grid is not interpolated (LLaVA-OneVision)."""
 ENTIRE, CROPPED = "image", "crops"
 """Names of views, see `ImageView`."""
 
 
 @dataclass(frozen=True)
 class ImageView:
-    """Visual tokens whose patches tile an image.
+    """A run of visual tokens whose patches tile an image.
 
     Attributes:
-        name: "image" where the vision tower sees the image as a whole, "crops" for the crops of LLaVA-NeXT together.
+        name: "image" for the image encoded as a whole, "crops" for all crops of LLaVA-NeXT together.
         first: index of the first token among the visual tokens of the image.
-        boxes: place of each token; None for tokens that show padding only, newline tokens and class tokens.
+        boxes: box of each token; None for tokens that show padding only, newline tokens and class tokens.
     """
 
     name: str
@@ -31,19 +31,20 @@ class ImageView:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a model's images become visual tokens.
+    """How a model turns images into visual tokens.
 
     Attributes:
-        grid: (rows, columns) of patches that the vision tower sees in an image or crop.
-        side: pixels of the tower's input, which is a square.
+        grid: (rows, columns) of patches in an image or crop.
+        side: side of the tower's square input in pixels.
         padded: whether images are padded to a square. Otherwise their shorter side is resized to `side` and the centre
             is cropped.
-        leading: tokens before the patches of an image (the class token, where the model keeps it).
-        resolutions: (width, height) that images are cut up at (LLaVA-NeXT); empty where they are seen whole.
+        leading: number of tokens before the patches of an image (the class token, if the model keeps it).
+        resolutions: (width, height) pairs at which images are split into crops (LLaVA-NeXT); empty if images are
+            encoded whole.
         merge: how crops become a sequence: "spatial_unpad", "spatial" or "flat"; see `mm_patch_merge_type` of LLaVA.
-        digits: decimals to which a side without padding is rounded before it is cut off; None for no rounding.
-        most: crops whose number of patches the tokens of more crops are interpolated to (LLaVA-OneVision's
-            anyres_max); None for no limit.
+        digits: decimals to which the unpadded side length is rounded before it is truncated; None for no rounding.
+        most: limit of the number of crops, above which the tokens of an image are interpolated to the number of patches
+            of this many crops (LLaVA-OneVision's anyres_max); None for no limit.
     """
 
     grid: tuple[int, int]
@@ -56,7 +57,7 @@ class Geometry:
     most: int | None = None
 
     def views(self, size: tuple[int, int]) -> list[ImageView]:
-        """The visual tokens of an image by the views that the tower has of it, in their order.
+        """Return the visual tokens of an image, grouped into views, in sequence order.
 
         Args:
             size: (width, height) of the user's image.
@@ -71,14 +72,14 @@ class Geometry:
         return [ImageView(ENTIRE, 0, whole), ImageView(CROPPED, len(whole), tuple(self._crops(size)))]
 
     def count(self, size: tuple[int, int]) -> int:
-        """Visual tokens of an image of (width, height)."""
+        """Return the number of visual tokens of an image of (width, height)."""
         return sum(len(view.boxes) for view in self.views(size))
 
     def _crops(self, size: tuple[int, int]) -> Iterator[Box | None]:
-        """Places of the tokens after those of the whole image.
+        """Yield the boxes of the tokens that follow those of the whole image.
 
         Source: llava/mm_utils.py `process_anyres_image` and llava_arch.py; transformers' image processor and
-        `pack_image_features` of LlavaNext do the same but for `digits`.
+        `pack_image_features` of LlavaNext do the same except for `digits`.
         """
         target = best_resolution(size, self.resolutions)
         across, down = target[0] // self.side, target[1] // self.side
@@ -99,7 +100,7 @@ class Geometry:
     def _interpolated(
         self, place: Box, grid: tuple[int, int], rows: range, columns: range
     ) -> tuple[Box, tuple[int, int], range, range]:
-        """A part of a stitched grid, coarser where the model limits its tokens.
+        """Return a part of a stitched grid, made coarser if the model limits the number of its tokens.
 
         Source: `pack_image_features` of transformers' LlavaOnevision.
         """
@@ -116,7 +117,7 @@ class Geometry:
         return part, coarse, range(coarse[0]), range(coarse[1])
 
     def _unpadded(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[range, range]:
-        """Rows and columns of the stitched grid that remain. Source: `unpad_image` of both packages."""
+        """Return the rows and columns of the stitched grid without padding. Source: `unpad_image` of both packages."""
         (width, height), (rows, columns) = size, grid
         if width / height > columns / rows:
             gap = (rows - self._whole(height * (columns / width))) // 2
@@ -129,9 +130,10 @@ class Geometry:
 
 
 def best_resolution(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (width, height) at which an image is cut up: most pixels of the image, then fewest of padding.
+    """Return the (width, height) at which an image is split into crops.
 
-    Source: `select_best_resolution` of both packages; the first of equals.
+    The resolution that keeps most pixels of the image is chosen; among equals, the one with the least padding, then the
+    first one. Source: `select_best_resolution` of both packages.
     """
     width, height = size
 
@@ -144,7 +146,7 @@ def best_resolution(size: tuple[int, int], resolutions: tuple[tuple[int, int], .
 
 
 def fitted(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of an image of `size` resized to fit into `target`, the aspect ratio kept.
+    """Return the (width, height) of an image of `size` after resizing it into `target` with its aspect ratio kept.
 
     Source: `resize_and_pad_image` of llava/mm_utils.py.
     """
@@ -154,11 +156,11 @@ def fitted(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     return min(math.ceil(width * y), target[0]), target[1]
 
 
-# where the tower's input lies in the user's image: a box that may be larger or smaller than the image -------------
+# the box of the tower's input in the user's image, which may be larger or smaller than the image -----------------
 
 
 def _padded(size: tuple[int, int]) -> Box:
-    """A square of the longer side, the image in its middle (rounded down)."""
+    """Return the box of an image that is padded to a square and centred in it (offset rounded down)."""
     width, height = size
     side = max(size)
     left, top = -((side - width) // 2), -((side - height) // 2)
@@ -166,7 +168,10 @@ def _padded(size: tuple[int, int]) -> Box:
 
 
 def _cropped(size: tuple[int, int], side: int) -> Box:
-    """The shorter side resized to `side`, then the centre cropped. Source: CLIP's image processor of transformers."""
+    """Return the box of a centre crop after the shorter side was resized to `side`.
+
+    Source: CLIP's image processor of transformers.
+    """
     width, height = size
     short = min(size)
     new_width, new_height = (side if n == short else int(side * n / short) for n in size)
@@ -176,7 +181,7 @@ def _cropped(size: tuple[int, int], side: int) -> Box:
 
 
 def _pasted(size: tuple[int, int], target: tuple[int, int]) -> Box:
-    """Resized to fit into `target` with the aspect ratio kept, black around it."""
+    """Return the box of an image that is resized into `target` with its aspect ratio kept and padded in black."""
     width, height = size
     new_width, new_height = fitted(size, target)
     x, y = width / new_width, height / new_height
@@ -187,7 +192,7 @@ def _pasted(size: tuple[int, int], target: tuple[int, int]) -> Box:
 def _boxes(
     size: tuple[int, int], grid: tuple[int, int], rows: range | list[int], columns: range, place: Box
 ) -> Iterator[Box | None]:
-    """Boxes of some cells of a grid over `place`, cut off at the borders of the image; None outside of it."""
+    """Yield the boxes of some cells of a grid over `place`, clipped to the image; None for a cell outside the image."""
     left, top, right, bottom = place
     width, height = (right - left) / grid[1], (bottom - top) / grid[0]
     for row in rows:
@@ -206,9 +211,9 @@ class Seen:
     """The images of a prefill of B samples.
 
     Attributes:
-        geometry: of the model.
-        n_visual: visual tokens of each sample before pruning.
-        sizes: (width, height) of the images where the caller gave them.
+        geometry: the geometry of the model.
+        n_visual: number of visual tokens of each sample before pruning.
+        sizes: (width, height) of the images, if the caller has given them.
     """
 
     geometry: Geometry
@@ -216,7 +221,7 @@ class Seen:
     sizes: list[tuple[int, int]] | None = None
 
     def views(self, size: tuple[int, int], sample: int = 0, padded: bool | None = None) -> list[ImageView]:
-        """The visual tokens of a sample by the views that the tower had of its image.
+        """Return the visual tokens of a sample, grouped into views of its image.
 
         Args:
             size: (width, height) of the sample's image.
@@ -224,8 +229,8 @@ class Seen:
             padded: overrides `Geometry.padded`.
 
         Raises:
-            ValueError: for a sample that is not there, or has no image or several, for another image, and for `padded`
-                on a model whose images come in crops.
+            ValueError: for a sample that does not exist or does not have exactly one image, for a size that is not
+                that of its image, and for `padded` on a model that splits images into crops.
         """
         batch = len(self.n_visual)
         if not 0 <= sample < batch:
@@ -252,12 +257,12 @@ class Seen:
         return views
 
     def _size(self, sample: int) -> tuple[int, int] | None:
-        """The size that the caller gave for a sample with one image; None where it cannot be told."""
+        """Return the size that the caller gave for the image of a sample, or None if it is not known."""
         if not self.sizes:
             return None
         patches = self.geometry.grid[0] * self.geometry.grid[1] + self.geometry.leading
         counts = [min(n, 1) if self.geometry.resolutions else n // patches for n in self.n_visual]
-        if sum(counts) % len(self.sizes):  # package llava gives each sample without an image a blank one
+        if sum(counts) % len(self.sizes):  # package llava uses a blank image for each sample without an image
             counts = [max(n, 1) for n in counts]
         beams, rest = divmod(sum(counts), len(self.sizes))
         if rest or counts[sample] != 1:

@@ -1,4 +1,4 @@
-"""The forward of a pruned language model: prefills with images are pruned, everything else goes the stock way."""
+"""The forward of a pruned language model: prefills with images are pruned, all other calls run the stock forward."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ def language_forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Forward of the language model of an attached model.
+    """Replace the forward of the language model of an attached model.
+
+    The other arguments are those of the stock forward.
 
     Args:
-        handle: of the attachment.
+        handle: the handle of the attachment.
         lm: the language model.
-        stock: the forward that was there before.
+        stock: the forward before the replacement.
 
     Raises:
-        ValueError: for embeddings whose images are not known, and for what a sequence of changing length cannot do.
+        ValueError: for embeddings whose images are not known, and for options that a sequence of changing length does
+            not support.
     """
-    cache = kwargs.pop("cache", None)  # its name since transformers 5.24; callers may use either
+    cache = kwargs.pop("cache", None)  # the name since transformers 5.24; callers may use either name
     past_key_values = cache if past_key_values is None else past_key_values
     state, request = decode_state(past_key_values), active(handle)
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -88,7 +91,7 @@ def language_forward(
 def _prompt(
     request: RequestState, input_ids: Any, inputs_embeds: Any, mask: Tensor | None, position_ids: Tensor | None
 ) -> Prompt | None:
-    """The prompt of a request with images; None when none of them is in it."""
+    """Return the prompt of a request with images, or None if the prompt contains no visual token."""
     given = input_ids if inputs_embeds is None else inputs_embeds
     assert request.splice is not None
     if given is None:
@@ -103,8 +106,11 @@ def _prompt(
 def _prefill(
     handle: Any, lm: Any, prompt: Prompt, cache: Any, mask: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    """(B, L', D) states after the last layer; the record and the decode state are published."""
-    handle.last = None  # frees what the record before holds
+    """Run the prefill and return (B, L', D) states after the last layer.
+
+    Sets `handle.last` to the record and attaches the decode state to the cache.
+    """
+    handle.last = None  # frees the tensors of the previous record
     engine = handle.engine
     with nullcontext() if engine is None else engine.on(hidden.device):
         made = None if engine is None else engine.prefill(lm, handle, prompt, cache, hidden, kwargs)
@@ -120,7 +126,7 @@ def _prefill(
 
 
 def refuse_embeddings() -> NoReturn:
-    """Embeddings in place of token ids in a prefill."""
+    """Raise the error for a prefill from embeddings instead of token ids."""
     raise ValueError(
         "inputs_embeds on a pruned model: embeddings do not say where an image is, and images that were encoded "
         "outside of generate() or forward() are not pruned. Give input_ids with pixel_values (package llava: images), "
@@ -129,7 +135,7 @@ def refuse_embeddings() -> NoReturn:
 
 
 def refuse_labels() -> NoReturn:
-    """Labels, which count on one logit for each input id."""
+    """Raise the error for labels, which need one logit for each input id."""
     raise ValueError(
         "labels on a pruned model: logits are returned for the remaining tokens only, so they do not line up with the "
         "input ids. The last n logits belong to the last n ids, n being the number of tokens after the image: compute "
@@ -152,7 +158,7 @@ def _refuse_mask(mask: Any) -> None:
 
 
 def _refuse_options(kwargs: dict[str, Any], cache: Any) -> None:
-    """Errors for what a sequence of changing length cannot do, before anything runs."""
+    """Refuse options that a sequence of changing length does not support, before any layer runs."""
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None):
             raise ValueError(f"{name}=True: pruned layers differ in length; detach the method, or read handle.last")

@@ -1,4 +1,4 @@
-"""Where the tokens of a vision cut go in the sequences of a batch."""
+"""Place the tokens of a vision cut in the sequences of a batch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .state import ImageState, VisionTokens
 
 @dataclass
 class Placed:
-    """Tokens of a batch of B samples, C being the most that one has.
+    """The tokens of a vision cut in a batch of B samples; C is the largest number of tokens of a sample.
 
     Attributes:
-        index: (B, C) long into all tokens (N x K) of the request.
-        after: (B, C) long, the position that each token follows.
-        ids: (B, C) long, the visual token of the unpruned sequence that shows the token's patch; MERGED for none.
-        counts: tokens of each sample.
+        index: (B, C) long, indices into all N x K tokens of the request.
+        after: (B, C) long, the position in the sequence after which each token is inserted.
+        ids: (B, C) long, index of the visual token of the unpruned sequence with the same patch; MERGED for a token
+            without a patch.
+        counts: number of tokens of each sample.
     """
 
     index: Tensor
@@ -32,11 +33,15 @@ class Placed:
 
 
 def in_place(cut: VisionTokens, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that are patches, where the package has put these.
+    """Find the token at each position for a cut whose tokens stay at the positions of their patches.
+
+    Args:
+        cut: the tokens of all images.
+        source: (B, L) long, patch of each token, numbered over all images, -1 for none.
 
     Returns:
-        (B, L) long, the token at each position, -1 where there is no patch (text, newline tokens); (B, L) bool, the
-        positions that remain.
+        (B, L) long, the token at each position, -1 for positions without a token; (B, L) bool, the positions that
+        remain: those with a token, and those without a patch (text, newline tokens).
     """
     n, width = cut.ids.shape
     patches = cut.grid[0] * cut.grid[1]
@@ -49,12 +54,12 @@ def in_place(cut: VisionTokens, source: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_positions(cut: VisionTokens, visual: Tensor, source: Tensor) -> Tensor:
-    """(B, P) long: the first position of each image in each sample, -1 where it is not there.
+    """Return (B, P) long: the first position of each of P images in each sample, -1 if the sample does not contain it.
 
     Args:
         cut: the tokens of all images.
-        visual: (B, L) bool.
-        source: (B, L) long, patch of each token, counted over all images, -1 for none.
+        visual: (B, L) bool, visual tokens.
+        source: (B, L) long, patch of each token, numbered over all images, -1 for none.
     """
     ends = to_device([sum(n for n, _, _ in cut.layout[: p + 1]) for p in range(len(cut.layout))], source)  # in crops
     crop = source.clamp(min=0) // (cut.grid[0] * cut.grid[1])
@@ -64,21 +69,21 @@ def first_positions(cut: VisionTokens, visual: Tensor, source: Tensor) -> Tensor
 
 
 def by_canvas(cut: VisionTokens) -> bool:
-    """Whether the host must know the patch of each token to order them."""
+    """Return whether the host needs the patch of each token to order the tokens."""
     return cut.by_canvas and any(n > 1 for n, _, _ in cut.layout)
 
 
 def lay_out(
     cut: VisionTokens, visual: Tensor, source: Tensor, first: Sequence[Sequence[int]], ids: Tensor | None
 ) -> Placed:
-    """Put the tokens of each image where its first token was; reads nothing from the device.
+    """Place the tokens of each image at the position of its first token; does not synchronise with the device.
 
     Args:
         cut: the tokens of all images.
-        visual: (B, L) bool.
-        source: (B, L) long, patch of each token, counted over all images, -1 for none.
-        first: what `first_positions` returns.
-        ids: `cut.ids` on the host, None where their order does not depend on it.
+        visual: (B, L) bool, visual tokens.
+        source: (B, L) long, patch of each token, numbered over all images, -1 for none.
+        first: the result of `first_positions` on the host.
+        ids: `cut.ids` on the host; None if the order of the tokens does not depend on it.
     """
     patches = cut.grid[0] * cut.grid[1]
     order = _orders(cut, ids)
@@ -91,7 +96,7 @@ def lay_out(
     where, follows = (to_device([[*x, *[0] * (max(counts) - len(x))] for x in xs], visual) for xs in (index, after))
     total = sum(n for n, _, _ in cut.layout) * patches
     there = visual & (source >= 0)
-    numbers = source.new_full((total + 1,), MERGED)  # patch -> visual token; beams write the same twice
+    numbers = source.new_full((total + 1,), MERGED)  # patch -> visual token; beams write equal values
     numbers[source.masked_fill(~there, total)] = visual.cumsum(1) - 1
     patch = cut.ids.to(visual.device).flatten()[where]
     found = numbers[where // cut.ids.shape[1] * patches + patch.clamp(min=0)]
@@ -101,12 +106,12 @@ def lay_out(
 def vision_members(
     groups: Callable[[], Tensor], source: Tensor, visual: Tensor, placed: Placed, width: int
 ) -> tuple[Tensor, Tensor]:
-    """`Cut.members` of tokens that took the places of the patches.
+    """Return the result of `Cut.members` for the tokens of a vision cut.
 
     Args:
         groups: see `VisionTokens`.
-        source: (B, L) long, patch at each position, counted over all images, -1 for none.
-        visual: (B, L) bool.
+        source: (B, L) long, patch at each position, numbered over all images, -1 for none.
+        visual: (B, L) bool, visual tokens.
         placed: the tokens of the batch.
         width: K, tokens of an image.
     """
@@ -118,7 +123,11 @@ def vision_members(
 
 
 def places_among(numbers: Tensor, index: Tensor, counts: Sequence[int]) -> Tensor:
-    """(B, L) long: where each of `numbers` (B, L) is among the first counts[b] of `index` (B, K), -1 for nowhere."""
+    """Look up each number of (B, L) `numbers` among the first counts[b] entries of (B, K) `index`.
+
+    Returns:
+        (B, L) long, the position in `index`, -1 if the number is not there.
+    """
     out = torch.full_like(numbers, -1)
     for row, count in enumerate(counts):
         hit = numbers[row, :, None] == index[row, :count]  # (L, count)
@@ -127,7 +136,7 @@ def places_among(numbers: Tensor, index: Tensor, counts: Sequence[int]) -> Tenso
 
 
 def _orders(cut: VisionTokens, ids: Tensor | None) -> list[list[int]]:
-    """The tokens of each image in the order they are sent."""
+    """Return the tokens of each image in the order in which they enter the language model."""
     width, start, out = cut.ids.shape[1], 0, []
     for crops, rows, columns in cut.layout:
         each = [range(c * width, c * width + cut.counts[c]) for c in range(start, start + crops)]
@@ -140,19 +149,23 @@ def _orders(cut: VisionTokens, ids: Tensor | None) -> list[list[int]]:
 
 
 def _canvas_key(ids: Tensor, crop: int, grid: tuple[int, int], columns: int) -> Tensor:
-    """Sort key of a crop's tokens: the whole image, the stitched canvas, tokens before the patches, tokens after."""
+    """Return a sort key for a crop's tokens.
+
+    The order is: the whole image, the patches of the stitched canvas, tokens before the patches of their crop, tokens
+    after them.
+    """
     if crop == 0:
         return torch.arange(len(ids)) - (1 << 40)
     height, width = grid
     down, right = divmod(crop - 1, columns)
     y, x = down * height + ids // width, right * width + ids % width
     seen = (ids >= 0).cumsum(0) > 0
-    loose = torch.where(seen, 1 << 50, 1 << 40)  # crops come in turn: the sort is stable
+    loose = torch.where(seen, 1 << 50, 1 << 40)  # the sort is stable, so equal keys stay in crop order
     return torch.where(ids >= 0, y * columns * width + x, loose)
 
 
 def patch_table(images: ImageState, visual: Tensor, source: Tensor | None, width: int) -> dict[str, Tensor]:
-    """Patch values by original visual index: name -> (B, V), 0 where a token has no patch."""
+    """Return patch values by original visual index: name -> (B, V), 0 for a token without a patch."""
     if not images.patch_values or source is None:
         return {}
     order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
@@ -166,7 +179,7 @@ def patch_table(images: ImageState, visual: Tensor, source: Tensor | None, width
 
 
 def moved(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
-    """(B, L') what the tokens (B, L) of a batch have after a cut; merged ones get `fill`, a number or (B, 1 or C)."""
+    """Gather per-token values (B, L) by a cut to (B, L'); merged tokens get `fill`, a number or (B, 1 or C)."""
     if cut.merged is not None:
         extra = cut.merged.shape[1]
         if isinstance(fill, int):
@@ -177,7 +190,7 @@ def moved(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
 
 
 def moved_ids(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Tensor, Tensor]:
-    """Original indices and the visual mask, (B, L') each, after a cut whose merged tokens have the indices `merged`."""
+    """Return original indices and visual mask, (B, L') each, after a cut; `merged` are the indices of merged tokens."""
     ids = moved(ids, cut, merged)
     if cut.valid is not None:
         ids = ids.masked_fill(~cut.valid, PADDING)
@@ -185,7 +198,11 @@ def moved_ids(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Ten
 
 
 def check_cut(cut: Cut, visual: Tensor, valid: Tensor) -> None:
-    """Every text token is there once and in order (debug runs and tests; reads from the device)."""
+    """Verify that a cut keeps every text token once and in order; synchronises, for debugging and tests.
+
+    Raises:
+        ValueError: if a text token is missing, repeated or out of order, or if any token is repeated.
+    """
     length = visual.shape[1]
     for b in range(visual.shape[0]):
         index = cut.index[b] if cut.valid is None else cut.index[b][cut.valid[b]]

@@ -1,4 +1,4 @@
-"""Attention masks and rotary tables of a prefill, made once for all layers that share a sequence."""
+"""Attention masks and rotary embeddings of a prefill, computed once for all layers that share a sequence."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .sequence import TokenSequence
 
 
 class Rotary:
-    """Cosine and sine of position ids, from a table made once.
+    """Cosine and sine of position ids, looked up in a table that is computed once.
 
     Args:
         lm: the language model.
-        hidden: (B, L, D) input embeddings; for device and dtype.
-        top: number of position ids.
+        hidden: (B, L, D) input embeddings, which give device and dtype.
+        top: number of position ids in the table.
     """
 
     def __init__(self, lm: Any, hidden: Tensor, top: int) -> None:
         self.table: tuple[Tensor, Tensor] = lm.rotary_emb(hidden, torch.arange(top, device=hidden.device)[None])
-        self.numbered: tuple[Tensor, Tensor] | None = None  # of `TokenSequence.numbers`
+        self.numbered: tuple[Tensor, Tensor] | None = None  # cosine and sine of `TokenSequence.numbers`
 
     def of(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
-        """(B, L, dh) each, on the device of the sequence."""
+        """Return cosine and sine, (B, L, dh) each, on the device of the sequence."""
         device = sequence.positions.device
         if self.table[0].device != device:
             self.table, self.numbered = (self.table[0].to(device), self.table[1].to(device)), None
@@ -43,11 +43,11 @@ class Rotary:
 
 
 class Masks:
-    """What decoder layers take as attention mask.
+    """The attention masks that decoder layers take.
 
     Args:
-        config: of the language model.
-        before: (1, L) bool, False on masked positions before the prompt (see `prompt.padded`); None for none.
+        config: the config of the language model.
+        before: (1, L) bool, False on masked positions before the prompt (see `prompt.padded`); None if there are none.
     """
 
     def __init__(self, config: Any, before: Tensor | None = None) -> None:
@@ -55,13 +55,16 @@ class Masks:
         self.causal: Tensor | None = None
 
     def attended(self, sequence: TokenSequence) -> Tensor | None:
-        """(B, L) bool positions that may be attended to, None for all."""
+        """Return (B, L) bool, the positions that may be attended to, or None for all positions."""
         if self.before is not None:
-            return self.before[:, : sequence.visual.shape[1]]  # the masked positions are the first and stay
+            return self.before[:, : sequence.visual.shape[1]]  # the masked positions come first, and cuts keep them
         return None if sequence.padding is None else sequence.valid
 
     def of(self, sequence: TokenSequence, layer: int, cache: Any) -> Any:
-        """What `create_causal_mask` makes; where a backend takes that as it is, without its look at the values."""
+        """Return the mask that `create_causal_mask` makes for a layer.
+
+        For sdpa and flash attention the mask is made here, without transformers' inspection of its values.
+        """
         backend, live = self.config._attn_implementation, self.attended(sequence)
         if backend in CAUSAL and live is None:
             return None

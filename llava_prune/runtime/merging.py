@@ -16,12 +16,12 @@ from .attention import all_heads
 
 @dataclass
 class Merging:
-    """Tokens of a tower that merges, the class token being the first.
+    """The state of token merging inside a vision tower; the class token is the first token.
 
     Attributes:
-        size: (N, t) float32, patches in each token now.
-        groups: (N, 1 + T) long, the token that each of the first block's tokens is in now.
-        merged: whether any token stands for several.
+        size: (N, t) float32, number of patches in each current token.
+        groups: (N, 1 + T) long, the current token that contains each token of the first block.
+        merged: whether any token stands for several patches.
     """
 
     size: Tensor
@@ -33,7 +33,7 @@ class Merging:
         return Merging(torch.ones(n, t, device=device), torch.arange(t, device=device).expand(n, t))
 
     def apply(self, merge: Merge, hidden: Tensor) -> Tensor:
-        """(N, t', D) states after a merge, which is noted."""
+        """Apply a merge to (N, t, D) states, update `size` and `groups`, and return the (N, t', D) states."""
         states, self.size, self.groups = merge_tokens(merge, hidden, self.size, self.groups)
         self.merged = True
         return states
@@ -41,16 +41,17 @@ class Merging:
 
 @dataclass(frozen=True)
 class Tower:
-    """What a method's demands on the vision tower are checked against.
+    """Facts about a vision tower, against which the requirements of a method are checked.
 
     Attributes:
         kind: "CLIP", "SigLIP", "DINOv2", or the class name of another tower.
-        leading: tokens before the patches; None where that is not known.
+        leading: number of tokens before the patches; None if it is not known.
         depth: number of blocks.
-        feature_layer: 0-based block whose output is the feature map; -1 where features of several layers are joined.
+        feature_layer: 0-based block whose output is the feature map; -1 if features of several layers are joined.
         grid: (rows, columns) of patches.
-        features: features of an image that the projector gets: the patches, or one more with the class token.
-        crops: largest number of crops an image is cut into, 1 where images are seen whole.
+        features: number of features of an image that the projector receives: its patches, plus the class token if the
+            model keeps it.
+        crops: largest number of crops into which an image is split, 1 if images are encoded whole.
         padded: whether images are padded to a square, so that patches may show padding.
     """
 
@@ -65,7 +66,7 @@ class Tower:
 
     @property
     def class_token(self) -> bool:
-        """Whether position 0 is a class token that methods rank patches by: that of CLIP."""
+        """Whether position 0 is a class token whose attention can rank patches, which only CLIP has."""
         return self.kind == "CLIP"
 
     @property
@@ -74,7 +75,10 @@ class Tower:
 
 
 def merges_of(method: Method, tower: Tower) -> tuple[int, ...]:
-    """Tokens to merge away in each block up to the last that merges any; () when the tower is unchanged."""
+    """Return the number of tokens to merge away in each block, up to the last block that merges any.
+
+    The result is () if the method does not merge tokens in the tower.
+    """
     if tower.feature_layer < 0:
         return ()
     counts = tuple(method.merge_schedule(tower.feature_layer, tower.patches))[: tower.feature_layer + 1]
@@ -83,23 +87,29 @@ def merges_of(method: Method, tower: Tower) -> tuple[int, ...]:
 
 
 def variant_of(method: Method, tower: Tower) -> Hashable:
-    """Names the tower that `method` makes; None for the tower as it is, whose features methods may share."""
+    """Return a key of the features that a tower merging for `method` computes, None if the method does not merge.
+
+    Methods that do not merge share the features of the unchanged tower.
+    """
     return repr(method) if merges_of(method, tower) else None
 
 
 def merging_block(layer: Any, method: Method, count: int, state: Merging, hidden: Tensor) -> Tensor:
-    """A CLIP encoder layer that merges `count` tokens between attention and MLP.
+    """Run a CLIP encoder layer that merges `count` tokens between attention and MLP.
 
-    Attention is proportional (unless the method's `prop_attn` is False): the log of each key's size is added to the
-    scores once tokens stand for several patches. The bias is the same for all queries. The tower's own attention
-    implementation is not used, since flash kernels take no bias.
+    Attention is proportional unless the method's `prop_attn` is False: the log of each key's size is added to the
+    attention scores once a token stands for several patches. The bias is the same for all queries. The tower's own
+    attention implementation is not used, since flash kernels do not take a bias.
 
     Args:
         layer: CLIP encoder layer.
-        hidden: (N, t, Dv).
+        method: the method that chooses the merges.
+        count: number of tokens to merge away.
+        state: the state of merging, which is updated.
+        hidden: (N, t, Dv) input of the layer.
 
     Returns:
-        (N, t', Dv).
+        (N, t', Dv) output of the layer.
     """
     attn = layer.self_attn
     n, t = hidden.shape[:2]

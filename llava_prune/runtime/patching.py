@@ -1,4 +1,4 @@
-"""Replace a method of an instance and put it back, also where accelerate has wrapped it in the meantime."""
+"""Replace a method of an instance and restore it, even if accelerate has wrapped it in the meantime."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Patch:
     Attributes:
         owner: the instance.
         name: the attribute.
-        ours: what replaced it.
-        before: what the instance itself had, None for nothing.
+        ours: the replacement.
+        before: the value that the instance itself had before, None if it had none.
     """
 
     owner: Any
@@ -27,10 +27,10 @@ class Patch:
     before: Any
 
     def place(self) -> str | None:
-        """The attribute that holds the replacement now, None when somebody else replaced it.
+        """Return the attribute that holds the replacement, or None if other code has replaced it.
 
-        accelerate keeps the forward that it wraps as `_old_forward`, so the replacement moves there when a model is
-        dispatched after `attach`, and back when the hooks are removed.
+        accelerate keeps the forward that it wraps as `_old_forward`, so the replacement moves there if a model is
+        dispatched after `attach`, and moves back when accelerate's hooks are removed.
         """
         for name in (self.name, "_old_forward"):
             if self.owner.__dict__.get(name) is self.ours:
@@ -38,10 +38,10 @@ class Patch:
         return None
 
     def remove(self) -> None:
-        """Put back what was there.
+        """Restore the previous value of the attribute.
 
         Raises:
-            RuntimeError: when somebody else replaced the attribute.
+            RuntimeError: if other code has replaced the attribute.
         """
         place = self.place()
         if place is None:
@@ -52,20 +52,20 @@ class Patch:
             setattr(self.owner, place, self.before)
         elif place == self.name:
             self.owner.__dict__.pop(place)
-        else:  # under accelerate's wrapper there has to be something
+        else:  # accelerate's wrapper needs an `_old_forward`
             setattr(self.owner, place, stock(self.owner, self.name))
 
 
 def stock(owner: Any, name: str) -> Any:
-    """The method of the instance's class, bound."""
+    """Return the method of the instance's class, bound to the instance."""
     return getattr(type(owner), name).__get__(owner)
 
 
 def replace_method(owner: Any, name: str, function: Callable[..., Any], *args: Any) -> Patch:
-    """Make `owner.name(...)` call `function(*args, previous, ...)`, `previous` being what it called before.
+    """Make `owner.name(...)` call `function(*args, previous, ...)`, where `previous` is the method before.
 
     `function` must be a module-level function, so that models with a replaced method can be copied and saved. A forward
-    that accelerate has wrapped is replaced inside the wrapper, which moves inputs to the right device as ever.
+    that accelerate has wrapped is replaced inside the wrapper, which continues to move inputs to the right device.
     """
     inside = name == "forward" and "_hf_hook" in owner.__dict__ and "_old_forward" in owner.__dict__
     place = "_old_forward" if inside else name
@@ -78,9 +78,9 @@ def replace_method(owner: Any, name: str, function: Callable[..., Any], *args: A
 
 
 def execution_device(module: Any, default: torch.device) -> torch.device:
-    """Where a module computes: as accelerate's hook says, else where its weights are."""
+    """Return the device on which a module computes: that of accelerate's hook, else that of its weights."""
     hook = module.__dict__.get("_hf_hook")
-    for one in getattr(hook, "hooks", (hook,)):  # several in one, or one, or none
+    for one in getattr(hook, "hooks", (hook,)):  # a sequence of hooks, a single hook, or None
         device = getattr(one, "execution_device", None)
         if device is not None:
             return torch.device(device)

@@ -1,7 +1,7 @@
-"""The prefill of a pruned language model: stock decoder layers, with cuts between them.
+"""The prefill of a pruned language model: stock decoder layers with cuts between them.
 
-Every layer keeps its own cache length. One mask serves all layers that share a sequence. Later tokens of a request are
-the business of `decode.py`.
+Every layer keeps its own cache length. One attention mask serves all layers that share a sequence. Decoding is in
+`decode.py`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ from .state import VisionTokens
 
 
 class Prefill:
-    """A prompt on its way through the layers: `run`, or `begin`, then `layer` and `prune` for each, then `end`.
+    """The prefill of one prompt.
+
+    Call `run`; or call `begin`, then `layer` and `prune` for each layer, then `end`.
 
     Attributes:
-        sequence: the tokens now.
-        decode: what later tokens will need.
-        trace: what the record is made of.
-        n_visual, n_other: visual and other tokens of each sample as they enter the first layer.
+        sequence: the current tokens.
+        decode: the state that decoding needs.
+        trace: the log from which the record is made.
+        n_visual, n_other: numbers of visual and of other tokens of each sample that enter the first layer.
 
     Args:
         lm: the language model.
-        method: what prunes.
-        prompt: what enters.
+        method: the pruning method.
+        prompt: the prompt.
         cache: the KV cache, or None.
         mask: (B, L) attention mask, or None.
         hidden: (B, L, D) input embeddings.
@@ -83,7 +85,10 @@ class Prefill:
         self.mask: Any
 
     def fork(self, cache: Any) -> Prefill:
-        """A prefill that goes on from here with another cache, while this one stays; tensors are shared."""
+        """Return a copy that continues from this state with another cache and leaves this one unchanged.
+
+        Tensors are shared.
+        """
         fork = copy.copy(self)
         fork.sequence, fork.rotary, fork.masks = copy.copy(self.sequence), copy.copy(self.rotary), copy.copy(self.masks)
         fork.trace = copy.copy(self.trace)
@@ -94,7 +99,7 @@ class Prefill:
 
     # before the first layer ----------------------------------------------------------------------------------
     def _text(self) -> Tensor:
-        """(B, Q) bool, see Spans.text; samples are right-aligned by now."""
+        """Return (B, Q) bool, see Spans.text; the samples must be right-aligned."""
         visual = self.sequence.visual
         text = after_image(visual, self.sequence.valid)[:, -self.n_text :]
         alone = visual.any(1) & ~text.any(1)
@@ -102,14 +107,14 @@ class Prefill:
         return text
 
     def _drop(self, live: Tensor, left: tuple[int, ...]) -> None:
-        """Keep the visual tokens that are `live`, `left` of each sample, and right-align the samples."""
+        """Keep the visual tokens that are `live`, left[b] tokens of sample b, and right-align the samples."""
         s = self.sequence
         lengths = [c + n for c, n in zip(self.n_other, left, strict=True)]
         self._apply(-1, assemble(s.visual & live, s.visual, s.valid, lengths))
         self.n_visual = left
 
     def _replace_patches(self, tokens: VisionTokens, prompt: Prompt) -> None:
-        """The tokens that the vision side chose or merged take the places of the images."""
+        """Replace the patches of the images by the tokens that `prune_vision` chose or made."""
         if prompt.source is None:
             raise ValueError("a method that prunes before the language model must know the patch of each visual token")
         s = self.sequence
@@ -135,18 +140,18 @@ class Prefill:
 
     # layers --------------------------------------------------------------------------------------------------
     def run(self, kwargs: dict[str, Any]) -> Tensor:
-        """(B, L', D) states after the last layer."""
+        """Run the whole prefill and return (B, L', D) states after the last layer."""
         self.begin()
         for i in range(len(self.lm.layers)):
             view = self.layer(i, kwargs)
             if view is not None:
                 decide(self.method, i, view)
                 self.prune(i, view)
-            del view  # its tensors need not live through the next layer
+            del view  # frees its tensors before the next layer runs
         return self.end()
 
     def begin(self) -> None:
-        """The cut before the first layer."""
+        """Apply the cuts before the first layer."""
         self._enter()
         cut = self.method.prune(-1, self._view(None))
         if cut is not None:
@@ -154,7 +159,7 @@ class Prefill:
         self._prepare(0)
 
     def _enter(self) -> None:
-        """The cut of the first of two methods, after which its tokens count as the prompt's."""
+        """Apply the entry cut of the first method of a composition; its tokens then count as the prompt."""
         first, spans = self.method.entry, self._spans()
         keep = None if first is None else first.keep_after(-1, spans)
         cut = None if first is None or keep is None else first.prune(-1, self._view(None))
@@ -166,11 +171,11 @@ class Prefill:
         self.decode.starts = (s.valid.sum(1, keepdim=True) + s.start)[None]
 
     def _prepare(self, layer: int) -> None:
-        """Rotary table and mask from `layer` on."""
+        """Compute rotary embedding and attention mask for `layer` and the layers after it."""
         self.rope, self.mask = self.rotary.of(self.sequence), self.masks.of(self.sequence, layer, self.cache)
 
     def layer(self, i: int, kwargs: dict[str, Any]) -> View | None:
-        """Run one layer; what its cut is shown, None after the last."""
+        """Run one layer and return the view for its cut, or None after the last layer."""
         layer, layers, s = self.lm.layers[i], self.lm.layers, self.sequence
         self.trace.entries.append((s.ids, s.visual))
         before, rope = s.hidden, self.rope
@@ -201,7 +206,7 @@ class Prefill:
             if prunes_inside(type(self.method)):
                 last = _LastCut(self.method, i, score, wanted, self._view(None, keys=score.layer_keys), self.trace)
                 final: Callable[[], tuple[Tensor, Tensor]] = last
-                if head_group(layer.self_attn) is not None:  # all processes take part, and not all read the record
+                if head_group(layer.self_attn) is not None:  # a gather needs all processes; compute the cut at once
                     final = functools.partial(_given, final())
                 self.trace.final = final
             return None
@@ -210,20 +215,20 @@ class Prefill:
         return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None, score.layer_keys)
 
     def prune(self, i: int, view: View) -> None:
-        """The cut after a layer, for which everything is decided."""
+        """Apply the cut after a layer; the host values must be decided before."""
         cut = self.method.prune(i, view)
         if cut is not None:
             self._apply(i, cut)
             self._prepare(i + 1)
 
     def end(self) -> Tensor:
-        """(B, L', D) states; fixes the positions of new tokens."""
+        """Return (B, L', D) states and set the positions of generated tokens."""
         if self.method.decode == "cache":
             self.decode.starts = torch.stack([self._cached(s) for s in self.decode.stages])
         return self.sequence.hidden
 
     def _cached(self, stage: Stage) -> Tensor:
-        """(B, 1) position after the tokens that the layers of a stage have cached."""
+        """Return (B, 1), the position that follows the tokens cached by the layers of a stage."""
         start = self.sequence.start
         if stage.valid is None:
             return start + stage.length
@@ -263,7 +268,7 @@ class Prefill:
         )
 
     def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
-        """A cut; a new stage begins at layer + 1."""
+        """Apply a cut to the sequence, log it, and begin a new stage at layer + 1."""
         s = self.sequence
         if self.check:
             check_cut(cut, s.visual, s.valid)
@@ -273,23 +278,26 @@ class Prefill:
         self.decode.stages = [t for t in self.decode.stages if t.first != layer + 1] + [stage]
 
     def _keys(self, layer: int) -> Tensor | None:
-        """Keys the layer just cached, when the cache shows them as a tensor."""
+        """Return the keys that the layer has just cached, or None if the cache does not hold them as a local tensor."""
         kept = getattr(self.cache, "layers", None)
         keys = getattr(kept[layer], "keys", None) if kept is not None and len(kept) > layer else None
-        if not isinstance(keys, Tensor) or keys.device != self.sequence.hidden.device:  # offloaded caches are elsewhere
+        if not isinstance(keys, Tensor) or keys.device != self.sequence.hidden.device:  # such as an offloaded cache
             return None
         return keys if keys.shape[2] == self.sequence.length else None
 
 
 def decide(method: Method, layer: int, view: View) -> None:
-    """Read the host values that a method asks for, and keep what follows from them in the scratch."""
+    """Read the host values that a method asks for and store the method's decision in the scratch dict."""
     values = method.host_values(layer, view)
     if values is not None:
         view.scratch["decision"] = method.decide(layer, values.tolist(), view)
 
 
 class _Attention:
-    """Attention of a layer at some positions, computed when called; keys and queries are what the layer made."""
+    """A callable that computes a layer's attention at given positions.
+
+    It uses `keys` and `queries` of the layer where they are given, and projects them again otherwise.
+    """
 
     def __init__(
         self,
@@ -305,12 +313,12 @@ class _Attention:
         self.keys, self.queries, self.kernels = keys, queries, kernels
 
     def layer_keys(self) -> Tensor:
-        """(B, KV, L, dh) keys with rotary positions."""
+        """Return (B, KV, L, dh) keys with rotary embedding."""
         home, (hidden, rope, _) = self.hidden.device, self._there()
         return decoder_keys(self.layer, hidden, rope, self.keys).to(home)
 
     def _there(self) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """Input, rotary table and mask where the layer runs; the next layer may be on another device."""
+        """Return input, rotary embedding and mask on the device of the layer; the next layer may be on another one."""
         there = execution_device(self.layer, self.hidden.device)
         hidden, rope, attended = self.hidden, self.rope, self.attended
         if there != self.hidden.device:
@@ -327,7 +335,7 @@ class _Attention:
 
 
 class _LastCut:
-    """The cut after the last layer. It changes no output, so it is computed only when its record is read."""
+    """The cut after the last layer. It does not change the output, so it is computed only when the record is read."""
 
     def __init__(
         self, method: Method, layer: int, score: _Attention, wanted: Positions | None, view: View, trace: Trace
@@ -348,7 +356,7 @@ class _LastCut:
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    """(B, R, D) states after the model's final norm, which may be on another device."""
+    """Apply the model's final norm, which may be on another device, to (B, R, D) states."""
     out: Tensor = norm(states.to(execution_device(norm, states.device)))
     return out.to(states.device)
 

@@ -1,4 +1,4 @@
-"""A prompt as it enters the language model, and what the host has to know of it: one device synchronisation or none."""
+"""The prompt that enters the language model, and the integers that the host needs (at most one synchronisation)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import by_canvas, first_positions, in_place
 from .state import HostPrompts, ImageState, Splice, VisionTokens
 
 LENGTHS = 5
-"""Host integers of a sample: visual tokens, other tokens, those after the image, gaps, largest position id + 1."""
+"""Number of host integers of a sample: visual tokens, other tokens, tokens after the image, gaps, top position + 1."""
 
 
 @dataclass
@@ -23,19 +23,21 @@ class Prompt:
     Attributes:
         images: the images of the prompt.
         visual: (B, L) bool, visual tokens.
-        valid: (B, L) bool, no padding.
+        valid: (B, L) bool, False on padding.
         positions: (B, L) long, position ids.
         source: (B, L) long, see Splice.
-        n_visual: visual tokens of each sample.
-        n_other: other tokens of each sample.
+        n_visual: number of visual tokens of each sample.
+        n_other: number of other tokens of each sample, without padding.
         n_text: largest number of tokens after the last visual token, at least 1.
-        least_text: smallest number of them in samples with an image.
-        gaps: whether padding stands anywhere but at the left end.
+        least_text: smallest number of tokens after the last visual token among samples with an image.
+        gaps: whether there is padding anywhere but at the left end.
         top: largest position id + 1.
-        first: first position of each image in each sample, -1 where it is not there; only for tokens that are laid out.
-        ids: (N, K) long on the host, patches of tokens that are laid on a canvas.
-        pad: (1, 1) long, masked positions at the left end that count as text, see `padded`.
-        token, live, left: see `in_place`, with the visual tokens it leaves in each sample; packed tokens only.
+        first: first position of each image in each sample, -1 if the sample does not contain it; see
+            `first_positions`. Set only for tokens with `ids`.
+        ids: (N, K) long on the host, the patch of each token; set only for tokens that are ordered by canvas.
+        pad: (1, 1) long, number of masked positions at the left end that count as text, see `padded`.
+        token, live: the result of `in_place`; set only for packed tokens.
+        left: number of visual tokens that remain in each sample; set only for packed tokens.
     """
 
     images: ImageState
@@ -63,16 +65,17 @@ class Prompt:
 
 
 def after_image(visual: Tensor, valid: Tensor) -> Tensor:
-    """(B, L) bool: tokens after the last visual token of a sample that has one."""
+    """Return (B, L) bool: the tokens after the last visual token of each sample that has one."""
     places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
-    last = (visual * places).amax(1, keepdim=True)  # (B, 1), 1-based, 0 without image
+    last = (visual * places).amax(1, keepdim=True)  # (B, 1), 1-based, 0 for a sample without visual tokens
     return valid & (places > last) & (last > 0)
 
 
 def padded(prompt: Prompt, extra: int) -> Prompt:
-    """The prompt of one sample after `extra` positions that every cut keeps and no token attends to.
+    """Return the prompt of one sample with `extra` masked positions before it, which no token attends to.
 
-    Unlike padding they count as tokens: what follows has the same shapes for every text length that they make up for.
+    Unlike padding, these positions count as text tokens, which every cut keeps. Prompts of different text lengths thus
+    get the same shapes.
     """
     left = (extra, 0)
     return replace(
@@ -97,12 +100,21 @@ def read_prompt(
     position_ids: Tensor | None,
     known: HostPrompts | None = None,
 ) -> Prompt:
-    """Everything about a prompt that the prefill needs before the first layer.
+    """Collect everything about a prompt that the prefill needs before the first layer.
 
-    One synchronisation with the device, whatever the method sends; none when the prompts are `known` on the host.
+    This takes one synchronisation with the device for any method, and none if the prompts are `known` on the host.
+
+    Args:
+        splice: positions of the visual tokens.
+        batch: B, number of samples.
+        length: L, number of token positions.
+        device: device of the prompt.
+        mask: attention mask, or None.
+        position_ids: position ids, or None for consecutive ones.
+        known: token ids on the host, or None.
 
     Raises:
-        ValueError: when the images do not fit the prompt.
+        ValueError: if the shape of the splice does not fit the prompt.
     """
     visual = splice.visual.to(device)
     source = None if splice.source is None else splice.source.to(device)
@@ -130,7 +142,12 @@ def read_prompt(
 
 
 def _read(prompt: Prompt, cut: VisionTokens | None) -> list[list[int]]:
-    """Host integers of each sample: LENGTHS of them, then `left` or the first positions; fills `ids` as well."""
+    """Read the host integers of each sample from the device.
+
+    Returns:
+        One list for each sample: LENGTHS integers, then the entry of `left` or those of `first`. Sets `prompt.ids` as
+        well if the order of the tokens depends on it.
+    """
     visual, valid = prompt.visual, prompt.valid
     gap = (valid[:, :-1] & ~valid[:, 1:]).any(1)
     top = prompt.positions.amax(1) + 1
@@ -164,14 +181,14 @@ def _fill(prompt: Prompt, table: list[list[int]], cut: VisionTokens | None) -> N
 
 
 def _table(known: HostPrompts, batch: int, length: int, cut: VisionTokens | None) -> list[list[int]] | None:
-    """What `_read` reads, from the prompts' ids; None where they are not those of the request."""
+    """Compute the result of `_read` from the token ids on the host; None if they do not fit the request."""
     layout = [] if cut is None else cut.layout
     named = [row.count(known.image) for row in known.rows]
     widths = [len(row) + n * (known.patches - 1) for row, n in zip(known.rows, named, strict=True)]
     if max(widths) != length or batch % len(widths) or any(crops > 1 for crops, _, _ in layout):
         return None
-    with_blanks = sum(max(n, 1) for n in named)  # package llava takes an image for every prompt without one
-    if layout and len(layout) not in (sum(named), with_blanks):  # older transformers encode the images of every beam
+    with_blanks = sum(max(n, 1) for n in named)  # package llava takes one image for every prompt without an image
+    if layout and len(layout) not in (sum(named), with_blanks):  # older transformers encode the images for every beam
         return None
     blanks = len(layout) > sum(named)
     out, image = [], 0
@@ -183,5 +200,5 @@ def _table(known: HostPrompts, batch: int, length: int, cut: VisionTokens | None
                 first[image + i] = length - width + at + i * (known.patches - 1)
         image += max(n, 1) if blanks else n
         out.append([n * known.patches, len(row) - n, len(row) - 1 - at if n else 0, 0, length, *first])
-    times = batch // len(widths)  # beams
+    times = batch // len(widths)  # beam search repeats each prompt
     return [line for line in out for _ in range(times)]

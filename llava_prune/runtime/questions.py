@@ -1,4 +1,4 @@
-"""Questions about the images, which callers say ahead of a request for methods that compare patches with text."""
+"""Questions about the images, given before a request for methods that compare patches with text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .state import hinting
 
 @contextmanager
 def questions(texts: Sequence[str] | None) -> Iterator[None]:
-    """Tell methods the questions of the next requests, without image token and chat template.
+    """Give methods the questions of the requests inside the block, without image token and chat template.
 
     Args:
-        texts: one question for each image, in the order of the images; None says that there are none.
+        texts: one question for each image, in the order of the images; None if there are no questions.
 
     Raises:
-        ValueError: for anything but a list of strings.
+        ValueError: if `texts` is not a list of strings.
     """
     if texts is not None and (isinstance(texts, str) or not all(isinstance(t, str) for t in texts)):
         raise ValueError(f"questions {texts!r}: must be a list of strings, one for each image")

@@ -1,4 +1,4 @@
-"""The record of a prefill that users read afterwards."""
+"""The record of a prefill, which users read from `handle.last`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PANELS = 6
-"""Layers that `Record.show` chooses."""
+"""Number of layers that `Record.show` draws by default."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a cut did.
+    """The log entry of one cut.
 
     Attributes:
-        layer: the layer before it, -1 before the first.
+        layer: the layer after which it was made, -1 for a cut before the first layer.
         index: (B, L') long, see `Cut.index`.
-        ids: (B, C) long, original indices of the tokens that it brought, where these are patches; None for merged ones.
+        ids: (B, C) long, original indices of the new tokens if these are patches, MERGED for those that are not; None
+            if all new tokens are merged ones.
         members: see `Cut.members`.
     """
 
@@ -42,9 +43,9 @@ class Remaining(NamedTuple):
     """The visual tokens of a sample that leave a layer.
 
     Attributes:
-        kept: original indices of those that are patches.
-        merged: for each merged token, original indices of the patches that it was made of; empty where this is not
-            known, and for a class token.
+        kept: original indices of the tokens that are patches.
+        merged: for each merged token, original indices of the patches that it was made of; empty if this is not known,
+            and for a class token.
     """
 
     kept: set[int]
@@ -53,14 +54,14 @@ class Remaining(NamedTuple):
 
 @dataclass
 class Trace:
-    """Raw log of a prefill.
+    """The raw log of a prefill.
 
     Attributes:
-        entries: (ids, visual) of each layer's entry.
-        final: makes those of the last exit.
-        scratch: of the request.
-        start: (B, L) long, ids before the first cut; None where cuts are not logged.
-        cuts: all cuts in their order.
+        entries: (ids, visual) of the tokens that enter each layer.
+        final: computes (ids, visual) of the tokens that leave the last layer; None if these equal the last entry.
+        scratch: the scratch dict of the request.
+        start: (B, L) long, ids before the first cut; None if cuts are not logged.
+        cuts: all cuts in order.
     """
 
     entries: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -70,17 +71,17 @@ class Trace:
     cuts: list[Step] = field(default_factory=list)
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """What leaves the last layer."""
+        """Return (ids, visual) of the tokens that leave the last layer."""
         return self.entries[-1] if self.final is None else self.final()
 
 
 class Record:
-    """The last prefill with images of an attached model.
+    """The record of one prefill with images.
 
     Attributes:
-        tokens_in: (B, n_layers) long, visual tokens entering each layer.
-        tokens_out: (B, n_layers) long, visual tokens leaving each layer.
-        survival: (B, V) long, how many layers each visual token leaves.
+        tokens_in: (B, n_layers) long, number of visual tokens entering each layer.
+        tokens_out: (B, n_layers) long, number of visual tokens leaving each layer.
+        survival: (B, V) long, number of layers that each visual token leaves.
         kept: list over layers of (B, n) long, original indices of the visual tokens that leave the layer, in
             sequence order; -1 for a merged token, -2 for padding.
         stats: name -> list of B floats (AutoPrune: mi0, mi1, slope, scale).
@@ -110,9 +111,10 @@ class Record:
 
     @property
     def survival(self) -> Tensor:
-        """(B, V) long: how many layers each visual token leaves, from the first on, by original index.
+        """(B, V) long: number of layers that each visual token leaves, by original index.
 
-        0 where it leaves none, merged tokens not counting. V is the largest number of visual tokens of a sample.
+        0 for a token that does not leave the first layer. A token that was merged into another counts as dropped. V is
+        the largest number of visual tokens of a sample.
         """
         ids, visual = self._all()[0]
         width = max(1, *self._seen.n_visual)
@@ -128,27 +130,28 @@ class Record:
 
     # overlays ------------------------------------------------------------------------------------------------
     def views(self, image: Image, sample: int = 0, padded: bool | None = None) -> list[ImageView]:
-        """Where in an image each of its visual tokens is, in pixels of the image.
+        """Return the box of each visual token of an image, in pixels of the image.
 
         Args:
-            image: the image as it was before preprocessing.
+            image: the image before preprocessing.
             sample: number of the sample in the batch.
-            padded: whether the image was padded to a square. Default: as the checkpoint says in package llava, True in
-                transformers' Llava, whose own processor does not pad (padded=False).
+            padded: whether the image was padded to a square. The default is the checkpoint's setting in package llava,
+                and True in transformers' Llava. The processor of transformers' Llava does not pad; pass padded=False
+                for it.
 
         Returns:
-            One view; two for LLaVA-NeXT, the image as a whole and its crops.
+            One view; for LLaVA-NeXT two views, the image as a whole and its crops.
 
         Raises:
-            ValueError: when the image is not that of the sample, or the sample has no image or several.
+            ValueError: if the image is not that of the sample, or if the sample does not have exactly one image.
         """
         return self._seen.views(image.size, sample, padded)
 
     def remaining(self, layer: int, sample: int = 0) -> Remaining:
-        """A sample's visual tokens that leave a layer, and the patches that merged tokens were made of.
+        """Return the visual tokens of a sample that leave a layer, and the patches of its merged tokens.
 
         Raises:
-            ValueError: for a layer that the model does not have.
+            ValueError: for a layer that does not exist.
         """
         n_layers = len(self._trace.entries)
         if not -n_layers <= layer < n_layers:
@@ -162,7 +165,7 @@ class Record:
         return Remaining({i for i in found if i >= 0}, merged)
 
     def _origins(self, layer: int, sample: int) -> list[set[int]]:
-        """Original indices of the patches in each token of the sequence that leaves a layer."""
+        """Return the original indices of the patches in each token of the sequence that leaves a layer."""
         assert self._trace.start is not None
         now = [{i} if i >= 0 else set() for i in self._trace.start[sample].tolist()]
         for step in self._trace.cuts:
@@ -180,16 +183,16 @@ class Record:
         return now
 
     def draw(self, image: Image, layer: int = -1, sample: int = 0, padded: bool | None = None) -> Image:
-        """The image with the patches that do not leave a layer dimmed.
+        """Draw the image with all patches dimmed that do not leave a layer.
 
         Args:
-            image: the image as it was before preprocessing.
+            image: the image before preprocessing.
             layer: decoder layer; -1 is the last one.
             sample: number of the sample in the batch.
             padded: see `views`.
 
         Returns:
-            An image of the same size. For LLaVA-NeXT two of them side by side: the image as a whole, and its crops.
+            An image of the same size. For LLaVA-NeXT two images side by side: the image as a whole, and its crops.
 
         Raises:
             ValueError: see `views` and `remaining`.
@@ -208,20 +211,20 @@ class Record:
         padded: bool | None = None,
         title: str = "",
     ) -> Figure:
-        """A contact sheet: `draw` for some layers, and the visual tokens leaving each layer.
+        """Draw a contact sheet: `draw` for some layers, and a plot of the visual tokens leaving each layer.
 
         Args:
-            image: the image as it was before preprocessing.
-            layers: decoder layers; default six, from the first to the last.
+            image: the image before preprocessing.
+            layers: decoder layers; by default six, from the first to the last.
             sample: number of the sample in the batch.
             padded: see `views`.
-            title: a text above, such as question and answer.
+            title: text above the sheet, such as question and answer.
 
         Returns:
             A matplotlib Figure, which notebooks display.
 
         Raises:
-            ValueError: see `draw`; for more layers than a page holds; when matplotlib is not installed.
+            ValueError: see `draw`; also for more layers than a page holds, or if matplotlib is not installed.
         """
         from ..report.overlay import contact_sheet
 
@@ -236,12 +239,12 @@ class Record:
     def page(
         self, image: Image, title: str, facts: Mapping[str, str], sample: int = 0, padded: bool | None = None
     ) -> str:
-        """HTML of a page with the overlay of every layer; one file, which loads nothing else.
+        """Return a self-contained HTML page with the overlay of every layer.
 
         Args:
-            image: the image as it was before preprocessing.
+            image: the image before preprocessing.
             title: heading, such as the question.
-            facts: rows of a table below it, such as answers.
+            facts: rows of a table below the heading, such as answers.
             sample: number of the sample in the batch.
             padded: see `views`.
 
@@ -257,11 +260,11 @@ class Record:
         return kept_page(image, views, layers, leaving, curves, label, title, facts)
 
     def curves(self, n_visual: int) -> dict[str, tuple[int, ...]]:
-        """Visual tokens leaving each layer for other questions, by label; of methods that vary them (AutoPrune)."""
+        """Return label -> visual tokens leaving each layer for other questions, for methods whose counts vary."""
         return self._method.curves(n_visual, len(self._trace.entries))
 
     def describe(self, sample: int = 0) -> str:
-        """What the method found out about a question, in a few words."""
+        """Return a short label of a sample with its statistics, for legends."""
         stats = self.stats
         if not {"slope", "mi1"} <= stats.keys():
             return "this question"
@@ -278,12 +281,12 @@ class Record:
 
 
 def visual_ids(ids: Tensor, visual: Tensor) -> Tensor:
-    """(B, n) original indices of the visual tokens in sequence order, with PADDING at the end."""
+    """Return (B, n) original indices of the visual tokens in sequence order, padded with PADDING at the end."""
     width = int(visual.sum(1).max()) if visual.numel() else 0
     order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
     return ids.gather(1, order).masked_fill(~visual.gather(1, order), PADDING)
 
 
 def original_ids(visual: Tensor) -> Tensor:
-    """(B, L) long: index among a sample's visual tokens, TEXT elsewhere."""
+    """Return (B, L) long: the index among the sample's visual tokens, TEXT for other positions."""
     return (visual.cumsum(1) - 1).masked_fill(~visual, TEXT)

@@ -1,4 +1,4 @@
-"""The tokens of a prefill at one layer: states, masks and position ids, and what a cut does to them."""
+"""The tokens of a prefill at one layer: states, masks, position ids and original indices."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from .record import original_ids
 
 @dataclass
 class TokenSequence:
-    """B samples of L tokens, right-aligned from the first cut on.
+    """B samples of L tokens; right-aligned after the first cut.
 
     Attributes:
-        hidden: (B, L, D).
-        visual: (B, L) bool.
+        hidden: (B, L, D) hidden states.
+        visual: (B, L) bool, visual tokens.
         valid: (B, L) bool, False on padding.
         ids: (B, L) long, see `View.ids`.
         positions: (B, L) long, position ids.
-        padding: (B, L) mask where some position is padding; None when none is, so that backends may run causally.
-        rule: what a cut does to position ids, see `Method.positions`.
-        start: (B, 1) long, where renumbered positions begin: after padding on the left, as a rule.
-        numbers: (B, n) long, renumbered positions of the longest sequence without padding, made once.
-        consecutive: whether `positions` are the first of `numbers`.
+        padding: (B, L) mask if some position is padding; None if none is, so that backends can run causally without a
+            mask.
+        rule: how a cut changes position ids, see `Method.positions`.
+        start: (B, 1) long, the first position of the renumbered position ids; usually the number of padding positions
+            on the left.
+        numbers: (B, n) long, consecutive position ids from `start` on, computed once for the longest sequence without
+            padding.
+        consecutive: whether `positions` is the beginning of `numbers`.
     """
 
     hidden: Tensor
@@ -45,7 +48,7 @@ class TokenSequence:
 
     @staticmethod
     def of(prompt: Prompt, hidden: Tensor, mask: Tensor | None, rule: Literal["keep", "renumber"]) -> TokenSequence:
-        """The sequence that enters the language model."""
+        """Return the sequence that enters the language model."""
         end = (prompt.positions.masked_fill(~prompt.valid, -1)).amax(1, keepdim=True) + 1  # (B, 1)
         return TokenSequence(
             hidden=hidden,
@@ -60,11 +63,11 @@ class TokenSequence:
 
     @property
     def length(self) -> int:
-        """L."""
+        """L, the number of token positions."""
         return self.hidden.shape[1]
 
     def to(self, device: torch.device) -> None:
-        """Move everything to the device of the next layer, where a model is spread over several."""
+        """Move all tensors to the device of the next layer of a model that is spread over several devices."""
         if self.visual.device == device:
             return
         for name in ("hidden", "visual", "valid", "ids", "positions", "padding", "start", "numbers"):
@@ -72,10 +75,10 @@ class TokenSequence:
             setattr(self, name, None if value is None else value.to(device))
 
     def apply(self, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
-        """Gather everything by a cut.
+        """Gather all tensors by a cut.
 
-        Merged tokens get the indices `ids` (B, C) and positions `places` (B, C), by default MERGED and the last visual
-        position.
+        Merged tokens get the original indices `ids` (B, C) and the position ids `places` (B, C); the defaults are
+        MERGED and the position id of the last visual token.
         """
         states = self.hidden if cut.merged is None else torch.cat([self.hidden, cut.merged], 1)
         self.hidden = take(states, cut.index)
@@ -88,7 +91,7 @@ class TokenSequence:
         if cut.valid is not None:
             self.valid = cut.valid
         elif self.padding is None and length <= self.valid.shape[1]:
-            self.valid = self.valid[:, :length]  # no padding before, none now
+            self.valid = self.valid[:, :length]  # there was no padding before the cut
         else:
             self.valid = torch.ones_like(self.visual)
         self.padding = cut.valid
@@ -96,7 +99,7 @@ class TokenSequence:
             self.renumber()
 
     def renumber(self) -> None:
-        """Position ids without gaps. Without padding they are the first of a sequence that is made once."""
+        """Replace the position ids by consecutive ones; without padding, they are a slice of `numbers`."""
         self.consecutive, length = self.padding is None, self.valid.shape[1]
         if not self.consecutive:
             self.positions = (self.valid.cumsum(1) - 1 + self.start).clamp(min=0)
@@ -106,7 +109,7 @@ class TokenSequence:
         self.positions = self.numbers[:, :length]
 
     def patch_positions(self, ids: Tensor) -> Tensor:
-        """(B, C) position ids of the patches `ids`; a token without one has that of the image's last token."""
+        """Return (B, C) position ids of the patches `ids`; tokens without a patch get that of the last visual token."""
         order = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices
         last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
         there = self.positions.gather(1, order.gather(1, ids.clamp(0, order.shape[1] - 1)))

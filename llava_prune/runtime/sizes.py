@@ -1,4 +1,4 @@
-"""Sizes of the images before padding, which callers of transformers' Llava say ahead of a request."""
+"""Sizes of the images before padding, which callers of transformers' Llava give before a request."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from .state import Hints, Sizes, hinting
 
 _OPEN: dict[int, int] = {}
-"""Thread -> open blocks of `image_sizes` with sizes."""
+"""Thread -> number of open `image_sizes` blocks with known sizes."""
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def image_sizes(sizes: Sequence[Sequence[int]] | None) -> Iterator[None]:
-    """Tell methods the (width, height) of the images before padding, in the order of the pixel values.
+    """Give methods the (width, height) of the images before padding, in the order of the pixel values.
 
-    LLaVA's own classes get them as the argument `image_sizes`; with transformers' Llava wrap `generate()` in this.
-    Without them no patch counts as padding. A thread does not inherit the block: start it with
+    LLaVA's own classes take the sizes as the argument `image_sizes`; with transformers' Llava, call `generate()` inside
+    this block. Without sizes, no patch counts as padding. A thread does not inherit the block: start it with
     `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`, or open the block inside the
-    thread. A request from a thread that does neither, while the block is open, raises an error.
+    thread. A request from a thread that does neither while the block is open raises an error.
 
     Args:
-        sizes: one (width, height) for each image; None says that the sizes are unknown.
+        sizes: one (width, height) for each image; None if the sizes are unknown.
 
     Raises:
-        ValueError: for anything but pairs of positive integers.
+        ValueError: if an entry is not a pair of positive integers.
     """
     made = None if sizes is None else checked_sizes(sizes)
     thread = threading.get_ident()
@@ -44,10 +44,10 @@ def image_sizes(sizes: Sequence[Sequence[int]] | None) -> Iterator[None]:
 
 
 def checked_sizes(sizes: Any) -> Sizes:
-    """Image sizes as a list of (width, height).
+    """Return image sizes as a list of (width, height).
 
     Raises:
-        ValueError: for anything but pairs of positive integers.
+        ValueError: if an entry is not a pair of positive integers.
     """
     out: Sizes = []
     for size in sizes:
@@ -64,10 +64,10 @@ def checked_sizes(sizes: Any) -> Sizes:
 
 
 def known_sizes(given: Hints) -> Sizes | None:
-    """The sizes of a request's images.
+    """Return the sizes of a request's images, or None if they are unknown.
 
     Raises:
-        ValueError: when another thread has an open block of `image_sizes` which this thread does not see.
+        ValueError: if an `image_sizes` block is open in another thread and this thread has not inherited it.
     """
     with _LOCK:
         elsewhere = not given.explicit and any(thread != threading.get_ident() for thread in _OPEN)

@@ -1,10 +1,10 @@
-"""The state of a request: opened by the outermost call, found by everything below, carried by the KV cache afterwards.
+"""The state of a request, held in a context variable.
 
-`generate()` and `forward()` of an attached model open a `RequestState` in the one context variable of the package, and
-close it on the way out, also after an exception. Hooks on the vision tower and the projector, the place where the
-package splices text and images, and the entry of the language model find it there. Without an open request of their own
-model they do nothing, so an encoder that the user calls directly returns its true features. The prefill hangs a
-`DecodeState` on the KV cache, where every later token finds it.
+`generate()` and `forward()` of an attached model open a `RequestState` in the only context variable of this package,
+and close it when they return or raise. The hooks on the vision tower and the projector, the replaced splice of text and
+images, and the forward of the language model read it there. Without an open request of their own model they do nothing,
+so an encoder that the user calls directly returns its unpruned features. The prefill attaches a `DecodeState` to the KV
+cache, from which every decoding step reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .merging import Merging
 Sizes = list[tuple[int, int]]
 
 
-# what callers say ahead of a request --------------------------------------------------------------------------
+# hints that callers give before a request ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class HostPrompts:
 
     Attributes:
         rows: token ids of each prompt.
-        image: the id that stands for an image.
-        patches: visual tokens of an image.
+        image: the token id that stands for an image.
+        patches: number of visual tokens of an image.
     """
 
     rows: Sequence[Sequence[int]]
@@ -43,15 +43,16 @@ class HostPrompts:
 
 @dataclass
 class Hints:
-    """What a caller knows of the next request.
+    """Facts about the next request that the caller states in advance.
 
     Attributes:
         image_sizes: (width, height) of the images before padding.
-        image_keys: identities of the images, for the image cache; valid for a single pass of the vision tower.
+        image_keys: keys of the images in the image cache; valid for a single pass of the vision tower.
         prompts: token ids on the host.
-        questions: one for each image.
-        explicit: whether the caller said something about sizes, be it None.
-        logits_to_keep: number of logits that the caller wants; 0 for all, which the caller has to line up.
+        questions: one question for each image.
+        explicit: whether the caller has stated `image_sizes`, even as None.
+        logits_to_keep: number of logits that the caller wants; 0 for all logits, which the caller then has to align
+            with the input ids.
     """
 
     image_sizes: Sizes | None = None
@@ -62,7 +63,7 @@ class Hints:
     logits_to_keep: int = 0
 
     def take_keys(self) -> list[Hashable] | None:
-        """The keys, once."""
+        """Return `image_keys` and clear them, so that only one pass of the vision tower uses them."""
         keys, self.image_keys = self.image_keys, None
         return keys
 
@@ -72,15 +73,15 @@ class Hints:
 
 @dataclass
 class TowerPass:
-    """What one pass of the vision tower leaves.
+    """The recordings of one pass of the vision tower.
 
     Attributes:
         queries: block -> query positions whose attention is recorded.
-        attention: block -> what the block showed.
+        attention: block -> `RecordedAttention` of the block.
         cls: (N, Dv) feature of the class token.
-        merging: tokens merged inside the tower, None where nothing merges.
-        pixels: (N, 3, H, W), what the tower was given; None where it got another form.
-        merges: whether a method that merges inside the tower does so in this pass.
+        merging: the state of merging inside the tower, None if nothing is merged.
+        pixels: (N, 3, H, W) input of the tower; None if the input is not a 4-D tensor.
+        merges: whether a method that merges inside the tower merges in this pass.
     """
 
     queries: dict[int, list[int]]
@@ -93,10 +94,10 @@ class TowerPass:
 
 @dataclass
 class Chosen:
-    """What a method chose, before the projector has run.
+    """The tokens of a `VisionCut` before the projector has run.
 
     Attributes:
-        index: (N, K) long, the tokens among what the projector is given.
+        index: (N, K) long, the positions of the tokens in the input of the projector.
         ids, counts, by_canvas, packed, groups: see VisionTokens.
     """
 
@@ -110,18 +111,18 @@ class Chosen:
 
 @dataclass
 class VisionTokens:
-    """What enters the language model in place of the patches of N images or crops.
+    """The tokens that enter the language model in place of the patches of N images or crops.
 
     Attributes:
         embeds: (N, K, D) after the projector; the first counts[n] tokens are live.
-        ids: (N, K) long, patch of each token, MERGED for none.
-        counts: live tokens of each image or crop.
-        grid: (rows, columns) of patches of one.
+        ids: (N, K) long, the patch of each token, MERGED for a token that stands for no patch.
+        counts: number of live tokens of each image or crop.
+        grid: (rows, columns) of patches of one image or crop.
         by_canvas: see VisionCut.
-        packed: the tokens are patches and stay where the package packs them.
-        layout: (crops, rows of crops, columns of crops) of each image; rows and columns are 0 where the crops are not
-            laid out.
-        groups: see VisionCut; positions among the K here.
+        packed: whether the tokens are patches that stay at the positions where the package packs them.
+        layout: (crops, rows of crops, columns of crops) of each image; rows and columns are 0 if the crops do not form
+            a grid.
+        groups: see VisionCut; its positions refer to the K tokens of `ids`.
     """
 
     embeds: Tensor
@@ -136,17 +137,18 @@ class VisionTokens:
 
 @dataclass
 class ImageState:
-    """The images of a request, encoded.
+    """The state of the images of a request.
 
     Attributes:
-        tower: what the vision tower left, until the projector has run.
-        chosen: what the method chose, until the projector has run.
-        tokens: what replaces the patches; None where every patch is kept.
-        patch_values: name -> (N, T).
-        source: (V,) long, the patch of each visual token in the order in which the package packs them, -1 for none.
+        tower: recordings of the vision tower; None once the projector has run.
+        chosen: tokens that the method chose; None once the projector has run.
+        tokens: the tokens that replace the patches; None if every patch is kept.
+        patch_values: name -> (N, T) values that the method stored for the patches.
+        source: (V,) long, the patch of each visual token in the order in which the package packs them, -1 for a token
+            without a patch.
         encoded: whether the projector has run.
-        interpolated: whether the package made fewer tokens of the patches of an image (LLaVA-OneVision); `source` has
-            the nearest patch then.
+        interpolated: whether the package interpolated the patches of an image to fewer tokens (LLaVA-OneVision);
+            `source` then holds the nearest patch.
     """
 
     tower: TowerPass | None = None
@@ -165,12 +167,12 @@ class ImageState:
 
 @dataclass
 class Splice:
-    """Where the visual tokens of a prompt are.
+    """The positions of the visual tokens in a prompt.
 
     Attributes:
-        visual: (B, L) bool.
-        source: (B, L) long, patch of each visual token (counted over the images of the request), -1 where there is
-            none (a newline token, text); None where nobody needs it.
+        visual: (B, L) bool, visual tokens.
+        source: (B, L) long, patch of each visual token (numbered over all images of the request), -1 for positions
+            without a patch (newline tokens, text); None if the patches are not needed.
         images: the images of the prompt.
     """
 
@@ -184,17 +186,19 @@ class Splice:
 
 @dataclass
 class RequestState:
-    """One call of an attached model.
+    """The state of one call of an attached model.
 
     Attributes:
-        handle: of the attachment.
-        hints: what the caller said ahead.
+        handle: the handle of the attachment.
+        hints: facts that the caller stated in advance.
         parent: the enclosing call of the same attachment, or None.
-        images: images that this call encoded, None before.
-        splice: gives the place of the visual tokens when the language model is entered; None for a call without images.
-        has_ids: whether the prompt was given as token ids, so that it is known to be text where there is no splice.
-        layout: gives how the images of the call became crops; None where they are seen whole.
-        numbers: (N, T, D) patch numbers that stand for features while package llava's splice is asked for their order.
+        images: the images that this call encodes; None before the vision tower runs.
+        splice: returns the positions of the visual tokens, called when the language model is entered; None for a call
+            without images.
+        has_ids: whether the prompt was given as token ids; a prompt with ids and without a splice is text only.
+        layout: returns how the images of the call were split into crops; None if images are encoded whole.
+        numbers: (N, T, D) patch numbers that replace the features while the splice of package llava runs a second time
+            to determine the order of the patches.
     """
 
     handle: Any
@@ -231,13 +235,13 @@ def _entered(context: _Context) -> Iterator[None]:
 
 
 def hints() -> Hints:
-    """What the caller said ahead of the current request."""
+    """Return the hints that are in effect."""
     return _current().hints
 
 
 @contextmanager
 def hinting(**known: Any) -> Iterator[Hints]:
-    """Say something ahead of the requests in the block; fields of `Hints`."""
+    """Set fields of `Hints` for the requests inside the block."""
     made = replace(hints(), **known)
     with _entered(replace(_current(), hints=made)):
         yield made
@@ -245,20 +249,20 @@ def hinting(**known: Any) -> Iterator[Hints]:
 
 @contextmanager
 def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
-    """Open a request for the length of the block.
+    """Open a request for the duration of the block.
 
     Args:
-        handle: of the attachment.
-        images: images that the call brings itself; None when it brings none.
+        handle: the handle of the attachment.
+        images: number of images among the arguments of the call; None if there are none.
 
     Raises:
-        ValueError: when the sizes that the caller gave do not fit the number of images.
+        ValueError: if the number of image sizes in the hints differs from the number of images.
     """
     context = _current()
     parent = active(handle)
     given = context.hints
     if parent is not None and images is not None:
-        if parent.images is not None and given is parent.hints:  # a call inside the request, with images of its own
+        if parent.images is not None and given is parent.hints:  # a nested call with its own images
             given = Hints()
     elif images is not None and given.image_sizes is not None and len(given.image_sizes) != images:
         raise ValueError(
@@ -270,18 +274,18 @@ def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
 
 
 def active(handle: Any) -> RequestState | None:
-    """The innermost open request, if it is of this attachment."""
+    """Return the innermost open request if it belongs to this attachment, else None."""
     found = _current().request
     return found if found is not None and found.handle is handle else None
 
 
 def innermost() -> RequestState | None:
-    """The innermost open request of any attachment."""
+    """Return the innermost open request of any attachment, or None."""
     return _current().request
 
 
 def tower_pass() -> TowerPass | None:
-    """Where the blocks of the vision tower record now; None where nobody asks."""
+    """Return the `TowerPass` into which the blocks of the vision tower record, or None if nothing is recorded."""
     context = _current()
     if context.tower is not None:
         return context.tower
@@ -291,6 +295,6 @@ def tower_pass() -> TowerPass | None:
 
 @contextmanager
 def recording(into: TowerPass) -> Iterator[TowerPass]:
-    """Let the vision tower record into `into` for the length of the block."""
+    """Make the vision tower record into `into` for the duration of the block."""
     with _entered(replace(_current(), tower=into)):
         yield into

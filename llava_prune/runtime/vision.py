@@ -1,7 +1,7 @@
-"""Hooks between vision tower and language model: recorded attention, `prune_vision`, and what replaces the patches.
+"""Hooks on the vision tower and the projector: recorded attention, `prune_vision`, and the tokens of a `VisionCut`.
 
-The package always gets the true image features from the projector. What a method chooses or merges is kept beside them
-and takes the place of the patches at the entry of the language model.
+The package always receives the features of all patches from the projector. The tokens that a method chooses or makes
+are kept in the request state and replace the patches at the entry of the language model.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTok
 
 
 def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Patches more than about one patch outside an image that was padded to a square.
+    """Return a mask of the patches that lie in the padding of an image that was padded to a square.
 
-    Source: official evaluation code. S is the longer side, b = floor((S + 23) / 24) pixels of border stay
-    unmasked; cell i reads pixel floor(i S / 24) (24 being the grid's side).
+    A border of about one patch around the image stays unmasked. Source: official evaluation code. With S the longer
+    side of the image and a grid of 24 x 24, b = floor((S + 23) / 24) pixels of border stay unmasked, and cell i is
+    represented by pixel floor(i S / 24).
 
     Args:
         size: (width, height) of the image.
@@ -51,12 +52,12 @@ def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
 
 
 def batch_padding(sizes: Sizes | None, n: int, grid: tuple[int, int]) -> Tensor | None:
-    """(N, T) bool of `padding_mask`, None when the sizes are unknown.
+    """Return the `padding_mask` of every image, (N, T) bool, or None if the sizes are unknown.
 
-    N may be a multiple of the number of sizes: beams encode every image several times.
+    N may be a multiple of the number of sizes, since beam search can encode every image several times.
 
     Raises:
-        ValueError: when the sizes do not fit the number of images.
+        ValueError: if the number of sizes does not fit the number of images.
     """
     if sizes is None or grid[0] != grid[1]:
         return None
@@ -67,15 +68,17 @@ def batch_padding(sizes: Sizes | None, n: int, grid: tuple[int, int]) -> Tensor 
 
 
 class VisionHooks:
-    """Hooks on the tower's blocks and on the projector. One instance an attachment; holds no state of a request.
+    """The hooks on the tower's blocks and on the projector, one instance for each attachment.
+
+    The instance holds no state of a request.
 
     Args:
-        handle: of the attachment.
-        method: what prunes.
-        tower: what the model has.
+        handle: the handle of the attachment.
+        method: the pruning method.
+        tower: facts about the model's vision tower.
 
     Raises:
-        ValueError: when the method needs what the tower does not have.
+        ValueError: if the method needs something that the tower does not have.
     """
 
     def __init__(self, handle: Any, method: Method, tower: Tower) -> None:
@@ -95,7 +98,7 @@ class VisionHooks:
             )
 
     def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
-        """Put all hooks in place; returns what removes them."""
+        """Install all hooks and return the handles that remove them."""
         if not self.acts:
             return []
         self.modules = tower, encoder
@@ -110,7 +113,7 @@ class VisionHooks:
         return undo
 
     def start(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Tower pre-hook: the first pass in a request is that of its images; later ones are left alone."""
+        """Tower pre-hook: the first pass of a request encodes its images; later passes are ignored."""
         request = active(self.handle)
         if request is not None and request.images is None:
             given = args[0] if args else kwargs.get("pixel_values", kwargs.get("images"))
@@ -118,13 +121,13 @@ class VisionHooks:
             request.images = ImageState(TowerPass(self.queries, pixels=pixels))
 
     def _encoding(self) -> ImageState | None:
-        """The images of the open request, while they are being encoded."""
+        """Return the images of the open request while they are being encoded, else None."""
         request = active(self.handle)
         images = None if request is None else request.images
         return images if images is not None and not images.encoded else None
 
     def before_projector(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        """Projector pre-hook: ask the method; tokens that are not patches are projected after the patches."""
+        """Projector pre-hook: call `prune_vision` and append tokens that are not patches to the projector's input."""
         images, request = self._encoding(), active(self.handle)
         if images is None or request is None or images.tower is None:
             return None
@@ -153,7 +156,7 @@ class VisionHooks:
 
     def _view(self, found: TowerPass, features: Tensor, request: RequestState) -> VisionView:
         there, n = features.device, features.shape[0]
-        recorded = {b: found.attention[b] for b in self.queries}  # an image cache brings those of other methods, too
+        recorded = {b: found.attention[b] for b in self.queries}  # an image cache may hold blocks of other methods, too
         grid = self.tower.grid
 
         def padding() -> Tensor | None:
@@ -189,7 +192,7 @@ class VisionHooks:
         return self.text_tower.patches(features), texts
 
     def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
-        """See `VisionView.encode`. The package's tower is called as it is, since its weights may be offloaded."""
+        """See `VisionView.encode`. This calls the package's own tower, since its weights may be offloaded."""
         assert self.modules is not None
         tower, encoder = self.modules
         inner = getattr(encoder, "vision_model", encoder)
@@ -204,7 +207,7 @@ class VisionHooks:
         return states[0][:, states[0].shape[1] - rows * columns :]  # (N, rows x columns, Dv)
 
     def after_projector(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Projector hook: keep the tokens of the method, hand the package the features of all patches."""
+        """Projector hook: store the tokens of the method and return the features of all patches to the package."""
         images = self._encoding()
         if images is None or images.tower is None:
             return None
@@ -217,18 +220,18 @@ class VisionHooks:
         images.tokens = VisionTokens(
             embeds, chosen.ids, chosen.counts, self.tower.grid, chosen.by_canvas, chosen.packed, layout, chosen.groups
         )
-        if merging is not None:  # each patch shows the token that it was merged into
+        if merging is not None:  # each patch gets the feature of the token that it was merged into
             return take(output, merging.groups[:, 1:].to(output.device) - 1)
         return output[:, : self.tower.patches]
 
 
 def _interpolating(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pre-hook of an encoder that takes images of any size; at the usual size the position embeddings are unchanged."""
+    """Encoder pre-hook: interpolate position embeddings for images of any size, and return all hidden states."""
     return args, {**kwargs, "interpolate_pos_encoding": True, "output_hidden_states": True}
 
 
 def check_requirements(method: Method, tower: Tower) -> None:
-    """Refuse a method that needs what the vision tower does not have.
+    """Refuse a method that needs something that the vision tower does not have.
 
     Raises:
         ValueError: with the reason.
@@ -268,7 +271,7 @@ def check_requirements(method: Method, tower: Tower) -> None:
 
 
 def record_attention(blocks: Any, queries: dict[int, list[int]], feature_layer: int) -> list[Any]:
-    """Hooks that record attention of the tower wherever a `TowerPass` asks for it; returns what removes them."""
+    """Register hooks that record the attention for which the current `TowerPass` asks; return their handles."""
     hooks = [
         blocks[block].register_forward_pre_hook(functools.partial(_record, block), with_kwargs=True)
         for block in queries
@@ -279,7 +282,7 @@ def record_attention(blocks: Any, queries: dict[int, list[int]], feature_layer: 
 
 
 def _record(block: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Block pre-hook."""
+    """Block pre-hook: record the attention of the block."""
     found = tower_pass()
     if found is None or block not in found.queries or block in found.attention:
         return
@@ -288,7 +291,7 @@ def _record(block: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _record_class_token(module: Any, args: Any, output: Any) -> None:
-    """Hook of the feature block: the class token's feature, which the packages drop."""
+    """Hook on the feature block: record the class token's feature, which the packages drop."""
     found = tower_pass()
     if found is not None and found.cls is None:
         found.cls = (output[0] if isinstance(output, tuple) else output)[:, 0].detach()
@@ -297,7 +300,7 @@ def _record_class_token(module: Any, args: Any, output: Any) -> None:
 def _merging_forward(
     hooks: VisionHooks, layer: Any, block: int, count: int, stock: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Forward of a block that merges for the request of its attachment, and is the stock block otherwise."""
+    """Run the merging forward of a block in a request of its attachment, and the stock forward otherwise."""
     found = tower_pass() if active(hooks.handle) is not None else None
     if found is None or not found.merges:
         out: Tensor = stock(hidden_states, *args, **kwargs)
@@ -310,9 +313,13 @@ def _merging_forward(
 
 
 def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Positions (N, K') of the live tokens of a `VisionCut`, their patches (N, K'), and how many each image has.
+    """Gather the live tokens of a `VisionCut` to the left.
 
-    Reads from the device once, unless the cut has its counts.
+    Synchronises with the device once, unless the cut states its counts.
+
+    Returns:
+        (N, K') long, positions of the live tokens; (N, K') long, their patches; the number of live tokens of each
+        image or crop.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -334,5 +341,5 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def _among(groups: Callable[[], Tensor], index: Tensor, counts: list[int]) -> Tensor:
-    """(N, T) long: `VisionCut.groups` as positions among the live tokens `index` (N, K')."""
+    """Return (N, T) long: the result of `VisionCut.groups` as positions among the live tokens `index` (N, K')."""
     return places_among(groups().cpu(), index.cpu(), counts)
