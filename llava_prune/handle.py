@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,7 +146,8 @@ def attach(
     handle.geometry = family.geometry(model)
     folder = getattr(method, "clip", None)
     if folder is not None:
-        handle.vision.text_tower = text_tower(folder)
+        text_tower(folder, model.device)  # raises for a folder without one
+        handle.vision.text_tower = functools.partial(text_tower, folder)
     if graphs or fused or text_step is not None:
         from .experimental.engine import Engine
 

@@ -86,7 +86,7 @@ def check_step(text_step: int | None, recording: bool) -> None:
         ValueError: if `text_step` is given and `recording` is False.
     """
     if text_step is not None and not recording:
-        raise ValueError(f"text_step={text_step}: this is for recordings; give graphs=True (--graphs) with it")
+        raise ValueError(f"text_step={text_step} needs graphs=True (--graphs)")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.selection import per_sample, take
+from ..ops.selection import per_sample, take, true_first
 from ..ops.similarity import unit, wide
 from .base import EntryMethod, MethodInfo, in_raster_order
 from .checks import choice, integer, real, shown
@@ -268,9 +268,8 @@ class CDPruner(EntryMethod):
         found = [self._order(tokens, text, part, most) for part in parts]
         slots = torch.arange(most, device=real.device)
         counts = [k // 2 for k in keep], [k - k // 2 for k in keep]
-        spare = torch.cat([(slots >= per_sample(c, real)).expand(real.shape[0], -1) for c in counts], 1)
-        packed = spare.to(torch.int8).sort(dim=1, stable=True).indices[:, : max(keep)]
-        return torch.cat(found, 1).gather(1, packed)
+        wanted = torch.cat([(slots < per_sample(c, real)).expand(real.shape[0], -1) for c in counts], 1)
+        return torch.cat(found, 1).gather(1, true_first(wanted)[:, : max(keep)])
 
     def _order(self, tokens: Tensor, text: Tensor, real: Tensor, count: int) -> Tensor:
         if self.variant == "contrib":

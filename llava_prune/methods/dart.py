@@ -200,7 +200,7 @@ class DART(Method):
         if self.layer is not None and self.layer >= n_layers:
             raise ValueError(f"layer={self.layer}: this model has {n_layers} layers; give at most {n_layers - 1}")
         if self.keep is not None:
-            full, keep = self.layer or min(2, n_layers - 1), self.keep
+            full, keep = self.layer or (2 if n_layers > 2 else 1), self.keep
         elif self.tokens is not None and self.tokens >= n_visual:
             return self.layer or 1, n_visual
         else:

@@ -90,7 +90,8 @@ class FastV(ScoreMethod):
             raise ValueError(f"layer={self.layer}: this model has {n_layers} layers; give at most {n_layers - 1}")
         if self.tokens is None:
             keep = 0.5 if self.keep is None else self.keep
-            return self.layer or min(2, n_layers - 1), round(n_visual * keep) if isinstance(keep, float) else keep
+            layer = self.layer or (2 if n_layers > 2 else 1)
+            return layer, round(n_visual * keep) if isinstance(keep, float) else keep
         if self.tokens >= n_visual:
             return self.layer or 1, n_visual
         return full_layers(self.tokens, n_visual, n_layers, (2, 1) if self.layer is None else (self.layer,))

@@ -13,7 +13,7 @@ from ..ops.shares import proportional
 from .base import Method, MethodInfo
 from .checks import at_most_one, choice, integer, real
 from .registry import register
-from .views import ImageLayout, VisionCut, VisionView
+from .views import ImageLayout, VisionCut, VisionView, per_crop
 
 
 def tile_of_patch(layout: ImageLayout, grid: tuple[int, int], strict: bool = False) -> list[int]:
@@ -156,7 +156,7 @@ class HiRED(Method):
         if self.rate is not None:
             return int(n * t * self.rate + (0 if self.strict else 1e-9))
         assert self.tokens is not None
-        return n * max(self.tokens // crops, 1)
+        return n * per_crop(self.tokens, crops)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.budget(1, n_visual, 1), n_visual)] * n_layers

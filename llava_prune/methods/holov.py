@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.selection import column, descending_order, inverse
+from ..ops.selection import column, descending_order, inverse, true_first
 from ..ops.shares import proportional
 from .base import EntryMethod, MethodInfo, in_raster_order
 from .checks import choice, integer, real
@@ -134,7 +134,7 @@ def select(
     first = (sizes.cumsum(1) - sizes).gather(1, where)  # (B, V) where each token's region begins in the order
     chosen = (inverse(order) - first < wanted).gather(1, order)
     total = share.sum(1, keepdim=True)
-    return order.gather(1, (~chosen).to(torch.int8).sort(dim=1, stable=True).indices), total
+    return order.gather(1, true_first(chosen)), total
 
 
 PRESETS: dict[str, dict[str, Any]] = {"literal": {"tokens": 64, "regions": 16, "strict": True}}

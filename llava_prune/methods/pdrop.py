@@ -124,11 +124,12 @@ def pyramid_recipe(tokens: int, n_visual: int, n_layers: int) -> tuple[tuple[int
     """Return stages and ratios for a budget: the author's ratios l, l^2, l^3 at the stages [2, 8, 16] of 32 layers.
 
     For other depths the stages are scaled. l has at least two decimals, and only as many as are needed to bring the
-    mean of tokens entering within 2 % of the budget; for 32 layers and 576 tokens it is .56, .42 and .19 for budgets of
-    192, 128 and 64. If the layers before the first drop alone exceed the budget, the first drop moves to layer 1.
+    mean of tokens entering within 2 % of the budget (six if no l does); for 32 layers and 576 tokens it is .56, .42 and
+    .19 for budgets of 192, 128 and 64. If the layers before the first drop alone exceed the budget, the first drop
+    moves to layer 1.
 
     Raises:
-        ValueError: if no l meets the budget.
+        ValueError: if the layers before the first drop alone exceed the budget, or the model has too few layers.
     """
     first, *later = (round(s * n_layers / 32) for s in PYRAMID)
     for start in dict.fromkeys((max(1, first), 1)):

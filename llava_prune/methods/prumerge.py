@@ -13,7 +13,7 @@ from ..ops.selection import column, inverse, take
 from .base import Method, MethodInfo
 from .checks import at_most_one, choice, integer, real
 from .registry import register
-from .views import MERGED, VisionCut, VisionView
+from .views import MERGED, VisionCut, VisionView, per_crop
 
 PRESETS: dict[str, dict[str, Any]] = {"adaptive": {"adaptive": True}, "ratio": {"adaptive": False}}
 SMALLEST = 1e-6
@@ -169,7 +169,7 @@ class PruMerge(Method):
 
     def target(self, crops: int) -> int:
         assert self.tokens is not None
-        return max(max(self.tokens // crops, 1) - self.exact, 0)
+        return max(per_crop(self.tokens, crops) - self.exact, 0)
 
     def choose(self, score: Tensor, crops: int) -> tuple[Tensor, list[int]]:
         """Return (N, K) kept patches in output order, and the number of real ones in each image."""

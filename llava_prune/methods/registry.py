@@ -165,10 +165,15 @@ def from_file(path: str | Path) -> list[str]:
     module = ModuleType(f"llava_prune_file_{path.stem}")  # a name that does not shadow another module
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look up their module here
+    before = dict(_METHODS), dict(_PRESETS)
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
+        _METHODS.clear()
+        _PRESETS.clear()
+        _METHODS.update(before[0])
+        _PRESETS.update(before[1])
         text = " ".join(str(error).split())
         raise ValueError(f"{path} could not be run: {type(error).__name__}: {text}") from error
     new = sorted(n for n, cls in _METHODS.items() if cls.__module__ == module.__name__)

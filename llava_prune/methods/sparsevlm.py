@@ -107,6 +107,10 @@ class SparseVLM(Method):
             integer(name, getattr(self, name), 1)
         real("scale", self.scale, 0)
         real("bias", self.bias)
+        if self.heads is not None and self.release != "2.0":
+            raise ValueError(
+                f"heads={self.heads}: version {self.release!r} uses all heads; give version '2.0', or leave it out"
+            )
         layers = self.layers or self.default_layers
         if any(b <= a for a, b in zip(layers, layers[1:], strict=False)):
             raise ValueError(f"layers={self.layers}: must be in ascending order")
@@ -118,7 +122,7 @@ class SparseVLM(Method):
         Raises:
             ValueError: for arguments that contradict each other.
         """
-        if self.scale is not None:
+        if self.scale is not None or self.bias is not None:
             raise ValueError("version '1.0' counts by scale and bias, '1.5' and '2.0' by retain")
         at_most_one(tokens=self.tokens, retain=self.retain)
         layers = self.layers or self.default_layers

@@ -149,9 +149,7 @@ class TopV(Method):
         settings = [self.setting(n, view.spans.n_layers) if n else (layer + 1, 0, 0) for n in view.spans.n_visual]
         plans = zip(settings, view.spans.n_visual, after, strict=True)
         keep = [s[1] if s[0] == layer + 1 else (n if s[0] > layer else total) for s, n, total in plans]
-        width = max(view.spans.n_visual)
-        place = (~view.visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]  # (B, V)
-        live = view.visual.gather(1, place)
+        place, live = view.visual_tokens()  # (B, V) each
         importance = self._importance(view, place, live)
         score = torch.zeros(view.visual.shape, device=importance.device).scatter(1, place, importance)
         stay = top(descending_order(score, view.visual), keep, view.visual)
@@ -198,6 +196,8 @@ def tokens_by_flops(share: float, n_visual: int, n_layers: int, full: int) -> in
 
     The FLOPs are as near to the share as possible. The result may be 0.
     """
+    if full >= n_layers:
+        return 0
     model = Size()  # LLaVA-1.5-7B; 13B has nearly the same ratio of MLP size to hidden size
     each = layer_flops(n_visual, model.hidden, model.intermediate)
     left = (share * n_layers - full) * each / (n_layers - full)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.clustering import cluster_means
-from ..ops.selection import Cut, Positions, assemble, column, descending_order, top
+from ..ops.selection import Cut, Positions, assemble, column, descending_order, top, true_first
 
 MERGED = -1
 """Original index of a token that was made by merging others."""
@@ -25,6 +25,11 @@ TEXT = -3
 """Original index of a token that is not visual."""
 EVERY = -1
 """As the only entry of a list in `Method.vision_queries`: the mean attention over all query positions of a block."""
+
+
+def per_crop(tokens: int, crops: int) -> int:
+    """Return the share of a budget for each crop: tokens // (largest number of crops of the model), at least 1."""
+    return max(tokens // crops, 1)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class View:
         V is the largest number of visual tokens of a sample that entered the language model.
         """
         width = max(self.spans.n_visual)
-        places = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+        places = true_first(self.visual)[:, :width]
         return places, self.visual.gather(1, places)
 
     def keep_top(
@@ -288,8 +293,8 @@ class VisionView:
         return recorded[:, :, 0, self.leading :].mean(1)
 
     def tokens_per_crop(self, tokens: int) -> int:
-        """Return the share of a budget for each crop: tokens // (largest number of crops of the model), at least 1."""
-        return max(tokens // self.crops, 1)
+        """Return the share of a budget for each crop, see `per_crop`."""
+        return per_crop(tokens, self.crops)
 
     def keep_top(self, score: Tensor, keep: int) -> VisionCut:
         """Keep the `keep` patches of each image or crop with the highest score (N, T), in raster order, ties by index.

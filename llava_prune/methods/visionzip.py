@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.selection import descending_rank, take
+from ..ops.selection import descending_rank, take, true_first
 from .base import Method, MethodInfo
 from .checks import choice, integer, shown
 from .registry import register
-from .views import MERGED, VisionCut, VisionView
+from .views import MERGED, VisionCut, VisionView, per_crop
 
 
 def contextual_tokens(features: Tensor, metric: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,7 @@ class VisionZip(Method):
         if self.tokens is None:
             assert self.dominant is not None and self.contextual is not None
             return self.dominant, self.contextual
-        total = max(self.tokens // crops, 1)
+        total = per_crop(self.tokens, crops)
         contextual = (10 * total + 32) // 64  # 5/32 of the total, halves rounded up
         return total - contextual, contextual
 
@@ -132,7 +132,7 @@ class VisionZip(Method):
             )
         score = view.class_attention()  # (N, T)
         best = descending_rank(score, score == score) < patches
-        order = (~best).to(torch.int8).sort(dim=1, stable=True).indices  # dominant patches, then the rest, ascending
+        order = true_first(best)  # dominant patches, then the rest, ascending
         tokens = [take(view.features, order[:, :patches])]
         ids = [order[:, :patches]]
         if self.keep_cls:

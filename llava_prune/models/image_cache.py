@@ -169,7 +169,7 @@ def _forward(cache: ImageCache, model: Any, stock: Any, pixels: Any = None, *arg
     asked = tower_pass() if mine else None  # recordings that an attached method needs from this pass
     variant = request.handle.vision.variant if request is not None and asked is not None else None
     names = [(variant, k) for k in keys]
-    known = {name: cache.table[name] for name in names if name in cache.table}
+    known = {name: image for name in names if (image := cache.table.get(name)) is not None}
     new = list(dict.fromkeys(name for name in names if name not in known))
     fresh: dict[tuple[Hashable, Hashable], CachedImage] = {}
     if new:

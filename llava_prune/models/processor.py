@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +61,9 @@ def load_processor(folder: Path, tokenizer: Any) -> Any:
 def _template(folder: Path) -> str | None:
     for name in TEMPLATES:
         if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8")
-            return text if name.endswith(".jinja") else str(json.loads(text)["chat_template"])
+            if name.endswith(".jinja"):
+                return (folder / name).read_text(encoding="utf-8")
+            return read_json(folder / name).get("chat_template")
     return None
 
 

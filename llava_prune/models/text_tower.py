@@ -21,12 +21,13 @@ class TextTower:
 
     Args:
         folder: folder of a CLIP in transformers' format, with its tokenizer.
+        device: device of the tower.
 
     Raises:
         ValueError: for a folder without a text tower.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, device: torch.device) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         place = Path(folder).expanduser()
@@ -42,6 +43,7 @@ class TextTower:
                 "embeddings"
             )
         model: Any = CLIPModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+        model.to(device)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place, local_files_only=True)
         vision = getattr(model.vision_model, "vision_model", model.vision_model)
         self.norm, self.visual = vision.post_layernorm, model.visual_projection
@@ -59,11 +61,11 @@ class TextTower:
                 f"clip: the features are {features.shape[2]} wide, and those of this CLIP {self.visual.in_features}; "
                 "give the CLIP whose vision tower the model has"
             )
-        out: Tensor = self.visual.to(features.device)(self.norm.to(features.device)(features.float()))
+        out: Tensor = self.visual(self.norm(features.float()))
         return out
 
     @torch.no_grad()
-    def text(self, question: str, device: torch.device, strict: bool = False) -> Tensor:
+    def text(self, question: str, strict: bool = False) -> Tensor:
         """Return (M, C) float32 embeddings of a question, one for each segment of 77 tokens; padded with id 0.
 
         The embedding of a segment is the output at its end token. Without an end token, it is the output at the last
@@ -75,9 +77,10 @@ class TextTower:
         at = [_place(segment, end, strict) for segment in segments]
         padded = torch.tensor([s + [0] * (SEGMENT - len(s)) for s in segments])
         mask = torch.tensor([[1] * len(s) + [0] * (SEGMENT - len(s)) for s in segments])
-        states = self.model.to(device)(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
+        device = self.projection.weight.device
+        states = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
         rows = states[torch.arange(len(segments)), torch.tensor(at)]  # (M, Dt)
-        out: Tensor = self.projection.to(device)(rows)
+        out: Tensor = self.projection(rows)
         return out
 
 
@@ -89,6 +92,6 @@ def _place(segment: list[int], end: int, strict: bool) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def text_tower(folder: str) -> TextTower:
-    """Return the text tower of a folder, which is loaded once."""
-    return TextTower(folder)
+def text_tower(folder: str, device: torch.device) -> TextTower:
+    """Return the text tower of a folder, which is loaded once for a device."""
+    return TextTower(folder, device)

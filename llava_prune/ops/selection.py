@@ -50,6 +50,11 @@ def descending_order(score: Tensor, among: Tensor) -> Tensor:
     return torch.where(among, key, -torch.inf).sort(dim=1, descending=True, stable=True).indices  # (B, L)
 
 
+def true_first(mask: Tensor) -> Tensor:
+    """Return (B, L) long: the positions at which a (B, L) bool mask is True in order, then the others in order."""
+    return (~mask).to(torch.int8).sort(dim=1, stable=True).indices
+
+
 def inverse(order: Tensor) -> Tensor:
     """Return (B, L) long: the rank of each position in an order, (B, L) long."""
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)

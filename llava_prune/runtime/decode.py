@@ -55,7 +55,7 @@ class DecodeState:
     def keep_in(self, cache: Any) -> None:
         """Attach the state to a KV cache, which then refuses new tokens from a model that is not pruned."""
         cache._llava_prune = self
-        cache.update = functools.partial(_guarded_update, self, cache.update)
+        cache.update = functools.partial(_guarded_update, self, cache, cache.update)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -67,9 +67,14 @@ class DecodeState:
             self.open = False
 
 
-def _guarded_update(state: DecodeState, stock: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `Cache.update` for a cache of a pruned request; raise outside `DecodeState.decoding`."""
-    if not state.open:
+def _guarded_update(state: DecodeState, cache: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `Cache.update` for a cache of a pruned request; raise outside `DecodeState.decoding`.
+
+    A cache that was reset holds no tokens and is released: it may serve another request.
+    """
+    if not state.open and not cache.get_seq_length():
+        cache._llava_prune, cache.update = None, stock
+    elif not state.open:
         raise ValueError(
             "this KV cache belongs to a pruned request, its layers differ in length, and the model is not pruned any "
             "more; attach the method again to go on, or start a new cache"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..methods.views import MERGED, PADDING
-from ..ops.selection import Cut, column, to_device
+from ..ops.selection import Cut, column, to_device, true_first
 from .state import ImageState, VisionTokens
 
 
@@ -168,7 +168,7 @@ def patch_table(images: ImageState, visual: Tensor, source: Tensor | None, width
     """Return patch values by original visual index: name -> (B, V), 0 for a token without a patch."""
     if not images.patch_values or source is None:
         return {}
-    order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+    order = true_first(visual)[:, :width]
     real = visual.gather(1, order)
     patch = source.gather(1, order).masked_fill(~real, -1)  # (B, V)
     out = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..methods.base import Method
 from ..methods.views import MERGED, PADDING, TEXT
+from ..ops.selection import true_first
 from .geometry import ImageView, Seen
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ class Record:
 def visual_ids(ids: Tensor, visual: Tensor) -> Tensor:
     """Return (B, n) original indices of the visual tokens in sequence order, padded with PADDING at the end."""
     width = int(visual.sum(1).max()) if visual.numel() else 0
-    order = (~visual).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
+    order = true_first(visual)[:, :width]
     return ids.gather(1, order).masked_fill(~visual.gather(1, order), PADDING)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..methods.views import MERGED
-from ..ops.selection import Cut, take
+from ..ops.selection import Cut, take, true_first
 from .layout import moved, moved_ids
 from .prompt import Prompt
 from .record import original_ids
@@ -110,7 +110,7 @@ class TokenSequence:
 
     def patch_positions(self, ids: Tensor) -> Tensor:
         """Return (B, C) position ids of the patches `ids`; tokens without a patch get that of the last visual token."""
-        order = (~self.visual).to(torch.int8).sort(dim=1, stable=True).indices
+        order = true_first(self.visual)
         last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
         there = self.positions.gather(1, order.gather(1, ids.clamp(0, order.shape[1] - 1)))
         return torch.where(ids >= 0, there, last)

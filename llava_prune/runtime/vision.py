@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
-from ..ops.selection import take
+from ..ops.selection import take, true_first
 from .attention import output_of, tower_attention
 from .layout import places_among
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
@@ -188,8 +188,8 @@ class VisionHooks:
                 f"{self.method.name or self.method!r} compares patches with the question; wrap the call in "
                 "llava_prune.questions([...]), one for each image"
             )
-        texts = [self.text_tower.text(question, features.device, strict) for question in asked]
-        return self.text_tower.patches(features), texts
+        tower = self.text_tower(features.device)
+        return tower.patches(features), [tower.text(question, strict) for question in asked]
 
     def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
         """See `VisionView.encode`. This calls the package's own tower, since its weights may be offloaded."""
@@ -336,7 +336,7 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
         raise ValueError(f"VisionCut: {len(counts)} counts for {n} images or crops")
     if all(c == k for c in counts):
         return index, ids, counts
-    order = (~cut.live).to(torch.int8).sort(dim=1, stable=True).indices[:, : max(*counts, 1)]
+    order = true_first(cut.live)[:, : max(*counts, 1)]
     return order, ids.gather(1, order), counts
 
 

@@ -243,6 +243,21 @@ def test_a_pruned_cache_is_refused_by_an_unpruned_model(name: str, chosen: Setti
             assert torch.equal(tiny(input_ids=new, attention_mask=mask, past_key_values=cache).logits, expected)
 
 
+def test_a_cache_that_was_reset_serves_another_request(name: str, chosen: Setting, tiny: Any) -> None:
+    given = models.inputs(tiny, ROWS[:1], models.pixels(1))
+    with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper):
+        expected = tiny(**given, use_cache=True)
+        cache = tiny(**given, use_cache=True).past_key_values
+        cache.reset()
+        again = tiny(**given, past_key_values=cache)
+        assert torch.equal(again.logits, expected.logits)
+        assert models.cache_lengths(cache) == models.cache_lengths(expected.past_key_values)
+    with torch.inference_mode():
+        cache.reset()
+        plain = tiny(**given, past_key_values=cache)
+        assert torch.equal(plain.logits, tiny(**given).logits)
+
+
 def test_embeddings_on_a_pruned_cache(name: str, chosen: Setting, tiny: Any) -> None:
     """A later turn of embeddings may hold an image: refused as in a prefill."""
     given = models.inputs(tiny, ROWS[:1], models.pixels(1))

@@ -13,6 +13,7 @@ import torch
 import llava_prune
 import llava_prune.methods
 from llava_prune.cli import main
+from llava_prune.methods.registry import from_file
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -114,3 +115,11 @@ def test_files_that_do_not_work(
         main(["methods", "--method", f"{path}{named}"])
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_fails_registers_nothing(tmp_path: Path) -> None:
+    path, known = tmp_path / "half.py", llava_prune.names(presets=True)
+    path.write_text(MINE + "\nraise RuntimeError('later')\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="could not be run: RuntimeError: later"):
+        from_file(path)
+    assert llava_prune.names(presets=True) == known

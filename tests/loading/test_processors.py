@@ -206,6 +206,16 @@ def test_a_checkpoint_without_a_chat_template(folders: dict[str, Path], tmp_path
         protocol_of(str(folder), PROCESSOR).check(loaded, str(folder))
 
 
+def test_a_chat_template_file_without_a_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["onevision"], tmp_path / "x"))
+    for file in folder.glob("chat_template.*"):
+        file.unlink()
+    (folder / "chat_template.json").write_text("{}")
+    loaded = llava_prune.load(folder, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="needs .* chat template"):
+        protocol_of(str(folder), PROCESSOR).check(loaded, str(folder))
+
+
 def test_a_broken_processor(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["next-mistral"], tmp_path / "x"))
     (folder / "processor_config.json").write_text("{")

@@ -210,3 +210,24 @@ def test_refused_where_the_model_is_known(name: str, hyper: dict[str, Any], mess
     method = llava_prune.build(name, **hyper)
     with pytest.raises(ValueError, match=message):
         method.plan(576, 12)
+
+
+@pytest.mark.parametrize("name", ["fastv", "dart", "topv"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_few_layers(name: str, layers: int) -> None:
+    """A plan has as many full layers as the cut needs, or there is a message."""
+    hyper: dict[str, Any] = {} if name == "topv" else {"keep": 64}
+    try:
+        counts = plan(name, n_layers=layers, **hyper)
+    except ValueError as error:
+        assert name == "topv" and "exceed that; give more" in str(error)
+    else:
+        assert counts[0] == 576 and (layers == 1 or counts[-1] < 576)
+
+
+@pytest.mark.parametrize(
+    "hyper", [{"heads": 14}, {"heads": 14, "version": "1.0"}, {"bias": 3}, {"bias": 3, "version": "2.0"}]
+)
+def test_sparsevlm_refuses_arguments_of_other_versions(hyper: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="version"):
+        llava_prune.build("sparsevlm", tokens=192, **hyper)
