@@ -7,9 +7,10 @@ import dataclasses
 import shlex
 
 from ..console import emit, print_table, stderr, stdout
+from ..models.parallel import is_first_process
 from ..report.speed import plot
 from .show import speed_tables
-from .speed import Settings, first, out_folder, speed
+from .speed import Settings, out_folder, speed
 
 OPTIONAL = ("padding %", "efficiency without overhead", "bound x", "prefill q1-q3", "vision", "prefill MiB")
 """Columns that are left out, in this order, when the terminal is narrow. bench.json has all of them."""
@@ -26,7 +27,7 @@ def bench(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k in fields}
     settings = Settings(**given, methods=args.method, batches=args.batch, texts=args.text, memory=not args.no_memory)
     result = speed(settings, lambda what: err.print(what, markup=False), shlex.join(["llava-prune", *args.argv]))
-    if not first():
+    if not is_first_process():
         return 0
     try:
         plot(result, out_folder(settings) / "bench.png")

@@ -25,7 +25,7 @@ from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, cases, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
-from ..models.parallel import first, processes
+from ..models.parallel import is_first_process, processes
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, ragged_padding
@@ -145,7 +145,7 @@ def speed(settings: Settings, progress: Progress = lambda _: None, command: str 
     """
     result: dict[str, Any] = {}
     for result in results(settings, progress, command):
-        if first():
+        if is_first_process():
             folder = out_folder(settings)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -335,7 +335,7 @@ def _trace(stem: Path, loaded: Any, method: Method, asked: Request, fused: bool)
         asked.prefill()
         with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profile:
             asked.prefill()
-    if not first():
+    if not is_first_process():
         return
     profile.export_chrome_trace(f"{stem}.json")
     order = "self_device_time_total" if cuda else "self_cpu_time_total"

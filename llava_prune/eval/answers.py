@@ -17,7 +17,7 @@ from typing import Any
 
 from ..report.store import ANSWERS, RESULT, SCORES
 from .journal import Journal, fcntl
-from .rows import JOURNAL_ONLY, WAY_OUT, Row, read_finished, read_journal, seal
+from .rows import JOURNAL_ONLY, WAY_OUT, Row, read_finished, read_journal, row_checksum
 from .task import Question
 
 JOURNAL, SETTINGS, TIMING = "answers.partial.jsonl", "settings.json", "timing.jsonl"
@@ -131,7 +131,7 @@ def merge(folder: Path, count: int, stem: str) -> bool:
         found = difference(_stored_settings(folder / named(SETTINGS, name)), mine, free=("batch",))
         if found:
             raise ValueError(f"chunk {name} in {folder} was {found} in chunk {stem}; run it again with --restart")
-    _sweep(folder, (ANSWERS, SETTINGS, RESULT, SCORES, TIMING))
+    _remove_stale_drafts(folder, (ANSWERS, SETTINGS, RESULT, SCORES, TIMING))
     write_whole(folder / SETTINGS, json.dumps(mine, indent=2) + "\n")
     for file in (TIMING, ANSWERS):
         parts = [folder / named(file, name) for name in stems]
@@ -162,17 +162,17 @@ def _by_stage(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {k: sum(r[name] for r in rows) for k, name in STAGES.items()}
 
 
-def _sweep(folder: Path, names: Iterable[str]) -> None:
+def _remove_stale_drafts(folder: Path, names: Iterable[str]) -> None:
     """Remove the drafts left by processes that were killed. The caller holds the lock of these files."""
     for name in names:
         for draft in folder.glob(f"{name}.*.draft"):
             number = draft.name.removeprefix(f"{name}.").removesuffix(".draft")
-            if number.isdecimal() and not _runs(int(number)):
+            if number.isdecimal() and not _process_exists(int(number)):
                 with contextlib.suppress(OSError):
                     draft.unlink()
 
 
-def _runs(process: int) -> bool:
+def _process_exists(process: int) -> bool:
     """Return whether a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
@@ -206,7 +206,9 @@ class AnswerWriter:
         self.journal.close()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Queue answers for the journal, except those to answered questions. Each row gets its `answer_id`, see `seal`.
+        """Queue answers for the journal, except those to answered questions.
+
+        Each row gets its `answer_id`, see `row_checksum`.
 
         Returns:
             The number of new answers.
@@ -214,7 +216,7 @@ class AnswerWriter:
         Raises:
             OSError: if earlier answers could not be written.
         """
-        fresh = [{**r, "answer_id": seal(self.settings, r)} for r in rows if r["row"] not in self.done]
+        fresh = [{**r, "answer_id": row_checksum(self.settings, r)} for r in rows if r["row"] not in self.done]
         self.journal.append("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh))
         self.done.update(r["row"] for r in fresh)
         return len(fresh)
@@ -228,7 +230,7 @@ class AnswerWriter:
         self.journal.flush()
 
 
-class Unwritten(AnswerWriter):
+class DiscardingWriter(AnswerWriter):
     """Answers of a process that answers the same questions as the first process; nothing is written."""
 
     def __init__(self, settings: Mapping[str, Any], done: Iterable[int]) -> None:
@@ -290,7 +292,7 @@ class Answers(AnswerWriter):
         super().__init__(rank_journal(folder, 0, stem), settings)
         try:
             whole = () if stem else (RESULT, SCORES)
-            _sweep(folder, (self._final.name, self._settings.name, self._timing.name, *whole))
+            _remove_stale_drafts(folder, (self._final.name, self._settings.name, self._timing.name, *whole))
             if restart:
                 self._discard()
             self.complete = self._final.exists()

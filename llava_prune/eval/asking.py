@@ -364,7 +364,7 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
             "question_id": question.id,
             "prompt": question.stored,
             "text": text.strip(),
-            "answer_id": "",  # see `answers.seal`
+            "answer_id": "",  # see `answers.row_checksum`
             "model_id": name,
             "metadata": {},
             **question.extra,

@@ -23,7 +23,7 @@ from .launch import cores, launch, process_count
 from .place import out_folder
 from .plan import Settings, model_defaults
 from .ranks import Ranks
-from .result import public
+from .result import without_scores
 from .run import evaluate_all, finished
 from .show import Bars, results_table, summary_table
 from .task import load_task
@@ -139,7 +139,7 @@ def _one_process(args: argparse.Namespace, settings: Settings, show: Show) -> in
         show(results, failed)
         return _status(failed | _without_figure(results))
     except ValueError as error:
-        if ranks.speaks(str(error)):
+        if ranks.first_to_report(str(error)):
             raise
         time.sleep(1)  # torchrun ends all processes with this one; the one that prints the message needs time
         return 1
@@ -150,7 +150,7 @@ def _show_results(
 ) -> None:
     """Print the results as tables or as JSON."""
     if args.json:
-        emit([public(r) for runs in results.values() for r in runs])
+        emit([without_scores(r) for runs in results.values() for r in runs])
     else:
         console = stdout()
         for name, runs in results.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..methods.planner import Run
-from ..models.parallel import processes, whole
+from ..models.parallel import gather_tensor, processes
 from ..models.placement import stored_tensors
 from .plan import Settings
 from .task import Task
@@ -51,7 +51,7 @@ def checksum(value: Any) -> str:
 
 def _tensors(model: Any) -> Iterable[tuple[str, Tensor]]:
     """Return names and values of all parameters and buffers, sorted by name, also of a split or offloaded model."""
-    return ((name, whole(model, name, t)) for name, t in stored_tensors(model))
+    return ((name, gather_tensor(model, name, t)) for name, t in stored_tensors(model))
 
 
 def not_finite(model: Any) -> list[str]:

@@ -1,8 +1,8 @@
 """The processes of an evaluation, as torchrun starts them, and their communication.
 
 They share a torch.distributed store and the folder of results, but no process group and no collectives (except for
-`together`). The first process publishes the work, each process claims one piece of it after another, and the first
-process joins the answers.
+`tensor_parallel`). The first process publishes the work, each process claims one piece of it after another, and the
+first process joins the answers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Ranks:
 
     Attributes:
         rank, count: rank of this process, and the number of processes.
-        local, locals: the same among the processes of this machine.
-        together: whether each process holds a part of the model (tensor parallelism), so that all of them answer the
-            same questions; otherwise each process answers different questions.
+        local_rank, local_count: the same among the processes of this machine.
+        tensor_parallel: whether each process holds a part of the model, so that all of them answer the same questions;
+            otherwise each process answers different questions.
     """
 
     def __init__(
@@ -41,21 +41,22 @@ class Ranks:
         store: Store | None = None,
         rank: int = 0,
         count: int = 1,
-        local: int = 0,
-        locals: int = 1,
-        together: bool = False,
+        local_rank: int = 0,
+        local_count: int = 1,
+        tensor_parallel: bool = False,
     ) -> None:
         self._store = store or HashStore()
-        self.rank, self.count, self.local, self.locals, self.together = rank, count, local, locals, together
+        self.rank, self.count, self.local_rank, self.local_count = rank, count, local_rank, local_count
+        self.tensor_parallel = tensor_parallel
         self._tasks = 0
 
     @classmethod
-    def of(cls, env: Mapping[str, str], together: bool = False) -> Ranks:
+    def of(cls, env: Mapping[str, str], tensor_parallel: bool = False) -> Ranks:
         """Return the processes that torchrun, or a launcher with its environment variables, has started.
 
         Args:
             env: environment variables.
-            together: see `Ranks`; a process group is created as well.
+            tensor_parallel: see `Ranks`; a process group is created as well.
 
         Raises:
             ValueError: if the variables are incomplete, or the store cannot be reached.
@@ -72,11 +73,11 @@ class Ranks:
             store, *_ = next(iter(rendezvous("env://", timeout=FOREVER)))
         except RuntimeError as error:
             raise ValueError(f"the other processes cannot be reached ({str(error).splitlines()[0]})") from error
-        rank, count, local, locals = (int(env[n]) for n in names)
+        rank, count, local_rank, local_count = (int(env[n]) for n in names)
         store = _fresh(store, rank, count)
-        if together:
-            start_group(store, rank, count, local)
-        return cls(store, rank, count, local, locals, together)
+        if tensor_parallel:
+            start_group(store, rank, count, local_rank)
+        return cls(store, rank, count, local_rank, local_count, tensor_parallel)
 
     @property
     def first(self) -> bool:
@@ -86,30 +87,32 @@ class Ranks:
     def device(self, given: str | None) -> str | None:
         """Return the device of this process: a GPU of its own if there are several processes, else `given`.
 
-        All processes keep `given` on a CPU and with `together`.
+        All processes keep `given` on a CPU and with `tensor_parallel`.
 
         Raises:
             ValueError: if several processes would share a GPU.
         """
-        if self.together or self.count == 1 or given == "cpu" or (given is None and not torch.cuda.is_available()):
+        single = self.tensor_parallel or self.count == 1
+        if single or given == "cpu" or (given is None and not torch.cuda.is_available()):
             return given
         if given not in (None, "cuda"):
             raise ValueError(f"device={given!r}: {self.count} processes take a device each; give cuda or cpu")
-        if self.local >= torch.cuda.device_count():
+        if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"{self.locals} processes on a machine with {torch.cuda.device_count()} visible GPUs; start one for "
-                "each GPU"
+                f"{self.local_count} processes on a machine with {torch.cuda.device_count()} visible GPUs; start one "
+                "for each GPU"
             )
-        return f"cuda:{self.local}"
+        return f"cuda:{self.local_rank}"
 
-    def speaks(self, message: str) -> bool:
+    def first_to_report(self, message: str) -> bool:
         """Return whether this process is the first to fail with a message, so that a shared error is printed once."""
         return self._store.add(f"said/{message}", 1) == 1
 
     def task(self, name: str) -> SharedTask:
         """Return the shared state of a benchmark; all processes must ask for the same benchmarks in the same order."""
         self._tasks += 1
-        return SharedTask(PrefixStore(f"{self._tasks}/{name}", self._store), self.rank, self.count, self.together)
+        store = PrefixStore(f"{self._tasks}/{name}", self._store)
+        return SharedTask(store, self.rank, self.count, self.tensor_parallel)
 
 
 def _fresh(store: Store, rank: int, count: int) -> Store:
@@ -137,8 +140,8 @@ def _fresh(store: Store, rank: int, count: int) -> Store:
 class SharedTask:
     """One benchmark that several processes evaluate; a context manager that tells the others about a failure."""
 
-    def __init__(self, store: Store, rank: int, count: int, together: bool = False) -> None:
-        self._store, self.rank, self.count, self.together = store, rank, count, together
+    def __init__(self, store: Store, rank: int, count: int, tensor_parallel: bool = False) -> None:
+        self._store, self.rank, self.count, self.tensor_parallel = store, rank, count, tensor_parallel
         self._left = self._published = False
         self._claimed = 0
 
@@ -179,10 +182,10 @@ class SharedTask:
     def claim(self) -> int:
         """Claim a piece and return its number: 0, 1, 2, ..., then numbers past the last piece.
 
-        No other process gets the same number, unless all answer the same questions (`Ranks.together`).
+        No other process gets the same number, unless all answer the same questions (`Ranks.tensor_parallel`).
         """
         self._claimed += 1
-        return self._claimed - 1 if self.together else self._store.add("claimed", 1) - 1
+        return self._claimed - 1 if self.tensor_parallel else self._store.add("claimed", 1) - 1
 
     def answered(self, label: str, count: int = 0) -> int:
         """Add to the number of new answers of a run and return the total of all processes."""

@@ -54,7 +54,7 @@ def seen_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"seen": fmean(found)} if found else {}
 
 
-def before(row: Mapping[str, Any], size: Size) -> int:
+def unpruned_tokens(row: Mapping[str, Any], size: Size) -> int:
     """Return the visual tokens of a row before pruning; 0 without an image.
 
     For images in crops the number is stored in the row; otherwise it is that of the model.
@@ -71,7 +71,7 @@ def flops_figures(rows: Sequence[Mapping[str, Any]], text: Sequence[int], size: 
     out: dict[str, Any] = {"text_tokens": sum(text) / len(text)}
     for way in ("entering", "leaving"):
         only = both = full_only = full_both = 0.0
-        groups = Counter((tuple(r["kept"][way]), before(r, size), t) for r, t in zip(rows, text, strict=True))
+        groups = Counter((tuple(r["kept"][way]), unpruned_tokens(r, size), t) for r, t in zip(rows, text, strict=True))
         for (counts, n, t), times in groups.items():
             start = [n] * len(counts)
             only += times * flops_visual_only(counts, size)
@@ -162,7 +162,7 @@ def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None
     result["difference_to_full"] = gap
 
 
-def public(result: Mapping[str, Any]) -> dict[str, Any]:
+def without_scores(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result without the scores of the questions, which follow from the answer file."""
     return {k: v for k, v in result.items() if k not in ("scores", "scale")}
 
@@ -178,4 +178,4 @@ def dump_scores(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) ->
 
 def dump(result: Mapping[str, Any]) -> str:
     """Return the text of the result file."""
-    return json.dumps(public(result), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(without_scores(result), indent=2, ensure_ascii=False) + "\n"

@@ -16,7 +16,7 @@ WAY_OUT = "set OUT to another folder, or discard the answers in this one with --
 Row = dict[str, Any]
 
 
-def seal(settings: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def row_checksum(settings: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """Return the answer_id of a row: a checksum over its content and its run's settings without the batch size."""
     import shortuuid
 
@@ -37,7 +37,7 @@ def check_row(row: Any, question: Question, settings: Mapping[str, Any]) -> None
         if row.get(name) != value:
             shown = json.dumps(row.get(name), ensure_ascii=False)[:80]
             raise ValueError(f"has {name} {shown}, the question has {json.dumps(value, ensure_ascii=False)[:80]}")
-    if row.get("answer_id") != seal(settings, row):
+    if row.get("answer_id") != row_checksum(settings, row):
         raise ValueError("was edited, or is an answer of another run (its answer_id does not match)")
 
 

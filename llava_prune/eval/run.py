@@ -95,7 +95,7 @@ def checksums(bench: Bench, ranks: Ranks) -> dict[str, str | None]:
     return {
         "questions": sources.versions["questions"]["sha256"],
         "prompts": identity.prompts(bench.rows),
-        "images": identity.images(sources.image_files(questions)) if ranks.local == 0 else None,
+        "images": identity.images(sources.image_files(questions)) if ranks.local_rank == 0 else None,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import llava_prune
 
 from ..methods.planner import Run
-from .answers import Answers, AnswerWriter, Unwritten, difference
+from .answers import Answers, AnswerWriter, DiscardingWriter, difference
 from .asking import Bench, answer, encode
 from .pieces import batches, pieces
 from .place import Place
@@ -159,40 +159,40 @@ def opened(
                 answers = stack.enter_context(place.open(run, values, bench.batch, restart))
                 todo = {n for n, part in enumerate(parts) if not answers.done.issuperset(part)}
                 jobs.append(Job(run, answers, len(answers.done), todo, answers.settings["batch"]))
-            shared.publish({"jobs": [_told(job, parts, place) for job in jobs]})
+            shared.publish({"jobs": [_published(job, parts, place) for job in jobs]})
         else:
             jobs = [
-                _joined(run, values, told, place, shared, stack)
-                for run, values, told in zip(runs, wanted, shared.receive()["jobs"], strict=True)
+                _joined(run, values, published, place, shared, stack)
+                for run, values, published in zip(runs, wanted, shared.receive()["jobs"], strict=True)
             ]
         yield Work(bench, parts, shared, jobs)
 
 
-def _told(job: Job, parts: Sequence[Sequence[int]], place: Place) -> dict[str, Any]:
+def _published(job: Job, parts: Sequence[Sequence[int]], place: Place) -> dict[str, Any]:
     """Return the facts about a job that the other processes need.
 
     "done" lists the answered questions in pieces that are not complete.
     """
     done = sorted(i for n in job.todo for i in parts[n] if i in job.writer.done)
-    told = {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
-    return {**told, "folder": str(place.folder(job.run))}
+    published = {"settings": job.writer.settings, "before": job.before, "todo": sorted(job.todo), "done": done}
+    return {**published, "folder": str(place.folder(job.run))}
 
 
 def _joined(
-    run: Run, mine: dict[str, Any], told: dict[str, Any], place: Place, shared: SharedTask, stack: ExitStack
+    run: Run, mine: dict[str, Any], published: dict[str, Any], place: Place, shared: SharedTask, stack: ExitStack
 ) -> Job:
     """Return the job of a process other than the first, from the facts that the first process has published."""
-    settings = told["settings"]
-    place.folders[run.label] = Path(told["folder"])
+    settings = published["settings"]
+    place.folders[run.label] = Path(published["folder"])
     unknown = [k for k, v in mine.items() if v is None and k in ("batch", "images")]
     found = difference(settings, mine, free=unknown)
     if found:
         raise ValueError(f"the first process would have its answers {found} here; give all machines the same files")
-    if shared.together:
-        writer: AnswerWriter = Unwritten(settings, told["done"])
+    if shared.tensor_parallel:
+        writer: AnswerWriter = DiscardingWriter(settings, published["done"])
     else:
-        writer = AnswerWriter(place.journal(run, shared.rank), settings, told["done"])
-    return Job(run, stack.enter_context(writer), told["before"], set(told["todo"]), settings["batch"])
+        writer = AnswerWriter(place.journal(run, shared.rank), settings, published["done"])
+    return Job(run, stack.enter_context(writer), published["before"], set(published["todo"]), settings["batch"])
 
 
 def collected(work: Work, errors: Sequence[str]) -> Iterator[tuple[Run, Answers]]:

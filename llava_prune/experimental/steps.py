@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.selection import to_device
 from ..runtime.compat import DynamicCache
-from ..runtime.decode import Decode, Stage, stage_of, through
+from ..runtime.decode import Decode, Stage, run_layers, stage_of
 
 GRAIN = 64
 """Buffer sizes are multiples of this number, so that requests with similar token counts share a capture."""
@@ -247,4 +247,4 @@ def _advance(step: _Step, lm: Any, stages: list[Stage]) -> Tensor:
     step.bias.scatter_(3, places, new[None, :, None, None].expand_as(places))
     columns = _Columns(step.keys, step.values, [at[n : n + 1] for n in stage_of(stages, len(lm.layers))])
     masks = [step.bias[n, :, None, :, : step.keys[s.first].shape[2]] for n, s in enumerate(stages)]
-    return through(lm, stages, step.positions, masks, step.hidden, columns, {})
+    return run_layers(lm, stages, step.positions, masks, step.hidden, columns, {})

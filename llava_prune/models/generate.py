@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.state import HostPrompts, hinting
+from ..runtime.state import HostPrompts, with_hints
 from .image_cache import BLANK, crop_keys
 from .llava import IMAGE, context_limit
 
@@ -72,7 +72,7 @@ def ask_llava(
     ids, mask = _padded(rows, options["pad_token_id"], loaded.device)
     prompts = _host_prompts(loaded, rows, images)
     if images is None:
-        with hinting(prompts=prompts, image_keys=None, image_sizes=None, explicit=True):
+        with with_hints(prompts=prompts, image_keys=None, image_sizes=None, sizes_given=True):
             return model.generate(ids, attention_mask=mask, **options)
     left = iter(_counts(loaded, rows, sizes, images))
     longest = max(len(r) + sum(next(left) - 1 for x in r if x == IMAGE) for r in rows)
@@ -90,7 +90,7 @@ def ask_llava(
     if limit is not None:
         values["tokenizer_model_max_length"] = None
     known = {"prompts": prompts, "image_keys": crop_keys(images, keys), "image_sizes": None}
-    with _config_values(model.config, **values), hinting(**known, explicit=True):
+    with _config_values(model.config, **values), with_hints(**known, sizes_given=True):
         return model.generate(ids, images=images, image_sizes=sizes, attention_mask=mask, **options)
 
 
@@ -118,7 +118,7 @@ def ask_hf(loaded: Any, rows: list[list[int]], images: Images, sizes: Any, keys:
     ids, mask = _padded(spread, options["pad_token_id"], loaded.device)
     extra = {} if images is None else _pixel_values(images, sizes)
     known = {"prompts": _host_prompts(loaded, rows, images), "image_keys": crop_keys(images, keys)}
-    with hinting(**known, image_sizes=sizes, explicit=True):
+    with with_hints(**known, image_sizes=sizes, sizes_given=True):
         out = model.generate(input_ids=ids, attention_mask=mask, **extra, **options)
     if isinstance(out, Tensor):
         return out[:, ids.shape[1] :]

@@ -19,7 +19,7 @@ from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
-from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request
+from ..runtime.state import ImageState, RequestState, Splice, request, request_of, with_hints
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 CLASSES = (
@@ -76,8 +76,8 @@ class HF:
             padded=facts.padded,
             leading=max(facts.features - facts.patches, 0),
             resolutions=tuple((w, h) for h, w in points),
-            digits=7,
-            most=_limit(getattr(model.config, "vision_aspect_ratio", None)),
+            unpad_decimals=7,
+            max_crops=_limit(getattr(model.config, "vision_aspect_ratio", None)),
         )
 
     def max_visual(self, model: Any) -> int:
@@ -105,7 +105,7 @@ def has_crops(model: Any) -> bool:
 
 
 def _limit(rule: str | None) -> int | None:
-    """Return the limit of the number of crops from `vision_aspect_ratio` of LLaVA-OneVision; see `Geometry.most`.
+    """Return the limit of the number of crops from `vision_aspect_ratio` of LLaVA-OneVision; see `Geometry.max_crops`.
 
     Args:
         rule: "anyres_max_<number>", or None for no limit.
@@ -181,7 +181,7 @@ def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: An
         )
     if keep <= 1:
         return stock(*args, **kwargs)
-    with hinting(logits_to_keep=keep):
+    with with_hints(logits_to_keep=keep):
         return stock(*args, **kwargs)
 
 
@@ -236,7 +236,7 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
     """
     owner = state.parent if ahead else state
     images = None if owner is None else owner.images
-    if not handle.vision.acts:
+    if not handle.vision.sees_patches:
         return Splice(visual, None, ImageState())
     if images is None or not images.encoded:
         raise ValueError(
@@ -258,7 +258,7 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
 
 def _number_patches(handle: Any, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
     """Projector hook: number the patches over all images; `_pack` changes the numbers if it packs crops."""
-    state = active(handle)
+    state = request_of(handle)
     if state is not None and state.images is not None and state.images.source is None:
         state.images.source = torch.arange(output.shape[0] * output.shape[1], device=output.device)
 
@@ -266,7 +266,7 @@ def _number_patches(handle: Any, module: Any, args: tuple[Any, ...], output: Ten
 def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace the packing of crops: run it, and run it again on patch numbers to find the order of patches."""
     out = stock(features, *args, **kwargs)
-    state = active(handle)
+    state = request_of(handle)
     images = None if state is None else state.images
     if images is None:
         return out
@@ -296,7 +296,7 @@ def _nearest(numbers: Tensor, patches: int, most: int) -> Tensor:
     Args:
         numbers: (P + H (W + 1),) long, patch numbers of the image without interpolation: the whole image, then H rows.
         patches: P, number of patches of a crop.
-        most: limit of the number of crops; see `Geometry.most`.
+        most: limit of the number of crops; see `Geometry.max_crops`.
 
     Source: `pack_image_features` of LlavaOnevision; the nearest patch is that of torch's "nearest-exact".
     """

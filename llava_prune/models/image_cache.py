@@ -15,7 +15,7 @@ from ..runtime.attention import RecordedAttention
 from ..runtime.compat import BaseModelOutputWithPooling
 from ..runtime.merging import Merging
 from ..runtime.patching import execution_device, replace_method
-from ..runtime.state import TowerPass, hinting, hints, innermost, recording, tower_pass
+from ..runtime.state import TowerPass, current_request, current_tower_pass, hints, recording, with_hints
 from ..runtime.vision import record_attention
 from .base import Family, encoder_blocks
 
@@ -103,7 +103,7 @@ class ImageCache:
         dtype = next(self._tower.parameters()).dtype
         extra = {} if self.layer is None else {"output_hidden_states": True}
         images = torch.cat(pixels) if isinstance(pixels, list) else pixels
-        with torch.inference_mode(), hinting(image_keys=crop_keys(pixels, keys)):
+        with torch.inference_mode(), with_hints(image_keys=crop_keys(pixels, keys)):
             self._tower(images.to(execution_device(self._tower, images.device), dtype), **extra)
 
     def clear(self) -> None:
@@ -164,9 +164,9 @@ def _forward(cache: ImageCache, model: Any, stock: Any, pixels: Any = None, *arg
     keys = hints().take_keys()
     if keys is None or isinstance(pixels, (list, tuple)) or len(keys) != pixels.shape[0]:
         return stock(pixels, *args, **kwargs)
-    request = innermost()
+    request = current_request()
     mine = request is not None and request.handle.model is model
-    asked = tower_pass() if mine else None  # recordings that an attached method needs from this pass
+    asked = current_tower_pass() if mine else None  # recordings that an attached method needs from this pass
     variant = request.handle.vision.variant if request is not None and asked is not None else None
     names = [(variant, k) for k in keys]
     known = {name: image for name in names if (image := cache.table.get(name)) is not None}

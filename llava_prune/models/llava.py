@@ -20,7 +20,7 @@ from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
 from ..runtime.sizes import checked_sizes
-from ..runtime.state import ImageState, RequestState, Splice, active, hinting, request
+from ..runtime.state import ImageState, RequestState, Splice, request, request_of, with_hints
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 IMAGE = -200
@@ -112,10 +112,10 @@ def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
     """Open a request for a call with images; in this package the call also has their sizes."""
     with contextlib.ExitStack() as stack:
         if image_sizes is not None:
-            known: dict[str, Any] = {"image_sizes": checked_sizes(image_sizes), "explicit": True}
-            if active(handle) is not None:  # hints of the enclosing request do not apply to a nested call
+            known: dict[str, Any] = {"image_sizes": checked_sizes(image_sizes), "sizes_given": True}
+            if request_of(handle) is not None:  # hints of the enclosing request do not apply to a nested call
                 known |= {"image_keys": None, "prompts": None}
-            stack.enter_context(hinting(**known))
+            stack.enter_context(with_hints(**known))
         yield stack.enter_context(request(handle, None if images is None else len(images)))
 
 
@@ -167,7 +167,7 @@ def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
         with _open(handle, images, given.get("image_sizes")) as state:
             state.has_ids = True
             return stock(*args, **kwargs)
-    parent = active(handle)
+    parent = request_of(handle)
     if parent is None or not (parent.splice or parent.has_ids):
         refuse_embeddings()
     with request(handle) as state:
@@ -189,7 +189,7 @@ def _prepare(
 ) -> tuple[Any, ...]:
     """Replace the package's splice: run it with labels and a mask, from which the positions of the images follow."""
     given = (input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
-    state = active(handle)
+    state = request_of(handle)
     if decode_state(past_key_values) is not None:
         if images is not None and input_ids.shape[1] > 1:
             refuse_later_image(past_key_values.get_seq_length())
@@ -203,7 +203,7 @@ def _prepare(
     _warn_of_truncation(model, input_ids, images, out[4].shape[1])
     visual = (out[5] == IGNORE) & out[2].bool()  # (B, L)
     found = state.images or ImageState()
-    if handle.vision.acts and not found.encoded:
+    if handle.vision.sees_patches and not found.encoded:
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and the vision tower did "
             "not run in this call; detach the method where encode_images is replaced"
@@ -268,7 +268,7 @@ def _image_layouts(model: Any, images: Any, image_sizes: Any) -> list[ImageLayou
 
 def _encode(handle: Any, stock: Any, images: Any) -> Any:
     """Replace `encode_images`: return patch numbers instead of features while `_source` runs the splice on them."""
-    state = active(handle)
+    state = request_of(handle)
     return stock(images) if state is None or state.numbers is None else state.numbers
 
 

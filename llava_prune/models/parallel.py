@@ -96,7 +96,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
+def is_first_process() -> bool:
     """Return whether this process is the one that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -182,7 +182,7 @@ def check_split(family: Family, model: Any, accelerated: bool) -> None:
             )
 
 
-def whole(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def gather_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Gather a tensor of the complete model from the parts of all processes. Every process must call this.
 
     Args:

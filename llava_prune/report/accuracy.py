@@ -168,8 +168,8 @@ def _lines(group: Sequence[StoredRun]) -> list[_Line]:
     rows: dict[Any, list[StoredRun]] = {}
     for r in sorted(group, key=lambda r: together.order(r.hyper.get(other))):
         rows.setdefault(together.order(r.hyper.get(other)), []).append(r)
-    told = [f"{label}, {together.setting(other, rs[0].hyper.get(other))}" for rs in rows.values()]
-    return [_line(across, name, rs, changed) for name, rs in zip(told, rows.values(), strict=True)]
+    labels = [f"{label}, {together.setting(other, rs[0].hyper.get(other))}" for rs in rows.values()]
+    return [_line(across, name, rs, changed) for name, rs in zip(labels, rows.values(), strict=True)]
 
 
 def _line(name: str, label: str, runs: Sequence[StoredRun], changed: Sequence[str]) -> _Line:

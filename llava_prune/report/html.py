@@ -172,19 +172,19 @@ def _figures(runs: Sequence[StoredRun], number: int) -> dict[str, Any]:
 
 def _settings(benches: Mapping[str, Sequence[StoredRun]]) -> dict[str, Any]:
     """Return the settings, each stated once: shared by all runs, shared within a benchmark, or of a single run."""
-    told = {bench: [_told(r) for r in runs] for bench, runs in benches.items()}
-    everywhere = _common([t for some in told.values() for t in some])
+    found = {bench: [_flat_settings(r) for r in runs] for bench, runs in benches.items()}
+    everywhere = _common([t for some in found.values() for t in some])
     out = []
     for bench, runs in benches.items():
-        here = _common(told[bench])
-        rest = [{k: v for k, v in t.items() if k not in here} for t in told[bench]]
+        here = _common(found[bench])
+        rest = [{k: v for k, v in t.items() if k not in here} for t in found[bench]]
         shown = [{"name": r.name, "items": t} for r, t in zip(runs, rest, strict=True)]
         items = {k: v for k, v in here.items() if k not in everywhere}
         out.append({"title": bench_name(bench), "items": items, "runs": shown})
     return {"items": everywhere, "benches": out}
 
 
-def _told(run: StoredRun) -> dict[str, str]:
+def _flat_settings(run: StoredRun) -> dict[str, str]:
     """Return the settings of a run under flat names, as text, with its command and folder."""
     out = dict(_flat(run.result["settings"]))
     for name, value in run.hyper.items():
@@ -209,6 +209,6 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _common(told: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def _common(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Return the settings that are equal in all runs."""
-    return {k: v for k, v in told[0].items() if all(t.get(k) == v for t in told[1:])}
+    return {k: v for k, v in found[0].items() if all(t.get(k) == v for t in found[1:])}

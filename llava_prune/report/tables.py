@@ -61,10 +61,10 @@ def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> d
     """
     out = published_table(table)
     base = [_value(column, full) for column in table.columns]
-    for told, runs in zip([out["baseline"], *out["rows"]], [full, *rows], strict=True):
+    for entry, runs in zip([out["baseline"], *out["rows"]], [full, *rows], strict=True):
         values = [_value(column, runs) for column in table.columns]
-        pairs = zip(values, told["scores"], strict=True)
-        told |= {
+        pairs = zip(values, entry["scores"], strict=True)
+        entry |= {
             "measured": values,
             "intervals": [_interval(column, runs) for column in table.columns],
             "difference": [None if v is None else _rounded(v - p) for v, p in pairs],
@@ -74,7 +74,7 @@ def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> d
             "runs": {task: str(run.folder) for task, run in runs.items()},
         }
         for end in ("ratio", "flops"):
-            told[f"{end}_difference"] = _gap(told[f"{end}_measured"], told[f"{end}_published"])
+            entry[f"{end}_difference"] = _gap(entry[f"{end}_measured"], entry[f"{end}_published"])
     every = [run for runs in (full, *rows) for run in runs.values()]
     models = sorted({run.model for run in every})
     return {

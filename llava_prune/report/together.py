@@ -117,15 +117,15 @@ def names(runs: Iterable[StoredRun], tokens: bool) -> list[str]:
         tokens: whether the budget is part of the name.
     """
     runs = list(runs)
-    told: dict[str, list[str]] = {}
+    shown: dict[str, list[str]] = {}
     for group in by_settings(runs):
         for name in varying(group):
-            known = told.setdefault(group[0].method, [])
+            known = shown.setdefault(group[0].method, [])
             known += [] if name in known else [name]
     out = []
     for r in runs:
         budget = f" {r.tokens}" if tokens and r.tokens is not None else ""
-        hyper = [setting(n, r.hyper[n]) for n in told.get(r.method, []) if n in r.hyper]
+        hyper = [setting(n, r.hyper[n]) for n in shown.get(r.method, []) if n in r.hyper]
         out.append(", ".join([r.method + budget, *hyper]))
     return out
 

@@ -183,12 +183,12 @@ def _by_type(run: StoredRun) -> dict[str, list[Mapping[str, float]]]:
                 "which writes it"
             )
         types = [s.get("type") for s in scores]
-    told = [(t, r["stats"]) for t, r in zip(types, rows, strict=True) if set(STATS) <= set(r.get("stats", {}))]
-    out: dict[str, list[Mapping[str, float]]] = {ALL: [s for _, s in told]} if told else {}
-    kinds = sorted({t for t, _ in told if t is not None})
+    known = [(t, r["stats"]) for t, r in zip(types, rows, strict=True) if set(STATS) <= set(r.get("stats", {}))]
+    out: dict[str, list[Mapping[str, float]]] = {ALL: [s for _, s in known]} if known else {}
+    kinds = sorted({t for t, _ in known if t is not None})
     for kind in kinds:
-        out[kind] = [s for t, s in told if t == kind]
-    if kinds and (rest := [s for t, s in told if t is None]):
+        out[kind] = [s for t, s in known if t == kind]
+    if kinds and (rest := [s for t, s in known if t is None]):
         out[UNTYPED] = rest
     return out
 

@@ -123,7 +123,7 @@ def stage_of(stages: Sequence[Stage], layers: int) -> list[int]:
     return out
 
 
-def through(
+def run_layers(
     lm: Any,
     stages: Sequence[Stage],
     positions: Tensor,
@@ -220,4 +220,4 @@ class Decode:
     def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         stages = self.request.stages
         masks = [self._mask(hidden, s) for s in stages]
-        return through(self.lm, stages, self.positions, masks, hidden, self.cache, kwargs)
+        return run_layers(self.lm, stages, self.positions, masks, hidden, self.cache, kwargs)

@@ -42,9 +42,10 @@ class Geometry:
         resolutions: (width, height) pairs at which images are split into crops (LLaVA-NeXT); empty if images are
             encoded whole.
         merge: how crops become a sequence: "spatial_unpad", "spatial" or "flat"; see `mm_patch_merge_type` of LLaVA.
-        digits: decimals to which the unpadded side length is rounded before it is truncated; None for no rounding.
-        most: limit of the number of crops, above which the tokens of an image are interpolated to the number of patches
-            of this many crops (LLaVA-OneVision's anyres_max); None for no limit.
+        unpad_decimals: decimals to which the unpadded side length is rounded before it is truncated; None for no
+            rounding.
+        max_crops: limit of the number of crops, above which the tokens of an image are interpolated to the number of
+            patches of this many crops (LLaVA-OneVision's anyres_max); None for no limit.
     """
 
     grid: tuple[int, int]
@@ -53,8 +54,8 @@ class Geometry:
     leading: int = 0
     resolutions: tuple[tuple[int, int], ...] = ()
     merge: str = "spatial_unpad"
-    digits: int | None = None
-    most: int | None = None
+    unpad_decimals: int | None = None
+    max_crops: int | None = None
 
     def views(self, size: tuple[int, int]) -> list[ImageView]:
         """Return the visual tokens of an image, grouped into views, in sequence order.
@@ -104,9 +105,9 @@ class Geometry:
 
         Source: `pack_image_features` of transformers' LlavaOnevision.
         """
-        if self.most is None:
+        if self.max_crops is None:
             return place, grid, rows, columns
-        ratio = math.sqrt(len(rows) * len(columns) / (self.most * self.grid[0] ** 2))
+        ratio = math.sqrt(len(rows) * len(columns) / (self.max_crops * self.grid[0] ** 2))
         if ratio <= LEAST_RATIO:
             return place, grid, rows, columns
         left, top, right, bottom = place
@@ -126,7 +127,7 @@ class Geometry:
         return range(rows), range(gap, columns - gap)
 
     def _whole(self, value: float) -> int:
-        return int(value if self.digits is None else round(value, self.digits))
+        return int(value if self.unpad_decimals is None else round(value, self.unpad_decimals))
 
 
 def best_resolution(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from .geometry import Seen
 from .prefill import Prefill
 from .prompt import Prompt, read_prompt
 from .record import Record
-from .state import RequestState, active, hints
+from .state import RequestState, hints, request_of
 
 
 def language_forward(
@@ -43,7 +43,7 @@ def language_forward(
     """
     cache = kwargs.pop("cache", None)  # the name since transformers 5.24; callers may use either name
     past_key_values = cache if past_key_values is None else past_key_values
-    state, request = decode_state(past_key_values), active(handle)
+    state, request = decode_state(past_key_values), request_of(handle)
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = None
     if state is not None:

@@ -73,7 +73,7 @@ def by_canvas(cut: VisionTokens) -> bool:
     return cut.by_canvas and any(n > 1 for n, _, _ in cut.layout)
 
 
-def lay_out(
+def place_tokens(
     cut: VisionTokens, visual: Tensor, source: Tensor, first: Sequence[Sequence[int]], ids: Tensor | None
 ) -> Placed:
     """Place the tokens of each image at the position of its first token; does not synchronise with the device.
@@ -178,7 +178,7 @@ def patch_table(images: ImageState, visual: Tensor, source: Tensor | None, width
     return out
 
 
-def moved(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
+def gather_by_cut(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
     """Gather per-token values (B, L) by a cut to (B, L'); merged tokens get `fill`, a number or (B, 1 or C)."""
     if cut.merged is not None:
         extra = cut.merged.shape[1]
@@ -189,9 +189,9 @@ def moved(values: Tensor, cut: Cut, fill: Tensor | int) -> Tensor:
     return values.gather(1, cut.index)
 
 
-def moved_ids(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Tensor, Tensor]:
+def gather_ids_by_cut(ids: Tensor, cut: Cut, merged: Tensor | int = MERGED) -> tuple[Tensor, Tensor]:
     """Return original indices and visual mask, (B, L') each, after a cut; `merged` are the indices of merged tokens."""
-    ids = moved(ids, cut, merged)
+    ids = gather_by_cut(ids, cut, merged)
     if cut.valid is not None:
         ids = ids.masked_fill(~cut.valid, PADDING)
     return ids, ids > PADDING

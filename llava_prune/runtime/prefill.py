@@ -21,7 +21,7 @@ from ..ops.selection import Cut, Positions, assemble
 from .attention import catch_mlp_input, catch_queries, decoder_attention, decoder_keys, head_group
 from .compat import CACHE
 from .decode import DecodeState, Stage
-from .layout import check_cut, lay_out, moved_ids, patch_table, vision_members
+from .layout import check_cut, gather_ids_by_cut, patch_table, place_tokens, vision_members
 from .masks import Masks, Rotary
 from .patching import execution_device
 from .prompt import Prompt, after_image
@@ -73,7 +73,7 @@ class Prefill:
         if prompt.images.tokens is not None:
             self._replace_patches(prompt.images.tokens, prompt)
         elif prompt.gaps and prunes_inside(type(method)):
-            self._drop(sequence.visual, self.n_visual)
+            self._keep_visual(sequence.visual, self.n_visual)
         more = max(0, *(n - b for n, b in zip(self.n_visual, prompt.n_visual, strict=True)))  # PruMerge+ can add one
         self.rotary = Rotary(lm, hidden, prompt.top + more)
         before = None
@@ -106,7 +106,7 @@ class Prefill:
         text[:, -1] |= alone
         return text
 
-    def _drop(self, live: Tensor, left: tuple[int, ...]) -> None:
+    def _keep_visual(self, live: Tensor, left: tuple[int, ...]) -> None:
         """Keep the visual tokens that are `live`, left[b] tokens of sample b, and right-align the samples."""
         s = self.sequence
         lengths = [c + n for c, n in zip(self.n_other, left, strict=True)]
@@ -121,9 +121,9 @@ class Prefill:
         embeds = tokens.embeds.to(s.hidden.device, s.hidden.dtype).flatten(0, 1)  # (N K, D)
         if prompt.token is not None and prompt.live is not None:
             s.hidden = torch.where((prompt.token >= 0)[..., None], embeds[prompt.token.clamp(min=0)], s.hidden)
-            self._drop(prompt.live, prompt.left)
+            self._keep_visual(prompt.live, prompt.left)
         else:
-            placed = lay_out(tokens, s.visual, prompt.source, prompt.first, prompt.ids)
+            placed = place_tokens(tokens, s.visual, prompt.source, prompt.first, prompt.ids)
             lengths = [c + n for c, n in zip(self.n_other, placed.counts, strict=True)]
             none, places = torch.zeros_like(s.visual), s.patch_positions(placed.ids)
             given = embeds[placed.index]  # (B, C, D)
@@ -152,13 +152,13 @@ class Prefill:
 
     def begin(self) -> None:
         """Apply the cuts before the first layer."""
-        self._enter()
+        self._cut_by_entry_method()
         cut = self.method.prune(-1, self._view(None))
         if cut is not None:
             self._apply(-1, cut)
         self._prepare(0)
 
-    def _enter(self) -> None:
+    def _cut_by_entry_method(self) -> None:
         """Apply the entry cut of the first method of a composition; its tokens then count as the prompt."""
         first, spans = self.method.entry, self._spans()
         keep = None if first is None else first.keep_after(-1, spans)
@@ -207,7 +207,7 @@ class Prefill:
                 last = _LastCut(self.method, i, score, wanted, self._view(None, keys=score.layer_keys), self.trace)
                 final: Callable[[], tuple[Tensor, Tensor]] = last
                 if head_group(layer.self_attn) is not None:  # a gather needs all processes; compute the cut at once
-                    final = functools.partial(_given, final())
+                    final = functools.partial(_constant, final())
                 self.trace.final = final
             return None
         following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
@@ -352,7 +352,7 @@ class _LastCut:
         if cut is None:
             return view.ids, view.visual
         self.trace.cuts.append(Step(self.layer, cut.index, None, cut.members))
-        return moved_ids(view.ids, cut)
+        return gather_ids_by_cut(view.ids, cut)
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
@@ -361,5 +361,5 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
     return out.to(states.device)
 
 
-def _given(value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _constant(value: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return value

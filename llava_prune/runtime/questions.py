@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .state import hinting
+from .state import with_hints
 
 
 @contextmanager
@@ -20,5 +20,5 @@ def questions(texts: Sequence[str] | None) -> Iterator[None]:
     """
     if texts is not None and (isinstance(texts, str) or not all(isinstance(t, str) for t in texts)):
         raise ValueError(f"questions {texts!r}: must be a list of strings, one for each image")
-    with hinting(questions=None if texts is None else list(texts)):
+    with with_hints(questions=None if texts is None else list(texts)):
         yield

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods.views import MERGED
 from ..ops.selection import Cut, take, true_first
-from .layout import moved, moved_ids
+from .layout import gather_by_cut, gather_ids_by_cut
 from .prompt import Prompt
 from .record import original_ids
 
@@ -84,9 +84,9 @@ class TokenSequence:
         self.hidden = take(states, cut.index)
         if self.rule == "keep":
             last = self.positions.masked_fill(~self.visual, 0).amax(1, keepdim=True)
-            self.positions = moved(self.positions, cut, last if places is None else places)
+            self.positions = gather_by_cut(self.positions, cut, last if places is None else places)
             self.consecutive = False
-        self.ids, self.visual = moved_ids(self.ids, cut, MERGED if ids is None else ids)
+        self.ids, self.visual = gather_ids_by_cut(self.ids, cut, MERGED if ids is None else ids)
         length = cut.index.shape[1]
         if cut.valid is not None:
             self.valid = cut.valid

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .state import Hints, Sizes, hinting
+from .state import Hints, Sizes, with_hints
 
 _OPEN: dict[int, int] = {}
 """Thread -> number of open `image_sizes` blocks with known sizes."""
@@ -34,7 +34,7 @@ def image_sizes(sizes: Sequence[Sequence[int]] | None) -> Iterator[None]:
     with _LOCK:
         _OPEN[thread] = _OPEN.get(thread, 0) + (made is not None)
     try:
-        with hinting(image_sizes=made, explicit=True):
+        with with_hints(image_sizes=made, sizes_given=True):
             yield
     finally:
         with _LOCK:
@@ -70,7 +70,7 @@ def known_sizes(given: Hints) -> Sizes | None:
         ValueError: if an `image_sizes` block is open in another thread and this thread has not inherited it.
     """
     with _LOCK:
-        elsewhere = not given.explicit and any(thread != threading.get_ident() for thread in _OPEN)
+        elsewhere = not given.sizes_given and any(thread != threading.get_ident() for thread in _OPEN)
     if elsewhere:
         raise ValueError(
             "image_sizes(...) is open in another thread, and threads do not inherit it; start the thread with "

@@ -50,7 +50,7 @@ class Hints:
         image_keys: keys of the images in the image cache; valid for a single pass of the vision tower.
         prompts: token ids on the host.
         questions: one question for each image.
-        explicit: whether the caller has stated `image_sizes`, even as None.
+        sizes_given: whether the caller has stated `image_sizes`, even as None.
         logits_to_keep: number of logits that the caller wants; 0 for all logits, which the caller then has to align
             with the input ids.
     """
@@ -59,7 +59,7 @@ class Hints:
     image_keys: list[Hashable] | None = None
     prompts: HostPrompts | None = None
     questions: list[str] | None = None
-    explicit: bool = False
+    sizes_given: bool = False
     logits_to_keep: int = 0
 
     def take_keys(self) -> list[Hashable] | None:
@@ -240,7 +240,7 @@ def hints() -> Hints:
 
 
 @contextmanager
-def hinting(**known: Any) -> Iterator[Hints]:
+def with_hints(**known: Any) -> Iterator[Hints]:
     """Set fields of `Hints` for the requests inside the block."""
     made = replace(hints(), **known)
     with _entered(replace(_current(), hints=made)):
@@ -259,7 +259,7 @@ def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
         ValueError: if the number of image sizes in the hints differs from the number of images.
     """
     context = _current()
-    parent = active(handle)
+    parent = request_of(handle)
     given = context.hints
     if parent is not None and images is not None:
         if parent.images is not None and given is parent.hints:  # a nested call with its own images
@@ -273,18 +273,18 @@ def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
         yield made
 
 
-def active(handle: Any) -> RequestState | None:
+def request_of(handle: Any) -> RequestState | None:
     """Return the innermost open request if it belongs to this attachment, else None."""
     found = _current().request
     return found if found is not None and found.handle is handle else None
 
 
-def innermost() -> RequestState | None:
+def current_request() -> RequestState | None:
     """Return the innermost open request of any attachment, or None."""
     return _current().request
 
 
-def tower_pass() -> TowerPass | None:
+def current_tower_pass() -> TowerPass | None:
     """Return the `TowerPass` into which the blocks of the vision tower record, or None if nothing is recorded."""
     context = _current()
     if context.tower is not None:

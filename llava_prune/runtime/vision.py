@@ -21,7 +21,7 @@ from .layout import places_among
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
 from .patching import replace_method
 from .sizes import known_sizes
-from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, active, tower_pass
+from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, current_tower_pass, request_of
 
 
 def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -87,7 +87,7 @@ class VisionHooks:
         self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
-        self.acts = method.sees_patches
+        self.sees_patches = method.sees_patches
         self.text_tower: Any = None
         self.modules: tuple[Any, Any] | None = None
         late = [b for b in self.queries if not 0 <= b < tower.depth]
@@ -99,7 +99,7 @@ class VisionHooks:
 
     def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
         """Install all hooks and return the handles that remove them."""
-        if not self.acts:
+        if not self.sees_patches:
             return []
         self.modules = tower, encoder
         undo: list[Any] = [tower.register_forward_pre_hook(self.start, with_kwargs=True)]
@@ -114,7 +114,7 @@ class VisionHooks:
 
     def start(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Tower pre-hook: the first pass of a request encodes its images; later passes are ignored."""
-        request = active(self.handle)
+        request = request_of(self.handle)
         if request is not None and request.images is None:
             given = args[0] if args else kwargs.get("pixel_values", kwargs.get("images"))
             pixels = given if isinstance(given, Tensor) and given.ndim == 4 else None
@@ -122,13 +122,13 @@ class VisionHooks:
 
     def _encoding(self) -> ImageState | None:
         """Return the images of the open request while they are being encoded, else None."""
-        request = active(self.handle)
+        request = request_of(self.handle)
         images = None if request is None else request.images
         return images if images is not None and not images.encoded else None
 
     def before_projector(self, module: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """Projector pre-hook: call `prune_vision` and append tokens that are not patches to the projector's input."""
-        images, request = self._encoding(), active(self.handle)
+        images, request = self._encoding(), request_of(self.handle)
         if images is None or request is None or images.tower is None:
             return None
         features: Tensor = args[0]
@@ -283,7 +283,7 @@ def record_attention(blocks: Any, queries: dict[int, list[int]], feature_layer: 
 
 def _record(block: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Block pre-hook: record the attention of the block."""
-    found = tower_pass()
+    found = current_tower_pass()
     if found is None or block not in found.queries or block in found.attention:
         return
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -292,7 +292,7 @@ def _record(block: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _record_class_token(module: Any, args: Any, output: Any) -> None:
     """Hook on the feature block: record the class token's feature, which the packages drop."""
-    found = tower_pass()
+    found = current_tower_pass()
     if found is not None and found.cls is None:
         found.cls = (output[0] if isinstance(output, tuple) else output)[:, 0].detach()
 
@@ -301,7 +301,7 @@ def _merging_forward(
     hooks: VisionHooks, layer: Any, block: int, count: int, stock: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Run the merging forward of a block in a request of its attachment, and the stock forward otherwise."""
-    found = tower_pass() if active(hooks.handle) is not None else None
+    found = current_tower_pass() if request_of(hooks.handle) is not None else None
     if found is None or not found.merges:
         out: Tensor = stock(hidden_states, *args, **kwargs)
         return out

@@ -113,7 +113,7 @@ def test_images_encoded_before_the_call(name: str, chosen: Setting, tiny_models:
         expected = models.generate(model, {**given, "pixel_values": pixels}, 2).logits[0]
         ahead = {"mm_encoder_outputs": {"image": model.model.get_image_features(pixel_values=pixels)}}
         for call in (lambda: model(**given, **ahead), lambda: models.generate(model, {**given, **ahead}, 2)):
-            if handle.vision.acts:
+            if handle.vision.sees_patches:
                 with pytest.raises(ValueError, match="encoded outside of generate"):
                     call()
             else:
@@ -199,7 +199,7 @@ def test_an_interrupt_leaves_nothing_open(name: str, chosen: Setting, tiny: Any)
         for call in (lambda: tiny(**given), lambda: models.generate(tiny, given, 2)):
             with pytest.raises(KeyboardInterrupt):
                 call()
-            assert state.innermost() is None and state.tower_pass() is None
+            assert state.current_request() is None and state.current_tower_pass() is None
         hook.remove()
         with pytest.raises(ValueError, match=EMBEDS), torch.no_grad():
             tiny(inputs_embeds=embedded(tiny, ROWS[0], encoded(tiny, models.pixels(1))))

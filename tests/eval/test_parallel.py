@@ -157,12 +157,12 @@ def test_devices_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    third = Ranks(HashStore(), rank=5, count=6, local=1, locals=2)
+    third = Ranks(HashStore(), rank=5, count=6, local_rank=1, local_count=2)
     assert third.device(None) == third.device("cuda") == "cuda:1" and third.device("cpu") == "cpu"
     with pytest.raises(ValueError, match="cuda:0.*6 processes take a device each"):
         third.device("cuda:0")
     with pytest.raises(ValueError, match="3 processes on a machine with 2 visible GPUs"):
-        Ranks(HashStore(), rank=2, count=3, local=2, locals=3).device(None)
+        Ranks(HashStore(), rank=2, count=3, local_rank=2, local_count=3).device(None)
     assert Ranks().device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="LOCAL_RANK, .*MASTER_PORT not set"):
         Ranks.of({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"})
@@ -259,7 +259,7 @@ def test_processes_that_start_again_share_nothing_with_those_before() -> None:
 def test_who_speaks() -> None:
     store = HashStore()
     first, second = Ranks(store, 0, 2), Ranks(store, 1, 2)
-    assert second.speaks("one") and not first.speaks("one") and first.speaks("two")
+    assert second.first_to_report("one") and not first.first_to_report("one") and first.first_to_report("two")
 
 
 # journals ---------------------------------------------------------------------------------------------------------

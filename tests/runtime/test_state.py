@@ -22,7 +22,7 @@ def test_sizes_hold_for_the_block_only() -> None:
     with llava_prune.image_sizes([(3, 4)]):
         assert state.hints().image_sizes == [(3, 4)]
         with llava_prune.image_sizes(None):
-            assert state.hints().image_sizes is None and state.hints().explicit
+            assert state.hints().image_sizes is None and state.hints().sizes_given
         assert state.hints().image_sizes == [(3, 4)]
     assert state.hints() == state.Hints() and not sizes_module._OPEN
     with pytest.raises(KeyError), llava_prune.image_sizes([(3, 4)]):

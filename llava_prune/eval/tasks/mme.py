@@ -27,7 +27,7 @@ Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Said:
+class Joined:
     """An answer with its label."""
 
     key: Key
@@ -139,20 +139,20 @@ def unknown(labels: Mapping[Key, str], asked: Sequence[Question]) -> list[str]:
     return [str(q.id) for q in asked if _known(_key({"question_id": q.id}, q.stored), labels) is None]
 
 
-def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dict[str, list[Said]]:
+def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dict[str, list[Joined]]:
     """Return answers with their labels by task, in order.
 
     Raises:
         ValueError: if the question of an answer has no label.
     """
-    out: dict[str, list[Said]] = defaultdict(list)
+    out: dict[str, list[Joined]] = defaultdict(list)
     strange = []
     for row in answers:
         key = _known(_key(row, row.get("prompt", "")), labels)
         if key is None:
             strange.append(f"{row['question_id']}: {row.get('prompt', '')[:60]!r}")
         else:
-            out[key[0]].append(Said(key, labels[key], row["text"]))
+            out[key[0]].append(Joined(key, labels[key], row["text"]))
     if strange:
         raise ValueError(
             f"{len(strange)} answers have no label ({shown(strange[:3])}); the file is shifted or mixed, or its "
@@ -161,7 +161,7 @@ def join(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str]) -> dic
     return out
 
 
-def _check(task: str, rows: Sequence[Said], wanted: set[Key]) -> None:
+def _check(task: str, rows: Sequence[Joined], wanted: set[Key]) -> None:
     """Refuse answers unless every label has one answer and the two answers to each image are consecutive."""
     given = [r.key for r in rows]
     missing = sorted(wanted - set(given))

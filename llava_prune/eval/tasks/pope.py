@@ -120,16 +120,16 @@ def _gold(name: str, labels: Labels, whole: bool) -> dict[str, bool]:
     return gold
 
 
-def _figures(said: Sequence[bool], gold: Sequence[bool]) -> dict[str, Any]:
+def _figures(predicted: Sequence[bool], gold: Sequence[bool]) -> dict[str, Any]:
     tp, fp, tn, fn = (
-        sum(s == a and g == b for s, g in zip(said, gold, strict=True))
+        sum(s == a and g == b for s, g in zip(predicted, gold, strict=True))
         for a, b in ((True, True), (True, False), (False, False), (False, True))
     )
-    out: dict[str, Any] = {"samples": len(said), "TP": tp, "FP": fp, "TN": tn, "FN": fn}
+    out: dict[str, Any] = {"samples": len(predicted), "TP": tp, "FP": fp, "TN": tn, "FN": fn}
     precision, recall = tp / (tp + fp) if tp + fp else None, tp / (tp + fn) if tp + fn else None
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
-    share = (tp + tn) / len(said)
-    yes = {"yes_ratio": sum(said) / len(said)}
+    share = (tp + tn) / len(predicted)
+    yes = {"yes_ratio": sum(predicted) / len(predicted)}
     return {**out, "accuracy": share, "precision": precision, "recall": recall, "f1_score": f1, **yes}
 
 
@@ -172,9 +172,11 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
     groups, values = [], []
     for row, score in zip(answers, scores, strict=True):
         if score["score"] is not None:
-            said, right = says_yes(row["text"]), score["score"] == 1
+            predicted, right = says_yes(row["text"]), score["score"] == 1
             groups.append(str(score["type"]))
-            values.append([float(said and right), float(said and not right), float(not said and not right)])
+            values.append(
+                [float(predicted and right), float(predicted and not right), float(not predicted and not right)]
+            )
     return Units(groups, values, _mean_f1)
 
 
