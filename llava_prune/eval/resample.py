@@ -1,4 +1,4 @@
-"""Mean ratio of a method to the unpruned model over benchmarks, with a paired bootstrap interval.
+"""Bootstrap intervals: of a figure, of a difference to the unpruned model, and of a mean ratio over benchmarks.
 
 In every draw, a benchmark's figure is recomputed from the stored scores of its questions by the benchmark's own rule:
 the mean of the scores, or the rule defined by the scorer's `units` (a mean of F1, a sum over tasks, a circular
@@ -96,6 +96,26 @@ def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
         (places,) = np.nonzero(names == group)
         out[:, places] = random.multinomial(len(places), np.full(len(places), 1 / len(places)), size=draws)
     return out
+
+
+def interval(units: Units, reference: Units | None = None) -> list[float] | None:
+    """Return the 95 % percentile bootstrap interval of a figure, or of its paired difference to a reference.
+
+    It is None if all draws agree, as where every answer is right: a bootstrap cannot tell how uncertain that is.
+
+    Args:
+        units: the sampling units.
+        reference: units of the unpruned model on the same questions; the same units are drawn for both.
+
+    Raises:
+        ValueError: for other questions than those of the reference.
+    """
+    if reference is not None and list(units.groups) != list(reference.groups):
+        raise ValueError("the questions differ from those of the unpruned model")
+    weights = draw(units.groups, DRAWS, (SEED, 0))
+    drawn = figures(units, weights) - (0 if reference is None else figures(reference, weights))
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return [float(low), float(high)] if low < high else None
 
 
 def mean_ratio(

@@ -12,6 +12,8 @@ from typing import Any
 from ..bench.flops import Size, average_tokens, flops_visual_only, flops_with_text
 from ..runtime.geometry import Geometry
 from ..stats import mean_interval, paired_difference
+from . import resample
+from .resample import Units
 from .task import QuestionScores
 
 
@@ -111,8 +113,9 @@ def make_result(
     rows: Sequence[Mapping[str, Any]],
     text: Sequence[int],
     seconds: Mapping[str, float],
+    units: Units | None = None,
 ) -> dict[str, Any]:
-    """Build the result of a finished run. Its `scores` are not written to the result file (see `dump`).
+    """Build the result of a finished run. Its `scores` and `units` are not written to the result file (see `dump`).
 
     Args:
         facts: facts of the run.
@@ -121,12 +124,15 @@ def make_result(
         rows: rows of the answer file.
         text: number of text tokens of each prompt.
         seconds: stage -> seconds.
+        units: sampling units of a figure that is not a mean of scores; its interval is a bootstrap's.
     """
     size = facts.size
     score = without_figure(score, rows)
     names = dict.fromkeys(n for r in rows for n in r.get("stats", {}))
     scores, scale = score.get("scores"), score.get("scale", 100)
     interval = [scale * v for v in mean_interval(list(scores.values()))] if scores else None
+    if units is not None and score["figure"] is not None:
+        interval = resample.interval(units)
     return {
         "bench": facts.task,
         "label": label,
@@ -147,11 +153,12 @@ def make_result(
         "versions": facts.settings["versions"],
         "scores": scores,
         "scale": scale,
+        "units": units,
     }
 
 
 def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None:
-    """Add the difference to the unpruned model, with its paired 95 % interval if the figure is a mean of scores."""
+    """Add the difference to the unpruned model, with its paired 95 % interval."""
     if reference is None or result["figure"] is None or reference["figure"] is None:
         return
     gap = {"points": result["figure"] - reference["figure"], "low": None, "high": None}
@@ -159,21 +166,25 @@ def compare(result: dict[str, Any], reference: Mapping[str, Any] | None) -> None
     if ours and theirs:
         pair = paired_difference([ours[i] for i in theirs], list(theirs.values()))
         gap = dict(zip(gap, (result["scale"] * g for g in pair), strict=True))
+    elif result.get("units") and reference.get("units"):
+        gap["low"], gap["high"] = resample.interval(result["units"], reference["units"]) or (None, None)
     result["difference_to_full"] = gap
 
 
 def without_scores(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without the scores of the questions, which follow from the answer file."""
-    return {k: v for k, v in result.items() if k not in ("scores", "scale")}
+    """Return a result without the scores and units of the questions, which follow from the answer file."""
+    return {k: v for k, v in result.items() if k not in ("scores", "scale", "units")}
 
 
-def dump_scores(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) -> str:
-    """Return the text of the score file: question_id, score and type of each answer row as JSON lines."""
-    lines = (
-        json.dumps({"question_id": row["question_id"], "score": score, "type": kind}, ensure_ascii=False)
-        for row, (score, kind) in zip(rows, questions, strict=True)
-    )
-    return "".join(f"{line}\n" for line in lines)
+def score_rows(rows: Sequence[Mapping[str, Any]], questions: QuestionScores) -> list[dict[str, Any]]:
+    """Return question_id, score and type of each answer row, the rows of the score file."""
+    pairs = zip(rows, questions, strict=True)
+    return [{"question_id": row["question_id"], "score": score, "type": kind} for row, (score, kind) in pairs]
+
+
+def dump_scores(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of the score file: the rows of `score_rows` as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores)
 
 
 def dump(result: Mapping[str, Any]) -> str:

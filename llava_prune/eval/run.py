@@ -25,7 +25,7 @@ from .place import Place, find_place, folders_of, out_folder
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
-from .result import Facts, compare, dump, dump_scores, make_result
+from .result import Facts, compare, dump, dump_scores, make_result, score_rows
 from .rows import Row, read_finished
 from .task import Sources, Task, check_images, check_questions, load_task, open_images, questions_of, task_names
 from .work import Progress, Work, collected, opened
@@ -249,7 +249,10 @@ def finish(
     if bench.protocol.padded is not None:
         geometry = dataclasses.replace(geometry, padded=bench.protocol.padded)
     facts = Facts(bench.task.name, bench.task.figure, bench.loaded.size, geometry, settings)
-    result = make_result(facts, run.label, score, rows, text, seconds)
+    scores, units = score_rows(rows, score["questions"]), None
+    if score["figure"] is not None and not score.get("scores") and hasattr(scorer, "units"):
+        units = scorer.units(rows, scores)
+    result = make_result(facts, run.label, score, rows, text, seconds, units)
     cls, preset = resolve(run.name)
     defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()} | preset
     result |= {"defaults": identity.plain(defaults), "files": bench.files.sources.versions, "command": command}
@@ -258,7 +261,7 @@ def finish(
     if stored is not None and (gap is None or stored.get("difference_to_full") == gap):
         return {**result, **stored}
     exports = scorer.export(rows, bench.files.labels, folder, run.label) if hasattr(scorer, "export") else []
-    write_whole(folder / SCORES, dump_scores(rows, score["questions"]))
+    write_whole(folder / SCORES, dump_scores(scores))
     result |= {**origin, "made": made(folder, exports)}
     write_whole(folder / RESULT, dump(result))
     return result

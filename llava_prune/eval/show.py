@@ -105,7 +105,7 @@ def results_table(results: Sequence[Mapping[str, Any]], title: str, figure: str,
 def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """Return the table of several benchmarks: one row for each, and one column for each run, the reference first."""
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
-    table = Table(title="all benchmarks", caption="figures with 95 % interval where they are means over questions")
+    table = Table(title="all benchmarks", caption="figures with 95 % interval")
     for name in ("benchmark", "figure", "rows", *labels):
         table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right")
     for name, runs in results.items():

@@ -103,7 +103,7 @@ class StoredRun:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the figure; None if the figure is not a mean over questions."""
+        """95 % interval of the figure; None if there is none."""
         found = self.result["interval"]
         return None if found is None else (found[0], found[1])
 

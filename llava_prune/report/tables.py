@@ -47,8 +47,8 @@ def _published(table: PublishedTable, row: Row) -> dict[str, Any]:
 def measured_table(table: PublishedTable, full: Runs, rows: Sequence[Runs]) -> dict[str, Any]:
     """Return a table as in `published_table`, with measured values added to every row.
 
-    Each row has `measured` (one value for each column, None if it was not run), `intervals` (95 %, None if the figure
-    is not a mean over questions) and `difference` (measured minus published score). It also has `ratio_measured`,
+    Each row has `measured` (one value for each column, None if it was not run), `intervals` (95 %, None if there is
+    none, as for a sum of figures) and `difference` (measured minus published score). It also has `ratio_measured`,
     `ratio_difference`, `flops_measured` and `flops_difference` (percent, mean over benchmarks), `tokens_measured`
     (visual tokens leaving a layer) and `runs` (benchmark -> folder). The table has `measured_model`, `questions`
     (benchmark -> number), `releases` (benchmark -> whether its files are of a known release), and `limits`, see

@@ -11,6 +11,7 @@ import pytest
 
 from llava_prune.eval import resample
 from llava_prune.eval.resample import Units, mean_ratio, mean_units, ratio_to_full, units_of
+from llava_prune.eval.result import score_rows
 from llava_prune.eval.task import load_task
 from llava_prune.report.store import StoredRun
 from tests.eval.test_question_scores import NAMES, Made
@@ -58,6 +59,19 @@ def test_the_interval_is_as_wide_as_the_standard_error() -> None:
     assert mean == pytest.approx(0.8) and (mean - low, high - mean) == pytest.approx((0.078, 0.078), abs=0.011)
 
 
+def test_the_interval_of_a_figure_and_of_a_difference() -> None:
+    """80 of 100 right, and 90: 1.96 standard errors are 7.8 points, and 5.9 of the paired difference."""
+    run, full = ([float(i % 10 >= wrong) for i in range(100)] for wrong in (2, 1))
+    units = mean_units(run)
+    low, high = resample.interval(units) or (0, 0)
+    assert (80 - low, high - 80) == pytest.approx((7.8, 7.8), abs=1.1)
+    low, high = resample.interval(units, mean_units(full)) or (0, 0)  # 10 lost and none won
+    assert (-10 - low, high + 10) == pytest.approx((5.9, 5.9), abs=1.1)
+    assert resample.interval(mean_units([1.0] * 9)) is None and resample.interval(units, units) is None
+    with pytest.raises(ValueError, match="questions differ from those of the unpruned model"):
+        resample.interval(units, mean_units(full[:50]))
+
+
 def test_draws_are_repeatable_and_differ_between_benchmarks() -> None:
     scores = [i / 40 for i in range(1, 41)]
     pairs = [(mean_units(scores[::-1]), [mean_units(scores)])] * 2
@@ -87,10 +101,7 @@ def test_other_questions_and_an_unpruned_zero() -> None:
 def stored(folder: Path, made: Made, **more: Any) -> StoredRun:
     """A run with made-up answers, as an evaluation stores it."""
     found = made.score()
-    scores = [
-        {"question_id": a["question_id"], "score": s, "type": kind}
-        for a, (s, kind) in zip(made.answers, found["questions"], strict=True)
-    ]
+    scores = score_rows(made.answers, found["questions"])
     settings = {"figure": found["figure"], "bench": made.task.name, "answers": made.answers, "scores": scores}
     return write_run(folder, **{**settings, **more})
 
