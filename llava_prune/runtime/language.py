@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from .compat import CACHE, BaseModelOutputWithPast, DynamicCache
-from .decode import Decode, decode_state, refuse_later_image
+from .decode import Decode, DecodeState, decode_state, refuse_later_image
 from .geometry import Seen
 from .prefill import Prefill
 from .prompt import Prompt, read_prompt
@@ -44,7 +44,6 @@ def language_forward(
     cache = kwargs.pop("cache", None)  # the name since transformers 5.24; callers may use either name
     past_key_values = cache if past_key_values is None else past_key_values
     state, request = decode_state(past_key_values), request_of(handle)
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = None
     if state is not None:
         _refuse_mask(attention_mask)
@@ -71,14 +70,10 @@ def language_forward(
     kwargs.pop("return_dict", None)
     kwargs.pop("cache_position", None)
     if state is not None:
-        decode = Decode(lm, state, past_key_values, attention_mask, hidden)
-        out = None if handle.engine is None else handle.engine.step(decode, past_key_values, hidden, kwargs)
-        if out is None:
-            with state.decoding():
-                out = decode.run(hidden, kwargs)
-        hidden = out
+        hidden = _decode(handle, lm, state, past_key_values, attention_mask, hidden, kwargs)
     else:
         assert prompt is not None
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past:
             refuse_later_image(past)
         _refuse_logits(prompt)
@@ -101,6 +96,18 @@ def _prompt(
     known = request.hints.prompts
     prompt = read_prompt(splice, batch, length, given.device, mask, position_ids, known)
     return prompt if any(prompt.n_visual) else None
+
+
+def _decode(
+    handle: Any, lm: Any, state: DecodeState, cache: Any, mask: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Run new tokens after a pruned prefill and return (B, q, D) states after the last layer."""
+    decode = Decode(lm, state, cache, mask, hidden)
+    out: Tensor | None = None if handle.engine is None else handle.engine.step(decode, cache, hidden, kwargs)
+    if out is None:
+        with state.decoding():
+            out = decode.run(hidden, kwargs)
+    return out
 
 
 def _prefill(

@@ -193,26 +193,35 @@ class Prefill:
                 **kwargs,
             )
         if s.hidden.device != before.device:  # a model spread over several devices
-            s.to(s.hidden.device)
-            self.text, before = self.text.to(s.hidden.device), before.to(s.hidden.device)
-            for name, value in self.trace.scratch.items():
-                self.trace.scratch[name] = value.to(s.hidden.device) if isinstance(value, Tensor) else value
-            self._prepare(i + 1)
-            rope = (rope[0].to(s.hidden.device), rope[1].to(s.hidden.device))
+            self._follow(s.hidden.device, i + 1)
+            before, rope = before.to(s.hidden.device), (rope[0].to(s.hidden.device), rope[1].to(s.hidden.device))
         attended = self.masks.attended(s)
         cached = self._keys(i)
         score = _Attention(layer, before, rope, attended, cached, queries, self.kernels)
         if i + 1 == len(layers):
-            if prunes_inside(type(self.method)):
-                last = _LastCut(self.method, i, score, wanted, self._view(None, keys=score.layer_keys), self.trace)
-                final: Callable[[], tuple[Tensor, Tensor]] = last
-                if head_group(layer.self_attn) is not None:  # a gather needs all processes; compute the cut at once
-                    final = functools.partial(_constant, final())
-                self.trace.final = final
+            self._leave_last_cut(i, score, wanted)
             return None
         following = _Attention(layers[i + 1], s.hidden, rope, attended, kernels=self.kernels)
         attention = None if wanted is None else score(wanted)
         return self._view(attention, following, rope, before, mlp_input[0] if mlp_input else None, score.layer_keys)
+
+    def _follow(self, device: torch.device, layer: int) -> None:
+        """Move the state of the prefill to the device on which `layer` runs."""
+        self.sequence.to(device)
+        self.text = self.text.to(device)
+        for name, value in self.trace.scratch.items():
+            self.trace.scratch[name] = value.to(device) if isinstance(value, Tensor) else value
+        self._prepare(layer)
+
+    def _leave_last_cut(self, layer: int, score: _Attention, wanted: Positions | None) -> None:
+        """Leave the cut after the last layer to the record, which computes it when it is read."""
+        if not prunes_inside(type(self.method)):
+            return
+        final: Callable[[], tuple[Tensor, Tensor]]
+        final = _LastCut(self.method, layer, score, wanted, self._view(None, keys=score.layer_keys), self.trace)
+        if head_group(self.lm.layers[layer].self_attn) is not None:  # a gather needs all processes: compute it now
+            final = functools.partial(_constant, final())
+        self.trace.final = final
 
     def prune(self, i: int, view: View) -> None:
         """Apply the cut after a layer; the host values must be decided before."""
