@@ -101,7 +101,8 @@ def draw(groups: Sequence[str], draws: int, seed: Sequence[int]) -> Array:
 def interval(units: Units, reference: Units | None = None) -> list[float] | None:
     """Return the 95 % percentile bootstrap interval of a figure, or of its paired difference to a reference.
 
-    It is None if all draws agree, as where every answer is right: a bootstrap cannot tell how uncertain that is.
+    It is None without units, and if all draws agree, as where every answer is right: a bootstrap cannot tell how
+    uncertain that is.
 
     Args:
         units: the sampling units.
@@ -112,6 +113,8 @@ def interval(units: Units, reference: Units | None = None) -> list[float] | None
     """
     if reference is not None and list(units.groups) != list(reference.groups):
         raise ValueError("the questions differ from those of the unpruned model")
+    if not units.groups:
+        return None
     weights = draw(units.groups, DRAWS, (SEED, 0))
     drawn = figures(units, weights) - (0 if reference is None else figures(reference, weights))
     low, high = np.percentile(drawn, (2.5, 97.5))

@@ -190,8 +190,8 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
     """Run an evaluation in one and in several processes, in turn, and predict the latter from the former.
 
     The prediction uses the seconds of pieces of the one-process runs. The time in which no process answers is measured
-    with the same command and number of processes on the first question alone. If there are more processes than cores,
-    each process is slower in proportion.
+    with the same command and number of processes on the first two questions alone. If there are more processes than
+    cores, each process is slower in proportion.
 
     Args:
         argv: task and flags of `llava-prune eval`.
@@ -200,7 +200,7 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
         repeats: number of rounds.
 
     Returns:
-        {"task", "cores", "repeats", "rows"}. A row has processes, seconds, start (seconds with one question),
+        {"task", "cores", "repeats", "rows"}. A row has processes, seconds, start (seconds with two questions),
         predicted, ratio (predicted over measured seconds), and times (speed-up over one process); medians over rounds.
     """
     took: dict[int, list[float]] = {n: [] for n in (1, *counts)}
@@ -211,7 +211,7 @@ def check(argv: Sequence[str], counts: Sequence[int], cores: int, repeats: int) 
             for count in took:
                 out = Path(place) / str(count)
                 took[count].append(_timed(argv, count, out, "--restart"))
-                starts[count].append(_timed([*argv, "--limit", "1"], count, Path(place) / f"{count}-one", "--restart"))
+                starts[count].append(_timed([*argv, "--limit", "2"], count, Path(place) / f"{count}-few", "--restart"))
                 if count == 1:
                     alone.append(measured(out))
     one = statistics.median(took[1])
@@ -298,7 +298,7 @@ def predict(
 def _check_table(result: dict[str, Any]) -> Table:
     title = f"{result['task']}: {result['repeats']} rounds on {result['cores']} cores, one thread a process"
     out = Table(title=title)
-    names = {"processes": "processes", "seconds": "seconds", "start": "one question, seconds"}
+    names = {"processes": "processes", "seconds": "seconds", "start": "two questions, seconds"}
     names |= {"predicted": "predicted", "ratio": "predicted / measured", "times": "x one process"}
     for name in names.values():
         out.add_column(name, justify="right")

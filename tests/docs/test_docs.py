@@ -235,7 +235,8 @@ def test_named_presets_exist() -> None:
 REPLACED = re.compile(
     r"\b(?:[Pp]ictures?|behind|taps?|tapped|filler|folds?|folded|settled?|survivors|memo|tower pass|the door|one[dD]nn|"
     r"keep_best|next_rows|vision_rows|text_rows|deciding|if free|cannot be told from|waits? for the device|killed run|"
-    r"goes on where|has not been run|(?<![Tt]here )is no (?!longer\b|more\b|such\b)\w+|llava_prune[./](?:core|families))\b"
+    r"goes on where|has not been run|(?<![Tt]here )is no (?!longer\b|more\b|such\b)\w+|"
+    r"llava_prune[./](?:core|families))\b"
 )
 """Words and names that others replace."""
 RIGHT = {"fold"}

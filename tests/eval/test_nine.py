@@ -220,3 +220,14 @@ def test_data_report(nine: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["data", "pope", "--data", str(tmp_path), "--json"]) == 1
     (report,) = json.loads(capsys.readouterr().out)
     assert next(f for f in report["files"] if f["kind"] == "annotations")["path"] is None
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_one_question(nine: Path, tmp_path: Path, stand_in: Any, name: str) -> None:
+    """A single question has a figure, or the result says why not."""
+    stand_in()
+    full, pruned = run.evaluate(settings(nine, tmp_path, name, limit=1))
+    for result in (full, pruned):
+        assert (result["figure"] is None) == bool(result["why_no_figure"])
+    if name == "mme":
+        assert "one question was asked; ask 2 or more" in full["why_no_figure"]

@@ -67,6 +67,7 @@ def test_the_interval_of_a_figure_and_of_a_difference() -> None:
     assert (80 - low, high - 80) == pytest.approx((7.8, 7.8), abs=1.1)
     low, high = resample.interval(units, mean_units(full)) or (0, 0)  # 10 lost and none won
     assert (-10 - low, high + 10) == pytest.approx((5.9, 5.9), abs=1.1)
+    assert resample.interval(mean_units([])) is None
     assert resample.interval(mean_units([1.0] * 9)) is None and resample.interval(units, units) is None
     with pytest.raises(ValueError, match="questions differ from those of the unpruned model"):
         resample.interval(units, mean_units(full[:50]))

@@ -214,7 +214,8 @@ def score(
         asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
-        figure, rows, details (perception, cognition, total, tasks), and questions ((score, task) of each answer row).
+        figure (None for a single question), rows, details (perception, cognition, total, tasks), and questions
+        ((score, task) of each answer row).
 
     Raises:
         ValueError: if answers and labels do not match one to one, or the answers are in another order.
@@ -239,6 +240,9 @@ def score(
         acc, plus = sum(right) / len(right), sum(both) / len(both)
         other = sum(label_of(r.text) == "other" for r in rows)
         tasks[task] = {"score": 100 * (acc + plus), "acc": acc, "acc_plus": plus, "rows": len(rows), "other": other}
+    if asked is not None and len(asked) == 1:
+        why = "the two questions of an image are scored together, and one question was asked; ask 2 or more"
+        return {"figure": None, "rows": 0, "details": {}, "why": why, "questions": _questions(answers, labels, wanted)}
     if not tasks:
         raise ValueError("the answers and the labels have no question in common; give the files of the same release")
     perception, cognition = (sum(tasks[t]["score"] for t in g if t in tasks) for g in (PERCEPTION, COGNITION))
