@@ -58,8 +58,8 @@ def test_commands_run(name: str, tmp_path: Path) -> None:
     for folder in ("scripts", "playground/data", "playground/models"):
         (tmp_path / folder).parent.mkdir(exist_ok=True)
         (tmp_path / folder).symlink_to(ROOT / folder)
-    settings = {"STORE": str(tmp_path / "playground" / "results"), "LIMIT": "2", "PROCS": "1", "VENV": sys.prefix}
-    env = {**os.environ, **settings, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    settings = {"STORE": str(tmp_path / "playground" / "results"), "LIMIT": "2", "PROCS": "1"}
+    env = {"VENV": sys.prefix, **os.environ, **settings, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     todo = [command for command in commands(ROOT / name) if reason(command) is None]
     if any(re.search(r"llava-prune (results|figure|report)", command) for command in todo):
         todo.insert(0, "llava-prune eval gqa,pope --method autoprune,fastervlm,random --tokens 192,128,64")
