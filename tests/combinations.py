@@ -21,7 +21,7 @@ CLASSES = {"llava": "Llava", "next": "LlavaNext", "onevision": "LlavaOnevision"}
 
 
 def text_config(language: str, **more: Any) -> Any:
-    """The config of a small language model; `more` replaces entries."""
+    """Return the config of a small language model; `more` replaces entries."""
     import transformers
 
     common: dict[str, Any] = {
@@ -47,7 +47,7 @@ def text_config(language: str, **more: Any) -> Any:
 
 
 def vision_config(tower: str, side: int = SIDE) -> Any:
-    """The config of a small vision tower of 4 blocks on images of side x side pixels, 14 a patch."""
+    """Return the config of a small vision tower of 4 blocks for images of side x side pixels, with patches of 14."""
     import transformers
 
     build = {"clip": "CLIPVisionConfig", "siglip": "SiglipVisionConfig", "dinov2": "Dinov2Config"}[tower]
@@ -63,7 +63,7 @@ def vision_config(tower: str, side: int = SIDE) -> Any:
 def config(
     kind: str, language: str, tower: str = "clip", text: dict[str, Any] | None = None, side: int = SIDE, **more: Any
 ) -> Any:
-    """The config of a small LLaVA; `text` replaces entries of its language model, `more` of the whole."""
+    """Return the config of a small LLaVA; `text` replaces entries of its language model, `more` those of the whole."""
     import transformers
 
     plain = tower == "siglip"
@@ -82,7 +82,7 @@ def config(
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
-    """Fill a model with seeded weights, large enough that attention is far from flat."""
+    """Fill a model with seeded weights, large enough that attention is far from uniform."""
     draw = _Draw(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -109,5 +109,5 @@ def _built(kind: str, language: str, tower: str, attn: str) -> Any:
 
 
 def build(kind: str, language: str, tower: str = "clip", attn: str = "sdpa") -> Any:
-    """A new model, float32 on the CPU: kind "llava", "next" or "onevision"."""
+    """Return a new model, float32 on the CPU; `kind` is "llava", "next" or "onevision"."""
     return copy.deepcopy(_built(kind, language, tower, attn))

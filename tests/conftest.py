@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # small models: more threads only wait for each other
-if not torch.cuda.is_available():  # the kernels are interpreted then; triton reads this when it is first imported
+if not torch.cuda.is_available():  # kernels are then interpreted; triton reads this at its first import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +26,11 @@ if str(ROOT) not in sys.path:
 
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
-    """Take back what a test registers."""
+    """Restore the registry of methods after the test."""
     import llava_prune
     from llava_prune.methods import registry
 
-    llava_prune.names()  # all of the package's own are there before
+    llava_prune.names()  # registers all of the package's own methods
     tables = registry._METHODS, registry._PRESETS
     kept = [dict(t) for t in tables]
     yield
@@ -41,13 +41,13 @@ def clean_registry() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The checkout."""
+    """The root folder of the repository."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def tiny_path(root: Path) -> Path:
-    """The embedded checkpoint, which must be there."""
+    """The folder of the checkpoint llava-tiny, which is part of the repository."""
     path = root / "playground" / "models" / "llava-tiny"
     assert (path / "config.json").is_file(), f"{path} is part of the repository and is missing"
     return path
@@ -55,7 +55,7 @@ def tiny_path(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models() -> dict[str, Any]:
-    """One random model of each class for the session: "llava", "hf", "next". Leave them as you found them.
+    """One random model of each class for the session: "llava", "hf", "next". Tests must not change them.
 
     "llava" is left out where its package is missing.
     """
@@ -67,7 +67,7 @@ def tiny_models() -> dict[str, Any]:
 
 @pytest.fixture(params=["llava", "hf"])
 def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, Any]) -> Any:
-    """The random model of package llava, then that of transformers; both have the same weights."""
+    """The random model of package llava, then that of transformers, with the same weights."""
     if request.param not in tiny_models:
         pytest.skip(f"package {request.param} is not installed")
     return tiny_models[request.param]
@@ -75,7 +75,7 @@ def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def logits() -> Callable[..., torch.Tensor]:
-    """Logits of the last column for what `tests.models.inputs` gave, without a gradient."""
+    """Return a function that computes the logits of the last column for the output of `tests.models.inputs`."""
 
     def last(model: Any, given: dict[str, Any], **more: Any) -> torch.Tensor:
         with torch.inference_mode():

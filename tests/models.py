@@ -1,7 +1,7 @@
 """Small random LLaVAs with the same weights in every class, and batches for them.
 
 6 decoder layers of width 64 with 4 heads, a CLIP tower of 4 blocks on 6 x 6 patches of 14 pixels, vocabulary 128.
-Import as `from tests.models import tiny_hf`; fixtures of the same name are in tests/conftest.py.
+Import as `from tests.models import tiny_hf`; the fixtures `tiny` and `tiny_models` are in tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]  # (width
 
 
 class _Draw:
-    """Seeded weights, large enough that attention is far from flat."""
+    """Draws seeded weights, large enough that attention is far from uniform."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -48,7 +48,7 @@ class _Draw:
 
 
 def llm_state(seed: int = 0, kv_heads: int = HEADS, anyres: bool = False) -> dict[str, Tensor]:
-    """Language model, projector and newline under haotian-liu/LLaVA's names."""
+    """Return the weights of language model, projector and newline under haotian-liu/LLaVA's names."""
     draw, mlp, kv = _Draw(seed), 2 * WIDTH, WIDTH // HEADS * kv_heads
     state = {"model.embed_tokens.weight": draw(VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -78,7 +78,7 @@ def llm_state(seed: int = 0, kv_heads: int = HEADS, anyres: bool = False) -> dic
 
 
 def tower(seed: int = 1) -> Any:
-    """The CLIP tower with random weights, biases and norms included."""
+    """Return a CLIP tower with random weights, biases and norms."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -104,7 +104,7 @@ def tower(seed: int = 1) -> Any:
 
 
 def config(kv_heads: int = HEADS, anyres: bool = False, language: str = "llama") -> dict[str, Any]:
-    """config.json in haotian-liu/LLaVA's format. No end-of-sequence id, so that lengths of answers are known."""
+    """Return config.json in haotian-liu/LLaVA's format; without an end-of-sequence id, answer lengths are known."""
     return {
         "architectures": [f"Llava{language.capitalize()}ForCausalLM"],
         "model_type": f"llava_{language}",
@@ -143,7 +143,7 @@ def config(kv_heads: int = HEADS, anyres: bool = False, language: str = "llama")
 def write_checkpoint(
     folder: Path, seed: int = 0, kv_heads: int = HEADS, anyres: bool = False, language: str = "llama"
 ) -> Path:
-    """A checkpoint in haotian-liu/LLaVA's format, the tower inside; returns `folder`."""
+    """Write a checkpoint in haotian-liu/LLaVA's format, with the tower inside it, and return `folder`."""
     from safetensors.torch import save_file
 
     from llava_prune.models.files import processor_class
@@ -166,42 +166,42 @@ def _built(family: str, anyres: bool, seed: int, kv_heads: int, attn: str, langu
 
 
 def tiny_llava(seed: int = 0, kv_heads: int = HEADS, attn: str = "sdpa", anyres: bool = False) -> Any:
-    """A new LlavaLlamaForCausalLM of package llava, float32 on the CPU."""
+    """Return a new LlavaLlamaForCausalLM of package llava, float32 on the CPU."""
     return copy.deepcopy(_built("llava", anyres, seed, kv_heads, attn))
 
 
 def tiny_hf(seed: int = 0, kv_heads: int = HEADS, attn: str = "sdpa") -> Any:
-    """A new LlavaForConditionalGeneration with the weights of `tiny_llava` of that seed."""
+    """Return a new LlavaForConditionalGeneration with the weights of `tiny_llava` with the same seed."""
     return copy.deepcopy(_built("hf", False, seed, kv_heads, attn))
 
 
 def tiny_next(seed: int = 0, kv_heads: int = HEADS, attn: str = "sdpa") -> Any:
-    """A new LlavaNextForConditionalGeneration; `tiny_llava(anyres=True)` has the same weights."""
+    """Return a new LlavaNextForConditionalGeneration; `tiny_llava(anyres=True)` has the same weights."""
     return copy.deepcopy(_built("hf", True, seed, kv_heads, attn))
 
 
 def tiny_mistral(family: str, anyres: bool = False) -> Any:
-    """A new LlavaMistralForCausalLM, or transformers' twin of it, with two heads of keys and values."""
+    """Return a new LlavaMistralForCausalLM, or its counterpart of transformers, with two key/value heads."""
     return copy.deepcopy(_built(family, anyres, 0, 2, "sdpa", "mistral"))
 
 
 def is_llava(model: Any) -> bool:
-    """Whether a model is of package llava."""
+    """Return whether a model is of package llava."""
     return hasattr(model, "prepare_inputs_labels_for_multimodal")
 
 
 def language_model(model: Any) -> Any:
-    """The LlamaModel of either family."""
+    """Return the language model of a model of either family."""
     return model.model if is_llava(model) else model.model.language_model
 
 
 def loaded(model: Any) -> Loaded:
-    """What `llava_prune.load` would have returned, for its `generate`."""
+    """Return the `Loaded` that `llava_prune.load` would return, for its `generate`."""
     return Loaded(model, None, None, "llava" if is_llava(model) else "hf", "tiny")
 
 
 def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]:
-    """Token ids: begin, text, -200 for each image with two ids between them, text."""
+    """Return token ids: begin-of-sequence, text, -200 for each image with two text ids between images, text."""
     draw = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(3, VOCAB, (before + after + 2 * images,), generator=draw).tolist()
     row = [1, *ids[: before - 1]]
@@ -211,7 +211,7 @@ def prompt(before: int, after: int, images: int = 1, seed: int = 0) -> list[int]
 
 
 def pixels(n: int, seed: int = 0) -> Tensor:
-    """(n, 3, SIDE, SIDE) float32: coarse blobs and noise."""
+    """Return (n, 3, SIDE, SIDE) float32 images of coarse blobs and noise."""
     draw = torch.Generator().manual_seed(2000 + seed)
     coarse = torch.randn(n, 3, 3, 3, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
@@ -219,7 +219,7 @@ def pixels(n: int, seed: int = 0) -> Tensor:
 
 
 def crops(size: tuple[int, int], seed: int = 0) -> Tensor:
-    """(1 + crops, 3, SIDE, SIDE): an anyres image of (width, height) cut up as both packages do."""
+    """Return (1 + crops, 3, SIDE, SIDE): an anyres image of (width, height), in crops as both packages cut it."""
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = select_best_resolution((size[1], size[0]), [(h, w) for w, h in PINPOINTS])
@@ -233,13 +233,14 @@ def inputs(
     sizes: Sequence[tuple[int, int]] | None = None,
     side: str = "left",
 ) -> dict[str, Any]:
-    """Arguments for `model(**...)` of either family, or for `generate` below.
+    """Return arguments for `model(**...)` of either family, or for `generate` below.
 
     Args:
+        model: a model of either family.
         rows: prompts with -200 for each image (package llava takes a blank image for a row without one).
         images: (N, 3, H, W), or for anyres models a list of N (crops, 3, H, W).
         sizes: N (width, height); needed for anyres.
-        side: where padding goes.
+        side: side of the padding, "left" or "right".
     """
     if not is_llava(model):
         rows = _spread(model, rows, images, sizes)
@@ -277,7 +278,7 @@ def inputs(
 
 
 def _placed(given: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Arguments on the device of the model."""
+    """Move arguments to the device of the model."""
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
@@ -286,7 +287,7 @@ def _taken(stack: Any, n: int, blank: bool) -> list[Tensor]:
 
 
 def _spread(model: Any, rows: Any, images: Any, sizes: Any) -> list[list[int]]:
-    """Placeholders repeated as transformers wants them: one for each visual token."""
+    """Repeat the placeholders as transformers expects them: one for each visual token."""
     counts = [loaded(model).n_visual] * sum(list(r).count(IMAGE) for r in rows)
     if images is not None and not isinstance(images, Tensor):
         flat = torch.cat(list(images))
@@ -299,9 +300,9 @@ def _spread(model: Any, rows: Any, images: Any, sizes: Any) -> list[list[int]]:
 
 
 def generate(model: Any, given: dict[str, Any], steps: int = 4, **options: Any) -> Any:
-    """generate() on what `inputs` gave, greedy by default; the output object with `logits` and `past_key_values`.
+    """Call generate() on the result of `inputs`, greedily by default, and return its output with logits and cache.
 
-    Its `sequences` holds the new ids alone in both families.
+    `sequences` of the output holds only the new ids in both families.
     """
     given = dict(given)
     greedy = {"do_sample": False, "max_new_tokens": steps, "pad_token_id": 0, "use_cache": True}
@@ -315,5 +316,5 @@ def generate(model: Any, given: dict[str, Any], steps: int = 4, **options: Any) 
 
 
 def cache_lengths(cache: Any) -> list[int]:
-    """Columns that each layer holds."""
+    """Return the number of columns in the cache of each layer."""
     return [layer.keys.shape[2] for layer in cache.layers]

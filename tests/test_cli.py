@@ -19,7 +19,7 @@ ENV: dict[str, str] = {}
 
 
 def usage_error(capsys: Any, *argv: str) -> str:
-    """The last line of a usage error."""
+    """Run a command that must end with a usage error, and return the last line of its message."""
     with pytest.raises(SystemExit) as stop:
         main(list(argv))
     assert stop.value.code == 2
@@ -94,7 +94,7 @@ def test_run_keeps_its_old_spelling() -> None:
 
 
 def test_the_environment_sets_hyper_parameters() -> None:
-    """A flag replaces METHOD_ARGS, as with every other setting."""
+    """METHOD_ARGS sets hyper-parameters, and the flag replaces it."""
     parser = make_parser({"METHOD_ARGS": "lam=0"})
     assert parser.parse_args(["eval", "gqa"]).method_args == {"lam": 0}
     assert parser.parse_args(["run"]).method_args == {"lam": 0}
@@ -116,7 +116,7 @@ def test_run_refuses_before_loading(capsys: Any) -> None:
 
 
 def test_bench_takes_presets(tmp_path: Any, capsys: Any) -> None:
-    """As eval: fastv:paper has no budget, fastv:192 its own."""
+    """As in eval, fastv:paper has no budget and fastv:192 has its own."""
     argv = ["bench", "--shape", "tiny", "--method", "fastv:paper,fastv:192", "--tokens", "64", "--text", "20", "--json"]
     argv += ["--new", "2", "--repeats", "1", "--warmup", "0", "--no-memory", "--out", str(tmp_path)]
     assert main(argv) == 0
@@ -211,7 +211,7 @@ def test_the_largest_sizes_give_finite_tables(command: str, capsys: Any) -> None
 
 
 def test_a_budget_given_twice(capsys: Any, monkeypatch: Any) -> None:
-    """As --tokens and as a hyper-parameter."""
+    """A budget given both as --tokens and as a hyper-parameter is refused."""
     pytest.importorskip("llava")
     program = ["--", "python", "-m", "llava.eval.run_llava"]
     for tokens in ("3", "64"):

@@ -1,4 +1,4 @@
-"""What commands load, and which parts of the package may import which (lazy imports included)."""
+"""Modules that commands load, and imports allowed between the parts of the package (lazy imports included)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGE = ROOT / "llava_prune"
 COMMANDS = ("eval", "table", "sweep", "results", "figure", "report", "show", "bench")
 COMMANDS += ("score", "data", "methods", "flops", "run", "demo")
 
-# what is loaded ------------------------------------------------------------------------------------------------
+# loaded modules ------------------------------------------------------------------------------------------------
 
 HEAVY = ("torch", "transformers", "rich", "yaml", "numpy", "PIL", "matplotlib", "pandas", "jinja2", "gradio")
 COMPILER = ("torch._dynamo", "torch._inductor")
@@ -38,14 +38,14 @@ sys.stderr.write("\\n" + json.dumps(sorted(sys.modules)))
 
 
 def loaded(*argv: str) -> set[str]:
-    """Modules that a command has loaded when it ends; those of `import llava_prune` without arguments."""
+    """Return the modules that a command loads; without arguments, those that `import llava_prune` loads."""
     command = [sys.executable, "-c", RUN, json.dumps(argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     return set(json.loads(done.stderr.strip().split("\n")[-1]))
 
 
 def below(modules: set[str], names: tuple[str, ...]) -> list[str]:
-    """Loaded modules that are one of `names` or inside one."""
+    """Return the modules that are one of `names` or inside one of them."""
     return sorted(m for m in modules if m in names or m.startswith(tuple(f"{n}." for n in names)))
 
 
@@ -59,7 +59,7 @@ def test_help_loads_nothing_heavy(argv: list[str]) -> None:
 
 
 def test_help_is_quick() -> None:
-    """Under 0.5 s of CPU time, the best of three."""
+    """Help takes less than 0.5 s of CPU time in the best of three runs."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -79,7 +79,7 @@ def test_data_and_score_load_no_torch(tmp_path: Path) -> None:
 
 
 def test_results_load_no_torch(tmp_path: Path) -> None:
-    """tests/report has the same for folders with runs."""
+    """An empty folder needs no torch; tests/report checks folders with runs."""
     modules = loaded("results", str(tmp_path))
     assert "llava_prune.report.results" in modules
     assert not below(modules, ("torch", "transformers", "pandas", "llava_prune.eval"))
@@ -91,7 +91,7 @@ def test_tables_load_no_compiler_and_no_transformers(argv: list[str]) -> None:
     assert "llava_prune.methods.registry" in modules and not below(modules, (*COMPILER, "transformers"))
 
 
-# what may import what ------------------------------------------------------------------------------------------
+# allowed imports -----------------------------------------------------------------------------------------------
 
 CORE = ("ops", "methods", "runtime", "models", "handle")
 ALLOWED = {
@@ -125,7 +125,7 @@ INTERNAL_USERS = {
     "llava_prune.runtime.compat": None,
     "llava_prune.models.hf": {"transformers.models.llava_next.modeling_llava_next"},  # its grid of crops
 }
-"""Modules that may import transformers' internals, and which (None: all)."""
+"""Module -> internals of transformers that it may import (None: all)."""
 
 
 @cache
@@ -147,7 +147,7 @@ def _typing_only(node: ast.AST) -> bool:
 
 
 def _imports(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """(import, whether it is inside a function), except those for type checkers."""
+    """Yield (import, whether it is inside a function), except imports for type checkers."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.Import, ast.ImportFrom)):
             yield child, lazy
@@ -157,7 +157,7 @@ def _imports(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | a
 
 @cache
 def imports(module: str) -> list[tuple[str, bool]]:
-    """(imported module, whether inside a function) of a module, relative imports resolved."""
+    """Return (imported module, whether inside a function) for each import of a module, relative imports resolved."""
     path = modules()[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = []
@@ -180,7 +180,7 @@ def ours(name: str) -> bool:
 
 
 def test_the_reader_finds_imports() -> None:
-    """The rules below would hold of nothing if imports were not found."""
+    """Imports are found; otherwise the rules below would pass for any package."""
     assert ("llava_prune.methods.base", False) in imports("llava_prune.methods.planner")
     assert ("llava_prune.eval.command", True) in imports("llava_prune.cli")
     assert ("llava_prune.arguments", False) in imports("llava_prune.parsers")
@@ -209,14 +209,14 @@ def test_ops_need_torch_only(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules())
 def test_internals_of_transformers(module: str) -> None:
-    """They are imported in one place, which checks the version."""
+    """Only a few listed modules import internals of transformers."""
     internal = {name for name, _ in imports(module) if name.startswith(INTERNALS)}
     allowed = INTERNAL_USERS.get(module, set())
     assert allowed is None or internal <= allowed, f"{module} imports {sorted(internal)}"
 
 
 def test_no_circles() -> None:
-    """Also not through imports inside functions. Plug-ins that are found by name (methods, scorers) are no imports."""
+    """No import cycles exist, not even through imports inside functions. Plug-ins found by name do not count."""
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:

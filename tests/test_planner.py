@@ -1,4 +1,4 @@
-"""The one planner: methods x presets x budgets x hyper-parameters, as eval, bench and the tables use it."""
+"""The planner of runs from methods, presets, budgets and hyper-parameters, as eval, bench and the tables use it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def labels(runs: list[Any]) -> list[tuple[str, int | None]]:
 
 
 def test_labels_and_budgets() -> None:
-    """A preset with a budget has no other; one that fixes the counts has none."""
+    """A preset with a budget runs with that budget alone; a preset that fixes the counts runs without one."""
     runs = plan(cases(NAMES, (64, 8, 64)))
     assert labels(runs) == LABELS
     for run in runs:
@@ -39,7 +39,7 @@ def test_labels_and_budgets() -> None:
 
 
 def test_eval_and_bench_plan_alike() -> None:
-    """The same labels, budgets and hyper-parameters from the settings of either."""
+    """eval and bench plan the same labels, budgets and hyper-parameters from the same settings."""
     shared: dict[str, Any] = {"methods": NAMES, "tokens": (64, 8), "method_args": {"seed": 3}}
     one = evaluation.plan_runs(evaluation.Settings(model="a/b", reference=False, **shared))
     two = speed.plan_runs(speed.Settings(**shared))
@@ -60,7 +60,7 @@ def test_order_reference_and_all() -> None:
 
 
 def test_hyper_parameters() -> None:
-    """Those of the call override stated ones, which override presets; each goes to the methods that have it."""
+    """Arguments of the call override defaults, which override presets; each applies to the methods that have it."""
     stated = {"autoprune": {"k0": 0.1, "mi_scale": 8.0}, "fastv": {"layer": 1}}
     runs = plan(cases(["autoprune", "fastv:k3-64", "random"], (8,), {"k0": 0.2}, defaults=stated, seed=5))
     assert runs[0].method.hyper()["k0"] == 0.2 and runs[0].method.hyper()["mi_scale"] == 8.0
@@ -73,7 +73,7 @@ def test_hyper_parameters() -> None:
 
 
 def test_hyper_parameters_that_fix_the_counts() -> None:
-    """The method that has them runs without a budget, the others with one."""
+    """A method whose hyper-parameters fix the counts runs without a budget, the others with each budget."""
     runs = plan(cases(["fastv", "random"], (64, 8), {"keep": 100}))
     assert labels(runs) == [("fastv", None), ("random-64", 64), ("random-8", 8)]
     assert runs[0].method.hyper()["keep"] == 100 and runs[0].method.hyper()["tokens"] is None
@@ -99,12 +99,12 @@ def test_refused(names: list[str], budgets: tuple[int, ...], args: dict[str, Any
 
 
 def test_equal_labels_are_refused(clean_registry: None) -> None:
-    """Two runs cannot share a folder of results."""
+    """Two runs with the same label would share a folder of results."""
 
     @llava_prune.register("fastv-paper")
     @dataclass(frozen=True)
     class Other(llava_prune.Method):
-        """A method whose name is another's label."""
+        """A method whose name is the label of another method's run."""
 
     assert [r.label for r in plan(cases(["fastv-paper"], (8,)))] == ["fastv-paper"]
     with pytest.raises(ValueError, match="fastv:paper and fastv-paper have the same label, 'fastv-paper'"):

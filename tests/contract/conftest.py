@@ -11,17 +11,17 @@ from tests.contract.settings import NAMES, Setting, setting
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    """A method's name."""
+    """The name of a method."""
     return request.param
 
 
 @pytest.fixture
 def chosen(name: str) -> Setting:
-    """Its arguments for the small models."""
+    """The arguments of the method for the small models."""
     return setting(name)
 
 
 @pytest.fixture
 def hyper(chosen: Setting) -> dict[str, Any]:
-    """Those that prune."""
+    """The arguments with which the method prunes."""
     return chosen.hyper

@@ -1,7 +1,7 @@
-"""What each method is asked for on the random models of tests/models.py: 6 layers, 36 visual tokens.
+"""The arguments of each method for the random models of tests/models.py: 6 layers, 36 visual tokens.
 
-A method that has no line here runs with `tokens=12`, keeps everything with `tokens=36`, and must pass all suites.
-Add a line only where its arguments are others.
+A method that is not listed here runs with `tokens=12`, keeps everything with `tokens=36`, and must pass all suites.
+Add a line only for a method that needs other arguments.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tests.models import PATCHES
 
 @dataclass(frozen=True)
 class Setting:
-    """Arguments of one method.
+    """The arguments of one method.
 
     Attributes:
-        hyper: prunes clearly.
-        keep_all: prunes nothing; None when the method has no such setting.
-        prunes: False for a method that leaves every token in.
+        hyper: arguments that prune clearly.
+        keep_all: arguments that prune nothing; None if the method has none.
+        prunes: False for a method that keeps every token.
     """
 
     hyper: dict[str, Any] = field(default_factory=lambda: {"tokens": 12})
@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "full": Setting({}, {}, prunes=False),
-    # a first layer with all of two images costs 12 tokens on average
+    # keeping all tokens of two images in a first layer costs 12 tokens on average
     "fastv": Setting({"tokens": 16}),
     "pdrop": Setting({"tokens": 16}),
     "topv": Setting({"tokens": 16}),
@@ -40,12 +40,14 @@ SETTINGS: dict[str, Setting] = {
 }
 
 COMPOSITIONS = ["visionzip+autoprune", "fastervlm+topv", "prumerge++pdrop", "tome+sparsevlm"]
-"""A class token and merged rows; places of patches; counts that the data decide; another tower and recycling."""
+"""In turn: class token and merged tokens, patch positions, counts that depend on the data, a changed tower and
+recycling."""
 COMPOSITIONS += ["divprune+dart", "holov+autoprune"]
-"""First parts at the entry of the language model, before one that keeps positions and one that renumbers them."""
+"""Compositions whose first method acts at the entry of the language model; the second one keeps or renumbers
+position ids."""
 NAMES = [*llava_prune.names(), *COMPOSITIONS]
 
 
 def setting(name: str) -> Setting:
-    """The arguments of `name`."""
+    """Return the arguments of method `name`."""
     return SETTINGS.get(name, Setting())

@@ -1,4 +1,4 @@
-"""accelerate's hooks: the answers, records and caches are those of the model without them."""
+"""With accelerate's hooks, answers, records and caches are those of the model without hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = {
 
 
 def dispatched(model: Any, how: str, folder: Path) -> Any:
-    """A copy of the model with accelerate's hooks; or the model itself, hooked in place."""
+    """Add accelerate's hooks to the model in place and return it."""
     family = "llava" if models.is_llava(model) else "hf"
     tower, projector, embed, norm, layers = PARTS[family]
     rotary = embed.replace("embed_tokens", "rotary_emb")
@@ -53,7 +53,7 @@ def _children(model: Any, path: str) -> list[str]:
 
 
 def observed(model: Any, name: str, hyper: Any, handle: Any = None) -> tuple[Any, Any, Any]:
-    """(logits, kept tokens, cache lengths) of a greedy answer."""
+    """Return (logits, kept tokens, cache lengths) of a greedy answer."""
     given = models.inputs(model, ROWS, models.pixels(2))
 
     def ask(handle: Any) -> tuple[Any, Any, Any]:
@@ -74,7 +74,7 @@ def same(one: tuple[Any, Any, Any], other: tuple[Any, Any, Any]) -> None:
 
 @pytest.mark.parametrize("how", ["hooks on every module", "language model split", "tower blocks and projector on disk"])
 def test_hooks_change_nothing(name: str, chosen: Setting, tiny: Any, how: str, tmp_path: Path) -> None:
-    """Dispatched, then attached."""
+    """A method attached to a dispatched model gives the same result as on the original model."""
     expected = observed(tiny, name, chosen.hyper)
     model = dispatched(copy.deepcopy(tiny), how, tmp_path)
     same(observed(model, name, chosen.hyper), expected)
@@ -82,7 +82,7 @@ def test_hooks_change_nothing(name: str, chosen: Setting, tiny: Any, how: str, t
 
 @pytest.mark.parametrize("name", ["autoprune", "visionzip", "tome", "pdrop", "tome+sparsevlm"])
 def test_attached_then_dispatched(name: str, tiny: Any, tmp_path: Path) -> None:
-    """And detached while the hooks are there: the model answers unpruned."""
+    """A model may be dispatched after attaching; detached with the hooks in place, it answers unpruned."""
     given = models.inputs(tiny, ROWS, models.pixels(2))
     base = models.generate(tiny, given, 3).logits
     model = copy.deepcopy(tiny)
@@ -115,7 +115,7 @@ def test_hooks_removed_while_attached(name: str, first: str, tiny: Any, tmp_path
 
 
 def test_rebuilt_arguments(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """Whatever stands between rebuilds the encoder's output and every argument; the state is not in them."""
+    """A wrapper may rebuild the output of the image encoder: the state of the request is not stored in it."""
     model = copy.deepcopy(tiny_models["hf"])
     expected = observed(tiny_models["hf"], name, chosen.hyper)
     inner, stock = model.model, model.model.get_image_features

@@ -27,7 +27,7 @@ def anyres(tiny_models: dict[str, Any]) -> dict[str, Any]:
 
 
 def onevision() -> Any:
-    """A LlavaOnevision as deep as the other small models."""
+    """Return a LLaVA-OneVision as deep as the other small models."""
     from transformers import LlavaOnevisionForConditionalGeneration
 
     config = combinations.config("onevision", "qwen2", "siglip", {"num_hidden_layers": models.LAYERS})
@@ -50,7 +50,7 @@ def hyper(chosen: Setting) -> dict[str, Any]:
 
 
 def refused(name: str, hyper: dict[str, Any], model: Any) -> bool:
-    """Whether a method says that it cannot work on crops, or needs a class token that the tower does not have."""
+    """Return whether a method refuses the model: it cannot work on crops, or needs a class token that is missing."""
     needs = llava_prune.build(name, **hyper).requires
     siglip = type(model).__name__.startswith("LlavaOnevision")
     return "whole images" in needs or (siglip and "class token" in needs)
@@ -62,7 +62,7 @@ def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, 
     if refused(name, chosen.hyper, model):
         pytest.skip(f"{name} is refused by this model")
     base, everything = logits(model, given(model)), visual(model)
-    most = 5 * models.PATCHES  # of the largest image: budgets before the language model are shared out over its crops
+    most = 5 * models.PATCHES  # of the largest image, since budgets before the language model are shared by its crops
     more = {"tokens": most} if "tokens" in chosen.keep_all else {}
     hyper = {**chosen.keep_all, **more}
     with llava_prune.pruned(model, name, **hyper) as handle:
@@ -71,7 +71,7 @@ def test_keep_all_equals_the_base_model(name: str, chosen: Setting, model: Any, 
 
 
 def visual(model: Any) -> torch.Tensor:
-    """(B,) visual tokens of the images, newline tokens included."""
+    """Return the (B,) numbers of visual tokens of the images, newline tokens included."""
     with llava_prune.pruned(model, "full") as handle, torch.inference_mode():
         model(**given(model))
     return handle.last.tokens_in[:, 0]

@@ -1,4 +1,4 @@
-"""Attaching, detaching and what is left behind."""
+"""Attaching and detaching: a detached model is as it was before."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def given(tiny: Any) -> dict[str, Any]:
 
 
 def footprint(model: Any) -> dict[str, Any]:
-    """What an attachment could leave: attributes of instances and the hooks of every module."""
+    """Return what an attachment could change: callable attributes of instances and the hooks of every module."""
     out: dict[str, Any] = {}
     for path, module in model.named_modules():
         own = {k: v for k, v in module.__dict__.items() if callable(v)}
         found = (module.__dict__[k].values() for k in module.__dict__ if k.endswith("_hooks") and module.__dict__[k])
-        hooks = [[h for h in some if "output_captur" not in repr(h)] for some in found]  # transformers' own, in a call
+        hooks = [[h for h in some if "output_captur" not in repr(h)] for some in found]  # transformers' own
         out[path] = (own, [some for some in hooks if some])
     return out
 
@@ -62,7 +62,7 @@ def test_detach_restores_everything(name: str, hyper: Any, tiny: Any, given: dic
 
 
 def test_own_forward_of_the_instance_comes_back(name: str, hyper: Any, given: dict[str, Any], tiny: Any) -> None:
-    """Somebody's wrapper, as accelerate sets one, is what text-only requests go through and what detach restores."""
+    """A forward set on the instance, as accelerate does, runs for text-only requests and is restored by detach."""
     lm, calls = models.language_model(tiny), []
     stock = lm.forward
 
@@ -154,7 +154,7 @@ def test_exception_inside_the_block_detaches(name: str, hyper: Any, tiny: Any) -
 
 
 def test_copies_and_saves(name: str, hyper: Any, tiny: Any, given: dict[str, Any], logits: Any) -> None:
-    """A copy of an attached model prunes by itself; a detached model is copied and saved as if nothing had been."""
+    """A copy of an attached model prunes by itself; a detached model is copied and saved like an untouched one."""
     base = logits(tiny, given)
     with llava_prune.pruned(tiny, name, **hyper) as handle:
         pruned = logits(tiny, given)
@@ -174,7 +174,7 @@ def test_copies_and_saves(name: str, hyper: Any, tiny: Any, given: dict[str, Any
 
 @pytest.mark.parametrize("build", [models.tiny_llava, models.tiny_hf])
 def test_an_attached_model_pickles(name: str, hyper: Any, build: Any) -> None:
-    """No local function is left on it. (Hooks that transformers itself installs in a call do not pickle.)"""
+    """No local function is stored on the model. (Hooks that transformers itself installs in a call do not pickle.)"""
     model = build()
     with llava_prune.pruned(model, name, **hyper):
         torch.save(model, io.BytesIO())

@@ -1,4 +1,5 @@
-"""Images that the user encodes, calls inside calls, embeddings: true features, the request's own images, an error."""
+"""Calls around a request: the user gets true image features, nested calls use their own images, and embeddings are
+refused."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ EMBEDS = "inputs_embeds on a pruned model"
 
 
 def encoded(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(N, T, D) features by the package's own encoder."""
+    """Return (N, T, D) features from the package's own encoder."""
     with torch.no_grad():
         if models.is_llava(model):
             return model.encode_images(pixels)
@@ -26,7 +27,7 @@ def encoded(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def embedded(model: Any, row: Any, features: torch.Tensor) -> torch.Tensor:
-    """(1, L, D) embeddings of a prompt with its image's features in place."""
+    """Return (1, L, D) embeddings of a prompt with the features of its image inserted."""
     table = models.language_model(model).embed_tokens
     at = row.index(models.IMAGE)
     before, after = torch.tensor([row[:at]]), torch.tensor([row[at + 1 :]])
@@ -34,7 +35,7 @@ def embedded(model: Any, row: Any, features: torch.Tensor) -> torch.Tensor:
 
 
 def test_encoders_return_true_features(name: str, chosen: Setting, tiny: Any) -> None:
-    """Outside of a request, before and after one, also bit for bit."""
+    """Outside of a request, before and after one, image features are those of the unpruned model, bit for bit."""
     pixels, given = models.pixels(2), models.inputs(tiny, ROWS, models.pixels(2, seed=5))
     base = encoded(tiny, pixels)
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
@@ -49,13 +50,13 @@ def test_encoders_return_true_features(name: str, chosen: Setting, tiny: Any) ->
 
 
 def features(out: Any) -> torch.Tensor:
-    """(N, T, D): one tensor in releases of transformers before 5.24, a list since."""
+    """Return (N, T, D) features; transformers before 5.24 gives one tensor, later releases a list."""
     found = out.image_hidden_states
     return torch.stack(list(found.split(models.PATCHES) if isinstance(found, torch.Tensor) else found))
 
 
 def test_the_package_gets_true_features_in_a_request(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """What the splice of transformers is given: the features of every patch (a merged token's where ToMe merges)."""
+    """transformers' splice gets the features of every patch (for ToMe, those of the merged tokens)."""
     model, given = tiny_models["hf"], models.inputs(tiny_models["hf"], ROWS, models.pixels(2))
     with torch.inference_mode():
         base = features(model(**given))
@@ -68,7 +69,7 @@ def test_the_package_gets_true_features_in_a_request(name: str, chosen: Setting,
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_embeddings_are_refused(name: str, chosen: Setting, tiny: Any, call: str) -> None:
-    """Of one prompt, or of two prepared ahead and asked in the other order; and nothing is left behind."""
+    """Embeddings are refused in every call, and the refusal changes neither the record nor later answers."""
     pixels = models.pixels(2)
     given = models.inputs(tiny, ROWS[:1], pixels[:1])
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
@@ -89,7 +90,7 @@ def test_embeddings_are_refused(name: str, chosen: Setting, tiny: Any, call: str
 
 
 def test_a_splice_prepared_ahead(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """Package llava's own splice, called by the user: what it returns is the stock result, and is refused later."""
+    """The user may call package llava's own splice: its result is the unpruned one, and is refused as an input."""
     model = tiny_models["llava"]
     ids = torch.tensor([ROWS[0]])
     arguments = (ids, None, None, None, None, models.pixels(1))
@@ -103,7 +104,7 @@ def test_a_splice_prepared_ahead(name: str, chosen: Setting, tiny_models: dict[s
 
 
 def test_images_encoded_before_the_call(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """mm_encoder_outputs of transformers: refused by methods that prune while images are encoded."""
+    """transformers' mm_encoder_outputs are refused by methods that prune while images are encoded."""
     model = tiny_models["hf"]
     given = models.inputs(model, ROWS[:1], models.pixels(1))
     pixels = given.pop("pixel_values")
@@ -142,12 +143,12 @@ class Calls:
 
 @pytest.mark.parametrize("what", ["image", "text", "encode"])
 def test_calls_inside_generate(name: str, chosen: Setting, tiny: Any, what: str, logits: Any) -> None:
-    """As contrastive decoding and classifier-free guidance make: each call is answered as if it were alone."""
+    """Calls made inside generate(), as by contrastive decoding, are answered as if they were alone."""
     given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     other = models.inputs(tiny, [ROWS[1]], models.pixels(1, seed=9))
     if what == "text":
         other = models.inputs(tiny, [[1, 7, 9, 11]])
-    cached = [True] if models.is_llava(tiny) else [True, False]  # package llava caches whatever it is told
+    cached = [True] if models.is_llava(tiny) else [True, False]  # package llava always caches
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
         for use_cache in cached:
             expected = models.generate(tiny, given, 3, use_cache=use_cache)
@@ -171,7 +172,7 @@ def test_classifier_free_guidance_keeps_the_record(name: str, chosen: Setting, t
 
 
 def test_two_models_at_once(tiny_models: dict[str, Any], logits: Any) -> None:
-    """A call of one attached model inside a call of another."""
+    """A call of one attached model inside a call of another does not affect either."""
     outer, inner = tiny_models["hf"], tiny_models["llava"]
     given, other = (models.inputs(m, ROWS[:1], models.pixels(1)) for m in (outer, inner))
     with llava_prune.pruned(outer, "visionzip", tokens=12), llava_prune.pruned(inner, "autoprune", tokens=12) as second:
@@ -185,7 +186,7 @@ def test_two_models_at_once(tiny_models: dict[str, Any], logits: Any) -> None:
 
 
 def test_an_interrupt_leaves_nothing_open(name: str, chosen: Setting, tiny: Any) -> None:
-    """A KeyboardInterrupt in the tower, then embeddings: no request is left to take them for its own."""
+    """A KeyboardInterrupt in the tower leaves no open request, so embeddings are refused afterwards as well."""
     from llava_prune.runtime import state
 
     given = models.inputs(tiny, ROWS[:1], models.pixels(1))
@@ -213,7 +214,7 @@ def test_chunked_prefills_are_refused(tiny_models: dict[str, Any]) -> None:
 
 
 def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """transformers' LlavaModel, called directly; arguments by position as by name."""
+    """A direct call of transformers' LlavaModel, with positional arguments, is pruned too."""
     model = tiny_models["hf"]
     given = models.inputs(model, ROWS[:1], models.pixels(1))
     with torch.inference_mode(), llava_prune.pruned(model, name, **chosen.hyper) as handle:
@@ -225,7 +226,7 @@ def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: 
 
 
 def test_a_pruned_cache_is_refused_by_an_unpruned_model(name: str, chosen: Setting, tiny: Any) -> None:
-    """After detaching; attached again the conversation goes on."""
+    """A pruned cache is refused after detaching; once a method is attached again, the conversation continues."""
     given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     length = len(ROWS[0]) - 1 + models.PATCHES
     new, mask = torch.tensor([[17]]), torch.ones(1, length + 1, dtype=torch.long)
@@ -259,7 +260,7 @@ def test_a_cache_that_was_reset_serves_another_request(name: str, chosen: Settin
 
 
 def test_embeddings_on_a_pruned_cache(name: str, chosen: Setting, tiny: Any) -> None:
-    """A later turn of embeddings may hold an image: refused as in a prefill."""
+    """Embeddings are refused in a later turn too, since they may hold an image."""
     given = models.inputs(tiny, ROWS[:1], models.pixels(1))
     with torch.inference_mode(), llava_prune.pruned(tiny, name, **chosen.hyper):
         cache = tiny(**given, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""What a pruned model cannot do is refused with a reason, before anything runs."""
+"""Requests that a pruned model cannot serve are refused with a reason, before anything runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_labels_are_refused(name: str, chosen: Setting, tiny: Any) -> None:
 
 
 def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:
-    """As the documents say: the tokens after the image, at most."""
+    """`logits_to_keep` can select the tokens after the image, at most, as documented."""
     model = tiny_models["hf"]
     given = models.inputs(model, ROWS[:1], models.pixels(1))
     after = 5
@@ -48,7 +48,7 @@ def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_mod
 
 
 def siglip() -> Any:
-    """A LLaVA of transformers with a SigLIP tower of the size of the small models."""
+    """Return a LLaVA of transformers with a SigLIP tower of the size of the small models."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def siglip_model() -> Any:
 
 
 def test_towers_without_a_class_token(name: str, chosen: Setting, siglip_model: Any, logits: Any) -> None:
-    """Methods that need it are refused with the reason; the others prune as ever."""
+    """Methods that need the class token are refused with the reason; the others prune as with CLIP."""
     given = models.inputs(siglip_model, ROWS[:1], models.pixels(1))
     base = logits(siglip_model, given)
     if name in NEEDS_CLASS_TOKEN:
@@ -84,7 +84,7 @@ def test_towers_without_a_class_token(name: str, chosen: Setting, siglip_model: 
 
 
 def test_every_method_declares_what_it_needs() -> None:
-    """A method that looks at position 0 of the tower declares the class token."""
+    """A method that uses position 0 of the tower declares the class token."""
     for name in NAMES:
         method = llava_prune.build(name, **setting(name).hyper)
         looks = bool(method.vision_queries(2)) or any(method.merge_schedule(2, models.PATCHES))
@@ -94,7 +94,7 @@ def test_every_method_declares_what_it_needs() -> None:
 
 def test_unknown_towers(siglip_model: Any) -> None:
     class Dinosaur(type(siglip_model.model.vision_tower)):  # type: ignore[misc]
-        """A tower that nobody has heard of."""
+        """A tower of an unknown class."""
 
     tower, stock = siglip_model.model.vision_tower, type(siglip_model.model.vision_tower)
     tower.__class__ = Dinosaur
@@ -108,7 +108,7 @@ def test_unknown_towers(siglip_model: Any) -> None:
 
 
 def test_features_with_the_class_token(tiny_models: dict[str, Any], logits: Any) -> None:
-    """vision_feature_select_strategy="full" keeps it among the features: refused by methods that work on patches."""
+    """vision_feature_select_strategy="full" keeps the class token among the features, which patch methods refuse."""
     model = tiny_models["hf"]
     model.config.vision_feature_select_strategy = "full"
     try:
@@ -121,7 +121,7 @@ def test_features_with_the_class_token(tiny_models: dict[str, Any], logits: Any)
 
 
 def test_other_language_models_are_named() -> None:
-    """One whose layers look like a Llama's and are not: its norms stand elsewhere."""
+    """A language model with the module names of Llama but norms in other places is refused by name."""
     import transformers
 
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}

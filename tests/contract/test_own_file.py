@@ -1,4 +1,4 @@
-"""A method in a file of its own, no other file changed: dropped in the package's folder, or named to the command."""
+"""A method in its own file, with no other file changed: in the package's folder of methods, or named to a command."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_file_in_the_folder_of_methods(file: Path, tiny: Any, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by itself, used by name in both families, alone and behind a method before the language model."""
+    """A file in the folder of methods is found by its name, in both families, alone and in a composition."""
     monkeypatch.setattr(llava_prune.methods, "__path__", [*llava_prune.methods.__path__, str(file.parent)])
     try:
         assert "mine" in llava_prune.names() and "mine:few" in llava_prune.names(presets=True)
@@ -84,7 +84,7 @@ def test_methods_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_eval_command(
     file: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """METHOD=file.py:name, as the scripts hand it on."""
+    """METHOD=file.py:name selects the method, as the scripts pass it."""
     monkeypatch.chdir(root)
     monkeypatch.setenv("METHOD", f"{file}:mine")
     argv = ["eval", "gqa", "--limit", "2", "--tokens", "50", "--out", str(tmp_path / "out"), "--no-reference", "--json"]

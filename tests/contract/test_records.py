@@ -1,4 +1,4 @@
-"""`handle.last` says what really happened: caches, plans and indices agree."""
+"""The record `handle.last` agrees with caches, plans and indices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT = [len(r) - 1 for r in ROWS]
 
 
 def run(model: Any, name: str, hyper: Any, rows: Any, pixels: Any, **more: Any) -> tuple[Any, Any]:
-    """Record and output of a forward, every cut being checked."""
+    """Return the record and output of a forward in which every cut is checked."""
     with llava_prune.pruned(model, name, check=True, **hyper) as handle, torch.inference_mode():
         out = model(**models.inputs(model, rows, pixels), use_cache=True, **more)
     return handle.last, out
@@ -33,7 +33,7 @@ def test_record_and_cache_agree(name: str, chosen: Setting, tiny: Any) -> None:
         assert (last.tokens_out == models.PATCHES).all()
     columns = (last.tokens_in + torch.tensor(TEXT)[:, None]).amax(0)
     lengths = models.cache_lengths(out.past_key_values)
-    if last.tokens_in[0, 0] < models.PATCHES:  # padding leaves where a cut was
+    if last.tokens_in[0, 0] < models.PATCHES:  # a cut removes padding
         assert lengths == columns.tolist()
     else:
         assert lengths[0] == max(TEXT) + models.PATCHES

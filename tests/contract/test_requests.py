@@ -19,13 +19,13 @@ CLOSE = 2e-4
 
 
 def alone(model: Any, row: Any, pixels: Any, steps: int = 3) -> tuple[torch.Tensor, Any]:
-    """(steps, V) logits of a greedy answer."""
+    """Return (steps, V) logits of a greedy answer, and the output."""
     out = models.generate(model, models.inputs(model, [row], pixels), steps)
     return torch.stack(out.logits)[:, 0], out
 
 
 def kept_alike(batch: Any, single: Any, b: int) -> None:
-    """Sample b of a record is the record of its own run."""
+    """Check that sample b of a record equals the record of the sample's own run."""
     assert batch.tokens_in[b].tolist() == single.tokens_in[0].tolist()
     assert batch.tokens_out[b].tolist() == single.tokens_out[0].tolist()
     for layer, (a, s) in enumerate(zip(batch.kept, single.kept, strict=True)):
@@ -50,7 +50,7 @@ def test_batch_equals_single_runs(name: str, hyper: Any, tiny: Any) -> None:
 
 
 def test_padding_on_the_right(name: str, hyper: Any, tiny: Any) -> None:
-    """As package llava pads for training; only the prefill is asked."""
+    """Padding on the right, as package llava pads for training; only prefills are compared."""
     pixels = models.pixels(3)
     side = getattr(tiny.config, "tokenizer_padding_side", None)
     if side is not None:
@@ -84,7 +84,7 @@ def test_samples_with_and_without_images(name: str, hyper: Any, tiny: Any) -> No
 
 
 def test_several_images(name: str, chosen: Setting, tiny: Any) -> None:
-    """Their tokens are one list in sequence order; the text behind the last one asks."""
+    """The visual tokens of all images form one list in sequence order; the text after the last image is the query."""
     rows = [models.prompt(3, 6, images=2), ROWS[0]]
     pixels = models.pixels(3)
     with llava_prune.pruned(tiny, name, check=True, **chosen.hyper) as handle:
@@ -141,7 +141,7 @@ def test_sampling_follows_the_seed(name: str, hyper: Any, tiny: Any) -> None:
 
 
 def test_later_turn(name: str, hyper: Any, tiny: Any) -> None:
-    """New text on the cache is the same at once or token by token, or it is refused with a way out."""
+    """New text on the cache gives the same logits at once and token by token; a new image is refused with advice."""
     pixels, new = models.pixels(1), torch.tensor([[17, 23, 42]])
     with llava_prune.pruned(tiny, name, **hyper), torch.inference_mode():
         given = models.inputs(tiny, ROWS[:1], pixels)
@@ -161,7 +161,7 @@ def test_later_turn(name: str, hyper: Any, tiny: Any) -> None:
 
 
 def test_threads_do_not_mix(name: str, hyper: Any, tiny: Any, logits: Any) -> None:
-    """One attached model, several requests of different lengths at the same time."""
+    """Several threads use one attached model at the same time, with prompts of different lengths."""
     givens = [models.inputs(tiny, [row], models.pixels(1, seed=i)) for i, row in enumerate(ROWS)]
     givens.append(models.inputs(tiny, [[1, 5, 6, 7]]))
     with llava_prune.pruned(tiny, name, **hyper):

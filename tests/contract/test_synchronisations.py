@@ -1,4 +1,4 @@
-"""What a pruned request reads from the device: counts for every method, however many layers there are."""
+"""Device-to-host copies ("reads") of a pruned request: their number for every method, whatever the number of layers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.contract.settings import NAMES, setting
 READS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
 SEARCHES = ("aten.nonzero", "masked_select", "unique")
 PROMPT = "prompt.py:_read"
-"""Lengths of the request, before the first layer; `Loaded.generate` knows them already."""
+"""The read of the prompt's lengths, before the first layer; `Loaded.generate` passes the lengths instead."""
 BEYOND = {
-    "autoprune": ["prefill.py:decide"],  # the mutual informations, after layer 1
+    "autoprune": ["prefill.py:decide"],  # mutual information, after layer 1
     "autoprune-flash": ["prefill.py:decide"],
     "prumerge+": ["prumerge.py:choose"],  # how many outliers are grid points as well
 }
-"""What methods read besides; nothing where there is no line."""
+"""Further reads of a method; a method that is not listed has none."""
 
 
 def beyond(name: str) -> list[str]:
-    """What a method, or the two of a composition, read besides the prompt."""
+    """Return the reads of a method, or of both parts of a composition, besides that of the prompt."""
     parts = split(name, llava_prune.names().__contains__) or (name,)
     return [x for part in parts for x in BEYOND.get(part, [])]
 
@@ -45,7 +45,7 @@ CASES = [(name, setting(name).hyper, beyond(name)) for name in NAMES] + [
 
 
 class _Searches(TorchDispatchMode):
-    """Operators whose result's size depends on values; a GPU waits for them."""
+    """Records operators whose output size depends on values, which synchronise with a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Searches(TorchDispatchMode):
 
 @contextmanager
 def reads() -> Iterator[list[str]]:
-    """Reads of tensors in the block, as the path and function that made them."""
+    """Record the reads of tensors in the block, each as the path and function that made it."""
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in READS:
@@ -77,29 +77,29 @@ def reads() -> Iterator[list[str]]:
 
 
 HOST = ("autoprune.py:schedule", "autoprune.py:_search", "layout.py:_orders", "load.py:generate")
-"""Functions that only meet tensors of the host: the budget search, the order of crops and the answer itself."""
+"""Functions that handle tensors on the host only: the budget search, the order of crops and the answer itself."""
 
 
 def short(found: list[str]) -> list[str]:
-    """File and function, without HOST."""
+    """Return the file and function of each read, without those of HOST."""
     names = [x.rsplit("/", 1)[-1] for x in found]
     return sorted(x for x in names if not x.startswith(HOST))
 
 
 def ours(found: list[str]) -> list[str]:
-    """Reads that the package itself makes; haotian-liu/LLaVA's splice makes many of its own."""
+    """Return the reads that the package itself makes; haotian-liu/LLaVA's splice makes many of its own."""
     return short([x for x in found if "/llava_prune/" in x])
 
 
 @dataclass
 class Watch:
-    """Reads and searches of a block.
+    """The reads and searches in a block.
 
     Attributes:
         found: all reads.
-        within: reads by anybody while the language model works.
-        searches: the same of searches.
-        calls: how often it worked.
+        within: reads by any code while the language model runs.
+        searches: operators with an output size that depends on values, while the language model runs.
+        calls: number of runs of the language model.
     """
 
     found: list[str]
@@ -110,7 +110,7 @@ class Watch:
 
 @contextmanager
 def watching(model: Any, new: bool = False) -> Iterator[Watch]:
-    """Watch the block, and the language model on prompts in it, or on new tokens."""
+    """Watch reads in the block, and those of the language model in prefills, or with `new` in decoding steps."""
     lm, mode = models.language_model(model), _Searches()
     open_blocks: list[Any] = []
 
@@ -145,7 +145,7 @@ ROWS = [models.prompt(5, 9), models.prompt(3, 6, seed=1)]
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
 @pytest.mark.parametrize(("name", "hyper", "besides"), CASES, ids=[f"{n}-{'-'.join(h)}" for n, h, _ in CASES])
 def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bool, tiny: Any) -> None:
-    """Two samples of unequal length. From `Loaded.generate` at most the method's own read, from tensors one more."""
+    """A prefill of two samples of unequal length reads what the method needs, and the prompt's lengths unless known."""
     with llava_prune.pruned(tiny, name, **hyper) as handle, watching(tiny) as seen:
         if known:
             models.loaded(tiny).generate(ROWS, models.pixels(2), max_new_tokens=1)
@@ -153,7 +153,7 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
             with torch.inference_mode():
                 tiny(**models.inputs(tiny, ROWS, models.pixels(2)), use_cache=True)
     assert ours(seen.found) == sorted(besides + ([] if known else [PROMPT]))
-    in_layers = [x for x in besides if not x.startswith("prumerge")]  # the tower is outside of the language model
+    in_layers = [x for x in besides if not x.startswith("prumerge")]  # prumerge reads in the vision tower
     assert short(seen.within) == sorted(in_layers + ([] if known else [PROMPT])), "transformers looks at nothing either"
     assert seen.searches == [] and seen.calls == 1
     assert handle.last is not None and int(handle.last.tokens_in[0, -1]) <= 36
@@ -161,7 +161,7 @@ def test_reads_of_a_prefill(name: str, hyper: Any, besides: list[str], known: bo
 
 @pytest.mark.parametrize("name", ["autoprune", "pdrop", "visionzip", "random"])
 def test_a_new_token_reads_nothing(name: str, tiny: Any) -> None:
-    """Samples of a batch keep different counts, so every stage has a mask."""
+    """A decoding step reads nothing, although the samples keep different counts and every cut layer has a mask."""
     with llava_prune.pruned(tiny, name, **setting(name).hyper), watching(tiny, new=True) as seen:
         models.loaded(tiny).generate(ROWS, models.pixels(2), max_new_tokens=4)
     assert seen.within == [] and seen.searches == [] and seen.calls == 3
@@ -170,7 +170,7 @@ def test_a_new_token_reads_nothing(name: str, tiny: Any) -> None:
 @pytest.mark.parametrize("name", ["autoprune", "visionzip", "prumerge"])
 @pytest.mark.parametrize("family", ["next", "llava"])
 def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) -> None:
-    """Rows of crops are ordered on a canvas, which takes the patches behind them: in the same read."""
+    """Ordering the tokens of crops needs the patch of each token, which comes with the read of the prompt."""
     model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
     size = (2 * models.SIDE, models.SIDE)
     given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
@@ -181,7 +181,7 @@ def test_crops_need_no_further_read(name: str, family: str, tiny_models: Any) ->
 
 @pytest.mark.parametrize("family", ["next", "llava"])
 def test_hired_reads_counts_of_crops(family: str, tiny_models: Any) -> None:
-    """How many tokens each crop keeps, and in transformers the sizes of the images, which are on the host as a rule."""
+    """HiRED reads the tokens that each crop keeps and, in transformers, the image sizes (usually on the host)."""
     model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
     size = (2 * models.SIDE, models.SIDE)
     given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
@@ -192,7 +192,7 @@ def test_hired_reads_counts_of_crops(family: str, tiny_models: Any) -> None:
 
 @pytest.mark.parametrize("known", [True, False], ids=["loaded", "tensors"])
 def test_beams_and_blank_images(known: bool, tiny: Any) -> None:
-    """What `Loaded.generate` says of the prompts is what the device would have said."""
+    """The prompt lengths that `Loaded.generate` passes equal those read from the device."""
     from llava_prune.runtime import language, prompt
 
     rows = [models.prompt(4, 3), [1, 9, 8, 7], models.prompt(2, 6, images=2, seed=2)]
@@ -217,7 +217,7 @@ def test_beams_and_blank_images(known: bool, tiny: Any) -> None:
 
 
 def test_the_counter_counts() -> None:
-    """Every kind of read and search is seen."""
+    """The counters find reads and searches."""
     values = torch.arange(3)
     with reads() as found, _Searches() as searches:
         _ = (bool(values[0]), int(values[1]), values.tolist(), values.sum().item(), values[values > 1], values.cpu())

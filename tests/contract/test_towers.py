@@ -1,4 +1,4 @@
-"""Vision towers and feature selections other than LLaVA-1.5's: what works, what is a substitute, what is refused."""
+"""Vision towers and feature selections other than LLaVA-1.5's: methods that work, need a substitute or are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_with(tower: str, **more: Any) -> Any:
 def test_received_attention_is_the_mean_of_the_towers_own_maps(tower: str) -> None:
     model = combinations.build("llava", "llama", tower, attn="eager")
     encoder, images = model.model.vision_tower, models.pixels(2)
-    block = combinations.LAYERS - 1 if tower == "siglip" else combinations.LAYERS - 2  # makes the features
+    block = combinations.LAYERS - 1 if tower == "siglip" else combinations.LAYERS - 2  # the block of the features
     seen: dict[str, Any] = {}
 
     class Reads(llava_prune.Method):
@@ -62,7 +62,7 @@ def test_the_substitute_must_be_asked_for(tower: str, why: str) -> None:
 
 
 def test_features_of_several_layers() -> None:
-    """Methods inside the language model work; those that need a single layer are refused."""
+    """Methods inside the language model work; methods that need the features of a single layer are refused."""
     model = model_with("clip", vision_feature_layer=[-3, -2])
     given = models.inputs(model, ROWS, models.pixels(1))
     for name, hyper in (("fastv", {}), ("sparsevlm", {}), ("autoprune", {"first_score": "text"})):
@@ -75,7 +75,7 @@ def test_features_of_several_layers() -> None:
 
 
 def test_features_with_the_class_token() -> None:
-    """Selection "full" of CLIP: one more visual token, for methods that do not look at patches."""
+    """Selection "full" of CLIP adds one visual token, which only methods that do not use patches accept."""
     model = model_with("clip", vision_feature_select_strategy="full")
     given = models.inputs(model, ROWS, models.pixels(1))
     for name in ("fastv", "pdrop", "uniform"):
@@ -99,13 +99,13 @@ def test_a_dropped_first_patch() -> None:
 
 @pytest.fixture(scope="module")
 def onevision() -> Any:
-    """Images of two crops and more are interpolated to one crop's tokens."""
+    """A LLaVA-OneVision that interpolates images of two or more crops to the number of tokens of one crop."""
     given = combinations.config("onevision", "qwen2", "siglip", vision_aspect_ratio="anyres_max_1")
     return combinations.randomise(transformers.LlavaOnevisionForConditionalGeneration(given))
 
 
 def test_interpolated_patches(onevision: Any) -> None:
-    """Inside the language model they are tokens as any other; methods that choose patches before it are refused."""
+    """Methods inside the language model prune interpolated tokens; methods that choose patches are refused."""
     given = models.inputs(onevision, ROWS, [models.crops((170, 170))], [(170, 170)])
     everything = int((given["input_ids"] == models.VOCAB).sum())
     assert everything == models.PATCHES + models.GRID * (models.GRID + 1)  # 4 crops on the tokens of one
@@ -116,11 +116,11 @@ def test_interpolated_patches(onevision: Any) -> None:
         with pytest.raises(ValueError, match="'fastervlm' chooses patches before the language model.*fewer pixels"):
             models.generate(onevision, given, 1)
         small = models.inputs(onevision, ROWS, [models.crops(LONG)], [LONG])
-        models.generate(onevision, small, 1)  # unpadding leaves no more than one crop has
+        models.generate(onevision, small, 1)  # after unpadding, no more tokens than one crop has
 
 
 def test_patch_values_of_interpolated_patches(onevision: Any) -> None:
-    """Each token has the value of the patch nearest to it: those of patches numbered from left to right."""
+    """An interpolated token has the value of its nearest patch, here the number of the patch's column."""
     seen: dict[str, torch.Tensor] = {}
     side = models.GRID
 
@@ -170,7 +170,7 @@ def test_videos_are_refused(onevision: Any) -> None:
 
 
 def documented() -> dict[str, list[str]]:
-    """The table of methods in docs/models.md: method -> cells."""
+    """Return the table of methods in docs/models.md: method -> cells."""
     text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
     table = text.split("<!-- models: begin -->")[1].split("<!-- models: end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]

@@ -1,4 +1,4 @@
-"""PEFT, torch.compile, DataParallel, copies: unwrapped, or refused with the way out."""
+"""Wrapped and copied models: PEFT models are unwrapped; torch.compile and DataParallel are refused with advice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def given(tiny: Any) -> dict[str, Any]:
 
 
 def test_peft_models_are_unwrapped(name: str, chosen: Setting, tiny: Any, given: Any, logits: Any) -> None:
-    """An adapter that does nothing yet, then one that does; the same tokens and answers as on the model inside."""
+    """A PEFT model with a zero adapter keeps the tokens of its base model; a non-zero adapter changes the logits."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=r".*layers\.\d+\.self_attn\.[qk]_proj")
     wrapped = peft.get_peft_model(copy.deepcopy(tiny), config)
@@ -73,7 +73,7 @@ def test_data_parallel_is_refused(tiny: Any) -> None:
 
 
 def test_a_copy_can_be_detached(name: str, chosen: Setting, tiny: Any, given: Any, logits: Any) -> None:
-    """It stays pruned, with a record of its own; detaching it leaves the original as it is."""
+    """A copy of an attached model is pruned with its own record; detaching the copy leaves the original attached."""
     base = logits(tiny, given)
     with llava_prune.pruned(tiny, name, **chosen.hyper) as handle:
         pruned, record = logits(tiny, given), handle.last
@@ -122,7 +122,7 @@ def test_a_detached_model_is_freed() -> None:
 
 
 def test_later_replacements_are_told(tiny: Any) -> None:
-    """Somebody's forward over ours: detaching says so and leaves everything in place."""
+    """If another forward has replaced the attached one, detach raises an error and changes nothing."""
     lm = models.language_model(tiny)
     handle = llava_prune.attach(tiny, "uniform", tokens=12)
     ours = lm.forward
