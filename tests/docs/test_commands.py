@@ -35,7 +35,7 @@ NOT_RUN = {
 
 
 def commands(path: Path) -> list[str]:
-    """The commands of a document's bash blocks, without comments; one that spans lines is joined."""
+    """Return the commands of a document's bash blocks, without comments; a command that spans lines is joined."""
     lines = "\n".join(code for _, code, _ in blocks(path, "bash")).replace("\\\n", " ").split("\n")
     return [line for line in (re.sub(r"\s+#.*", "", raw).strip() for raw in lines) if line and line[0] != "#"]
 
@@ -54,7 +54,7 @@ def test_every_reason_is_used() -> None:
 
 @pytest.mark.parametrize("name", WITH_COMMANDS)
 def test_commands_run(name: str, tmp_path: Path) -> None:
-    """The commands of a document, one after another."""
+    """The commands of a document succeed when they run one after another."""
     for folder in ("scripts", "playground/data", "playground/models"):
         (tmp_path / folder).parent.mkdir(exist_ok=True)
         (tmp_path / folder).symlink_to(ROOT / folder)

@@ -1,4 +1,4 @@
-"""The documents hold: their Python runs, their tables match the code, what they name exists."""
+"""The documents are correct: their Python code runs, their tables match the code, and the files they name exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def relative(path: Path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[tuple[str, str, int]]:
-    """(instruction, code, line) of every fenced block of a language."""
+    """Return (instruction, code, line) of every fenced block of a language."""
     text = path.read_text(encoding="utf-8")
     found = [m for m in BLOCK.finditer(text) if m[2] == language]
     return [(m[1] or "", m[3], text[: m.start(3)].count("\n") + 1) for m in found]
@@ -48,7 +48,7 @@ WITH_PYTHON = [name for name in map(relative, DOCS) if blocks(ROOT / name, "pyth
 
 @pytest.fixture(scope="module")
 def ready() -> dict[str, Any]:
-    """The names that every document may use: a transformers model, a batch for it, a processor, an image."""
+    """Return the variables that every document may use: a transformers model, a batch, a processor and an image."""
     torch.manual_seed(0)
     loaded = llava_prune.load(ROOT / "playground/models/llava-tiny", family="hf", dtype="float32", device="cpu")
     image = [loaded.model.config.image_token_id] * loaded.n_visual
@@ -69,14 +69,17 @@ def ready() -> dict[str, Any]:
 
 @pytest.fixture
 def clean(clean_registry: None) -> Any:
-    """Take back what documents register and import."""
+    """Undo the registrations and imports of documents."""
     yield
     for name in ("norm", "cls-top"):
         sys.modules.pop(name, None)
 
 
 def run_document(path: Path, ready: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the Python blocks of a document in one namespace, except those marked "compile, REASON"."""
+    """Run the Python blocks of a document in one namespace and return it.
+
+    A block marked "compile, REASON" is only compiled. A block marked "method NAME" runs as a module of that name.
+    """
     names: dict[str, Any] = dict(ready)
     for instruction, code, line in blocks(path, "python"):
         compiled = compile("\n" * (line - 1) + code, str(path), "exec")
@@ -88,7 +91,7 @@ def run_document(path: Path, ready: dict[str, Any], folder: Path) -> dict[str, A
             (folder / f"{name}.py").write_text(code, encoding="utf-8")
             module = ModuleType(name)
             module.__file__ = str(folder / f"{name}.py")
-            sys.modules[name] = module  # dataclasses look their module up
+            sys.modules[name] = module  # dataclasses look up their module
             exec(compiled, module.__dict__)
         else:
             assert not instruction, f"{path}:{line}: {instruction}"
@@ -141,7 +144,7 @@ def test_example_methods_do_what_they_say(name: str, ready: dict[str, Any], clea
 
 @torch.inference_mode()
 def hidden_after(model: Any, inputs: dict[str, Any], layers: int) -> torch.Tensor:
-    """Output of the first `layers` decoder layers of the unpruned model."""
+    """Return the output of the first `layers` decoder layers of the unpruned model."""
     caught = []
     hook = model.model.language_model.layers[layers - 1].register_forward_hook(
         lambda module, args, output: caught.append(output if isinstance(output, torch.Tensor) else output[0])
@@ -194,11 +197,11 @@ def test_relative_links(path: Path) -> None:
 
 OURS = tuple(relative(path) for path in DOCS)
 MADE = ("playground/data/eval", "playground/results", "scripts/v1_5")
-"""What users bring or runs write, and files of LLaVA's repository."""
+"""Paths that need not exist: data of users, results of runs, and files of LLaVA's repository."""
 
 
 def named_paths(text: str) -> set[str]:
-    """Repository paths named in code spans and commands."""
+    """Return the repository paths named in code spans and commands."""
     spans = re.findall(r"`([^`\n]+)`", text) + [c for m in BLOCK.finditer(text) if m[2] == "bash" for c in m[3].split()]
     starts = ("scripts/", "docs/", "tests/", "playground/", "llava_prune/")
     words = (w.split("=", 1)[-1].strip(",:;.()") for s in spans for w in s.split())
@@ -238,9 +241,9 @@ REPLACED = re.compile(
     r"goes on where|has not been run|(?<![Tt]here )is no (?!longer\b|more\b|such\b)\w+|"
     r"llava_prune[./](?:core|families))\b"
 )
-"""Words and names that others replace."""
+"""Words and names that documents and messages must not contain; a standard term replaces each of them."""
 RIGHT = {"fold"}
-"""Strings that are one of them with reason: rich's overflow="fold"."""
+"""Strings of the package that may equal such a word: rich's overflow="fold"."""
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -250,13 +253,13 @@ def test_standard_terms(name: str) -> None:
 
 
 def test_standard_terms_in_messages_and_help() -> None:
-    """Every string of the package: messages, --help and docstrings."""
+    """No string of the package (message, help text or docstring) contains a word that standard terms replace."""
     found = [(REPLACED.findall(" ".join(text.split())), text[:200]) for text in messages() if text not in RIGHT]
     assert [pair for pair in found if pair[0]] == []
 
 
 def commands() -> dict[str, set[str]]:
-    """Subcommands of llava-prune and their flags."""
+    """Return the subcommands of llava-prune and their flags."""
     from llava_prune.parsers import make_parser
 
     actions = make_parser({})._subparsers._group_actions[0]  # type: ignore[union-attr]
@@ -289,7 +292,7 @@ def test_environment_settings_are_flags() -> None:
 
 
 def messages() -> list[str]:
-    """Constant parts of every string in the package; of an f-string, those between its values."""
+    """Return every string constant of the package; an f-string contributes the parts between its values."""
     out = []
     for path in (ROOT / "llava_prune").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -343,7 +346,7 @@ def test_lines_and_fences(name: str) -> None:
 
 
 def test_the_site_has_every_page() -> None:
-    """The navigation of mkdocs.yml; scripts/site/build.sh builds the site and checks its links."""
+    """The navigation of mkdocs.yml lists every document; scripts/site/build.sh builds the site and checks its links."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"^ +- (?:[^:\n]+: )?([\w/-]+\.md)$", text, re.M)
     assert sorted(listed) == sorted(
@@ -352,7 +355,7 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every code cell, with the outputs that are stored in it: text, and an image where there is one."""
+    """Every code cell gives the text stored with it, and a PNG image where an image is stored."""
     path = ROOT / "docs" / "notebooks" / "quickstart.ipynb"
     monkeypatch.chdir(path.parent)
     names: dict[str, Any] = {}

@@ -41,7 +41,7 @@ class Tokenizer:
 
 
 class Model:
-    """Answers by the length of the prompt; `fail` is raised at its n-th call."""
+    """A stand-in for the model whose answers depend on the prompt length only; call n raises `fail[n]`."""
 
     family, n_visual, max_visual, crops, tokenizer = "hf", 16, 16, 1, Tokenizer()
     bits, engine, device = None, None, torch.device("cpu")
@@ -148,7 +148,7 @@ def _mmbench(path: Path, question: str) -> None:
 
 
 def make_nine(root: Path) -> Path:
-    """The nine benchmarks with four to twelve questions each, in their original layouts."""
+    """Write the nine benchmarks with four to twelve questions each, in their original layouts; return `root`."""
     plain = [("Is it red?", "yes"), ("Is it so very blue?", "no"), ("Is it?", "yes"), ("Is it long and wide?", "no")]
     texts = [f"{q}\n{SHORT}" for q, _ in plain]
     # GQA
@@ -159,7 +159,7 @@ def make_nine(root: Path) -> Path:
           [{"question_id": str(i), "image": f"n{i % 2}.png", "text": t} for i, t in enumerate(texts)])  # fmt: skip
     labels = {str(i): {"answer": a, "types": {"structural": "verify"}} for i, (_, a) in enumerate(plain)}
     (base / "data" / "testdev_balanced_questions.json").write_text(json.dumps(labels))
-    # ScienceQA, under the other name of its folder; every second question has no image
+    # ScienceQA, in a folder named sqa instead of scienceqa; every second question has no image
     rows = []
     for i, (question, _) in enumerate(plain):
         value = f"{question}\nA. one\nB. two"
@@ -173,7 +173,7 @@ def make_nine(root: Path) -> Path:
             row["conversations"][0]["value"] = f"<image>\n{value}"
         rows.append(row)
     (root / "sqa" / "llava_test_CQM-A.json").write_text(json.dumps(rows))
-    # TextVQA: two questions for each image, one id
+    # TextVQA: two questions about an image share one id
     base, rows, labels = root / "textvqa", [], []
     for i, (question, answer) in enumerate(plain):
         save(base / "train_images" / f"t{i // 2}.jpg", i)
@@ -233,5 +233,5 @@ def make_nine(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `make_nine`; read only."""
+    """Return the folder of `make_nine`, which tests must not change."""
     return make_nine(tmp_path_factory.mktemp("nine"))

@@ -1,8 +1,8 @@
 """Kill a run with SIGKILL at random moments and resume it: python -m tests.eval.kill [KILLS [SEED [QUESTIONS]]].
 
-Eight of thirty kills are among the two processes of a run in chunks. Each completed run is compared with an
-uninterrupted one, byte by byte. The model is a small random one, and answers
-have four tokens. The process loads the model and forks every run, so that a start costs no import.
+About a quarter of the kills hit one of the two processes of a run in chunks. Each completed run is compared with an
+uninterrupted one, byte by byte. The model is small and random, and answers have four tokens. The process loads the
+model once and forks every run, so that a start costs no import.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Letters:
 
 
 def checkpoint(folder: Path) -> Loaded:
-    """The random model, and a folder for the evaluation to read."""
+    """Return the random model, and write a folder with the config that the evaluation reads."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(models.config()))
     side = {"height": models.SIDE, "width": models.SIDE}
@@ -62,7 +62,7 @@ def checkpoint(folder: Path) -> Loaded:
 
 
 def start(loaded: Loaded, out: Path, limit: int, chunk: int | None = None) -> int:
-    """Fork a run with a loaded model, or one of its two chunks; returns its process id."""
+    """Fork a process that evaluates with a loaded model, on all questions or on one of two chunks; return its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -78,17 +78,17 @@ def start(loaded: Loaded, out: Path, limit: int, chunk: int | None = None) -> in
 
 
 def files(out: Path) -> dict[str, bytes]:
-    """The answer files."""
+    """Return the content of each answer file, by run label."""
     return {label: (out / label / ANSWERS).read_bytes() for label in LABELS}
 
 
 def done(out: Path) -> int:
-    """Answers on disk; those of chunks once more when they are joined."""
+    """Return the number of answers on disk; answers of chunks count twice once the chunks are joined."""
     return sum(p.read_bytes().count(b"\n") for p in out.glob("*/*.jsonl"))
 
 
 def disturbed(loaded: Loaded, out: Path, limit: int, chunks: Sequence[int | None], draw: Any, length: float) -> bool:
-    """Start the processes of a run and kill one at a random moment; whether there was one left to kill."""
+    """Start the processes of a run and kill one at a random moment; return whether it was still running."""
     pids = [start(loaded, out, limit, chunk) for chunk in chunks]
     time.sleep(draw.uniform(0.1, 0.9) * length)
     victim = draw.choice(pids)
@@ -101,9 +101,10 @@ def disturbed(loaded: Loaded, out: Path, limit: int, chunks: Sequence[int | None
 
 
 def kill(loaded: Loaded, folder: Path, limit: int, chunks: Sequence[int | None], kills: int, draw: Any) -> Any:
-    """Kill a run until it is complete, and compare it with an uninterrupted one; as often as there are kills.
+    """Kill and resume runs until `kills` kills are reached; compare each completed run with an uninterrupted one.
 
-    Returns completed runs, kills, and the numbers of answers on disk at the kills.
+    Returns:
+        (completed runs, kills, numbers of answers on disk at the kills).
     """
     whole, began = folder / "whole", time.monotonic()
     finish(loaded, whole, limit, chunks)
@@ -126,14 +127,14 @@ def kill(loaded: Loaded, folder: Path, limit: int, chunks: Sequence[int | None],
 
 
 def finish(loaded: Loaded, out: Path, limit: int, chunks: Sequence[int | None]) -> None:
-    """Let the processes of a run end, side by side."""
+    """Run the processes of a run side by side until they end."""
     pids = [start(loaded, out, limit, chunk) for chunk in chunks]
     if any([os.waitpid(pid, 0)[1] != 0 for pid in pids]):  # noqa: C419 - waits for all of them
         raise SystemExit("a run that nothing disturbed failed")
 
 
 def main(kills: int, seed: int, limit: int) -> None:
-    """A quarter of the kills is among the two processes of a run in chunks."""
+    """Kill runs in one process and runs in two chunks, and print the numbers of kills and of completed runs."""
     draw = random.Random(seed)
     torch.set_num_threads(1)  # a fork does not copy threads
     with tempfile.TemporaryDirectory() as folder:

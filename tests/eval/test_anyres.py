@@ -28,7 +28,7 @@ SHAPE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, str]:
-    """A random llava-v1.6-mistral of a small width, with the same weights in both formats."""
+    """Return the folders of a small random llava-v1.6-mistral, with the same weights in both formats."""
     out = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(shapes.SHAPES, "small", SHAPE)
@@ -36,12 +36,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[st
             folder = tmp_path_factory.mktemp(form) / "llava-v1.6-mistral"
             shapes.make("small", folder, form, root / "playground/models/llava-tiny")  # type: ignore[arg-type]
             out[form] = str(folder)
-    load_tokenizer(Path(out["llava"]), original=True).save_pretrained(out["hf"])  # conversions have a tokenizer.json
+    load_tokenizer(Path(out["llava"]), original=True).save_pretrained(out["hf"])  # converted ones have a tokenizer.json
     return out
 
 
 def evaluated(folder: str, data: Path, out: Path, **more: Any) -> dict[str, Any]:
-    """Rows and result of each run of a few questions with images of several shapes."""
+    """Evaluate a few questions about images of several shapes; return the rows and the result of each run."""
     settings = Settings(
         task="gqa", model=folder, tokens=(160,), data=str(data), out=str(out), max_new_tokens=3, dtype="float32",
         **{"batch": 4, **more},
@@ -55,13 +55,16 @@ def evaluated(folder: str, data: Path, out: Path, **more: Any) -> dict[str, Any]
 
 
 SIZES = [(900, 500), (400, 1000), (700, 700), (1300, 420), (640, 640)]
-"""(width, height) of images that a single resolution suits best; of smaller ones, each format takes the first that it
-lists, and one reads the list as (width, height), the other as (height, width)."""
+"""(width, height) of images for which a single resolution is the best.
+
+For smaller images, several resolutions are equally good and each format takes the first in its list. One format reads
+the list as (width, height), the other as (height, width).
+"""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """The questions of the miniature GQA about images of SIZES."""
+    """Write one question of the miniature GQA about an image of each of SIZES; return the data folder."""
     from PIL import Image
 
     out, source = tmp_path_factory.mktemp("data") / "gqa", root / MINI / "gqa"
@@ -75,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 
 
 def told(found: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal, whatever the format and the batch size."""
+    """Return the texts and kept tokens of each run, which must not depend on the format or the batch size."""
     return {label: [(r["text"], r["kept"]) for r in run["rows"]] for label, run in found.items()}
 
 
@@ -114,14 +117,14 @@ def test_prompts_and_pixels_are_llavas(checkpoints: dict[str, str], root: Path) 
 
 
 def pruned_tokens(loaded: Any, crops: torch.Tensor, size: tuple[int, int]) -> range:
-    """The visual tokens that the model really sees."""
+    """Return the visual tokens that enter the first layer of the unpruned model."""
     with llava_prune.pruned(loaded.model, "full") as handle:
         loaded.generate([[1, 5, -200, 6]], [crops], sizes=[size], max_new_tokens=1)
     return range(int(handle.last.tokens_in[0, 0]))
 
 
 def test_another_template_is_another_run(checkpoints: dict[str, str], tmp_path: Path, root: Path) -> None:
-    """In the store, a run with --conv-mode is not taken for one without."""
+    """The store distinguishes a run with --conv-mode from one without."""
     argv = ["eval", "gqa", "--model", checkpoints["llava"], "--data", MINI, "--store", str(tmp_path), "--limit", "1"]
     argv += ["--method", "uniform", "--tokens", "640", "--no-reference", "--json"]
     places = []

@@ -54,7 +54,7 @@ class Faulty(Random):
 raise SystemExit(main(["demo", *sys.argv[1:]]))
 '''
 OWN = ("Method not implemented.", "WARN The input spec uses Vega-Lite ")
-"""What gradio itself writes to the console: about a method of its client, and about its plots."""
+"""Beginnings of the messages that gradio itself writes to the console, about its client and its plots."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ class Server:
             time.sleep(0.2)
 
     def text(self) -> str:
-        """What it wrote to stdout and stderr."""
+        """Return the output of the process on stdout and stderr."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
@@ -109,7 +109,7 @@ class Page(Opened):
         self.button.wait_for()
 
     def fill(self, image: Path | None, question: str = QUESTION) -> None:
-        """Give an image and a question."""
+        """Upload an image, if one is given, and enter a question."""
         if image is not None:
             with self.tab.expect_response(lambda reply: "/upload" in reply.url):
                 self.tab.locator("input[type=file]").first.set_input_files(image)
@@ -117,13 +117,13 @@ class Page(Opened):
         self.tab.get_by_label("Question").fill(question)
 
     def answer(self, label: str) -> str:
-        """The text of an answer."""
+        """Return the text of an answer."""
         field = self.tab.get_by_role("textbox", name=label, exact=True)
         field.wait_for(timeout=60_000)
         return str(field.input_value())
 
     def error(self) -> str:
-        """The newest error that is shown, in one line."""
+        """Return the newest error that is shown, in one line."""
         toast = self.tab.get_by_test_id("toast-text").last
         toast.wait_for(timeout=60_000)
         return " ".join(toast.inner_text().split())
@@ -131,7 +131,7 @@ class Page(Opened):
 
 @pytest.fixture
 def opened(browser: Any, server: Server) -> Iterator[Callable[..., Page]]:
-    """Opens the page; at the end its console and requests are checked."""
+    """Return a function that opens the page; at the end, check the console messages and requests of all pages."""
     pages: list[Page] = []
 
     def new(**given: Any) -> Page:
@@ -229,7 +229,7 @@ def test_errors_are_shown(opened: Callable[..., Page], server: Server, image: Pa
     page.tab.get_by_label("Method B").fill("random")
     page.tab.get_by_label("Method B").press("Enter")
     page.button.click()
-    assert page.answer("B: random-32")  # the model is as it was
+    assert page.answer("B: random-32")  # the failure left the model intact
 
 
 def test_a_file_that_is_no_image(opened: Callable[..., Page], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Images in the background."""
+"""Images are read in background threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava_prune.eval.feed import WORKERS, ImageFeed
 
 
 class Reader:
-    """Notes which thread reads what; a name with "broken" in it cannot be read."""
+    """A reader that records the thread of each image; it fails for a name that contains "broken"."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.read = seconds, []

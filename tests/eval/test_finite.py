@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite: which question, which layer, and no figure."""
+"""For NaN or infinite logits, a run names the question and the module and has no figure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def mark(loaded: Loaded) -> list[str]:
-    """Give a letter that some questions have a huge embedding; returns the ids of those questions."""
+    """Set a huge embedding for a letter that only some questions contain; return the ids of those questions."""
     lines = (Path(DATA) / "gqa" / "llava_gqa_testdev_balanced.jsonl").read_text().splitlines()[:LIMIT]
     asked = {q["question_id"]: set(q["text"]) for q in map(json.loads, lines)}
     everywhere = set(map(chr, range(128)))
@@ -52,7 +52,7 @@ def mark(loaded: Loaded) -> list[str]:
 
 
 def overflow(module: Any, inputs: Any, output: Any) -> Any:
-    """A layer that overflows for the samples with a huge hidden state."""
+    """Replace the output of a layer by NaN for the samples with a huge hidden state; a forward hook."""
     states = output[0] if isinstance(output, tuple) else output
     bad = states.abs().flatten(1).amax(1) > MARK / 2
     states = states.masked_fill(bad[:, None, None], float("nan"))
@@ -60,7 +60,7 @@ def overflow(module: Any, inputs: Any, output: Any) -> Any:
 
 
 def break_module(loaded: Loaded, where: str) -> None:
-    """Let a module inside the vision tower, or the projector, return NaN."""
+    """Make the projector, or a module inside the vision tower, return NaN."""
     inner = loaded.model.model
     if where == "the vision tower":
         (module,) = [m for n, m in vision_tower(loaded).named_modules() if n.endswith("layers.0.layer_norm1")]
@@ -96,12 +96,12 @@ def test_the_question_and_the_module_are_named(where: str, loaded: Loaded, tmp_p
             f"the logits of {len(found)} of {LIMIT} questions are NaN or infinite, first question_id {min(found)} in "
             f"{where}, so there is no figure"
         )
-    again = run.evaluate(settings(loaded, tmp_path), loaded=loaded)  # a finished run says it again
+    again = run.evaluate(settings(loaded, tmp_path), loaded=loaded)  # a finished run repeats the reason
     assert [r["why_no_figure"] for r in again] == [r["why_no_figure"] for r in results]
 
 
 def test_logits_that_overflow_in_the_head(loaded: Loaded, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    """Finite weights, infinite logits; the command says so and fails."""
+    """If finite weights give infinite logits, the command fails and names the output embeddings."""
     loaded.model.get_output_embeddings().weight.data[:] = 3e38
     monkeypatch.setattr("llava_prune.eval.asking.load_model", lambda settings: loaded)
     argv = ["eval", "gqa", "--model", loaded.path, "--limit=3", f"--out={tmp_path / 'o'}", "--tokens=8", "--batch=3"]
@@ -119,7 +119,7 @@ def test_finite_logits_are_not_flagged(loaded: Loaded, tmp_path: Path) -> None:
 
 
 def test_one_step_is_enough() -> None:
-    """Logits of any new token count, and a request does not leave its flags to the next."""
+    """Logits that are not finite at any step flag their sample, and the next request starts without flags."""
     seen = Logits()
     steps = [[[0.0, float("inf")], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]  # (step, sample, vocabulary)
     for step in steps:

@@ -1,4 +1,4 @@
-"""--dry-run: what would run, without a model."""
+"""--dry-run lists the runs and their unanswered questions without loading a model."""
 
 from __future__ import annotations
 

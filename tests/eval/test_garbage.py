@@ -39,7 +39,7 @@ def bench(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def good(nine: Path, bench: str) -> list[dict]:
-    """Answers in the order of the questions; the first half says yes (or A), the rest no (or B)."""
+    """Return answers in the order of the questions, alternately yes and no (or A and B)."""
     questions = questions_of(Sources(load_task(bench), nine))
     words = ("A", "B") if bench in RIGHT else ("yes", "no")
     return [
@@ -53,7 +53,7 @@ def encode(rows: list[Any], end: bytes = b"\n") -> bytes:
 
 
 def score(bench: str, content: bytes, nine: Path, folder: Path, data: Path | None = None) -> Any:
-    """The figure and details, or None for an error, whose message must be one line."""
+    """Return the figure and details, or None without a figure; the message of an error must be one line."""
     path = folder / "a.jsonl"
     path.write_bytes(content)
     try:
@@ -112,7 +112,7 @@ def test_refused(bench: str, good: list[dict], nine: Path, tmp_path: Path, capsy
 def test_missing_and_repeated_ids(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
     plain = score(bench, encode(good), nine, tmp_path)
     missing = score(bench, encode(good[:-1]), nine, tmp_path)
-    if bench == "sqa":  # wrong in the total, absent from the figure
+    if bench == "sqa":  # a missing answer is wrong in the total and not part of the figure
         assert missing is not None and missing[1]["missing"] == 1 and missing[1]["overall"]["rows"] == len(good)
     else:
         assert missing is None
@@ -124,11 +124,11 @@ def test_missing_and_repeated_ids(bench: str, good: list[dict], nine: Path, tmp_
 
 
 def test_a_part_of_a_run(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
-    """An interrupted run is scored with a part of the question file, and the message says so."""
+    """An interrupted run can be scored with a part of the question file, and the message says so."""
     data, half = nine / FOLDERS.get(bench, bench), good[: len(good) // 2]
     answers = tmp_path / "a.jsonl"
     answers.write_bytes(encode(half))
-    if bench == "sqa":  # missing answers count, by LLaVA's rule
+    if bench == "sqa":  # LLaVA's scorer counts missing answers as wrong
         said = "; ".join(score_files(bench, answers, data)[2])
         assert "2 of 4 questions have no answer and count as wrong in 'overall'" in said
     else:
@@ -185,14 +185,15 @@ def test_gqas_annotations_that_say_nothing(field: str, value: Any, nine: Path, t
 
 
 def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
-    """Scores by id do not depend on the order; scores by order refuse another one."""
+    """Scorers that join answers by id ignore their order; scorers that join by order refuse another order."""
     turned = score(bench, encode(good[::-1]), nine, tmp_path)
     if bench == "pope":
         assert turned is None
         assert score(bench, encode([good[1], good[0], *good[2:]]), nine, tmp_path) is None
     elif bench == "mme":
-        assert score(bench, encode([good[0], good[2], good[1], good[3]]), nine, tmp_path) is not None  # other tasks
-    elif bench != "ocrbench":  # ids of the rows here are all alike
+        # The pairs of two tasks alternate, and each pair is consecutive within its task.
+        assert score(bench, encode([good[0], good[2], good[1], good[3]]), nine, tmp_path) is not None
+    elif bench != "ocrbench":  # all rows have the same id here
         assert turned is not None and turned[0] == score(bench, encode(good), nine, tmp_path)[0]
 
 
@@ -238,7 +239,7 @@ def test_ten_megabytes(bench: str, good: list[dict], nine: Path, tmp_path: Path)
 
 
 def test_missing_options(nine: Path, tmp_path: Path) -> None:
-    """Cells that pandas reads as missing end the options, as in LLaVA's program."""
+    """A cell that pandas reads as missing ends the list of options, as in LLaVA's program."""
     text = (nine / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8")
     for cell in ("None", "nan", "NA", "null", ""):
         (tmp_path / "mmbench_dev_20230712.tsv").write_text(text.replace("cat\tdog", f"cat\t{cell}"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""GQA's scorer on rows worked out by hand, and on garbage."""
+"""GQA's scorer on hand-computed cases and on broken input, and the statistics of scores."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_paired_difference() -> None:
 
 @pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
 def test_intervals_of_equal_answers_have_a_width(score: float) -> None:
-    """Ten equal answers say little, ten thousand much."""
+    """The interval of equal answers has a positive width, which shrinks with their number."""
     widths = []
     for n in (1, 10, 100, 10_000):
         mean, low, high = paired_difference([score] * n, [score] * n)
@@ -169,7 +169,7 @@ def test_intervals_of_equal_answers_have_a_width(score: float) -> None:
 @pytest.mark.parametrize("n", [10, 25])
 @pytest.mark.parametrize(("gained", "lost"), [(0.02, 0.02), (0.1, 0.1), (0.05, 0.2), (0.3, 0.25), (0.0, 0.1)])
 def test_coverage_of_the_paired_interval(n: int, gained: float, lost: float) -> None:
-    """Exact, over all numbers of questions gained and lost: the interval holds the truth in about 95 % of samples."""
+    """The interval contains the true difference in about 95 % of samples, computed exactly over all outcomes."""
     held = 0.0
     for up in range(n + 1):
         for down in range(n + 1 - up):

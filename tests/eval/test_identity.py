@@ -1,4 +1,4 @@
-"""What a run remembers: a change of anything that can change an answer is refused, with both values."""
+"""A change of anything that can change an answer is refused with a message that states both values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QUESTIONS = {i: Question(str(i), None, f"question {i}", f"question {i}") for i i
 MADE = {"task": "gqa", "batch": 2, "hyper": {"k0": 0.4}}
 
 
-# what is compared ---------------------------------------------------------------------------------------------------
+# compared settings --------------------------------------------------------------------------------------------------
 
 
 def settings(nine: Path, out: Path, **more: Any) -> Settings:
@@ -101,7 +101,7 @@ def test_a_change_is_refused_with_both_values(
     before = {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
     stored = json.loads((out / "full" / SETTINGS).read_text())
     model = stand_in()
-    run.evaluate(settings(data, tmp_path / "same"))  # changes nothing of what is compared
+    run.evaluate(settings(data, tmp_path / "same"))  # changes nothing that is compared
     CHANGES[name](model, data)
     if name == "versions.torch":
         monkeypatch.setattr(identity, "versions", lambda: {**stored["versions"], "torch": "9.9"})
@@ -154,7 +154,7 @@ def test_a_method_of_the_users_own_is_part_of_the_identity(nine: Path, tmp_path:
 
 
 def test_a_lack_of_answers_binds_nothing(nine: Path, tmp_path: Path, stand_in: Any) -> None:
-    """Settings beside no answer, as those of a run that was killed before its first, are replaced."""
+    """Settings without answers, as of a run that ended before its first answer, are replaced."""
     stand_in({1: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
         run.evaluate(settings(nine, tmp_path, seed=1))
@@ -166,7 +166,7 @@ def test_a_lack_of_answers_binds_nothing(nine: Path, tmp_path: Path, stand_in: A
 
 
 def test_everything_is_checked_before_the_first_answer(nine: Path, tmp_path: Path, stand_in: Any) -> None:
-    """The second run's folder has answers of another seed: the first run asks nothing."""
+    """If the folder of the second run has answers of another seed, the first run asks nothing."""
     stand_in()
     run.evaluate(settings(nine, tmp_path / "out", methods=("random",), reference=False, seed=1))
     model = stand_in()
@@ -228,7 +228,7 @@ def test_rows_that_are_not_this_runs(tmp_path: Path, finished: bool, name: str, 
 
 
 def test_answers_of_another_run_with_these_settings(tmp_path: Path) -> None:
-    """Even where settings.json is copied along: rows carry a checksum over the settings that made them."""
+    """They are refused even if settings.json matches, because each row has a checksum over its settings."""
     other = fill(tmp_path / "other", hyper={"k0": 0.5})
     mine = fill(tmp_path / "mine")
     mine.write_bytes(other.read_bytes())
@@ -308,7 +308,7 @@ def test_a_resumed_run_takes_the_stored_batch_size(tmp_path: Path) -> None:
 
 
 def test_drafts_carry_the_process(tmp_path: Path, monkeypatch: Any) -> None:
-    """Two processes never write to one draft, a failure leaves none, and those of dead processes are swept away."""
+    """Each process has a draft of its own, a failure leaves no draft, and drafts of dead processes are deleted."""
     drafts: list[str] = []
     replace = os.replace
     monkeypatch.setattr(store.os, "replace", lambda a, b: (drafts.append(Path(a).name), replace(a, b)))
@@ -332,7 +332,7 @@ def test_drafts_carry_the_process(tmp_path: Path, monkeypatch: Any) -> None:
 
 
 def test_the_journal_is_locked_until_the_result_is_written(nine: Path, tmp_path: Path, stand_in: Any) -> None:
-    """While a run scores and exports, another with the same OUT is refused."""
+    """While a run scores and exports, another run with the same OUT is refused."""
     stand_in()
     refused: list[str] = []
     before = run.dump
@@ -387,7 +387,7 @@ def chunks(folder: Path, count: int = 2, **more: Any) -> None:
 def test_joined_chunks_have_settings(tmp_path: Path) -> None:
     chunks(tmp_path)
     assert merge(tmp_path, 2, "2_0")
-    with Answers(tmp_path, MADE, QUESTIONS) as answers:  # an ordinary run takes them for its own
+    with Answers(tmp_path, MADE, QUESTIONS) as answers:  # a run without chunks accepts them
         assert answers.complete and len(answers.done) == 4
     with pytest.raises(ValueError, match=r"made with hyper.k0=0.4, now it is 0.7"):
         Answers(tmp_path, {**MADE, "hyper": {"k0": 0.7}}, QUESTIONS)
@@ -398,7 +398,7 @@ def test_joined_chunks_have_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mine", ["2_0", "2_1"])
 @pytest.mark.parametrize("other", [{"hyper": {"k0": 0.5}}, {"seed": 3}])
 def test_chunks_with_other_settings_do_not_join(tmp_path: Path, mine: str, other: dict[str, Any]) -> None:
-    """In both directions: a setting that only one of them has counts as well."""
+    """The chunk that joins may be either one, and a setting that only one of them has counts as well."""
     chunks(tmp_path, settings1=other)
     with pytest.raises(ValueError, match=r"chunk 2_. in .* was made with (hyper.k0|seed)=.* in chunk"):
         merge(tmp_path, 2, mine)
@@ -438,7 +438,7 @@ def test_broken_files_of_a_chunk(tmp_path: Path, name: str) -> None:
     if "settings" in name:
         with pytest.raises(ValueError, match=f"{name} is broken"):
             merge(tmp_path, 2, "2_0")
-    else:  # seconds only
+    else:  # only the seconds are lost
         assert merge(tmp_path, 2, "2_0") and total_seconds(tmp_path / TIMING)["generate"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Prompts, token ids and pixels against vectors of LLaVA's own code."""
+"""Prompts, token ids and pixels equal vectors recorded with LLaVA's own code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_templates_equal_llavas(mode: str, image: bool) -> None:
 
 
 def test_templates_of_llava_next() -> None:
-    """Written down from LLaVA-NeXT's conversation.py and the chat template of Llama 3; package llava lacks them."""
+    """The templates equal those of LLaVA-NeXT's conversation.py and of Llama 3, which package llava lacks."""
     system = "You are a helpful language and vision assistant. You are able to understand the visual content that the "
     system += "user provides, and assist the user with a variety of tasks using natural language."
     assert first_turn("Why?", True, "llava_llama_3") == (
@@ -155,7 +155,7 @@ def test_an_unreadable_image(tmp_path: Path) -> None:
 
 
 def test_an_image_above_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is whole, so fetching it again would not help."""
+    """The message asks for fewer pixels: the file is intact, so fetching it again would not help."""
     pattern(30, 20).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"x.png has more than 200 pixels, Pillow.*600 pixels.*fewer pixels"):
@@ -238,7 +238,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "DDS", "QOI", "AVIF", "I
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_images_of_every_format(kind: str, tmp_path: Path) -> None:
-    """Opened, or one line that names the file, whatever the decoder raises."""
+    """A damaged image is opened or refused with one line that names the file, whatever the decoder raises."""
     buffer, path, draw = io.BytesIO(), tmp_path / "damaged.bin", random.Random(kind)
     try:
         (pattern(40, 30).convert("P") if kind == "BLP" else pattern(40, 30)).save(buffer, kind)
@@ -267,7 +267,7 @@ def evaluation(task: str, data: Path, out: Path) -> Settings:
 def test_texts_that_no_prompt_can_hold(
     bench: str, mark: str, says: str, nine: Path, tmp_path: Path, stand_in: Any
 ) -> None:
-    """Named by file, row and id before anything is answered; ScienceQA's runner removes the marks of its questions."""
+    """The error names file, row and id before any answer; ScienceQA's runner removes <image> from its questions."""
     shutil.copytree(nine, tmp_path / "data")
     path = next(p for p in (tmp_path / "data" / SOURCE[bench]).glob("*") if p.name.startswith(FILE[bench]))
     if path.suffix == ".tsv" and mark != "<image>":
@@ -359,7 +359,7 @@ def test_padding_is_the_checkpoints(aspect: str | None, pad: bool, tmp_path: Pat
 
 
 def test_the_padding_mask_of_scienceqa(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
-    """Off, as in the official runner, which METHOD_ARGS override; on everywhere else."""
+    """The padding mask is off, as in the official runner, unless METHOD_ARGS set it; other benchmarks have it on."""
     for bench, more, want in (
         ("sqa", [], False),
         ("sqa", ["--method-args=mask_padding=true"], True),

@@ -73,7 +73,7 @@ def test_run_and_score_agree(nine: Path, tmp_path: Path, stand_in: Any, name: st
     scored, written, _ = score_files(name, tmp_path / "full" / ANSWERS, nine / FOLDERS.get(name, name))
     assert scored["figure"] == full["figure"] and scored["details"] == full["details"]
     assert scored["versions"].items() <= full["files"].items()
-    if full["figure"] is not None:  # POPE is undefined for these answers
+    if full["figure"] is not None:  # POPE's F1 is undefined for these answers
         assert pruned["difference_to_full"]["points"] == 0
     found = scores(tmp_path / "full")
     assert [s["question_id"] for s in found] == [r["question_id"] for r in rows]

@@ -1,4 +1,4 @@
-"""Evaluations in several processes: the files of one process, whatever happens to the others."""
+"""Evaluations in several processes write the files of one process, even if processes fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status, and what was printed."""
+    """Wait for a process; return its exit status and its output."""
     out, err = process.communicate(timeout=300)
     assert "Traceback" not in err, err
     return process.returncode, out + err
@@ -46,13 +46,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def left(out: Path) -> list[str]:
-    """Files of a run that is not complete."""
+    """Return the names of files that only an incomplete run has."""
     return [p.name for p in out.rglob("*") if ".partial" in p.name or p.name.endswith(".draft")]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of one process."""
+    """Return the results folder of an evaluation in one process."""
     out = tmp_path_factory.mktemp("alone")
     status, text = ended(start(out))
     assert status == 0, text
@@ -75,15 +75,15 @@ def test_as_one_process(count: int, alone: Path, tmp_path: Path) -> None:
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the workers of a launch."""
+    """Return the process ids of the workers of a launch."""
     return [int(x) for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def kill_one(process: subprocess.Popen[str], out: Path, first: bool) -> int:
-    """End the first worker, or another one, as soon as it has written an answer; its rank."""
+    """Kill the first worker, or another one, as soon as it has written an answer; return its rank."""
     name = "answers.partial.jsonl" if first else "answers.rank*.partial.jsonl"
     while process.poll() is None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # what ends in between
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # files and processes may disappear
             for found in (p for p in out.glob(f"*/full/{name}") if p.stat().st_size):
                 rank = int("".join(re.findall("[0-9]+", found.name)) or "0")
                 for pid in workers(process):
@@ -99,7 +99,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="fi
 
 @needs_proc
 def test_a_killed_process(alone: Path, tmp_path: Path) -> None:
-    """What was answered is kept, and another number of processes resumes."""
+    """The answers given before a kill are kept, and another number of processes resumes the run."""
     process = start(tmp_path, "--procs", "3")
     rank = kill_one(process, tmp_path, first=False)
     status, text = ended(process)
@@ -122,7 +122,7 @@ def test_processes_that_start_again(alone: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flags", [("--engine", "tp", "--procs", "2"), ("--device-map", "auto")])
 def test_models_larger_than_a_gpu(flags: tuple[str, ...], alone: Path, tmp_path: Path) -> None:
-    """A model that is split over processes, or dispatched: the same answers and kept tokens."""
+    """A model that is split over processes, or dispatched by a device map, gives the same answers and kept tokens."""
     status, text = ended(start(tmp_path, *flags))
     assert status == 0 and text.count("answers and results") == len(TASKS), text
     assert not left(tmp_path)
@@ -177,7 +177,7 @@ def asked(images: list[str | None]) -> dict[int, Question]:
 
 
 def test_pieces() -> None:
-    """Every question once, the questions of an image together, those without one apart, longest prompts first."""
+    """Pieces keep the questions of an image together, text-only questions apart, and longest prompts first."""
     questions = asked([*(f"{i % 7}" for i in range(30)), None, None, *["many"] * 12])
     lengths = [10 + i % 5 for i in range(42)] + [99, 1]
     found = pieces(questions, lengths, 8)
@@ -197,7 +197,7 @@ def test_size_of_a_piece() -> None:
     assert piece_size(60, 40) == 40 and piece_size(2048, 8) == 32
 
 
-# what the processes say to each other -----------------------------------------------------------------------------
+# communication between processes ----------------------------------------------------------------------------------
 
 
 def two() -> tuple[SharedTask, SharedTask]:
@@ -240,7 +240,7 @@ def test_a_failure_of_another_process_reaches_the_first() -> None:
 
 
 def test_processes_that_start_again_share_nothing_with_those_before() -> None:
-    """Whoever comes first: the others wait for the first process of their own attempt."""
+    """In any order of arrival, processes wait for the first process of their own attempt."""
     store, found = HashStore(), {}
 
     def join(attempt: int, rank: int) -> None:
@@ -272,7 +272,7 @@ def row(i: int, **more: Any) -> dict[str, Any]:
 
 
 def test_journals_are_joined(tmp_path: Path) -> None:
-    """An answer that two processes have counts once; a line that was cut off does not count."""
+    """An answer that two processes have counts once; an incomplete line does not count."""
     with Answers(tmp_path, {"a": 1}, QUESTIONS) as answers:
         with AnswerWriter(rank_journal(tmp_path, 2), answers.settings) as other:
             other.add([row(1), row(2)])

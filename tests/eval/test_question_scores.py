@@ -1,4 +1,4 @@
-"""What scorers return for every answer row: a score and a type, aligned with the rows."""
+"""Scorers return a score and a type for every answer row, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RIGHT: dict[str, Callable[[Any, Question], str]] = {
     "textvqa": _textvqa,
     "vqav2": lambda labels, q: labels.annotations[str(q.id)]["references"][0],
 }
-"""A right answer to a question."""
+"""Benchmark -> function of labels and a question that returns a right answer."""
 
 
 class Made:
@@ -61,13 +61,13 @@ class Made:
         ]
 
     def wrong(self, q: Question) -> str:
-        """The other word of yes and no, or a text that answers no question."""
+        """Return the wrong one of yes and no, or a text that is wrong for every question."""
         if self.task.name not in ("pope", "mme"):
             return "@"
         return "no" if RIGHT[self.task.name](self.labels, q).lower() == "yes" else "yes"
 
     def score(self, answers: list[dict[str, Any]] | None = None, asked: Any = None) -> dict[str, Any]:
-        """The scorer's result; of all answers by default."""
+        """Return the scorer's result for some answers; for all by default."""
         return self.task.scorer.score(self.answers if answers is None else answers, self.labels, asked)
 
 
@@ -77,7 +77,7 @@ def made(request: pytest.FixtureRequest) -> Made:
 
 
 def by_type(questions: QuestionScores) -> dict[str | None, float]:
-    """Mean score of each type."""
+    """Return the mean score of each type."""
     groups: dict[str | None, list[float]] = defaultdict(list)
     for value, kind in questions:
         assert value is not None
@@ -129,7 +129,7 @@ def test_the_mean_is_the_figure(made: Made) -> None:
 
 @pytest.mark.parametrize("name", ["gqa", "mmbench", "ocrbench", "sqa", "textvqa", "vqav2"])
 def test_rows_in_another_order(name: str) -> None:
-    """Where a scorer joins answers and labels by id, the list follows the answers."""
+    """Scorers that join answers and labels by id return scores in the order of the answers."""
     made = Made(name)
     assert made.score(made.answers[::-1])["questions"] == made.score()["questions"][::-1]
 
@@ -144,7 +144,7 @@ def test_rows_that_do_not_count(name: str) -> None:
 
 
 def test_the_second_question_of_an_image_is_needed() -> None:
-    """MME scores pairs: of three questions the last has no score."""
+    """MME scores pairs of questions, so the last of three questions has no score."""
     made = Made("mme")
     assert [v is None for v, _ in made.score(made.answers[:3], made.questions[:3])["questions"]] == [False, False, True]
 

@@ -16,7 +16,7 @@ from llava_prune.eval.plan import Settings
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: Any) -> tuple[dict[str, Any], Path]:
-    """The result for three questions and one round, and its file."""
+    """Return the result for three questions and one round, and its file."""
     pytest.importorskip("llava")
     out = tmp_path_factory.mktemp("rate") / "sub" / "rate.json"
     args = ["--limit", "3", "--batch", "2,auto", "--method", "full,autoprune", "--repeats", "1", "--dtype", "float32"]
@@ -56,7 +56,7 @@ def test_table(result: Any) -> None:
 
 
 def test_ragged_padding_by_hand() -> None:
-    """Two samples of 10 text tokens whose second layer has 2 and 0 visual tokens, and a batch of one."""
+    """Two samples with 10 text tokens and 2 and 0 visual tokens in the second layer, and a batch of one sample."""
     questions = [SimpleNamespace(image="a")] * 3
     rows, files = [[0] * 11, [0] * 11, [0] * 6], SimpleNamespace(questions=questions)
     bench: Any = SimpleNamespace(rows=rows, lengths=[11, 11, 6], batch=2, files=files)
@@ -66,7 +66,7 @@ def test_ragged_padding_by_hand() -> None:
 
 
 def test_arms_take_turns(monkeypatch: Any, tmp_path: Path) -> None:
-    """A short round first, then every arm once in each round."""
+    """Every arm runs once in a short first round and once in each timed round."""
     seen: list[tuple[str, int | None]] = []
 
     def seconds(self: Any, arm: rate.Arm, limit: int | None) -> float:
@@ -100,7 +100,7 @@ def test_batches() -> None:
 
 
 def test_one_by_one(tmp_path: Path) -> None:
-    """The loop needs no package llava, asks what the others ask, and reports every round."""
+    """The loop runs without package llava, gives the answers of the other arms, and reports every timed round."""
     out, seen = tmp_path / "rate.json", []
     args = ["--limit", "2", "--batch", "2", "--method", "full", "--repeats", "1", "--dtype", "float32", "--no-llava"]
     assert rate.main([*args, "--loop", "--max-new-tokens", "2", "--out", str(out)]) == 0

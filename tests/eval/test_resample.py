@@ -19,7 +19,7 @@ from tests.report.conftest import make_run, write_run
 
 
 def test_the_mean_of_ratios() -> None:
-    """Benchmarks 1/2 and 3/4 of the unpruned 1: the mean is 5/8, whatever their numbers of questions."""
+    """Ratios of 1/2 and 3/4 on two benchmarks have a mean of 5/8, whatever their numbers of questions."""
     full = mean_units([1.0, 1.0]), mean_units([1.0] * 4)
     pairs = [(full[0], [mean_units([1.0, 0.0])]), (full[1], [mean_units([1.0, 1.0, 1.0, 0.0])])]
     mean, low, high = mean_ratio(pairs)
@@ -33,7 +33,7 @@ def test_seeds_are_averaged_before_the_ratio() -> None:
 
 
 def test_the_same_questions_are_drawn_for_both_models() -> None:
-    """The same answers are a ratio of 1 in every draw, and half of each score is a ratio of 1/2."""
+    """Equal scores give a ratio of 1 in every draw, and halved scores a ratio of 1/2."""
     scores = [float(i % 3 > 0) for i in range(30)]
     full = mean_units(scores)
     assert mean_ratio([(full, [mean_units(scores)])]) == (1.0, 1.0, 1.0)
@@ -53,14 +53,14 @@ def test_the_interval_is_that_of_every_draw_of_three_questions() -> None:
 
 
 def test_the_interval_is_as_wide_as_the_standard_error() -> None:
-    """100 questions, 80 of them right: 1.96 times sqrt(0.8 x 0.2 / 100) is 0.078."""
+    """For 80 right answers of 100, the half-width is 1.96 x sqrt(0.8 x 0.2 / 100) = 0.078."""
     full, run = mean_units([1.0] * 100), mean_units([1.0] * 80 + [0.0] * 20)
     mean, low, high = mean_ratio([(full, [run])])
     assert mean == pytest.approx(0.8) and (mean - low, high - mean) == pytest.approx((0.078, 0.078), abs=0.011)
 
 
 def test_the_interval_of_a_figure_and_of_a_difference() -> None:
-    """80 of 100 right, and 90: 1.96 standard errors are 7.8 points, and 5.9 of the paired difference."""
+    """For 80 right answers of 100, 1.96 standard errors are 7.8 points; for the paired difference to 90, 5.9."""
     run, full = ([float(i % 10 >= wrong) for i in range(100)] for wrong in (2, 1))
     units = mean_units(run)
     low, high = resample.interval(units) or (0, 0)
@@ -100,7 +100,7 @@ def test_other_questions_and_an_unpruned_zero() -> None:
 
 
 def stored(folder: Path, made: Made, **more: Any) -> StoredRun:
-    """A run with made-up answers, as an evaluation stores it."""
+    """Write a run with made-up answers as an evaluation stores it."""
     found = made.score()
     scores = score_rows(made.answers, found["questions"])
     settings = {"figure": found["figure"], "bench": made.task.name, "answers": made.answers, "scores": scores}
@@ -109,7 +109,7 @@ def stored(folder: Path, made: Made, **more: Any) -> StoredRun:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_follows_from_the_stored_scores(name: str, tmp_path: Path) -> None:
-    """With weights of 1 it is the scorer's; with two copies of a unit, that of a mean."""
+    """With weights of 1, the figure equals that of the scorer; the ratio of a run to itself is 100 %."""
     made = Made(name)
     run = stored(tmp_path / "a", made)
     units = units_of(made.task, run)
@@ -121,13 +121,13 @@ def test_every_figure_follows_from_the_stored_scores(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "count"), [("mme", 100), ("mmbench", 60), ("pope", 360), ("sqa", 100)])
 def test_what_is_a_unit(name: str, count: int, tmp_path: Path) -> None:
-    """An image of MME's perception, a question of MMBench with its rotations, one of ScienceQA with an image."""
+    """Units are MME perception images, MMBench questions with their rotations, and ScienceQA questions with an image."""
     made = Made(name)
     assert len(units_of(made.task, stored(tmp_path / "a", made)).groups) == count
 
 
 def test_f1_of_drawn_questions() -> None:
-    """Two right yes and one wrong no, then the first right yes three times: F1 of 0.8 and 1."""
+    """Two right yes and a wrong no have an F1 of 0.8, a right yes drawn three times 1, a wrong no three times 0."""
     task = load_task("pope")
     answers = [{"text": text} for text in ("yes", "yes", "no")]
     scores = [{"score": s, "type": "random"} for s in (1.0, 1.0, 0.0)]
@@ -143,7 +143,7 @@ def test_a_figure_that_does_not_follow_is_refused(tmp_path: Path) -> None:
 
 
 def test_reasons_without_a_ratio(tmp_path: Path) -> None:
-    """A benchmark that was not run, and figures that are undefined or 0."""
+    """The reason is a benchmark that was not run, an undefined figure, or a figure of 0 of the unpruned model."""
     tasks = [load_task("gqa"), load_task("textvqa")]
     asked = [("Is it?", "yes", 1.0)], [("Is it?", "no", 0.0)]
     run, zero, other = (

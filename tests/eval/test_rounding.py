@@ -1,4 +1,4 @@
-"""`slope_step`: few schedules, and the effect on kept tokens."""
+"""`slope_step` leaves few schedules, and its effect on kept tokens is measured."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from llava_prune.methods.autoprune import schedule
 from tests.experimental.tape import Recorder
 
 COUNT = int(os.environ.get("QUESTIONS", "24"))
-"""Questions; all 400 take minutes."""
+"""Number of questions; all 400 take minutes."""
 
 
 def plans(step: float | None) -> set[Any]:
-    """Schedules of 2,000 mutual informations between 0 and 3 bit: 576 tokens, 32 layers, a budget of 64."""
+    """Return the schedules for 2,000 values from 0 to 3 bit of mutual information, at a budget of 64 of 576 tokens."""
     method = llava_prune.build("autoprune", tokens=64, slope_step=step)
     slopes = {method.slope(3 * i / 2000) for i in range(2000)}  # type: ignore[attr-defined]
     return {schedule(k, 64, 576, 32, method.midpoint(32)).leaving for k in slopes}  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def test_the_command(tiny_path: Any, capsys: Any) -> None:
 
 @pytest.mark.experimental
 def test_text_step_keeps_the_same_tokens(tiny_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Questions of the miniature, one at a time, recorded with rounded text lengths; see experimental/tape.py."""
+    """Prefills recorded with rounded text lengths keep the same tokens; see tests/experimental/tape.py."""
     tape = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: tape)
     settings = Settings(

@@ -28,7 +28,7 @@ N = 7
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Seven questions on two images, all answers "yes"."""
+    """Write seven questions about two images whose right answers are all "yes"; return the data folder."""
     base = tmp_path / "data" / "gqa"
     (base / "data" / "images").mkdir(parents=True)
     for i in range(2):
@@ -91,7 +91,7 @@ def test_an_interrupted_run_resumes(data: Path, tmp_path: Path, stand_in: Any, a
 def test_a_batch_of_which_a_part_is_on_disk_is_asked_whole(
     data: Path, tmp_path: Path, stand_in: Any, left: int
 ) -> None:
-    """A batch has the same members as in a run without interruption: padding can change the last bits of an answer."""
+    """A batch has the same members as in an uninterrupted run, because padding can change the last bits of logits."""
     whole = stand_in()
     run.evaluate(settings(data, tmp_path / "whole", reference=False, batch=3))
     stand_in({3: KeyboardInterrupt()})
@@ -106,7 +106,7 @@ def test_a_batch_of_which_a_part_is_on_disk_is_asked_whole(
 
 
 def test_flops_of_prompts_without_an_image() -> None:
-    """They have no visual tokens in the unpruned model either, and count with their text on both sides."""
+    """They have no visual tokens in the unpruned model either, so only their text counts, in both models."""
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
     image = {"kept": {"entering": [16, 4], "leaving": [4, 4]}}
     text = {"kept": {"entering": [0, 0], "leaving": [0, 0]}}
@@ -123,7 +123,7 @@ def test_flops_of_prompts_without_an_image() -> None:
     only = layer(16) + layer(4)
     assert got["visual_only_entering"]["percent_of_full"] == pytest.approx(100 * only / (2 * layer(16)))
     assert flops_figures([text], [6], size)["visual_only_entering"]["percent_of_full"] is None
-    dropped = {"kept": {"entering": [0, 0], "leaving": [0, 0], "image": True}}  # text-only
+    dropped = {"kept": {"entering": [0, 0], "leaving": [0, 0], "image": True}}  # method text-only, which drops them all
     got = flops_figures([dropped], [6], size)
     assert got["visual_only_entering"]["percent_of_full"] == 0
     assert got["with_text_entering"]["percent_of_full"] == pytest.approx(100 * layer(6) / layer(22))
@@ -147,7 +147,7 @@ def test_scores_are_written_with_the_result_and_removed_by_a_restart(data: Path,
     before = path.read_bytes()
     scores = [json.loads(line)["score"] for line in before.splitlines()]
     assert 100 * sum(scores) / N == pytest.approx(full["figure"]) and 0 < sum(scores) < N
-    path.unlink()  # a run of an earlier version
+    path.unlink()  # as of a run without scores
     run.evaluate(settings(data, tmp_path, methods=("full",)))
     assert path.read_bytes() == before
     stand_in({1: KeyboardInterrupt()})
@@ -177,7 +177,7 @@ def test_batch_is_halved_when_memory_runs_out(data: Path, tmp_path: Path, stand_
 
 
 def test_memory_of_the_host(data: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
-    """torch raises a plain RuntimeError where the host has no memory: the batch is halved, a single question fails."""
+    """If torch raises a plain RuntimeError for lack of host memory, the batch is halved; a single question fails."""
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40246378225 bytes")
     model = stand_in({1: full})
     run.evaluate(settings(data, tmp_path / "out", batch=4, reference=False))
@@ -192,7 +192,7 @@ def test_memory_of_the_host(data: Path, tmp_path: Path, stand_in: Any, capsys: A
 
 
 def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
-    """Batch size 4, then 2, then 1 when that fails, too; the next method starts with the given one."""
+    """The batch size falls from 4 to 2 and to 1 after two failures; the next method starts with the given size."""
     model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})
     run.evaluate(settings(data, tmp_path / "out", batch=4))
     assert [len(c) for c in model.calls] == [4, 2, *[1] * N, 4, 3]
@@ -200,7 +200,7 @@ def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_
 
 
 def test_memory_that_runs_out_in_a_layer(tiny_models: Any) -> None:
-    """The exception leaves no state: the halves of the batch give the answers of requests without it."""
+    """The exception leaves no state: after it, each half of the batch gives the same answer as before."""
     from tests import models
 
     model = tiny_models["hf"]
@@ -222,7 +222,7 @@ def test_memory_that_runs_out_in_a_layer(tiny_models: Any) -> None:
 
 
 def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> None:
-    """Half the free memory over the cost of a sample: a power of two, at most 16 on a CPU, at least 1."""
+    """The batch size is half the free memory over the cost of a sample, as a power of two from 1 to 16 on a CPU."""
     from llava_prune.eval import asking
     from tests import models
 
@@ -239,7 +239,7 @@ def test_auto_batch_follows_free_memory(tiny_models: Any, monkeypatch: Any) -> N
 
 
 def test_auto_batch_on_gpus(tiny_models: Any, monkeypatch: Any) -> None:
-    """The GPU with the least free memory decides."""
+    """The GPU with the least free memory determines the batch size."""
     from llava_prune.eval import asking
     from tests import models
 
@@ -369,7 +369,7 @@ def test_hyper_parameters(tmp_path: Path) -> None:
 
 
 def test_compositions_and_presets_in_a_plan(tmp_path: Path) -> None:
-    """Hyper-parameters stated for a part hold in a composition; a preset with a budget has no other."""
+    """Hyper-parameters of a part apply in a composition; a preset with a budget ignores the budgets of the settings."""
     (tmp_path / "llava_prune.json").write_text(json.dumps({"method_args": {"autoprune": {"mi_scale": 8.0}}}))
     names = ("visionzip+autoprune", "visionzip:32+fastv:keep64", "fastervlm:192+vtw", "pdrop:128")
     made = plan_runs(Settings(model=str(tmp_path), tokens=(8, 4), methods=names, reference=False))

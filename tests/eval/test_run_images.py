@@ -1,4 +1,4 @@
-"""Images of finished runs, for reports."""
+"""Thumbnails of the images of finished runs, for reports."""
 
 from __future__ import annotations
 

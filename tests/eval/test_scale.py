@@ -1,4 +1,4 @@
-"""The simulation of many processes, by hand on small cases; its check against real runs is scripts/scale/check.sh."""
+"""The simulation of many processes on small hand-computed cases; scripts/scale/check.sh compares it with real runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_never_less_than_the_work() -> None:
 
 
 def test_failures() -> None:
-    """After a failure, the pieces that were begun or claimed are left, and all processes start again."""
+    """After a failure, the pieces that were begun or claimed remain, and all processes start again."""
     assert scale._work([1.0, 1, 1, 1, 1], [1, 1], 1.5) == (1.5, [1.0, 1, 1])
     assert scale._work([1.0, 1], [1, 1], 1.5) == (1.0, [])
     quiet = seconds([1.0] * 400, [1] * 4, start=10)
@@ -64,7 +64,7 @@ def test_the_paper() -> None:
     answers = {n: sum(QUESTIONS[t][0] for t in table.tasks) * len(table.budgets) for n, table in PAPER.items()}
     assert answers[4] == 13 * (107394 + 12578 + 5000 + 8910 + 2374) and len(PAPER[1].budgets) == 15
     one = scale.predict([1.0], {"7b": 10, "13b": 5}, 1.0, Cluster(()), [1, 8], 1.0)["rows"]
-    for row in one:  # nothing is shortened and nothing else takes time: answers over rate
+    for row in one:  # pruning shortens nothing and there is no overhead: answers over rate
         assert row["hours"]["1"] == pytest.approx(row["answers"] / (10 if row["model"] == "7b" else 5) / 3600)
         assert row["hours"]["1"] / 8 <= row["hours"]["8"] < row["hours"]["1"] / 6
     half = scale.predict([1.0], {"7b": 10, "13b": 5}, 1.0, Cluster(()), [8], 0.5)["rows"]

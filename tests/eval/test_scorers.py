@@ -1,4 +1,4 @@
-"""Every scorer against vectors recorded with the official scripts, and rows worked out by hand."""
+"""Every scorer agrees with vectors recorded with the official scripts and with hand-computed cases."""
 
 from __future__ import annotations
 
@@ -254,7 +254,10 @@ def test_pope_excerpt(pope_files: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def mme_files(root: Path) -> tuple[Path, list[dict]]:
-    """Two images in a flat task, one in a task with folders, and a question with two spaces before its tail."""
+    """Write a flat task with two images and a task with folders; return the root and right answers.
+
+    One question has two spaces before its instruction.
+    """
     release = root / "MME_Benchmark_release_version"
     rows = []
     for name, folder in (("count/1.jpg", "count"), ("count/2.jpg", "count"), ("scene/images/1.jpg", "scene")):
@@ -309,7 +312,7 @@ def test_mme_joins_are_checked(tmp_path: Path) -> None:
 
 
 def test_mme_text_files_score_the_same(tmp_path: Path) -> None:
-    """What we write for the official tool also serves as labels in its own layout."""
+    """The files written for the official tool also serve as labels in the layout of the tool."""
     data, rows = mme_files(tmp_path / "one")
     rows[0]["text"] = "Yes,\tit is\nso"
     answers = lines(tmp_path / "m.jsonl", rows)
@@ -342,7 +345,7 @@ def table(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> P
 
 
 def circular() -> list[dict]:
-    """Two questions: one of three options in three rows, one of two in two rows."""
+    """Return the rows of two questions, one with three options in three rows and one with two options in two rows."""
     base = {"image": PIXEL, "category": "c", "l2-category": "l", "split": "dev"}
     rows = []
     for index, words in ((7, ["cat", "dog", "cow"]), (9, ["red", "blue"])):
@@ -371,7 +374,7 @@ def test_mmbench_circular(tmp_path: Path) -> None:
 
 
 def test_mmbench_indices_of_every_length(tmp_path: Path) -> None:
-    """A question is what is left of an index modulo 1,000,000, however many digits it and its rotations have."""
+    """The rows of a question share their index modulo 1,000,000, however many digits the index has."""
     base = {"question": "What?", "A": "cat", "B": "dog", "answer": "A", "image": PIXEL, "split": "dev"}
     bases = [0, 1, 10, 11, 101, 1_001, 10_001, 100_001, 110_001, 100_000, 10_000, 999_999]
     turns = (0, 1, 3, 10, 21, 100)
@@ -498,7 +501,7 @@ def annotation(key: int, answers: list[str], kind: str = "other") -> dict:
     ("text", "references", "value"),
     [
         ("net", ["net"] * 10, 1.0),
-        ("Yes", ["yes"] * 10, 0.0),  # ten alike are not normalised
+        ("Yes", ["yes"] * 10, 0.0),  # ten equal answers are not normalised
         ("Yes", ["yes"] * 9 + ["no"], 1.0),
         ("cup", ["cup"] + ["mug"] * 9, 0.3),
         ("cup", ["cup"] * 2 + ["mug"] * 8, 0.6),

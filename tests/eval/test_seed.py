@@ -32,7 +32,7 @@ def settings(loaded: Any, out: Path, seed: int) -> Settings:
 
 
 def kept(loaded: Any, out: Path, seed: int) -> dict[int, Any]:
-    """Kept visual tokens of every layer by question."""
+    """Return the kept visual tokens of every layer, by question."""
     given = settings(loaded, out, seed)
     task, (planned,) = load_task("gqa"), plan_runs(given)
     bench = prepare(given, task, run.read_files(task, given), [planned], loaded)

@@ -1,4 +1,4 @@
-"""What the page of `llava-prune demo` shows, and what the command refuses; without gradio."""
+"""The content of the page of `llava-prune demo` and the refusals of the command, tested without gradio."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_hyper_parameters_go_to_the_methods_that_have_them(asked: SideBySide) ->
         (QUESTION, ("all", "64"), "unknown method 'all'"),
         (QUESTION, ("", "64"), "no method chosen"),
         (QUESTION, ("fastvv", "64"), "unknown method 'fastvv'"),
-        (QUESTION, ("/etc/method.py:x", "64"), "unknown method '/etc/method.py:x'"),  # files are for the command line
+        (QUESTION, ("/etc/method.py:x", "64"), "unknown method '/etc/method.py:x'"),  # files only on the command line
     ],
 )
 def test_refusals(asked: SideBySide, image: str, question: str, chosen: tuple[str, str], words: str) -> None:
@@ -166,7 +166,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture
 def gradio(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """In place of gradio."""
+    """Replace gradio by a module that has only a version."""
     module = ModuleType("gradio")
     module.__version__ = "6.31.0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gradio", module)
@@ -179,7 +179,7 @@ def test_another_version_of_gradio(gradio: ModuleType, capsys: pytest.CaptureFix
 
 
 def test_what_the_command_refuses(gradio: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the model is loaded."""
+    """Unusable arguments are refused before the model is loaded."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

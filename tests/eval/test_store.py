@@ -23,7 +23,7 @@ def nothing(*_: Any) -> Any:
 
 @pytest.fixture
 def settings(nine: Path, tmp_path: Path) -> Settings:
-    """GQA and POPE under two methods, results in a store."""
+    """Return settings of two methods on GQA and POPE, with results in a store."""
     model = tmp_path / "some-model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -34,13 +34,13 @@ def settings(nine: Path, tmp_path: Path) -> Settings:
 
 
 def files(settings: Settings) -> dict[str, int]:
-    """Result and answer files -> time of modification."""
+    """Return the modification time of each result and answer file."""
     found = (p for name in ("result.json", "answers.jsonl") for p in Path(settings.store).rglob(name))
     return {p.relative_to(settings.store).as_posix(): p.stat().st_mtime_ns for p in found}
 
 
 def contents(settings: Settings) -> dict[str, Any]:
-    """Results without their times."""
+    """Return the results without their times."""
     found = {}
     for path in Path(settings.store).rglob("result.json"):
         result = json.loads(path.read_text())
@@ -101,7 +101,7 @@ def test_other_settings_are_other_runs(settings: Settings, stand_in: Any, change
 
 
 def test_other_files_are_noticed(settings: Settings, nine: Path, stand_in: Any) -> None:
-    """The stamp changes with any file; the contents then decide."""
+    """The stamp changes with any file; then equal weights are accepted, and edited answers are refused."""
     stand_in()
     evaluate_all(settings, nothing)
     (Path(settings.model) / "config.json").write_text("{ }")
@@ -126,7 +126,7 @@ def test_a_sweep_and_an_evaluation_share_runs(settings: Settings, stand_in: Any)
 
 
 def test_out_is_a_folder_of_its_own(settings: Settings, tmp_path: Path, stand_in: Any) -> None:
-    """With OUT, other settings are refused as ever."""
+    """With OUT, other settings are refused."""
     stand_in()
     given = dataclasses.replace(settings, out=str(tmp_path / "out"))
     evaluate_all(given, nothing)
@@ -148,7 +148,7 @@ def test_dry_run_finds_the_runs(settings: Settings, stand_in: Any, capsys: Any) 
 
 
 def test_the_difference_to_the_unpruned_model_stays(settings: Settings, stand_in: Any) -> None:
-    """Made together or apart, and after a call that leaves the unpruned model out."""
+    """It is the same whether the runs are made together or apart, and after a call without the unpruned model."""
     stand_in()
     alone = dataclasses.replace(settings, reference=False)
     evaluate_all(alone, nothing)
@@ -164,7 +164,7 @@ def test_the_difference_to_the_unpruned_model_stays(settings: Settings, stand_in
 
 
 def test_what_the_stamp_covers(settings: Settings, nine: Path, tmp_path: Path, stand_in: Any) -> None:
-    """The vision tower outside the checkpoint, every file of a run, and the benchmark's own files."""
+    """The stamp covers the scores and exported files of a run, and a vision tower outside the checkpoint."""
     tower = tmp_path / "tower"
     tower.mkdir()
     (tower / "weights").write_text("1")
@@ -183,7 +183,7 @@ def test_what_the_stamp_covers(settings: Settings, nine: Path, tmp_path: Path, s
 
 
 def test_the_run_that_was_asked_for(settings: Settings, stand_in: Any) -> None:
-    """Runs that differ in how the model is loaded only: each is found by what asks for it."""
+    """Runs that differ in batch size, precision, data or device are found only by the settings that made them."""
     stand_in()
     evaluate_all(settings, nothing)
     other = dataclasses.replace(settings, batch=3)

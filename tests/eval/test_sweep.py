@@ -1,4 +1,4 @@
-"""Sweeps: what a file asks for, and the table of its runs."""
+"""Sweep files are read into requests, and their runs make up one table."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_refused_hyper_parameters(tmp_path: Path, text: str, message: str, capsy
 
 
 def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None:
-    """Every run once, its figures in one table; a second call runs nothing."""
+    """A sweep makes every run once and shows the figures in one table; a second call runs nothing."""
     model = stand_in()
     folder = tmp_path / "some-model"
     folder.mkdir()
@@ -117,7 +117,7 @@ def test_a_sweep(nine: Path, tmp_path: Path, stand_in: Any, capsys: Any) -> None
 
 
 def test_methods_at_equal_flops(nine: Path, tmp_path: Path, stand_in: Any, monkeypatch: Any, capsys: Any) -> None:
-    """A row for each method, a column for each budget; the seeds are one point, and what has no budget is a note."""
+    """Each method has a row for each budget, the mean over its seeds; a method without a budget has one row."""
     model = stand_in()
     monkeypatch.setattr("llava_prune.eval.plan.read_size", lambda *_: model.size)
     folder = tmp_path / "some-model"
@@ -140,7 +140,7 @@ def test_methods_at_equal_flops(nine: Path, tmp_path: Path, stand_in: Any, monke
     )
     spent = {r["share"]: r["flops_visual"] for r in found["rows"] if r["method"] == "uniform"}
     for row in found["rows"]:
-        assert row["ratio"]["ratio"] == pytest.approx(100), row["ratio"]  # the stand-in answers as the unpruned one
+        assert row["ratio"]["ratio"] == pytest.approx(100), row["ratio"]  # the stand-in's answers ignore the method
     assert main([*argv, "--format", "csv", "--figure", str(tmp_path / "f.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("method,budget,tokens,flops_visual") and (tmp_path / "f.png").is_file()

@@ -19,7 +19,7 @@ from llava_prune.report.published import read_table
 
 @pytest.fixture
 def argv(nine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Table 3 with budgets of 8 and 4 tokens, as the stand-in has 16."""
+    """Return a command for table 3 with budgets of 8 and 4 tokens, because the stand-in has 16 visual tokens."""
     table = read_table("3")
     small = [
         dataclasses.replace(row, avg_tokens=n, run={"method": name, "tokens": n})
@@ -55,7 +55,7 @@ def test_a_table(argv: list[str], stand_in: Any, capsys: Any) -> None:
 
 
 def test_parts_fill_the_table(argv: list[str], stand_in: Any, capsys: Any) -> None:
-    """A part is run, the cells of the others come from the store or stay empty."""
+    """A command runs a part of the table; the other cells come from the store or stay empty."""
     stand_in()
     assert main([*argv, "--task", "gqa", "--method", "random", "--tokens", "4", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
@@ -123,7 +123,7 @@ def test_a_benchmark_without_data_leaves_its_cells_empty(
      ({"device": "cpu"}, 0, TINY, 1), ({"many_runs": False}, 0, TINY, 1)],
 )  # fmt: skip
 def test_processes(given: dict[str, Any], gpus: int, model: str, count: int, monkeypatch: Any) -> None:
-    """One for each core with the miniature model on a machine without a GPU."""
+    """Without a GPU, the miniature model runs in one process for each core."""
     monkeypatch.setattr(command, "cores", lambda: 5)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests: where it is found, and what happens without one."""
+"""A headless Chromium for tests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def chromium() -> Iterator[Any]:
-    """A running browser of playwright; the body of a fixture.
+    """Yield a running browser of playwright; the body of a fixture.
 
-    Without Chromium or playwright tests are skipped, and fail where REQUIRE_BROWSER=1.
+    Without Chromium or playwright, tests are skipped, or fail if REQUIRE_BROWSER=1.
     """
     path = next(filter(None, map(shutil.which, NAMES)), None)
     try:

@@ -17,7 +17,7 @@ Asked = Sequence[tuple[str, str, float | None]]
 
 
 COUNTING = ("with_text", "entering")
-"""The counting of figures; the others get another number."""
+"""The FLOPs counting that figures show; runs have another number for the other countings."""
 
 
 DEFAULTS = {"lam": 0.3, "k0": 0.4, "gamma": 0.2, "x0": None, "budget": "after", "strict": True}
@@ -44,7 +44,7 @@ def write_run(
     """Write the folder of a finished run, with the fields that reports read.
 
     Args:
-        folder: where.
+        folder: folder to write.
         method, tokens, figure, interval, bench, model: see StoredRun.
         hyper: hyper-parameters besides the budget.
         percent: FLOPs in percent of the unpruned model's.
@@ -98,7 +98,7 @@ def make_run(
 ) -> Path:
     """Write a run with answers and scores; `more` replaces entries of the result.
 
-    Types of questions alternate between `kinds`.
+    The types of the questions cycle through `kinds`.
     """
     values = [s for _, _, s in asked if s is not None]
     figure = 100 * sum(values) / len(values) if values else None
@@ -128,7 +128,7 @@ def make_run(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Five runs: two benchmarks, two models, three methods."""
+    """Write five runs of two benchmarks, two models and three methods; return their folder."""
     out = tmp_path / "out"
     hyper = {"model": "models/llava-tiny", "hyper": {"tokens": 64, "lam": 0.3, "layers": [1, 2]}}
     gap = {"points": -5.0, "low": -9.0, "high": 1.0}
@@ -148,5 +148,5 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs() -> Callable[..., Path]:
-    """Makes the folder of a run, see `make_run`."""
+    """Return `make_run`."""
     return make_run

@@ -1,4 +1,4 @@
-"""Two runs, question by question."""
+"""Comparison of two runs, question by question."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_mcnemar(a: int, b: int, p: float) -> None:
 
 
 def test_mcnemar_of_many_flips() -> None:
-    """The exact test approaches the normal one, and does not overflow."""
+    """The exact test approaches the normal approximation and does not overflow."""
     assert mcnemar(5_000, 5_200) == pytest.approx(0.0487, abs=5e-4)  # 2 (1 - Phi(199 / sqrt(10,200)))
     assert mcnemar(20_000, 0) == 0.0
     with pytest.raises(ValueError, match="must not be negative"):

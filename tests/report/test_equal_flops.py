@@ -39,7 +39,7 @@ def test_reasons_to_leave_out() -> None:
 
 
 def test_the_table() -> None:
-    """A row for each method with a budget; what is left out is named with its reason."""
+    """The table has a row for each method with a budget, and a note names each omitted cell with its reason."""
     sheet = flops_sheet(table())
     lines = {r[0][0]: r[0][1:] for r in sheet.rows}
     assert list(lines) == ["fastv", "vtw", "random"]
@@ -56,7 +56,7 @@ def test_the_table() -> None:
 
 
 def test_the_figure(tmp_path: Path) -> None:
-    """A point for each cell of the table, the best method at the top, the one without a budget as a line."""
+    """The figure has a point for each cell, the best method at the top, and a line for a method without a budget."""
     pytest.importorskip("matplotlib")
     figure = draw_equal_flops(table())
     left, right = figure.axes

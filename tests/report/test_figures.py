@@ -1,4 +1,4 @@
-"""`llava-prune figure` on hand-made runs: what is drawn is what the files say."""
+"""`llava-prune figure` draws the numbers in the files of hand-made runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KEPT = [[144, 100, 60], [144, 90, 70], [144, 80, 75], [144, 40, 78]]
 
 
 def answers(leaving: Sequence[Sequence[int]], stats: Sequence[Sequence[float]] = ()) -> list[dict[str, Any]]:
-    """Rows of an answer file; `stats` are (mi1, slope)."""
+    """Return rows of an answer file; `stats` are (mi1, slope)."""
     rows: list[dict[str, Any]] = []
     for i, kept in enumerate(leaving):
         entering = [576, *kept[:-1]] if any(kept) else [0] * len(kept)
@@ -39,7 +39,7 @@ def answers(leaving: Sequence[Sequence[int]], stats: Sequence[Sequence[float]] =
 
 
 def suite(folder: Path) -> list[StoredRun]:
-    """Two methods at two budgets, and the unpruned model."""
+    """Write runs of two methods at two budgets and of the unpruned model."""
     return comparable(
         [
             write_run(folder / "a64", "autoprune", 64, 80.0, (75, 84), percent=20.5, leaving=64.2),
@@ -52,20 +52,20 @@ def suite(folder: Path) -> list[StoredRun]:
 
 
 def points(axes: Any) -> dict[str, list[list[float]]]:
-    """Label -> points of its line."""
+    """Return the points of each line, by label."""
     bars = {c.get_label(): c.lines[0] for c in axes.containers}
     lines = {**{line.get_label(): line for line in axes.lines}, **bars}
     return {str(k): np.asarray(v.get_xydata()).tolist() for k, v in lines.items() if not str(k).startswith("_")}
 
 
 def bars(axes: Any, label: str) -> list[list[float]]:
-    """(low, high) of a line's error bars, of the points that have one."""
+    """Return (low, high) of the error bars of a line, for the points that have one."""
     (found,) = [c for c in axes.containers if c.get_label() == label]
     return [part[:, 1].tolist() for part in found.lines[2][0].get_segments() if len(part)]
 
 
 def band(axes: Any) -> tuple[float, float]:
-    """(low, high) of the unpruned model's band."""
+    """Return (low, high) of the unpruned model's band."""
     (found,) = [p for p in axes.patches if p.get_label() == "unpruned"]
     box = found.get_extents().transformed(axes.transData.inverted())
     return float(box.y0), float(box.y1)
@@ -95,7 +95,7 @@ def test_benchmark_over_cost(draw: Any, x: dict[str, list[float]], label: str, t
 
 
 def test_a_panel_for_each_benchmark(tmp_path: Path) -> None:
-    """They stand in the order of the tables, with one legend."""
+    """The panels are in the order of the tables and share one legend."""
     runs = [
         write_run(tmp_path / f"{bench}-{method}", method, budget, figure, bench=bench)
         for bench, figure in (("pope", 70.0), ("vqav2", 60.0))
@@ -114,7 +114,7 @@ def test_runs_that_differ_in_a_hyper_parameter_are_lines(tmp_path: Path) -> None
 
 
 def test_every_line_has_a_look(tmp_path: Path) -> None:
-    """Colours of the palette, and markers that differ in all lines that a figure may have."""
+    """Lines use the colours of the palette, and no two of the lines that a figure may have share a marker."""
     most = len(drawing.MARKERS)
     runs = [write_run(tmp_path / str(i), f"m{i:02}") for i in range(most)]
     (axes,) = accuracy.draw_accuracy_flops(runs).axes
@@ -148,7 +148,7 @@ def test_text_is_readable_and_the_legend_beside_the_data(tmp_path: Path) -> None
 
 
 def sweep(folder: Path, hyper: Sequence[dict[str, Any]], method: str = "autoprune") -> list[StoredRun]:
-    """A run for each of some hyper-parameters; figures 70, 71, ... with intervals of 3 points."""
+    """Write a run for each set of hyper-parameters, with figures 70, 71, ... and intervals of 3 points."""
     runs = [
         write_run(folder / f"{method}{i}", method, 64, 70.0 + i, (67.0 + i, 73.0 + i), hyper={"strict": True, **h})
         for i, h in enumerate(hyper)
@@ -157,7 +157,7 @@ def sweep(folder: Path, hyper: Sequence[dict[str, Any]], method: str = "autoprun
 
 
 def test_sweep_of_a_number(tmp_path: Path) -> None:
-    """Only k0 varies; the run with its default is ringed."""
+    """The only hyper-parameter that varies, k0, is the axis, and the run with its default is marked."""
     hyper = [{"k0": k, "gamma": 0.2} for k in (0.4, 0.2, 0.6)]
     (axes,) = accuracy.draw_sweep(sweep(tmp_path, hyper)).axes
     found = points(axes)
@@ -174,7 +174,7 @@ def test_sweep_over_orders_of_magnitude(tmp_path: Path) -> None:
 
 
 def test_sweep_of_two_numbers(tmp_path: Path) -> None:
-    """The one with more values is the axis, and each value of the other a line."""
+    """The hyper-parameter with more values is the axis, and each value of the other is a line."""
     hyper = [{"gamma": g, "k0": k} for g in (0.0, 0.2) for k in (0.2, 0.4, 0.6)]
     (axes,) = accuracy.draw_sweep(sweep(tmp_path, hyper)).axes
     found = points(axes)
@@ -184,7 +184,7 @@ def test_sweep_of_two_numbers(tmp_path: Path) -> None:
 
 
 def test_sweep_around_a_run(tmp_path: Path) -> None:
-    """Runs that each differ in one hyper-parameter from a central one: a panel for each of three."""
+    """If each run differs from a central one in one of three hyper-parameters, each of them has a panel."""
     centre = {"k0": 0.4, "gamma": 0.2, "lam": 0.3}
     changes: list[dict[str, Any]] = [{}, {"k0": 0.2}, {"gamma": 0.1}, {"gamma": 0.4}, {"lam": 0.0}]
     figure = accuracy.draw_sweep(sweep(tmp_path, [{**centre, **c} for c in changes]))
@@ -198,7 +198,7 @@ def test_sweep_around_a_run(tmp_path: Path) -> None:
 
 
 def test_sweep_of_words(tmp_path: Path) -> None:
-    """None, numbers and words have a place each, and no line between them."""
+    """If None is among the values, each value has its own place on the axis, and no line connects them."""
     (axes,) = accuracy.draw_sweep(sweep(tmp_path, [{"x0": 20.0}, {"x0": None}, {"x0": 9.5}])).axes
     assert points(axes)["autoprune 64"] == [[0, 71.0], [1, 72.0], [2, 70.0]]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["None", "9.5", "20"]
@@ -219,7 +219,7 @@ def test_sweep_of_two_budgets_is_two_lines(tmp_path: Path) -> None:
 
 
 def test_retention(tmp_path: Path) -> None:
-    """A line for each question with an image, median and percentiles; runs whose counts are equal are left out."""
+    """Lines show each question with an image, median and percentiles; a run with equal counts is left out."""
     rows = answers([*KEPT, [0, 0, 0]])
     run = write_run(tmp_path / "a", answers=rows)
     even = write_run(tmp_path / "r", "random", answers=answers([[64, 64, 64]] * 4))
@@ -243,7 +243,7 @@ def test_retention_draws_some_of_many_questions(tmp_path: Path) -> None:
 
 
 def test_survival(tmp_path: Path) -> None:
-    """Shares of 576, the unpruned model's tokens, also where a method prunes before the first layer."""
+    """Shares are of the unpruned model's 576 tokens, also for a method that prunes before the first layer."""
     runs = [
         write_run(tmp_path / "a", entering=(576, 144, 72)),
         write_run(tmp_path / "r", "random", entering=(64, 64, 64)),
@@ -295,7 +295,7 @@ def test_answers_without_counts_are_refused(tmp_path: Path) -> None:
 
 
 def measured(method: str, budget: int, ratio: float, times: float) -> dict[str, Any]:
-    """A row of bench.json."""
+    """Return a row of bench.json."""
     spread = {"q1": times - 0.25, "median": times, "q3": times + 0.5}
     head = {"method": method, "tokens": budget, "batch": 1, "visual": 576, "text": 84}
     return {**head, "flops": {"ratio": ratio}, "stages": {"prefill": {"speedup": spread}}}
@@ -308,7 +308,7 @@ def bench(folder: Path, device: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def test_speed(tmp_path: Path) -> None:
-    """A panel for each file; rows are chosen by method and budget."""
+    """Each file has a panel, and rows can be selected by method, model and budget."""
     rows = [measured("autoprune", 64, 3.5, 3.0), measured("autoprune", 192, 2.0, 1.75), measured("vtw", 64, 3.5, 2.0)]
     bench(tmp_path / "a", "CPU", [*rows, {**rows[0], "error": "out of memory"}])
     bench(tmp_path / "b", "GPU", rows[:1])
@@ -323,7 +323,7 @@ def test_speed(tmp_path: Path) -> None:
 
 
 def test_budgets_of_close_points_do_not_cover_each_other(tmp_path: Path) -> None:
-    """The first is written below its point, the second above, and the third not at all."""
+    """The first budget is written below its point, the second above its point, and the third is omitted."""
     rows = [measured("autoprune", 100 + i, 2.0 + 0.1 * i, 2.0) for i in range(3)] + [measured("vtw", 64, 9.0, 8.0)]
     bench(tmp_path / "a", "CPU", rows)
     (axes,) = speed.draw_speed(speed.read_bench([tmp_path])).axes
@@ -334,7 +334,7 @@ def test_budgets_of_close_points_do_not_cover_each_other(tmp_path: Path) -> None
 
 
 def test_files(tmp_path: Path, capsys: Any) -> None:
-    """A PDF and a PNG unless a suffix asks for one; two calls write the same bytes."""
+    """A PDF and a PNG are written unless a suffix selects one format; two calls write the same bytes."""
     suite(tmp_path / "runs")
     command = ["figure", "accuracy-flops", "--runs", str(tmp_path / "runs"), "--out"]
     for name in ("one", "two"):
@@ -376,7 +376,7 @@ def test_every_name_is_a_figure() -> None:
 
 
 def refused(capsys: Any, *argv: str) -> str:
-    """The one line that a command is refused with."""
+    """Run a command that is refused; return its message of one line."""
     assert main(["figure", *argv]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -384,7 +384,7 @@ def refused(capsys: Any, *argv: str) -> str:
 
 
 def test_variants_of_sweeps_can_be_left_out(tmp_path: Path, capsys: Any) -> None:
-    """More runs than a figure shows, without --no-sweeps."""
+    """If there are more runs than a figure shows, the message suggests --no-sweeps, with which it is drawn."""
     suite(tmp_path)
     for n in range(20):
         run = write_run(tmp_path / f"v{n}", figure=50.0 + n, hyper={"k0": n / 10})
@@ -396,7 +396,7 @@ def test_variants_of_sweeps_can_be_left_out(tmp_path: Path, capsys: Any) -> None
 
 
 def test_unsuitable_runs_are_refused(tmp_path: Path, capsys: Any) -> None:
-    """Each refusal names what is needed and the command that makes it."""
+    """Each refusal names the missing run or measurement and the command that makes it."""
     (tmp_path / "none").mkdir()
     full = tmp_path / "full"
     write_run(full, "full", None, answers=answers([[576] * 3] * 2))

@@ -35,13 +35,13 @@ def page(browser: Any, tmp_path: Path, tiny: Any) -> Iterator[tuple[Opened, Any]
 
 
 def pixels(opened: Opened) -> np.ndarray:
-    """(H, W, 3) of the overlay as the browser draws it, in the size of the image."""
+    """Return the (H, W, 3) overlay as the browser draws it, in the size of the image."""
     shot = Image.open(io.BytesIO(opened.tab.locator(".views svg").first.screenshot())).convert("RGB")
     return np.asarray(shot.resize(SIZE, Image.Resampling.NEAREST)).astype(int)
 
 
 def patch_middles(patches: set[int]) -> np.ndarray:
-    """(H, W) bool: the pixels of some patches that are more than a pixel from every border of patches."""
+    """Return a (H, W) bool mask of the pixels of `patches` that are more than a pixel from every patch border."""
     out = np.zeros((SIZE[1], SIZE[0]), dtype=bool)
     for patch in patches:
         area = np.pad(expected({patch}), 2)

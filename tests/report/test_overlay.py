@@ -1,4 +1,4 @@
-"""Overlays: the place of every visual token against the real preprocessing, and what is drawn."""
+"""Overlays place every visual token as the real preprocessing does, and draw kept and merged patches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def processor() -> Any:
 
 
 def tiles(values: torch.Tensor) -> torch.Tensor:
-    """(N, patches, C) pixels of each patch of (N, 3, SIDE, SIDE)."""
+    """Return the (N, patches, C) pixels of each patch of (N, 3, SIDE, SIDE) values."""
     n, side = values.shape[0], models.SIDE // models.GRID
     cut = values.reshape(n, 3, models.GRID, side, models.GRID, side)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, models.PATCHES, -1)
@@ -46,7 +46,7 @@ def whole(padded: bool) -> Values:
 
 
 def llava_crops(merge: str = "spatial_unpad") -> Values:
-    """Package llava's own preprocessing and splicing of an anyres image; newline tokens are 0."""
+    """Return the preprocessing and splicing of anyres images by package llava; newline tokens are 0."""
     from llava.mm_utils import process_images
 
     model: Any = models.tiny_llava(anyres=True)
@@ -64,7 +64,7 @@ def llava_crops(merge: str = "spatial_unpad") -> Values:
 
 
 def hf_crops(model: Any) -> Values:
-    """The same of transformers' LLaVA-NeXT."""
+    """Return the preprocessing and packing of anyres images by transformers' LLaVA-NeXT; newline tokens are 0."""
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
     def values(image: Image.Image) -> torch.Tensor:
@@ -81,13 +81,13 @@ def hf_crops(model: Any) -> Values:
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """Tokens whose pixels change by more than a quarter of the largest change."""
+    """Return the tokens whose pixels change by more than a quarter of the largest change."""
     difference = (after - before).abs().mean(1)
     return torch.nonzero(difference > difference.max() / 4).flatten().tolist()
 
 
 def check_places(views: list[ImageView], size: tuple[int, int], values: Values, step: int = 1) -> None:
-    """Paint the middle of every box: of all tokens of its view, that token alone shows it."""
+    """Paint the middle of every box and check that only the token of the box changes in its view."""
     base = Image.new("RGB", size, (120, 130, 110))
     before = values(base)
     assert sum(len(v.boxes) for v in views) == len(before)
@@ -148,7 +148,7 @@ SIZE = (200, 90)
 
 
 def ask(model: Any, method: str, sizes: Any = (SIZE,), rows: int = 1, images: int = 1, **hyper: Any) -> Any:
-    """The record of a prefill."""
+    """Run a prefill and return its record."""
     prompts = [models.prompt(4, 5 + i, images) for i in range(rows)]
     given = models.inputs(model, prompts, models.pixels(rows * images), None)
     if models.is_llava(model) and sizes is not None:
@@ -163,7 +163,7 @@ def ask(model: Any, method: str, sizes: Any = (SIZE,), rows: int = 1, images: in
 
 
 def expected(kept: Iterable[int]) -> np.ndarray:
-    """(H, W) bool, the pixels of an image of SIZE whose patches are kept, pixel by pixel."""
+    """Return a (H, W) bool mask of the pixels of an image of SIZE that lie in kept patches."""
     (width, height), kept = SIZE, set(kept)
     scale = models.GRID / width
     rows, columns = np.mgrid[:height, :width]
@@ -228,7 +228,7 @@ def test_contact_sheet(tiny: Any) -> None:
     *family, own = figure.axes[-1].get_lines()
     assert [line.get_label() for line in family] == [f"slope {k:g}" for k in (0, 0.1, 0.2, 0.3, 0.4)]
     assert own.get_ydata().tolist() == record.tokens_out[0].tolist()
-    assert figure._repr_png_().startswith(b"\x89PNG")  # what notebooks call
+    assert figure._repr_png_().startswith(b"\x89PNG")  # notebooks call it
     assert len(ask(tiny, "fastv", tokens=12).show(image, [1]).axes[-1].get_lines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""`llava-prune report` without a browser: what the page holds is what the files say."""
+"""`llava-prune report` without a browser: the page contains the numbers and texts of the files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GAP = {"points": -5.0, "low": -9.0, "high": -1.0}
 
 
 class Read(HTMLParser):
-    """Elements of a page, the text of its scripts, and the cells of its table of runs."""
+    """A parser that collects the elements of a page, its texts and scripts, and the cells of its table of runs."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Read(HTMLParser):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An unpruned run and two pruned ones on three questions."""
+    """Write an unpruned run and two pruned runs on three questions; return their folder."""
     asked = [(HOSTILE, "yes", 1.0), ("What is it?", "no", 0.0), ("And this?", "a dog", None)]
     other = [(HOSTILE, "no", 0.0), ("What is it?", "no", 0.0), ("And this?", "a cat", None)]
     make_run(tmp_path / "full", asked)
@@ -117,7 +117,7 @@ def test_figures(folder: Path) -> None:
         "GQA: figure against prefill FLOPs, with 95 % intervals; the table of runs has the numbers",
         "GQA: visual tokens entering each layer; the table of runs has the numbers",
     ]
-    assert sum(tag == "style" for tag, _ in read.tags) == 1  # rules of a figure would reach the page
+    assert sum(tag == "style" for tag, _ in read.tags) == 1  # a figure's rules would apply to the page
     ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert (

@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 
 
 def asked(count: int, wrong: float, seed: int) -> list[tuple[str, str, float | None]]:
-    """Made-up questions with answers and scores; the questions do not depend on `seed`."""
+    """Return made-up questions with answers and scores; the questions do not depend on `seed`."""
     draw = random.Random(seed)
     out: list[tuple[str, str, float | None]] = []
     for i in range(count):
@@ -47,11 +47,11 @@ class Report(Opened):
     """The page of a report."""
 
     def shown(self) -> list[int]:
-        """Questions in the rows that are drawn."""
+        """Return the numbers of the questions in the rows that are drawn."""
         return [int(i) for i in self.tab.eval_on_selector_all("#pairs tbody tr", "rs => rs.map(r => r.dataset.index)")]
 
     def every(self) -> list[int]:
-        """Questions of all pages."""
+        """Return the numbers of the questions from this page of rows to the last."""
         out = self.shown()
         while self.tab.locator(".pager:not([hidden]) button:enabled:text('Next')").count():
             self.tab.locator(".pager").first.get_by_role("button", name="Next").click()
@@ -61,7 +61,7 @@ class Report(Opened):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs on 250 questions, and two on another benchmark."""
+    """Write three runs on 250 questions, two runs on another benchmark, and their report; return the folder."""
     out: Path = tmp_path_factory.mktemp("results")
     gap = {"points": -5.0, "low": -9.0, "high": -1.0}
     make_run(out / "gqa" / "full", asked(250, 0.1, 1), kinds=KINDS, figure=90.0)
@@ -87,7 +87,7 @@ def run_of(folder: Path) -> StoredRun:
 
 
 def expected(a: StoredRun, b: StoredRun, needle: str = "", kind: str | None = None, show: str = "all") -> list[int]:
-    """What the browser of questions should show, computed from the files."""
+    """Return the numbers of the questions that the page should show, computed from the files."""
     rows = list(zip(a.answers(), b.answers(), a.scores(), b.scores(), strict=True))
     flips, others = [], []
     for i, (x, y, s, t) in enumerate(rows):
@@ -242,12 +242,12 @@ PAINT = """() => new Promise((done) => {
   };
   look();
 })"""
-"""First paint and first paint of content, the later one; the page's policy forbids playwright's wait_for_function."""
+"""The time of the first paint of content; the page's policy forbids playwright's wait_for_function."""
 
 
 @pytest.mark.parametrize("words", [0, 35], ids=["short answers", "long answers"])
 def test_ten_thousand_questions(browser: Any, tmp_path: Path, words: int) -> None:
-    """Four runs: size of the file, first paint, and the time that a search takes; -rP prints them."""
+    """File size, first paint and the slowest search stay below limits with four runs; pytest -rP prints them."""
     methods: Sequence[tuple[str, int | None]] = (("full", None), ("autoprune", 128), ("autoprune", 64), ("random", 64))
     for seed, (method, tokens) in enumerate(methods):
         draw = random.Random(seed)

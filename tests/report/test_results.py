@@ -1,4 +1,4 @@
-"""`llava-prune results`."""
+"""The lists and comparisons of `llava-prune results`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llava_prune.report.store import find_run, read_runs
 
 
 def said(capsys: Any, *argv: str, status: int = 0) -> str:
-    """What the command prints: on stdout, or the message of a failure."""
+    """Run the command; return its output, or the message of a failure."""
     assert main(["results", *argv]) == status
     got = capsys.readouterr()
     if status:
@@ -44,7 +44,7 @@ def narrow(monkeypatch: Any) -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path, runs: Callable[..., Path]) -> Path:
-    """Thirty questions, of which the pruned run has every third wrong and answers with markup."""
+    """Write two runs on thirty questions; the pruned one has every third answer wrong, with markup in its text."""
     asked = [(f"What is {i}?", "yes", 1.0) for i in range(30)]
     runs(tmp_path / "gqa" / "tiny" / "full", asked)
     pruned = [(q, t, 1.0) if i % 3 else (q, "[/b]\x1b[31m\nno", 0.0) for i, (q, t, _) in enumerate(asked)]
@@ -149,7 +149,7 @@ def test_comparison(pair: Path, capsys: Any, narrow: None, monkeypatch: Any) -> 
 
 @pytest.mark.parametrize("flags", [[], ["--compare", "gqa/tiny/full", "gqa/tiny/autoprune-64"], ["--csv", "-"]])
 def test_no_model_is_loaded(pair: Path, root: Path, flags: list[str]) -> None:
-    """A process of its own: these tests have loaded torch already."""
+    """The command runs in a process of its own, because these tests have already loaded torch."""
     code = "import sys; from llava_prune.cli import main; main(sys.argv[1:]); sys.stderr.write(' '.join(sys.modules))"
     argv = [sys.executable, "-c", code, "results", str(pair), *flags]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=True)

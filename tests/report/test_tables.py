@@ -1,4 +1,4 @@
-"""The tables of the paper: what was published, what is measured, and every format."""
+"""The tables of the paper: published scores, measured scores and output formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOLERANCE = {"1": 0.1, "2": None, "3": 0.5, "4": 0.1, "next7b": 0.5}
 
 
 def run(task: str, figure: float | None, interval: tuple[float, float] | None = None, **details: float) -> StoredRun:
-    """A stored run with what the tables read."""
+    """Return a stored run with the fields that tables read."""
     counts = {name: {"percent_of_full": 40.0} for name in ("visual_only_entering", "with_text_entering")}
     result = {
         "bench": task, "figure": figure, "interval": interval, "rows": 200, "details": details, "flops": counts,
@@ -40,7 +40,7 @@ def run(task: str, figure: float | None, interval: tuple[float, float] | None = 
 
 
 def measured(table: PublishedTable, share: float = 0.9) -> dict[str, Any]:
-    """A table whose runs have the published scores of the unpruned model, and `share` of them in every other row."""
+    """Return a table whose unpruned runs have the published scores, and whose other runs have `share` of them."""
     full = {}
     for column, score in zip(table.columns, table.baseline.scores, strict=True):
         for task in column.tasks:
@@ -55,7 +55,7 @@ def measured(table: PublishedTable, share: float = 0.9) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_ratios_follow_from_the_scores(name: str) -> None:
-    """By the rule of the paper: the mean of the ratios to the unpruned model."""
+    """By the rule of the paper, a ratio is the mean of the ratios of the scores to the unpruned model's."""
     table = published_table(read_table(name))
     base, limit = table["baseline"]["scores"], TOLERANCE[name]
     for row in table["rows"]:
@@ -68,7 +68,7 @@ def test_ratios_follow_from_the_scores(name: str) -> None:
 
 
 def test_some_published_cells() -> None:
-    """Read from the paper by eye."""
+    """The expected values were read from the paper by eye."""
     one, four = read_table("1"), read_table("4")
     assert len(one.rows) == 14 and len(four.rows) == 12 and len(read_table("3").rows) == 9
     assert one.rows[-1].method == "Ours" and one.rows[-1].scores == (57.7, 69.6, 57.1, 82.5, 1445, 63.6, 57.1)
@@ -79,7 +79,7 @@ def test_some_published_cells() -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_can_be_run(name: str) -> None:
-    """Its methods, budgets and benchmarks exist, also on the miniature model where its budgets fit."""
+    """The methods, budgets and benchmarks of every row exist, and its run can be planned on the miniature model."""
     table = read_table(name)
     assert all(load_task(task).name == task for task in table.tasks)
     assert all(len(row.scores) == len(table.columns) for row in (table.baseline, *table.rows))
@@ -92,14 +92,14 @@ def test_every_row_can_be_run(name: str) -> None:
 
 
 def test_half_of_the_flops_on_7b() -> None:
-    """The budgets that docs/reproduction.md states for table 2."""
+    """The budgets of table 2 are those that docs/reproduction.md states."""
     runs = plan(cases_of([request_of(row) for row in read_table("2").rows], size=Size()))
     assert [r.label for r in runs] == ["vtw-279", "topv-285", "autoprune-267"]
     assert runs[0].method.plan(576, 32) == [576] * 16 + [0] * 16
 
 
 def test_markup_is_text() -> None:
-    """Brackets of titles and cells are no markup of the terminal's."""
+    """Brackets in titles, cells and notes are printed, not taken for markup of the terminal."""
     shown = formats.Sheet("a [/b]", ["[red]x"], [[["[8,16]"]]], (0,), (), ["n [i]"], [])
     out = io.StringIO()
     Console(file=out, width=80).print(formats.text(shown))
@@ -130,7 +130,7 @@ def test_measured_values(name: str) -> None:
 
 
 def test_intervals() -> None:
-    """Of a number of questions in percent of them, and of a mean of two benchmarks (each half as wide, root sum)."""
+    """The interval of a count is converted to percent; a mean of two benchmarks adds half-widths in quadrature."""
     base = measured(read_table("2"))["baseline"]
     sqa, both, pope, ocr = base["intervals"]
     assert sqa == pytest.approx([69.5 - 3, 69.5 + 4]) and pope == pytest.approx([85.9 - 3, 85.9 + 4])
@@ -183,7 +183,7 @@ def test_csv(name: str) -> None:
 
 
 def rows_of_latex(text: str) -> list[list[str]]:
-    """Cells of the lines of a tabular; refuses what LaTeX would not take."""
+    """Return the cells of the lines of a tabular, and check that LaTeX would accept it."""
     body = [x for x in text.splitlines() if not x.startswith("%")]
     assert re.fullmatch(r"\\begin\{tabular\}\{[lr]+\}", body[0]) and body[-1] == r"\end{tabular}"
     assert body[1] == r"\toprule" and body[-2] == r"\bottomrule" and body[3] == r"\midrule"
@@ -253,7 +253,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_the_files_have_no_other_keys() -> None:
-    """A misspelt key would be ignored."""
+    """The files of published tables have known keys only, because a misspelt key would be ignored."""
     known = {"title", "source", "model", "flops", "columns", "baseline", "rows"}
     folder = Path(read_table.__code__.co_filename).parent / "published"
     for path in folder.glob("*.yaml"):

@@ -1,4 +1,4 @@
-"""Images in a report: which questions have one, and what the runs kept of it."""
+"""Images in a report: the questions that have one, and the patches that runs kept of it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tests.report.conftest import make_run
 
 LAYERS = 3
 SURVIVAL = {"full": [LAYERS] * 4, "autoprune": [3, 1, 2, 0]}
-"""How many layers each of the four tokens of an image leaves."""
+"""Method -> number of decoder layers that each of the four tokens of an image leaves."""
 BOXES: list[Any] = [(0, 0, 10, 10), (10, 0, 20, 10), (0, 10, 10, 20), (10, 10, 20, 20)]
 
 
 def images(run: StoredRun, rows: Sequence[int], side: int) -> list[Thumbnail | None]:
-    """White images of 20 x 20 pixels; question 2 has none."""
+    """Return white images of 20 x 20 pixels; question 2 has none."""
     return [None if i == 2 else Thumbnail(Image.new("RGB", (20, 20), "white"), [(0, BOXES)]) for i in rows]
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[StoredRun]:
-    """An unpruned run and a pruned one on five questions; they differ in questions 1 and 3."""
+    """Write an unpruned and a pruned run on five questions; their scores differ in questions 1 and 3."""
     scores = {"full": (1.0, 1.0, 0.0, 0.0, 1.0), "autoprune": (1.0, 0.0, 0.0, 1.0, 1.0)}
     for name, values in scores.items():
         asked = [(f"Question {i}?", "yes", s) for i, s in enumerate(values)]

@@ -1,4 +1,4 @@
-"""LLaVA's own entry points run pruned and unchanged, and answer what this package's evaluation answers."""
+"""LLaVA's own entry points run pruned without changes and give the answers of this package's evaluation."""
 
 import base64
 import contextlib
@@ -41,7 +41,7 @@ def questions():
 
 
 def answers(rows):
-    """What this package answers to texts about images."""
+    """Return the answers of this package to questions about images."""
     loaded = llava_prune.load(MODEL, family="llava", dtype=torch.float32, device="cpu")
     said = []
     with llava_prune.pruned(loaded.model, "autoprune", tokens=64) as handle:
@@ -83,7 +83,7 @@ def test_model_vqa_loader(questions, ours, tmp_path):
 
 @pytest.fixture
 def projector_only(tmp_path):
-    """A checkpoint that is a float16 projector for a base model, with the base's vision tower by its relative name."""
+    """Return a checkpoint that is only a float16 projector; its config names the vision tower by a relative path."""
     folder = tmp_path / "llava-tiny-projector"
     folder.mkdir()
     shutil.copy(MODEL / "config.json", folder)
@@ -147,14 +147,14 @@ def test_model_vqa(questions, ours, tmp_path):
 
 
 def test_model_vqa_mmbench(tmp_path):
-    """The program reads the file with pandas and makes its own prompts, which are those of our evaluation."""
+    """The program makes its own prompts from the file, and its answers equal those of this package's evaluation."""
     pytest.importorskip("pandas")
     lines = (MINI / "mmbench" / "mmbench_dev_20230712.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     folder = tmp_path / "data" / "mmbench"
     folder.mkdir(parents=True)
     words = [
         x for x in lines[1:] if not any(option.isdecimal() for option in x.split("\t")[3:7])
-    ]  # pandas reads numbers
+    ]  # pandas parses numbers
     (folder / "mmbench_dev_20230712.tsv").write_text("".join([lines[0], *words[:3]]), encoding="utf-8")
     answers = tmp_path / "answers.jsonl"
     done = run(
@@ -175,7 +175,7 @@ def test_model_vqa_mmbench(tmp_path):
 
 
 def test_a_script_that_starts_programs(questions, ours, tmp_path):
-    """Two at once, as LLaVA's scripts start one for each GPU; other uses of Python are not changed."""
+    """A script can start programs at once, as LLaVA's do for each GPU; other uses of Python are not changed."""
     asked, script = tmp_path / "questions.jsonl", tmp_path / "all.sh"
     asked.write_text("".join(json.dumps(row) + "\n" for row in questions[:2]), encoding="utf-8")
     script.write_text(
@@ -222,7 +222,7 @@ def test_a_program_that_is_not_llavas_is_refused():
 
 
 def test_the_last_question_has_no_image(questions, tmp_path):
-    """What is reported is the last prompt with an image; ScienceQA has questions without."""
+    """The report describes the last prompt with an image, because ScienceQA has questions without one."""
     row = questions[0]
     asked, answers = tmp_path / "questions.json", tmp_path / "answers.jsonl"
     first = {"id": "1", "image": row["image"], "conversations": [{"value": "<image>\n" + row["text"]}]}
@@ -260,7 +260,7 @@ def post(port: int, path: str, given: object = None) -> bytes:
 
 @contextlib.contextmanager
 def serving(folder: Path, name: str, port: int, *more: str):
-    """A server of package llava under `llava-prune run`, with its log files in `folder`."""
+    """Run a server of package llava under `llava-prune run`, with its log files in `folder`."""
     command = [sys.executable, "-m", "llava_prune", "run", "--method", "autoprune", "--tokens", "64", "--", "python"]
     command += ["-m", f"llava.serve.{name}", "--host", "localhost", "--port", str(port), *more]
     with open(folder / f"{name}.out", "wb") as out:
@@ -311,7 +311,7 @@ def test_controller_and_model_worker(questions, ours, tmp_path):
 
 
 def test_log_records_go_to_the_stream_of_the_start(monkeypatch, capsys):
-    """A program that replaces sys.stderr by a stream that logs gets no record of its own."""
+    """If a program replaces sys.stderr by a stream that logs, records still go to the original stream."""
     seen = []
 
     class Logging:
@@ -341,7 +341,7 @@ def test_log_records_go_to_the_stream_of_the_start(monkeypatch, capsys):
 
 
 def test_threads_of_the_program_run_on_the_cpu():
-    """Also those of a class of their own, once each; reading a file in one thread changes nothing in another."""
+    """Threads of any class use the CPU; reading a file as stored in one thread changes nothing in another."""
     cpu, made, inside, go = llava_programs.OnCPU(), [], threading.Event(), threading.Event()
     cpu.dtype = torch.bfloat16
 
@@ -387,7 +387,7 @@ def test_stored_bytes_keep_their_dtype(tmp_path):
     [(SMALL - 1, "float16", torch.float32), (SMALL, "float16", torch.bfloat16), (SMALL, "float32", torch.float32)],
 )
 def test_dtype_is_that_of_load(tmp_path, size, stored, dtype):
-    """By the size of the weight files, not by the number of parameters."""
+    """The dtype depends on the size of the weight files, not on the number of parameters."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llava_llama", "torch_dtype": stored}), encoding="utf-8")
     with open(tmp_path / "pytorch_model.bin", "wb") as file:
@@ -407,7 +407,7 @@ def test_the_files_of_the_base_count(tmp_path):
             file.truncate(size)
     for base, dtype in ((None, torch.float32), (str(folders["base"]), torch.bfloat16)):
         cpu, model = llava_programs.OnCPU(), torch.nn.Linear(2, 2).half()
-        with pytest.raises(ValueError, match="Linear"):  # attach refuses it, cast by then
+        with pytest.raises(ValueError, match="Linear"):  # attach refuses it after the cast
             given = (lambda *a, model=model, **k: (None, model, None, 1), "full", {}, [], [], cpu)
             llava_programs._load(*given, str(folders["adapter"]), base)
         assert model.weight.dtype is cpu.dtype is dtype
@@ -455,7 +455,7 @@ def test_what_a_program_imports(line, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fastapi", "gradio"])
 def test_packages_that_are_not_installed(name):
-    """As soon as the program imports them, whatever else is there."""
+    """A missing package is reported when the program imports it, whatever else is installed."""
     line = f"import sys; sys.modules[{name!r}] = None; from llava_prune.cli import main; raise SystemExit(main())"
     program = {"gradio": "llava.serve.gradio_web_server"}.get(name, "llava.serve.controller")
     command = [sys.executable, "-c", line, "run", "--", "python", "-m", program]

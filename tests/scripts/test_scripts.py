@@ -48,7 +48,7 @@ def test_setup_leaves_foreign_folders_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_readme_prints_what_gqa_measures(tmp_path: Path) -> None:
-    """Accuracies of README's table within one question of 400, tokens and FLOPs within 0.1."""
+    """Measured accuracies equal README's table within one question of 400, and tokens and FLOPs within 0.1."""
     command = [sys.executable, "-m", "llava_prune", "eval", "gqa", "--out", str(tmp_path), "--device", "cpu"]
     env = {**os.environ, "METHOD": "autoprune,random,uniform", "TOKENS": "64"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)

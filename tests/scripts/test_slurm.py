@@ -1,4 +1,4 @@
-"""The sbatch file, run with stand-ins for Slurm's commands: as one node, and as two on this machine."""
+"""The sbatch file runs with stand-ins for Slurm's commands, as one node and as two local nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ exit $status
 
 
 def test_directives() -> None:
-    """Only options that sbatch has, each with a value of its kind."""
+    """The file uses only options that sbatch has, each with a value of the right type."""
     text = FILE.read_text()
     given = re.findall(r"^#SBATCH (--\S+)$", text, re.MULTILINE)
     assert text.index("#SBATCH") < text.index("set -euo"), "sbatch stops reading at the first command"

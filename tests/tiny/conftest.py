@@ -12,11 +12,11 @@ if str(ROOT) not in sys.path:
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The shipped checkpoint."""
+    """Return the folder of the shipped checkpoint."""
     return ROOT / "playground" / "models" / "llava-tiny"
 
 
 @pytest.fixture(scope="session")
 def gqa_dir() -> Path:
-    """The held-out questions."""
+    """Return the folder of the held-out questions."""
     return ROOT / "playground" / "data" / "mini" / "gqa"

@@ -1,4 +1,4 @@
-"""The shipped checkpoint: format, tokenizer, and a few questions answered."""
+"""The shipped checkpoint: format, tokenizer, and answers to a few questions."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Read-outs of the training: where nouns, options and answers stand, and what is true of them."""
+"""Auxiliary supervision of the training: the positions of nouns, options and answers, and the facts about them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CIRCLE, SQUARE = sc.SHAPES.index("circle"), sc.SHAPES.index("square")
 
 
 def packed(text: str, answer: str):
-    """One question alone in a batch."""
+    """Return a batch of one question."""
     model = tk.load(MODEL)
     ids = tuple(model.encode(f"\n{text} ASSISTANT:"))
     item = Item(ids, ids, (*model.encode(answer), model.eos_id()), 0)
@@ -27,7 +27,7 @@ def packed(text: str, answer: str):
 
 
 def table(*things: tuple[float, ...]) -> np.ndarray:
-    """(1, 8, 6) of one scene: shape, colour, size, mark, x, y."""
+    """Return the (1, 8, 6) table of one scene: shape, colour, size, mark, x and y of each thing."""
     rows = np.full((1, 8, 6), -1.0, np.float32)
     rows[0, : len(things)] = things
     return rows
@@ -45,7 +45,7 @@ def table(*things: tuple[float, ...]) -> np.ndarray:
     ],
 )
 def test_nouns_are_found_with_their_colours(text: str, expected: list[tuple[int, int]]) -> None:
-    """In both languages, singular and plural."""
+    """Nouns are found in English and Chinese, in the singular and the plural."""
     spots = ns.find_spots(ns.Words.read(MODEL), packed(text, "yes"))
     assert list(zip(spots.shape.tolist(), spots.colour.tolist(), strict=True)) == expected
     assert spots.count.sum() == len(expected)
@@ -53,7 +53,7 @@ def test_nouns_are_found_with_their_colours(text: str, expected: list[tuple[int,
 
 @pytest.mark.parametrize(("options", "answer", "right"), [("circle square", "B", 1), ("1 4 3", "C", 2)])
 def test_options_are_told_right_from_wrong(options: str, answer: str, right: int) -> None:
-    """And the nouns in them are not taken for things asked about."""
+    """The right option is marked, and nouns in options do not count as things that the question asks about."""
     lines = "\n".join(f"{letter}. {word}" for letter, word in zip("ABC", options.split(), strict=False))
     spots = ns.find_spots(ns.Words.read(MODEL), packed(f"What is the red object?\n{lines}", answer))
     assert spots.right.tolist() == [i == right for i in range(len(options.split()))]
@@ -61,7 +61,7 @@ def test_options_are_told_right_from_wrong(options: str, answer: str, right: int
 
 
 def test_the_answer_starts_after_the_prompt() -> None:
-    """At the token that predicts its first word."""
+    """The position found is that of the token which predicts the first word of the answer."""
     batch = packed("Is the circle red?", "yes")
     spots = ns.find_spots(ns.Words.read(MODEL), batch)
     model = tk.load(MODEL)
@@ -69,7 +69,7 @@ def test_the_answer_starts_after_the_prompt() -> None:
 
 
 def test_truth_of_a_noun() -> None:
-    """Number, place of the only one, and what all share."""
+    """The facts are the number of things, the place of a single one, and the properties that all share."""
     scene = table((CIRCLE, RED, 0, 0, -0.5, 0.25), (SQUARE, RED, 0, 0, 0.1, 0.2), (SQUARE, BLUE, 0, 0, 0.3, 0.4))
     words = ns.Words.read(MODEL)
 
@@ -86,7 +86,7 @@ def test_truth_of_a_noun() -> None:
 
 
 def test_losses_are_finite_and_reach_the_states() -> None:
-    """Also for a question without options or a pair."""
+    """The loss is finite and has gradients also for a question without options or a pair of things."""
     head, batch = ns.Nouns(16), packed("Is the circle red?", "yes")
     half, late = (torch.randn(1, 120, 16, requires_grad=True) for _ in range(2))
     scene = table((CIRCLE, RED, 0, 0, -0.5, 0.25))
