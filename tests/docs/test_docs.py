@@ -243,7 +243,7 @@ REPLACED = re.compile(
 )
 """Words and names that documents and messages must not contain; a standard term replaces each of them."""
 RIGHT = {"fold"}
-"""Strings of the package that may equal such a word: rich's overflow="fold"."""
+"""Strings of the package that may equal such a word: a value of rich's parameter `overflow`."""
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -53,7 +53,7 @@ def encode(rows: list[Any], end: bytes = b"\n") -> bytes:
 
 
 def score(bench: str, content: bytes, nine: Path, folder: Path, data: Path | None = None) -> Any:
-    """Return the figure and details, or None without a figure; the message of an error must be one line."""
+    """Return the figure and details, or None if there is no figure; the message of an error must be one line."""
     path = folder / "a.jsonl"
     path.write_bytes(content)
     try:

@@ -228,7 +228,7 @@ def test_rows_that_are_not_this_runs(tmp_path: Path, finished: bool, name: str, 
 
 
 def test_answers_of_another_run_with_these_settings(tmp_path: Path) -> None:
-    """They are refused even if settings.json matches, because each row has a checksum over its settings."""
+    """Rows of another run are refused even if settings.json matches, because each has a checksum of its settings."""
     other = fill(tmp_path / "other", hyper={"k0": 0.5})
     mine = fill(tmp_path / "mine")
     mine.write_bytes(other.read_bytes())

@@ -177,7 +177,7 @@ def asked(images: list[str | None]) -> dict[int, Question]:
 
 
 def test_pieces() -> None:
-    """Pieces keep the questions of an image together, text-only questions apart, and longest prompts first."""
+    """Pieces keep the questions of an image together and text-only questions apart; longest prompts come first."""
     questions = asked([*(f"{i % 7}" for i in range(30)), None, None, *["many"] * 12])
     lengths = [10 + i % 5 for i in range(42)] + [99, 1]
     found = pieces(questions, lengths, 8)

@@ -143,7 +143,7 @@ def test_a_figure_that_does_not_follow_is_refused(tmp_path: Path) -> None:
 
 
 def test_reasons_without_a_ratio(tmp_path: Path) -> None:
-    """The reason is a benchmark that was not run, an undefined figure, or a figure of 0 of the unpruned model."""
+    """The reason for a missing ratio is a benchmark not run, an undefined figure, or an unpruned figure of 0."""
     tasks = [load_task("gqa"), load_task("textvqa")]
     asked = [("Is it?", "yes", 1.0)], [("Is it?", "no", 0.0)]
     run, zero, other = (

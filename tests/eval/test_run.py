@@ -106,7 +106,7 @@ def test_a_batch_of_which_a_part_is_on_disk_is_asked_whole(
 
 
 def test_flops_of_prompts_without_an_image() -> None:
-    """They have no visual tokens in the unpruned model either, so only their text counts, in both models."""
+    """Only the text of a prompt without an image counts, in the pruned and in the unpruned model."""
     size = Size(layers=2, hidden=8, intermediate=16, visual=16)
     image = {"kept": {"entering": [16, 4], "leaving": [4, 4]}}
     text = {"kept": {"entering": [0, 0], "leaving": [0, 0]}}

@@ -148,7 +148,7 @@ def test_dry_run_finds_the_runs(settings: Settings, stand_in: Any, capsys: Any) 
 
 
 def test_the_difference_to_the_unpruned_model_stays(settings: Settings, stand_in: Any) -> None:
-    """It is the same whether the runs are made together or apart, and after a call without the unpruned model."""
+    """The difference is the same if runs are made together or apart, and after a call without the unpruned model."""
     stand_in()
     alone = dataclasses.replace(settings, reference=False)
     evaluate_all(alone, nothing)

@@ -384,7 +384,7 @@ def refused(capsys: Any, *argv: str) -> str:
 
 
 def test_variants_of_sweeps_can_be_left_out(tmp_path: Path, capsys: Any) -> None:
-    """If there are more runs than a figure shows, the message suggests --no-sweeps, with which it is drawn."""
+    """If there are more runs than a figure can show, the message suggests --no-sweeps, which draws fewer."""
     suite(tmp_path)
     for n in range(20):
         run = write_run(tmp_path / f"v{n}", figure=50.0 + n, hyper={"k0": n / 10})

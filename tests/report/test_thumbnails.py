@@ -23,7 +23,7 @@ from tests.report.conftest import make_run
 
 LAYERS = 3
 SURVIVAL = {"full": [LAYERS] * 4, "autoprune": [3, 1, 2, 0]}
-"""Method -> number of decoder layers that each of the four tokens of an image leaves."""
+"""Method -> number of decoder layers after which each of the four tokens of an image is still kept."""
 BOXES: list[Any] = [(0, 0, 10, 10), (10, 0, 20, 10), (0, 10, 10, 20), (10, 10, 20, 20)]
 
 

@@ -175,7 +175,7 @@ def test_model_vqa_mmbench(tmp_path):
 
 
 def test_a_script_that_starts_programs(questions, ours, tmp_path):
-    """A script can start programs at once, as LLaVA's do for each GPU; other uses of Python are not changed."""
+    """A script can start several programs at once, as LLaVA's do for GPUs; other uses of Python are not changed."""
     asked, script = tmp_path / "questions.jsonl", tmp_path / "all.sh"
     asked.write_text("".join(json.dumps(row) + "\n" for row in questions[:2]), encoding="utf-8")
     script.write_text(

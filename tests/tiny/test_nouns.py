@@ -69,7 +69,7 @@ def test_the_answer_starts_after_the_prompt() -> None:
 
 
 def test_truth_of_a_noun() -> None:
-    """The facts are the number of things, the place of a single one, and the properties that all share."""
+    """The facts about a noun are the number of matches, the place of a single match, and what all matches share."""
     scene = table((CIRCLE, RED, 0, 0, -0.5, 0.25), (SQUARE, RED, 0, 0, 0.1, 0.2), (SQUARE, BLUE, 0, 0, 0.3, 0.4))
     words = ns.Words.read(MODEL)
 
