@@ -121,7 +121,7 @@ def test_every_figure_follows_from_the_stored_scores(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(("name", "count"), [("mme", 100), ("mmbench", 60), ("pope", 360), ("sqa", 100)])
 def test_what_is_a_unit(name: str, count: int, tmp_path: Path) -> None:
-    """Units are MME perception images, MMBench questions with their rotations, and ScienceQA questions with an image."""
+    """Units are MME perception images, MMBench questions with rotations, and ScienceQA questions with an image."""
     made = Made(name)
     assert len(units_of(made.task, stored(tmp_path / "a", made)).groups) == count
 
