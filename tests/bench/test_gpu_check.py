@@ -1,4 +1,4 @@
-"""The check of a GPU on a CPU with small models: its stages run, and end within their time."""
+"""scripts/bench/gpu_check.sh on a CPU with small models: its stages run and end within their time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check() -> ModuleType:
 
 
 def run(out: Path, stages: str, **env: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """The script in a rehearsal, and its results by process."""
+    """Run the script on the CPU; return the process and the results by file."""
     given = {"DEVICE": "cpu", "SHAPE": "tiny", "STAGES": stages, "OUT": str(out), "PYTHON": sys.executable}
     given |= {"OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
@@ -54,7 +54,7 @@ def test_two_stages(tmp_path: Path) -> None:
 
 
 def test_a_failing_stage_says_why_and_stops_no_other(tmp_path: Path) -> None:
-    """Without a package, and where no time is left."""
+    """A missing package and a lack of time are reported, and the script continues."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     done, found = run(tmp_path / "out", "f a", PYTHONPATH=str(tmp_path / "hide"))
@@ -81,7 +81,7 @@ def test_stages_by_letter(check: ModuleType) -> None:
 
 
 def test_errors_of_parts(check: ModuleType, tmp_path: Path) -> None:
-    """A part that fails leaves the others, and the file is whole after each."""
+    """An error in one part does not stop the others, and the file is complete after each part."""
     report = check.Report(tmp_path / "c.json")
     for name in ("one", "two"):
         with report.attempt(name):

@@ -31,7 +31,7 @@ def small() -> Any:
 @pytest.mark.parametrize("tokens", [192, 128, 64])
 @pytest.mark.parametrize("name", NAMES)
 def test_pruned_below_unpruned(name: str, tokens: int, small: Any) -> None:
-    """Bytes that torch allocates on the CPU, see `memory.Peak`."""
+    """Peaks are bytes that torch allocates on the CPU, see `memory.Peak`."""
     loaded, asked, lm, full = small
     assert full["prefill"] > 12 * 2 * 660 * 256 * 4, "the cache alone"
     budget = {} if name == "text-only" else {"tokens": tokens}

@@ -59,7 +59,7 @@ def test_the_tables_name_every_method(capsys: pytest.CaptureFixture[str]) -> Non
 def test_tables_fit_the_terminal(
     width: int, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No name of a method is broken, and columns that do not fit are named."""
+    """No name of a method is broken, and the short table shows all its columns."""
     monkeypatch.setattr(tables, "stdout", lambda: Console(width=width))
     assert main(["methods", "--tokens", "192,64", *flags]) == 0
     out = capsys.readouterr().out

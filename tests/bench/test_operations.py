@@ -1,4 +1,4 @@
-"""Profiles of prefills: what is counted, and where."""
+"""Profiles of prefills: operations, launches and synchronisations, and where they occur."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llava-prune bench` on the tiny shape, and its parts against values by hand."""
+"""`llava-prune bench` on the tiny shape, and its parts against values computed by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_efficiency_is_time_over_flops(result: Any) -> None:
 
 
 def test_memory_of_a_prefill(result: Any) -> None:
-    """The unpruned cache alone has 4 layers x 2 x 596 tokens x 64 floats."""
+    """Peaks include the cache: the unpruned one alone has 4 layers x 2 x 596 tokens x 64 floats."""
     for row in result[0]["rows"]:
         full, cut = row["memory"]["full"], row["memory"]["pruned"]
         assert full["prefill"] > 4 * 2 * 596 * 64 * 4 * 0.99
@@ -119,7 +119,7 @@ def test_the_plot_shows_the_rows(result: Any) -> None:
 
 @pytest.mark.experimental
 def test_recorded_and_fused_requests(monkeypatch: Any, tmp_path: Path) -> None:
-    """The stand-in for CUDA graphs is replayed in every timed pair; kernels are interpreted."""
+    """The stand-in for CUDA graphs is replayed in every timed pair; the fused kernels are interpreted."""
     tape = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: tape)
     settings = Settings(

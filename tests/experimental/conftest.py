@@ -1,4 +1,4 @@
-"""Acceleration that no GPU has run: these tests carry the marker `experimental` and are left out by default."""
+"""Tests of llava_prune.experimental: they carry the marker `experimental` and are left out by default."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> Any:
-    """A method's name."""
+    """The name of a method."""
     return request.param
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Takes the place of CUDA graphs."""
+    """A recorder that takes the place of CUDA graphs."""
     made = Recorder()
     monkeypatch.setattr(graphs, "recorder", lambda device: made)
     return made
@@ -33,11 +33,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture
 def chosen(name: str) -> Any:
-    """Its arguments for the small models."""
+    """The arguments of the method for the small models."""
     return setting(name)
 
 
 @pytest.fixture
 def hyper(chosen: Any) -> Any:
-    """Those that prune."""
+    """The arguments with which the method prunes."""
     return chosen.hyper

@@ -1,7 +1,8 @@
-"""A stand-in for CUDA graphs, and requests that are compared with it and without.
+"""A stand-in for CUDA graphs, and functions that compare requests with and without it.
 
-No CUDA here: a tape keeps every operation with the tensors it read and wrote, and does them again on the same memory,
-which is what a graph does; reads of the device and data from the host break it, as they break a capture.
+The tests need no CUDA: a tape keeps every operation with the tensors that it read and wrote, and repeats the operations
+on the same memory, as a CUDA graph does. Device-to-host copies and data from the host break a tape, as they break a
+capture.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests import models
 
 
 class Tape(TorchDispatchMode):
-    """Records while it is entered."""
+    """Records operations while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +47,11 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Recorder:
-    """Counts what it records and replays; spoils what a recording computed, for a capture computes nothing."""
+    """Records and replays runs, and counts both. Overwrites what a recording computed: a capture computes nothing."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0  # pieces of prefills
-        self.steps = self.stepped = 0  # tokens
+        self.steps = self.stepped = 0  # decoding steps
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         tape, token = Tape(), "Steps" in run.__qualname__
@@ -72,7 +73,7 @@ class Recorder:
 
 
 def asked(model: Any, row: Any, pixels: Any, handle: Any, steps: int = 4) -> dict[str, Any]:
-    """A greedy answer with its logits, cache and record."""
+    """Return a greedy answer with its logits, cache and record."""
     out = models.generate(model, models.inputs(model, [row], pixels), steps)
     last = handle.last
     return {
@@ -86,7 +87,7 @@ def asked(model: Any, row: Any, pixels: Any, handle: Any, steps: int = 4) -> dic
 
 
 def same(a: dict[str, Any], b: dict[str, Any], padded: bool = False) -> None:
-    """Prefills bit for bit, unless there was padding; tokens after them up to rounding, for sums are longer there."""
+    """Check that two answers are equal: prefills exactly unless `padded`, decoding steps up to rounding."""
     torch.testing.assert_close(a["logits"], b["logits"], rtol=0, atol=2e-5)
     assert padded or torch.equal(a["logits"][0], b["logits"][0])
     steps = len(a["logits"]) - 1

@@ -1,4 +1,4 @@
-"""Recorded and fused requests on a real GPU; what stands in for one elsewhere is in tests/tape.py."""
+"""Recorded and fused requests on a real GPU; the stand-in for CUDA graphs on a CPU is in tests/experimental/tape.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def asked(model: Any, handle: Any, seed: int) -> tuple[Any, list[Any]]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["full", "autoprune", "autoprune-flash", "fastv", "pdrop", "visionzip", "sparsevlm"])
 def test_replays(name: str, fused: bool, tiny: Any) -> None:
-    """Three images, four times each, with exact and rounded text lengths."""
+    """Three images, four times each, with exact and rounded text lengths, give the ordinary answers."""
     model, hyper = copy.deepcopy(tiny).to("cuda"), setting(name).hyper
     with llava_prune.pruned(model, name, **hyper) as handle:
         expected = [asked(model, handle, seed) for seed in range(3)]

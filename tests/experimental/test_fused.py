@@ -1,4 +1,4 @@
-"""Requests with fused cuts keep the same tokens and answer the same, up to rounding."""
+"""Requests with fused cuts keep the same tokens and give the same answers, up to rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def model(tiny: Any) -> Any:
-    """On the GPU where there is one; elsewhere kernels are interpreted."""
+    """The model, on a GPU if there is one; elsewhere the kernels are interpreted."""
     return tiny if HERE.type == "cpu" else copy.deepcopy(tiny).to(HERE)
 
 
@@ -42,7 +42,7 @@ def test_single_prompts(name: str, hyper: dict[str, Any], model: Any) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_batches(name: str, model: Any) -> None:
-    """Two that keep the same counts, and padding with counts that differ, which plain torch does in part."""
+    """A batch with equal counts, and a padded batch with different counts, which plain torch computes in part."""
     for rows in ([models.prompt(4, 5), models.prompt(4, 5, seed=2)], [models.prompt(4, 5), models.prompt(9, 2)]):
         given = models.inputs(model, rows, models.pixels(2))
         with torch.inference_mode():

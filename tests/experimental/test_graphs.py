@@ -1,4 +1,4 @@
-"""Replayed prefills equal those that run as ever. What stands in for CUDA graphs is in tape.py."""
+"""Replayed prefills equal ordinary ones. The stand-in for CUDA graphs is in tape.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_some_methods_can_be_replayed() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replays_equal_ordinary_prefills(name: str, tiny: Any, recorder: Recorder) -> None:
-    """Three lengths and three images, each asked five times; answers stay as they are while others are replayed."""
+    """Three prompts with three images each, four times in turn, are answered as without graphs."""
     hyper = setting(name).hyper
     rows = [models.prompt(4, 5), models.prompt(9, 2, seed=1), models.prompt(4, 5, seed=2)]
     asks = [(row, models.pixels(1, seed=s)) for row in rows for s in range(3)]
@@ -58,7 +58,7 @@ def test_autoprune_with_other_settings(hyper: dict[str, Any], tiny: Any, recorde
 
 
 def test_one_recording_for_each_schedule(tiny: Any, recorder: Recorder) -> None:
-    """A rounded slope needs one piece up to the read and one for each schedule."""
+    """A rounded slope needs one recording up to the device-to-host copy and one for each schedule."""
     hyper = {**setting("autoprune").hyper, "slope_step": 0.2}
     with torch.inference_mode(), llava_prune.pruned(tiny, "autoprune", graphs=True, **hyper) as handle:
         for _ in range(3):
@@ -92,7 +92,7 @@ def test_recordings_are_dropped_at_the_limit(tiny: Any, recorder: Recorder, monk
 
 
 def test_recordings_outlive_an_attachment(tiny: Any, recorder: Recorder) -> None:
-    """As the bench uses them, which detaches between two pruned requests."""
+    """Recordings stay valid after detaching, as in the benchmark, which detaches between two pruned requests."""
     method = llava_prune.build("autoprune", **setting("autoprune").hyper)
     mine, row, pixels = graphs.Graphs(method, tiny.device), models.prompt(4, 5), models.pixels(1)
     with llava_prune.pruned(tiny, method) as handle:
@@ -120,8 +120,7 @@ def test_refusals(tiny: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", METHODS)
 def test_lengths_share_recordings(name: str, tiny: Any, recorder: Recorder) -> None:
-    """Texts of 1 to 8 rows after the image are two shapes for a step of 4; a prompt that fits exactly is one of
-    them."""
+    """With a text step of 4, prompts with 1 to 8 text tokens after the image share recordings of two shapes."""
     hyper = setting(name).hyper | ({"slope_step": 0.2} if "autoprune" in name else {})
     asks = [(models.prompt(4, n, seed=n), models.pixels(1)) for n in range(1, 9)]
     with llava_prune.pruned(tiny, name, **hyper) as handle:

@@ -1,6 +1,6 @@
-"""Triton kernels against the plain functions they stand for: on a GPU where there is one, interpreted elsewhere.
+"""Triton kernels against the plain functions that they replace: on a GPU if there is one, else interpreted.
 
-That they compile for a GPU is a test of its own.
+A separate test compiles them for GPUs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def view_of(hidden: torch.Tensor, visual: torch.Tensor, counts: int) -> View:
 def test_cuts_are_the_same(
     before: int, patches: int, after: int, batch: int, parts: Any, clusters: int, split: bool, seed: int
 ) -> None:
-    """Ties, values that are no numbers, one or two images, no text on either side, all and nothing kept."""
+    """Covers ties, NaN and infinite scores, one or two images, no text on either side, and all or no tokens kept."""
     draw = torch.Generator().manual_seed(seed)
     length = before + patches + after
     visual = torch.zeros(batch, length, dtype=torch.bool, device=HERE)
@@ -107,7 +107,7 @@ def test_means(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotary_positions(shared: bool, kernels: Any) -> None:
-    """Heads of 12 are no power of two."""
+    """The head size, 12, is not a power of two."""
     queries = torch.randn(2, 5, 3 * 12, device=HERE)
     cos, sin = torch.randn(2, 1 if shared else 2, 5, 12, device=HERE)
     plain = _rotate(queries.view(2, 5, 3, 12).transpose(1, 2), cos, sin)
@@ -116,7 +116,7 @@ def test_rotary_positions(shared: bool, kernels: Any) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_of_a_layer(masked: bool) -> None:
-    """Grouped keys, rows in the middle and at the end, columns that are padding."""
+    """Covers grouped keys, rows in the middle and at the end, and padding columns."""
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -178,7 +178,7 @@ print(2 * len(cases))
 
 
 def test_they_compile_for_a_gpu(tmp_path: Any) -> None:
-    """To machine code of two generations; needs no GPU."""
+    """The kernels compile to machine code of two GPU generations, which needs no GPU."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Replayed tokens equal those that run as ever, up to rounding, and caches stay what they were."""
+"""Replayed decoding steps equal ordinary ones up to rounding, and caches stay the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def answers(model: Any, rows: Any, new: int = 5, seed: int = 0, **options: Any) 
 
 
 def alike(a: Any, b: Any) -> None:
-    """The same ids, and logits up to rounding."""
+    """Check that ids are equal, and logits and caches equal up to rounding."""
     assert a.sequences.tolist() == b.sequences.tolist()
     torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), rtol=0, atol=CLOSE)
     for old, new in zip(a.past_key_values.layers, b.past_key_values.layers, strict=True):
@@ -32,7 +32,7 @@ def alike(a: Any, b: Any) -> None:
 
 
 def in_turn(model: Any, texts: Sequence[int], rounds: int) -> None:
-    """Prompts with so many text rows after the image, several times over, are answered as without recordings."""
+    """Check that prompts with these numbers of text tokens, several times in turn, are answered as without graphs."""
     rows = [[models.prompt(4, n)] for n in texts]
     with llava_prune.pruned(model, "fastv", tokens=16):
         expected = [answers(model, row) for row in rows]
@@ -44,14 +44,14 @@ def in_turn(model: Any, texts: Sequence[int], rounds: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_tokens_of_every_method(count: int, name: str, hyper: Any, tiny: Any, recorder: Recorder) -> None:
-    """Single prompts, and two of different lengths, padded before and after the cuts."""
+    """Single prompts, and pairs of prompts of different lengths with padding before and after the cuts."""
     with llava_prune.pruned(tiny, name, **hyper):
         expected = [answers(tiny, ROWS[:count], seed=s) for s in range(3)]
     with llava_prune.pruned(tiny, name, graphs=True, **hyper):
         got = [answers(tiny, ROWS[:count], seed=s) for s in range(3)]
     assert recorder.steps > 0 and recorder.stepped > 2 * 3
     for a, b in zip(expected, got, strict=True):
-        alike(a, b)  # also the first ones, whose caches have left the buffers by now
+        alike(a, b)  # also the first answers, whose caches have left the buffers
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -66,7 +66,7 @@ def test_long_answers_take_larger_buffers(
     with llava_prune.pruned(model, "autoprune", tokens=12, graphs=True):
         alike(expected, answers(model, ROWS, 20))
         assert recorder.steps == 3
-        alike(expected, answers(model, ROWS, 20))  # larger memory has dropped the first two
+        alike(expected, answers(model, ROWS, 20))  # the larger buffers have replaced the first two recordings
         recorded = recorder.steps
         alike(expected, answers(model, ROWS, 20))
         assert recorder.steps == recorded == 5
@@ -79,7 +79,7 @@ def test_memory_grows_with_the_prompt(tiny: Any, recorder: Recorder, monkeypatch
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams(options: dict[str, int], tiny: Any, recorder: Recorder) -> None:
-    """They reorder the cache after every token."""
+    """Beam search reorders the cache after every token."""
     with llava_prune.pruned(tiny, "autoprune", tokens=12):
         expected = answers(tiny, ROWS, **options)
     with llava_prune.pruned(tiny, "autoprune", tokens=12, graphs=True):
@@ -89,7 +89,7 @@ def test_beams(options: dict[str, int], tiny: Any, recorder: Recorder) -> None:
 
 
 def test_two_conversations_in_turn(tiny: Any, recorder: Recorder) -> None:
-    """One request at a time lies in the buffers; each finds its own columns when it goes on."""
+    """The buffers hold one request at a time, and each conversation finds its own cache when it continues."""
 
     def talk() -> torch.Tensor:
         opened = []
@@ -110,7 +110,7 @@ def test_two_conversations_in_turn(tiny: Any, recorder: Recorder) -> None:
 
 
 def test_a_broken_request_spoils_none_after_it(tiny: Any, recorder: Recorder) -> None:
-    """Columns that nobody sees are still multiplied, so they must not stay NaN."""
+    """A request with NaN leaves none in the buffers, since masked columns are multiplied too."""
     pixels = models.pixels(1)
     with llava_prune.pruned(tiny, "fastv", tokens=16) as handle:
         expected = asked(tiny, ROWS[0], pixels, handle)
@@ -123,7 +123,7 @@ def test_a_broken_request_spoils_none_after_it(tiny: Any, recorder: Recorder) ->
 
 
 def test_cropped_caches_go_on(tiny: Any, recorder: Recorder) -> None:
-    """Three tokens are taken back, another request comes between, and others follow."""
+    """Decoding continues after three tokens are cropped from the cache and another request runs in between."""
 
     def run() -> torch.Tensor:
         given = models.inputs(tiny, ROWS[:1], models.pixels(1))

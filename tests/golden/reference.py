@@ -20,14 +20,14 @@ from torch.nn import functional
 SEED = 20260101
 LAYERS, WIDTH, MLP, VOCAB = 32, 64, 128, 256
 CLIP_START = 1_765_056
-"""Numbers of the stream before the tower's."""
+"""Position in the stream of the vision tower's first number."""
 IMAGE = -200
 SHARED = ((128, 160, 0.12), (160, 192, 0.35), (192, 256, 0.5))
-"""Embedding rows from, to: share of their own direction."""
+"""First embedding row, last row + 1, share of the rows' own direction."""
 
 
 class _Stream:
-    """Consecutive tensors of one seeded normal stream (all sizes are multiples of 16, as torch draws them)."""
+    """Draws consecutive tensors of one seeded normal stream (all sizes are multiples of 16, as torch draws them)."""
 
     def __init__(self, count: int) -> None:
         self.values = torch.empty(count).normal_(0, 0.02, generator=torch.Generator().manual_seed(SEED))
@@ -98,7 +98,7 @@ def _tower(draw: _Stream) -> Any:
 
 
 def _deep_tower(shallow: Any) -> Any:
-    """The tower of 24 blocks: one normal stream over its parameters by name, embeddings those of the other tower."""
+    """Return the tower of 24 blocks: one normal stream over its parameters by name, embeddings of the other tower."""
     model, shared = _clip(24), shallow.state_dict()
     draw = torch.Generator().manual_seed(SEED + 1)
     state = {}
@@ -115,11 +115,11 @@ def _deep_tower(shallow: Any) -> Any:
 
 
 def write_reference(folder: Path, deep: bool = False) -> Path:
-    """The checkpoint in haotian-liu/LLaVA's format, without tokenizer files; returns `folder`.
+    """Write the checkpoint in haotian-liu/LLaVA's format, without tokenizer files, and return `folder`.
 
     Args:
-        folder: where to.
-        deep: with the tower of 24 blocks.
+        folder: the folder to write.
+        deep: use the tower of 24 blocks.
     """
     from safetensors.torch import save_file
 
@@ -170,7 +170,7 @@ class Case:
 
     Attributes:
         ids: token ids, -200 for the image.
-        pixels: (1, 3, 336, 336) float32, rounded to float16 before.
+        pixels: (1, 3, 336, 336) float32, with values rounded to float16.
     """
 
     ids: list[int]
@@ -184,19 +184,19 @@ def _image(draw: torch.Generator, grid: int, noise: float, gain: float) -> Tenso
 
 
 FIRST = {0: (20260001, 12, 0.3, 1.0), 1: (20260101, 24, 0.3, 1.0), 2: (20260201, 12, 0.5, 1.0)}
-"""Seed, grid, noise, gain of the images behind AutoPrune's, SparseVLM's and PyramidDrop's vectors."""
+"""Seed, grid, noise and gain of the images in the vectors of AutoPrune, SparseVLM and PyramidDrop."""
 SECOND = {0: (7104, 6, 0.3, 1.0, 35, 12), 1: (7201, 12, 0.15, 1.2, 35, 37), 2: (7304, 5, 0.2, 1.5, 35, 90)}
-"""The same and the prompt's lengths, behind FastV's, VTW's and the vision-side methods' vectors."""
+"""The same and the lengths of the prompt, for the vectors of FastV, VTW and the vision-side methods."""
 
 
 def first_case(i: int, ids: list[int]) -> Case:
-    """Case i of the first set; its ids were drawn elsewhere and stand in the recorded file."""
+    """Return case i of the first set; its ids are stored in the recorded file."""
     seed, grid, noise, gain = FIRST[i]
     return Case(ids, _image(torch.Generator().manual_seed(seed), grid, noise, gain))
 
 
 def second_case(i: int) -> Case:
-    """Case i of the second set, ids included."""
+    """Return case i of the second set, ids included."""
     seed, grid, noise, gain, before, after = SECOND[i]
     draw = torch.Generator().manual_seed(seed)
     pixels = _image(draw, grid, noise, gain)

@@ -23,7 +23,7 @@ from tests.golden.reference import LAYERS, Case, first_case
 CASES = [f"case{c}_b{b}" for c in (0, 1, 2) for b in (192, 128, 64)] + ["case1_alt_b288"]
 MASKED = ["case2_mask_b64", "case2_mask_b128"]
 SIZE = (640, 427)
-"""Width and height of the image behind the padding mask."""
+"""Width and height of the image of the padding mask."""
 PROBE = [0.023154044523835182, -0.004471644293516874, -0.030095607042312622]
 """One weight of layers 0, 15 and 31."""
 
@@ -41,7 +41,7 @@ def cases(recorded: dict[str, np.ndarray]) -> Callable[[str], Case]:
 
 
 def run(loaded: Any, case: Case, tokens: int, **hyper: Any) -> tuple[Any, torch.Tensor, list[int]]:
-    """Record, (5, V) logits of the greedy steps and cache lengths after the prefill."""
+    """Return the record, (5, V) logits of the greedy steps and cache lengths after the prefill."""
     given = models.inputs(loaded.model, [case.ids], case.pixels)
     with llava_prune.pruned(loaded.model, "autoprune", tokens=tokens, **hyper) as handle:
         out = models.generate(loaded.model, given, 5)
@@ -50,7 +50,7 @@ def run(loaded: Any, case: Case, tokens: int, **hyper: Any) -> tuple[Any, torch.
 
 
 def compare(name: str, recorded: dict[str, np.ndarray], last: Any, logits: torch.Tensor, lengths: list[int]) -> None:
-    """Counts and indices exact, floats to the tolerances that the vectors allow."""
+    """Compare counts and indices exactly, floats with the tolerances that the vectors allow."""
 
     def want(key: str) -> np.ndarray:
         return recorded[f"{name}/{key}"]
@@ -78,7 +78,7 @@ def test_recorded_runs(name: str, reference: Any, recorded: Any, cases: Any) -> 
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("form", ["square array", "flat tensor", "sizes"])
 def test_padding_mask(name: str, form: str, reference: Any, recorded: Any, cases: Any) -> None:
-    """The mask given as it is, or worked out from the size of the image."""
+    """The mask is given as an array or computed from the size of the image."""
     mask = recorded[f"{name}/pad_mask"]
     hyper = {
         "square array": {"mask_padding": mask},
@@ -104,7 +104,7 @@ def test_sizes_reach_llava_as_its_own_argument(reference: Any, recorded: Any, ca
 
 
 def test_defaults_are_the_official_hyper_parameters(reference: Any, recorded: Any, cases: Any) -> None:
-    """Spelled out, in the forms that users write them, they change nothing."""
+    """The official hyper-parameters, given explicitly in the forms that users write, change nothing."""
     hyper = {"x0": 14.9, "k0": 0.4, "gamma": 0.2, "lam": 0.3, "mi_scale": 1, "budget": "after", "strict": True}
     compare("case0_b64", recorded, *run(reference, cases("case0"), 64, **hyper))
 
@@ -114,7 +114,7 @@ def test_defaults_are_the_official_hyper_parameters(reference: Any, recorded: An
     [({"k0": 1.2, "gamma": 0.1}, "1.2 - 0.1 mi"), ({"x0": 8, "k0": 0.8, "gamma": 0.1}, "0.8 - 0.1 mi")],
 )
 def test_other_hyper_parameters(hyper: dict[str, Any], slope: str, reference: Any, recorded: Any, cases: Any) -> None:
-    """Slope, budget and curve follow the arguments; layer 0 does not know them."""
+    """Slope, budget and curve follow the arguments; layer 0 does not depend on them."""
     last, _, lengths = run(reference, cases("case1"), 128, **hyper)
     k = hyper["k0"] - hyper["gamma"] * float(recorded["case1_b128/mi1"])
     assert last.stats["slope"] == [pytest.approx(k, abs=1e-5)]
@@ -126,7 +126,7 @@ def test_other_hyper_parameters(hyper: dict[str, Any], slope: str, reference: An
 
 
 def test_model_is_the_recorded_one(reference: Any, recorded: Any) -> None:
-    """The weights come from a seeded stream; if a torch release draws another one, say so here."""
+    """The weights come from a seeded stream; this test fails if a torch release draws other numbers."""
     lm = models.language_model(reference.model)
     probe = [lm.layers[i].mlp.down_proj.weight.flatten()[7].item() for i in (0, 15, 31)]
     assert probe == pytest.approx(PROBE, abs=1e-7)

@@ -1,8 +1,8 @@
 """DivPrune, DART, VisPruner, CDPruner, SCOPE, HoloV and HiRED against runs of their official code (float32, CPU).
 
-baselines.npz holds recorded inputs of the official selections and what they chose. Each selection runs on them as a
-function, and through both families on a model whose own tokens are replaced by the recorded ones. DART also runs end to
-end on the decoder of llava-tiny.
+baselines.npz holds recorded inputs of the official selections and the tokens that they chose. Each selection runs on
+them as a function, and through both families on a model whose own tokens are replaced by the recorded ones. DART also
+runs end to end on the decoder of llava-tiny.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_cdpruner_with_clip(strict: bool, recorded: Any) -> None:
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.09, 10.0])
 def test_holov(name: str, count: int, regions: int, alpha: float, recorded: Any) -> None:
-    """The weight of the variance has no effect; no region is too small here, so both forms choose the same."""
+    """The weight of the variance has no effect; no region is too small, so both forms choose the same tokens."""
     features, attention = (tensor(recorded[f"holov/case1/{k}"])[None] for k in ("features", "attention"))
     want = recorded[f"holov/case1/keep_{name}"].tolist()
     for strict in (True, False):
@@ -136,7 +136,7 @@ def test_holov(name: str, count: int, regions: int, alpha: float, recorded: Any)
 
 @pytest.mark.parametrize(("name", "count", "regions"), [("64", 64, 16), ("128_p8", 128, 8), ("288", 288, 16)])
 def test_holov_with_regions_that_are_too_small(name: str, count: int, regions: int, recorded: Any) -> None:
-    """The official code fills up with zeros; ours with the next tokens of other regions."""
+    """The official code fills up with zeros, the package with the next tokens of other regions."""
     features, attention = (tensor(recorded[f"holov/case2/{k}"])[None] for k in ("features", "attention"))
     want = recorded[f"holov/case2/keep_{name}"].tolist()
     order, total = holov.select(features, attention, EVERY, [count], [regions], strict=True)
@@ -200,7 +200,7 @@ def test_hired_through_a_model(tokens: int, wide: Any, given: Any, recorded: Any
 
 @pytest.mark.parametrize(("case", "tokens"), [("case1", 64), ("case1", 192), ("case2", 288)])
 def test_holov_through_a_model(case: str, tokens: int, wide: Any, given: Any, recorded: Any) -> None:
-    """Tokens of zeros show no patch; they come last."""
+    """Tokens of zeros do not stand for a patch and come last."""
     features, attention = (tensor(recorded[f"holov/{case}/{k}"]) for k in ("features", "attention"))
     want = recorded[f"holov/{case}/keep_{tokens}"].tolist()
     with recorded_tokens(wide, projected=features, attention=attention[None]):

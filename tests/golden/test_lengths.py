@@ -1,4 +1,4 @@
-"""Caches and positions of a prompt of 650 columns (35 + 576 + 39) in 32 layers, worked out on paper."""
+"""Caches and positions of a prompt of 650 columns (35 + 576 + 39) in 32 layers, computed by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
     "pdrop": ({}, [650] * 8 + [362] * 8 + [218] * 8 + [146] * 8, []),
     "sparsevlm": ({"tokens": 192}, [650] * 3 + [383] * 4 + [278] * 9 + [187] * 16, []),
 }
-"""Arguments, cache of each layer after the prompt, position of the first new token (none: the cache's length)."""
+"""Arguments, cache length of each layer after the prompt, position of the first new token (empty: cache length)."""
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -58,7 +58,7 @@ def number(key: str) -> int:
 
 
 def run(loaded: Any, case: Case, method: str, hyper: dict[str, Any], **options: Any) -> tuple[Any, np.ndarray, Any]:
-    """Record, (5, V) logits, output."""
+    """Return the record, (5, V) logits and the output."""
     given = models.inputs(loaded.model, [case.ids], case.pixels)
     with llava_prune.pruned(loaded.model, method, **hyper) as handle:
         out = models.generate(loaded.model, given, 5, **options)
@@ -66,7 +66,7 @@ def run(loaded: Any, case: Case, method: str, hyper: dict[str, Any], **options: 
 
 
 def cached(out: Any) -> list[int]:
-    """Cache lengths after the prefill."""
+    """Return the cache lengths after the prefill."""
     return [n - 4 for n in models.cache_lengths(out.past_key_values)]
 
 
@@ -94,7 +94,7 @@ def test_fastv_and_vtw(key: str, reference: Any, recorded: Any) -> None:
 
 
 def test_fastv_without_a_cache_selects_for_every_token(reference: Any, recorded: Any) -> None:
-    """The latency script's variant follows from `use_cache=False`, where the package runs the whole prompt again."""
+    """With `use_cache=False` transformers runs the whole prompt for every token, as FastV's latency script does."""
     if reference.family == "llava":
         pytest.skip("package llava caches whatever it is told")
     key = "fastv/case0_b64"
@@ -106,7 +106,7 @@ def test_fastv_without_a_cache_selects_for_every_token(reference: Any, recorded:
 
 
 def test_search_for_vtw_layer(reference: Any, recorded: Any) -> None:
-    """Divergences of the candidates 5..31 as the official search found them; the first below 0.003 is layer 14."""
+    """Divergences of the candidates 5..31 equal those of the official search; the first below 0.003 is layer 14."""
     if reference.family == "llava":
         pytest.skip("one family says it all")
     case = second_case(0)

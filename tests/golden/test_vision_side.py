@@ -1,7 +1,7 @@
 """FasterVLM, VisionZip, PruMerge, PruMerge+ and ToMe against runs of their official code (float32, CPU).
 
-vision_side.npz (tower of 4 blocks) and deep_tower.npz (24 blocks, which some of these codes take for granted) hold kept
-patches, for ToMe the token that each patch went into, and the logits of five greedy steps.
+vision_side.npz (tower of 4 blocks) and deep_tower.npz (24 blocks, which some of the official codes assume) hold the
+kept patches, for ToMe the token into which each patch was merged, and the logits of five greedy steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def recorded(file: str, key: str) -> list[Any]:
 
 
 def compare(model: Any, run: str, name: str, hyper: dict[str, Any], kept: list[int], logits: list[Any]) -> None:
-    """Counts and kept patches exact, logits to 2e-5."""
+    """Compare counts and kept patches exactly, logits to 2e-5."""
     case = second_case(int(run.split("case")[1][0]))
     given = models.inputs(model, [case.ids], case.pixels)
     with llava_prune.pruned(model, name, check=True, **hyper) as handle:
@@ -61,7 +61,7 @@ def compare(model: Any, run: str, name: str, hyper: dict[str, Any], kept: list[i
 
 
 def patches(name: str, run: str, chosen: list[int]) -> list[int]:
-    """What the record shows: tokens that stand for no patch are -1."""
+    """Return the kept indices of the record, in which tokens that do not stand for a patch are -1."""
     if name.startswith("visionzip"):
         return [-1, *chosen, *[-1] * (20 if "b128" in run else 10)]  # class token, then contextual tokens after them
     return [*chosen, -1] if name.startswith("prumerge") else chosen
@@ -83,7 +83,7 @@ def test_recorded_runs_on_the_deep_tower(run: str, deep_reference: Any) -> None:
 
 @pytest.mark.parametrize("run", TOME)
 def test_tome_recorded_runs(run: str, deep_reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which token each patch went into, and what the language model makes of that order."""
+    """The token into which each patch is merged, and the logits, equal the recorded ones."""
     groups: list[Any] = []
     stock = ToMe.prune_vision
     monkeypatch.setattr(ToMe, "prune_vision", lambda self, view: groups.append(view.groups) or stock(self, view))

@@ -1,6 +1,6 @@
 """A random LLaVA of 576 patches whose features, projected tokens and attention are replaced by recorded ones.
 
-Recorded tokens are narrower than the model; they are padded with zeros, which changes no norm and no product.
+Recorded tokens are narrower than the model; they are padded with zeros, which changes neither norms nor products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTH = 256
 
 
 def write_wide(folder: Path) -> Path:
-    """A checkpoint of two layers in haotian-liu/LLaVA's format; returns `folder`."""
+    """Write a checkpoint of two layers in haotian-liu/LLaVA's format and return `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WIDTH": WIDTH, "LAYERS": 2, "GRID": 24, "PATCHES": 576, "SIDE": 336}.items():
             patch.setattr(models, name, value)
@@ -39,13 +39,13 @@ def projector(model: Any) -> Any:
 def recorded_tokens(
     model: Any, features: Tensor | None = None, projected: Tensor | None = None, attention: Tensor | None = None
 ) -> Iterator[None]:
-    """Let the model see recorded tokens in place of its own.
+    """Replace the model's own tokens by recorded ones.
 
     Args:
-        model: of either family; not attached yet.
-        features: (T, Dv), what the vision tower gives the projector.
-        projected: (T, D), what the projector gives the language model.
-        attention: (H, T) or (H, 1 + T), of the class token in the recorded block, without or with the class token.
+        model: a model of either family, not attached yet.
+        features: (T, Dv) features of the vision tower, the input of the projector.
+        projected: (T, D) output of the projector, the input of the language model.
+        attention: (H, T) or (H, 1 + T) attention of the class token in the recorded block, without or with itself.
     """
     hooks = []
     if features is not None:
@@ -65,7 +65,7 @@ def recorded_tokens(
 
 
 def kept(model: Any, name: str, hyper: dict[str, Any], given: dict[str, Any]) -> list[int]:
-    """The patches that enter the language model, in the order in which they are sent."""
+    """Return the patches that enter the language model, in sequence order."""
     with llava_prune.pruned(model, name, check=True, **hyper) as handle, torch.inference_mode():
         assert model(**given).logits.isfinite().all()
     assert handle.last is not None

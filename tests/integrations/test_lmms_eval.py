@@ -1,4 +1,4 @@
-"""lmms-eval with the model `llava_prune`: its command line, on local tasks, against our own evaluation.
+"""lmms-eval with the model `llava_prune`: its command line on local tasks, against `llava-prune eval`.
 
 Run by scripts/test_integrations.sh, in an environment that has lmms-eval.
 """
@@ -92,14 +92,14 @@ def run(tasks: Path, out: Path, arguments: str, *flags: str, launcher: tuple[str
 
 
 def said(out: Path, name: str) -> list[str]:
-    """Answers in the order of the questions."""
+    """Return the answers in the order of the questions."""
     (path,) = out.rglob(f"*_samples_mini_{name}.jsonl")
     return [row["filtered_resps"] for row in sorted(lines(path), key=lambda row: row["doc_id"])]
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """Benchmark -> label of the run -> answers of our evaluation."""
+    """Benchmark -> label of the run -> answers of `llava-prune eval`."""
     out = tmp_path_factory.mktemp("ours")
     found: dict[str, dict[str, list[str]]] = {}
     for name in ("gqa", "pope"):

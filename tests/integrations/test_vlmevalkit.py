@@ -1,4 +1,4 @@
-"""VLMEvalKit with a pruned model: its run.py on a local table, against our own evaluation.
+"""VLMEvalKit with a pruned model: its run.py on a local table, against `llava-prune eval`.
 
 Run by scripts/test_integrations.sh, in an environment that has VLMEvalKit.
 """
@@ -46,7 +46,7 @@ def __getattr__(name):
 
 @pytest.fixture(scope="module")
 def torchvision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stand-in for torchvision, which VLMEvalKit imports for benchmarks that are not run here."""
+    """A stand-in for torchvision, which VLMEvalKit imports for benchmarks that these tests do not run."""
     out: Path = tmp_path_factory.mktemp("torchvision")
     folder = out / "torchvision" / "transforms"
     folder.mkdir(parents=True)
@@ -59,9 +59,9 @@ def torchvision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first questions of mini MMBench, as a table of VLMEvalKit and as our own.
+    """The first questions of mini MMBench, as a table of VLMEvalKit and as one of this package.
 
-    VLMEvalKit writes each image as JPEG once more, which changes an answer here, unless the file is there.
+    VLMEvalKit encodes each image as JPEG again, which changes an answer here, unless the file of the image exists.
     """
     out: Path = tmp_path_factory.mktemp("data")
     lines = TABLE.read_text(encoding="utf-8").splitlines(keepends=True)[: COUNT + 1]

@@ -1,4 +1,4 @@
-"""One process of a tensor-parallel group: answers with every method, saved for the test. See test_parallel.py."""
+"""One process of a tensor-parallel group, which saves its answers with every method. See test_parallel.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests import models
 from tests.contract.settings import NAMES, setting
 
 LIMIT = 120
-"""Seconds after which a process that waits for the others shows where, and ends."""
+"""Seconds after which the process prints its stack and ends, in case it waits for the others."""
 ROWS = [models.prompt(4, 5), models.prompt(7, 3, seed=1)]
 
 
 def answers(loaded: Loaded, model: Any = None) -> dict[str, Any]:
-    """Method -> (logits, kept tokens, new ids) of a batch of two, or the error of a method that is refused."""
+    """Return method -> (logits, kept tokens, new ids) of a batch of two, or the error of a method that is refused."""
     out: dict[str, Any] = {}
     for name in NAMES:
         try:
@@ -36,7 +36,7 @@ def answers(loaded: Loaded, model: Any = None) -> dict[str, Any]:
 
 
 def _loaded(engine: str, folder: Path, family: Any) -> tuple[Loaded, Any]:
-    """What is asked, and what a method is attached to."""
+    """Return the loaded model, and the model to which methods are attached."""
     if engine != "own":
         loaded = llava_prune.load(folder, family=family, dtype="float32", engine=engine)
         return loaded, loaded.model
@@ -47,7 +47,7 @@ def _loaded(engine: str, folder: Path, family: Any) -> tuple[Loaded, Any]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     loaded = llava_prune.load(folder, family=family, dtype="float32", device="cpu")
     made = deepspeed.init_inference(loaded.model, tensor_parallel={"tp_size": 2}, dtype=torch.float32)
-    return loaded, made  # vision tower split as well
+    return loaded, made  # the vision tower is split as well
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     with llava_prune.pruned(model, "autoprune", tokens=12) as handle:
         for _ in range(2):
             loaded.generate(ROWS, models.pixels(2), max_new_tokens=2)
-            if rank == 0:  # a record is read by one process alone
+            if rank == 0:  # only one process reads the record
                 assert handle.last.kept
     found = {"answers": answers(loaded, model), "weights": identity.weights(loaded.model), "engine": loaded.engine}
     torch.save(found, Path(out) / f"{rank}.pt")

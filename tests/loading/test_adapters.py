@@ -30,7 +30,7 @@ def write(folder: Path, weights: Weights, **config: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tiny_path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Weights and config of the miniature; the projector is another one than the file's."""
+    """Weights and config of llava-tiny, with a projector other than that of the file."""
     weights = {k: v.float() for k, v in load_file(tiny_path / "model.safetensors").items()}
     noise = torch.Generator().manual_seed(5)
     for name in weights:
@@ -42,7 +42,7 @@ def whole(tiny_path: Path) -> tuple[Weights, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(whole: Any, tiny_path: Path, tmp_path_factory: Any) -> Path:
-    """A complete checkpoint with the trained projector: what a projector and its base come to."""
+    """A complete checkpoint with the trained projector: the expected result for a projector and its base."""
     weights, config = whole
     folder = write(tmp_path_factory.mktemp("trained") / "llava-tiny", weights, **config)
     copy_tokenizer(tiny_path, folder)
@@ -56,7 +56,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=["vicuna", "llava"])
 def base(request: Any, whole: Any, tiny_path: Path, tmp_path_factory: Any) -> Path:
-    """A language model without a projector, or a LLaVA with another one."""
+    """A language model without a projector, or a LLaVA with another projector."""
     weights, config = whole
     place = tmp_path_factory.mktemp("base")
     if request.param == "llava":
@@ -70,7 +70,7 @@ def base(request: Any, whole: Any, tiny_path: Path, tmp_path_factory: Any) -> Pa
 
 
 def projector(whole: Any, folder: Path) -> Path:
-    """A folder as LLaVA's pretraining leaves it."""
+    """Write a folder as LLaVA's pretraining leaves it."""
     weights, config = whole
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -79,7 +79,7 @@ def projector(whole: Any, folder: Path) -> Path:
 
 
 def lora(whole: Any, folder: Path, suffix: str = ".bin", ranks: dict[str, int] | None = None, **more: Any) -> Path:
-    """A folder as LLaVA's LoRA training leaves it."""
+    """Write a folder as LLaVA's LoRA training leaves it."""
     weights, config = whole
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -117,7 +117,7 @@ def logits(loaded: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projector_with_its_base(family: str, whole: Any, base: Path, trained: Path, tmp_path: Path) -> None:
-    """The same as the complete checkpoint, bit for bit; the tokenizer is the base's."""
+    """A projector with its base equals the complete checkpoint, bit for bit; the tokenizer is the base's."""
     loaded = load(projector(whole, tmp_path / "pretrain"), family, model_base=base)
     assert logits(loaded).equal(logits(load(trained, family)))
     want = load(trained, family).tokenizer("What color is it?").input_ids
@@ -129,7 +129,7 @@ def test_a_projector_with_its_base(family: str, whole: Any, base: Path, trained:
 def test_a_tower_inside_the_adapter_or_its_base(
     family: str, where: str, whole: Any, tiny_path: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """A relative name is looked for in both folders, in the adapter's first."""
+    """A relative name of the tower is looked up in both folders, in the adapter's first."""
     folder = projector(whole, tmp_path / "pretrain")
     place = Path(shutil.copytree(tiny_path, tmp_path / "base"))
     (place / "clip").rename(place / "eyes")
@@ -142,7 +142,7 @@ def test_a_tower_inside_the_adapter_or_its_base(
 
 
 def test_new_tokens_beside_a_lora(whole: Any, tiny_path: Path, trained: Path, tmp_path: Path) -> None:
-    """Embeddings of a larger vocabulary take the place of the base's; both packages agree."""
+    """Embeddings of a larger vocabulary replace those of the base; both packages agree."""
     folder, more = lora(whole, tmp_path / "llava-tiny-lora"), 3
     weights, config = whole
     size, beside = config["vocab_size"] + more, torch.load(folder / "non_lora_trainables.bin")
@@ -159,7 +159,7 @@ def test_new_tokens_beside_a_lora(whole: Any, tiny_path: Path, trained: Path, tm
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_beside_a_whole_model(family: str, whole: Any, trained: Path, tmp_path: Path) -> None:
-    """transformers would add it to the weights, and a reader of the weight files would not."""
+    """An adapter beside a model is refused: transformers would apply it, a reader of the weights would not."""
     folder = Path(shutil.copytree(trained, tmp_path / "llava-tiny"))
     shutil.copy(lora(whole, tmp_path / "lora") / "adapter_config.json", folder)
     with pytest.raises(ValueError, match="llava-tiny: an adapter .adapter_config.json. beside the weights"):
@@ -281,7 +281,7 @@ def test_bases_that_are_refused(family: str, whole: Any, tiny_path: Path, tmp_pa
 
 
 def test_an_evaluation_of_an_adapter(whole: Any, base: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
-    """The answers of the complete checkpoint, under both names in the settings."""
+    """An adapter with its base gives the answers of the complete checkpoint; the settings name the base."""
     folder, texts = projector(whole, tmp_path / "pretrain"), []
     argv = ["eval", "gqa", "--limit=6", "--batch=3", "--tokens=64", "--no-reference", "--method=fastervlm"]
     for name, more in (("a", [f"--model={folder}", f"--model-base={base}"]), ("b", [f"--model={trained}"])):

@@ -1,4 +1,4 @@
-"""One tower pass an image, whatever methods and threads ask for it."""
+"""Each form of the tower encodes an image once, regardless of the methods and threads that ask for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import models
 
 
 def test_cached_images_answer_alike(tiny: Any) -> None:
-    """Methods that leave the tower alone share a pass; a tower that merges has its own."""
+    """Methods that do not change the tower share the encoded images; a tower that merges encodes its own."""
     loaded = models.loaded(tiny)
     rows, pixels = [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pixels(2)
     names = ["full", "visionzip", "prumerge", "tome", "fastervlm"]
@@ -57,7 +57,7 @@ def test_threads_share_a_cache(name: str, tiny: Any) -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-            for i in range(count):  # answered from memory now
+            for i in range(count):  # from the cache
                 kept[1, i] = loaded.generate(rows, pixels[i : i + 1], keys=[i], max_new_tokens=3).tolist()
             assert cache.passes == count and cache.hits == count
     assert [kept[0, i] for i in range(count)] == alone
@@ -66,7 +66,7 @@ def test_threads_share_a_cache(name: str, tiny: Any) -> None:
 
 @pytest.mark.parametrize("name", ["visionzip", "tome", "autoprune"])
 def test_the_user_encodes_inside_the_block(name: str, tiny: Any) -> None:
-    """True features, and the cached images of later requests are their own."""
+    """Images that the user encodes get true features, and later requests keep their own cached images."""
     loaded = models.loaded(tiny)
     rows, pixels = [models.prompt(5, 7)], models.pixels(2)
 
@@ -97,7 +97,7 @@ def test_a_full_cache_goes_on(tiny: Any) -> None:
 
 
 class Calls:
-    """A logits processor that asks about another image after every token."""
+    """A logits processor that calls the model with another image after every token."""
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
         self.model, self.given, self.seen = model, given, []
@@ -109,7 +109,7 @@ class Calls:
 
 @pytest.mark.parametrize("name", ["full", "visionzip", "autoprune"])
 def test_calls_inside_a_request_are_not_that_image(name: str, tiny: Any, logits: Any) -> None:
-    """Keys, sizes and prompts that were said of a request do not hold for calls inside it."""
+    """Keys, sizes and prompts given for a request do not apply to calls inside it."""
     loaded = models.loaded(tiny)
     row, pixels = models.prompt(5, 7), models.pixels(1)
     other = models.inputs(tiny, [models.prompt(5, 7, seed=3)], models.pixels(1, seed=4))

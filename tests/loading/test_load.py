@@ -1,4 +1,4 @@
-"""Checkpoints of both formats, whole and broken. Nothing here may run code from a file."""
+"""Loading of checkpoints in both formats, complete and broken. No code from a file may run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(stored: Path, tmp_path: Path) -> Path:
-    """A checkpoint to break."""
+    """A copy of the checkpoint, to break."""
     return Path(shutil.copytree(stored, tmp_path / "tiny"))
 
 
@@ -47,7 +47,7 @@ def load(folder: Path, family: str) -> Any:
 
 
 def as_published(folder: Path) -> None:
-    """As liuhaotian/llava-v1.5-7b comes: two pickled shards with an index, rotary buffers, the tower by hub id."""
+    """Make a checkpoint like liuhaotian/llava-v1.5-7b: pickled shards, an index, rotary buffers, tower by hub id."""
     state = load_file(folder / "model.safetensors")
     state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(models.LAYERS)}
     names = sorted(state, key=lambda n: n.startswith(("model.mm_projector", "lm_head", "model.layers.5")))
@@ -79,7 +79,7 @@ def test_pickled_shards_load_as_safetensors_do(family: str, copied: Path, tiny_m
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tower_in_the_checkpoint_wins(family: str, copied: Path, tiny_models: Any, logits: Any) -> None:
-    """Models that were trained with their tower unfrozen carry it."""
+    """A checkpoint that was trained with its tower unfrozen contains the tower, which is then used."""
     state = load_file(copied / "model.safetensors")
     for name, value in models.tower(77).state_dict().items():
         state[f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = value
@@ -119,7 +119,7 @@ def test_auto_is_llava_for_its_own_format(stored: Path) -> None:
 
 
 def test_transformers_format(stored: Path, tmp_path: Path, tiny_models: Any, logits: Any) -> None:
-    """As llava-hf publishes: own names, a larger vocabulary with the placeholder in it."""
+    """A checkpoint as published by llava-hf, with own tensor names and a vocabulary that includes the placeholder."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
@@ -220,7 +220,7 @@ class TestBroken:
 
 
 class Touch:
-    """Writes a file when it is unpickled by a loader that runs code."""
+    """An object whose pickle writes a file when a loader runs its code."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -246,7 +246,7 @@ def test_arguments_are_checked(stored: Path) -> None:
     ("size", "expected"), [(0, torch.float32), (SMALL - 1, torch.float32), (SMALL, torch.bfloat16)]
 )
 def test_small_checkpoints_are_computed_in_float32_on_a_cpu(size: int, expected: torch.dtype) -> None:
-    """Whatever half precision they are stored in; a GPU takes them as they are."""
+    """Small checkpoints in half precision are computed in float32 on a CPU and as stored on a GPU."""
     for stored in ("float16", "bfloat16"):
         assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cpu"), size) is expected
         assert pick_dtype(None, {"torch_dtype": stored}, torch.device("cuda"), size) is getattr(torch, stored)
@@ -254,7 +254,7 @@ def test_small_checkpoints_are_computed_in_float32_on_a_cpu(size: int, expected:
 
 
 def test_the_weight_files_are_weighed(tmp_path: Path) -> None:
-    """Both formats, and nothing else."""
+    """Weight files of both formats count, other files do not."""
     for name, size in (("model-00001.safetensors", 5), ("pytorch_model.bin", 7), ("config.json", 100)):
         (tmp_path / name).write_bytes(bytes(size))
     assert weight_bytes(tmp_path) == 12
@@ -306,7 +306,7 @@ def test_hyper_parameters_go_with_a_name(tiny_models: Any) -> None:
 
 
 def edited(tiny_path: Path, place: Path, weights: Any = None, **config: Any) -> Path:
-    """A copy of the miniature with another config (None removes an entry) or other weights."""
+    """Copy llava-tiny with another config (None removes an entry) or other weights."""
     folder = place / "llava-tiny"
     shutil.copytree(tiny_path, folder)
     table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -319,7 +319,7 @@ def edited(tiny_path: Path, place: Path, weights: Any = None, **config: Any) -> 
 
 
 def answers(folder: Path) -> list[Any]:
-    """The first new ids of both packages' classes."""
+    """Return the first new ids from both packages' classes."""
     out = []
     for family in ("llava", "hf"):
         loaded: Any = llava_prune.load(folder, family=family, dtype="float32", device="cpu")  # type: ignore[arg-type]
@@ -342,14 +342,14 @@ def answers(folder: Path) -> list[Any]:
 def test_configs_that_leave_something_open(
     family: Any, config: dict[str, Any], message: str, tiny_path: Path, tmp_path: Path
 ) -> None:
-    """Both packages refuse what they would guess differently."""
+    """Both packages refuse a config that they would complete in different ways."""
     with pytest.raises(ValueError, match=message):
         llava_prune.load(edited(tiny_path, tmp_path, **config), family=family)
 
 
 @pytest.mark.parametrize("family", ["llava", "hf"])
 def test_weights_without_a_place_are_refused(family: Any, tiny_path: Path, tmp_path: Path) -> None:
-    """Attention biases, as another architecture has them, are not dropped."""
+    """Attention biases, as other architectures have them, are refused and not dropped."""
     bias = {"model.layers.3.self_attn.q_proj.bias": torch.ones(128, dtype=torch.float16)}
     folder = edited(tiny_path, tmp_path, lambda w: {**w, **bias})
     with pytest.raises(ValueError, match="1 tensors have no place in .*language model, first .*q_proj.bias"):
@@ -358,7 +358,7 @@ def test_weights_without_a_place_are_refused(family: Any, tiny_path: Path, tmp_p
 
 @pytest.mark.parametrize("head", [True, False])
 def test_tied_embeddings(head: bool, tiny_path: Path, tmp_path: Path) -> None:
-    """A checkpoint without a head has that of its embeddings; one with a head keeps its own."""
+    """A checkpoint without an lm_head uses its embeddings; one with an lm_head keeps its own."""
     folder = edited(
         tiny_path, tmp_path, lambda w: {k: v for k, v in w.items() if head or k != "lm_head.weight"},
         tie_word_embeddings=True,
@@ -386,7 +386,7 @@ def test_features_with_the_class_token(tiny_path: Path, tmp_path: Path) -> None:
 
 
 def test_older_weight_files(tiny_path: Path, tmp_path: Path) -> None:
-    """Files of torch before its zip format."""
+    """Weight files from before torch's zip format are read."""
     folder = edited(tiny_path, tmp_path)
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes answer as one does, with every method. They run on CPUs with gloo."""
+"""Tensor parallelism: two processes on CPUs (gloo) answer as one, with every method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def launch(root: Path, processes: int, *argv: str) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: Any) -> dict[str, Path]:
-    """Checkpoints whose keys have as many heads as the queries, and half as many."""
+    """Checkpoints with as many key heads as query heads, and with half as many."""
     place = tmp_path_factory.mktemp("stored")
     heads = {"heads": models.HEADS, "grouped heads": models.HEADS // 2}
     return {name: models.write_checkpoint(place / name / "tiny", kv_heads=n) for name, n in heads.items()}
@@ -45,12 +45,12 @@ def stored(tmp_path_factory: Any) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(stored: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Answers of the whole models in one process; both families have the same."""
+    """Answers of the whole models in one process, which are the same in both families."""
     return {n: answers(llava_prune.load(f, family="hf", dtype="float32", device="cpu")) for n, f in stored.items()}
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Kept tokens and answers are equal, logits close."""
+    """Check that kept tokens and new ids are equal, and logits close."""
     assert found.keys() == expected.keys() == set(NAMES)
     for name, (logits, kept, new) in expected.items():
         got = found[name]
@@ -73,7 +73,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_two_processes_answer_as_one(
     engine: str, family: Any, heads: str, stored: dict[str, Path], alone: Any, root: Path, tmp_path: Path
 ) -> None:
-    """`own` is an engine of the user's, which splits the vision tower as well."""
+    """`own` is a DeepSpeed engine that the user makes, which splits the vision tower as well."""
     done = launch(root, 2, engine, family, str(stored[heads]), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -88,7 +88,7 @@ def test_two_processes_answer_as_one(
 @needs_cpu
 @pytest.mark.parametrize("engine", ["tp", pytest.param("deepspeed", marks=needs_deepspeed)])
 def test_one_process(engine: str, stored: dict[str, Path], alone: Any) -> None:
-    """Without torchrun."""
+    """An engine works in one process without torchrun."""
     loaded = llava_prune.load(stored["heads"], family="hf", dtype="float32", engine=engine)
     assert loaded.engine == engine
     same(answers(loaded), alone["heads"])

@@ -1,4 +1,4 @@
-"""Device maps and quantised weights: what a model answers does not depend on where its weights are."""
+"""Device maps and quantised weights: the answers do not depend on the devices of the weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stored(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
-    """TMPDIR, which is empty once the models of the test are gone."""
+    """A folder for temporary files, which must be empty once the models of the test are freed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield tmp_path
     gc.collect()
@@ -51,7 +51,7 @@ def load(folder: Path, family: Any, **given: Any) -> Loaded:
 
 
 def answer(loaded: Loaded, name: str) -> tuple[Any, Any, Any]:
-    """(logits, kept tokens, new ids)."""
+    """Return (logits, kept tokens, new ids)."""
     with llava_prune.pruned(loaded.model, name, **setting(name).hyper) as handle:
         options = {"return_dict_in_generate": True, "output_logits": True}
         out = loaded.generate(ROWS, models.pixels(2), max_new_tokens=3, **options)
@@ -59,7 +59,7 @@ def answer(loaded: Loaded, name: str) -> tuple[Any, Any, Any]:
 
 
 def same(one: Loaded, other: Loaded, atol: float = 1e-5) -> None:
-    """Every method keeps the same tokens and gives the same answers."""
+    """Check that every method keeps the same tokens and gives the same answers on both models."""
     for name in NAMES:
         got, expected = answer(one, name), answer(other, name)
         assert got[1:] == expected[1:], name
@@ -70,9 +70,9 @@ def same(one: Loaded, other: Loaded, atol: float = 1e-5) -> None:
 
 
 def maps(family: str) -> dict[str, dict[str, Any]]:
-    """Arguments of `load` that spread the small models, whose layers take about 160 kB each.
+    """Return arguments of `load` that spread a small model, whose layers take about 160 kB each, over devices.
 
-    A torch.device is a GPU to accelerate, so that "cpu" beside it is offloaded.
+    accelerate takes a torch.device for a GPU, so that modules on "cpu" are offloaded.
     """
     layers, gpu = LAYERS[family], torch.device("cpu")
     return {
@@ -95,7 +95,7 @@ def test_every_method_answers_alike(family: str, how: str, stored: Path, tempora
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crops(family: str, tmp_path: Path, temporary: Path) -> None:
-    """LLaVA-NeXT, whose newline is a parameter of no layer."""
+    """LLaVA-NeXT has a newline parameter that belongs to no layer."""
     folder = models.write_checkpoint(tmp_path / "next" / "tiny", anyres=True)
     whole = load(folder, family, device="cpu")
     spread = load(folder, family, device_map="auto", max_memory={"cpu": 1_500_000})
@@ -156,7 +156,7 @@ def test_remembered_images_and_the_tower_clock(family: str, stored: Path, tempor
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_fits(family: str, stored: Path, temporary: Path) -> None:
-    """Names choose one device where it has the memory."""
+    """A named device map puts a model on one device if that has the memory."""
     for name in ("auto", "balanced", "balanced_low_0", "sequential"):
         loaded = load(stored, family, device_map=name)
         assert not any(p.is_meta for p in loaded.model.parameters()) and not list(temporary.glob("llava-prune-*"))
@@ -195,7 +195,7 @@ def test_package_llava_needs_its_embeddings(stored: Path, temporary: Path) -> No
 
 
 def dequantised(model: Any) -> Any:
-    """A copy of a model with plain linear layers of the values that its quantised ones stand for."""
+    """Return a copy of a model in which plain layers with the dequantised weights replace the quantised ones."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     model = copy.deepcopy(model)
@@ -221,7 +221,7 @@ def quantised(model: Any) -> set[str]:
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_quantised(family: str, bits: str, stored: Path) -> None:
-    """Linear layers of language model and projector; head and vision tower are left alone."""
+    """Linear layers of language model and projector are quantised; head and vision tower are not."""
     plain, loaded = load(stored, family, device="cpu"), load(stored, family, device="cpu", **{f"load_{bits}": True})
     linear = {n for n, m in plain.model.named_modules() if type(m) is nn.Linear}
     assert quantised(loaded.model) == {n for n in linear if "vision_tower" not in n and n != "lm_head"}
@@ -242,7 +242,7 @@ def test_nf4_answers_as_its_dequantised_weights(family: str, stored: Path) -> No
 @needs_bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_answers_as_a_model_quantised_by_hand(family: str, stored: Path) -> None:
-    """Its activations are rounded as well, so its plain counterpart is close and not equal."""
+    """int8 layers round their activations as well, so the dequantised model is close and not equal."""
     import bitsandbytes as bnb
 
     loaded = load(stored, family, device="cpu", load_8bit=True)
@@ -263,7 +263,7 @@ def test_int8_answers_as_a_model_quantised_by_hand(family: str, stored: Path) ->
 @needs_bits
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_the_identity_of_quantised_weights(bits: str, stored: Path) -> None:
-    """It stays when the model has run, is that of the same weights quantised again, and knows of scales."""
+    """The identity is the same after a run and for the same weights quantised again, and depends on the scales."""
     loaded, again = (load(stored, "hf", device="cpu", **{f"load_{bits}": True}) for _ in range(2))
     before = identity.weights(loaded.model)
     answer(loaded, "autoprune")
@@ -293,7 +293,7 @@ def test_bitsandbytes_that_is_not_installed(stored: Path, monkeypatch: Any) -> N
 
 @needs_bits
 def test_eval_with_flags_and_environment(tmp_path: Path, root: Path, monkeypatch: Any, capsys: Any) -> None:
-    """Answers of a quantised model are not those of the plain one."""
+    """Answers of a quantised model are not reused for the plain one."""
     data, out = str(root / "playground/data/mini"), str(tmp_path / "out")
     argv = ["eval", "gqa", "--data", data, "--limit", "2", "--no-reference", "--out", out, "--device", "cpu"]
     assert main([*argv, "--load-4bit"]) == 0
@@ -307,7 +307,7 @@ def test_eval_with_flags_and_environment(tmp_path: Path, root: Path, monkeypatch
 
 
 def test_eval_with_a_device_map(tmp_path: Path, root: Path) -> None:
-    """Answers with and without one are the same run."""
+    """Runs with and without a device map share their answers."""
     data, out = str(root / "playground/data/mini"), str(tmp_path / "out")
     argv = ["eval", "gqa", "--data", data, "--limit", "2", "--no-reference", "--out", out, "--batch", "2"]
     assert main([*argv, "--device-map", "auto"]) == 0

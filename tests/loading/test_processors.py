@@ -41,7 +41,7 @@ MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 
 
 def write(folder: Path, name: str, tiny_path: Path) -> None:
-    """A random checkpoint as transformers saves it, with processor, tokenizer and chat template."""
+    """Write a random checkpoint as transformers saves it, with processor, tokenizer and chat template."""
     kind, language, tower, more = KINDS[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
@@ -84,12 +84,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, P
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def checkpoint(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[str, Any]:
-    """The name of a kind, and what `llava_prune.load` makes of its checkpoint."""
+    """The name of a kind, and its loaded checkpoint."""
     return request.param, llava_prune.load(folders[request.param], dtype="float32", device="cpu")
 
 
 def substitute(name: str) -> dict[str, Any]:
-    """AutoPrune's first layer in a tower without a class token: our extension, which has to be asked for."""
+    """Return the argument that AutoPrune needs with a tower without a class token, an extension to the paper."""
     return {"class_token": "received"} if name == "onevision" else {}
 
 
@@ -100,7 +100,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (400, 180)) -> Image.Image:
 
 
 def processed(name: str, loaded: Any, image: Image.Image) -> dict[str, Any]:
-    """What AutoProcessor makes of a question about an image; where torchvision is missing, what its parts do."""
+    """Return model inputs for a question about an image, from AutoProcessor or, for LLaVA-OneVision, from its parts."""
     processor = loaded.processor
     if name != "onevision":
         text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
@@ -181,7 +181,7 @@ def test_evaluation_with_the_processor(name: str, folders: dict[str, Path], tmp_
 
 
 def test_tokens_that_papers_count(folders: dict[str, Path]) -> None:
-    """The largest number of crops; of LLaVA-OneVision at most ten, to which those of large images are interpolated."""
+    """Counts are those of the largest number of crops; LLaVA-OneVision interpolates large images to ten crops."""
     patches = (SIDE // 14) ** 2
     assert (
         read_size(folders["next-mistral"]).visual == 5 * patches and read_size(folders["llava-qwen2"]).visual == patches

@@ -1,4 +1,4 @@
-"""Checkpoints that are refused, alike in both packages: always a ValueError of one line that names the checkpoint."""
+"""Checkpoints that both packages refuse, always with a ValueError of one line that names the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(folder: Path, family: str, **more: Any) -> Any:
 
 
 def config(file: str = "config.json", **entries: Any) -> Edit:
-    """Change entries of a JSON file; None removes one."""
+    """Return an edit that changes entries of a JSON file; None removes an entry."""
 
     def edit(folder: Path) -> None:
         path = folder / file
@@ -59,7 +59,7 @@ def file(name: str, content: bytes) -> Edit:
 
 
 class Code:
-    """A pickle that would open a file."""
+    """An object whose pickle would open a file."""
 
     def __reduce__(self) -> Any:
         return open, ("code-ran", "w")
@@ -216,7 +216,7 @@ def test_a_kernel_in_the_config_gives_way_to_attn(family: str, tiny_path: Path, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_towers_as_they_are_published(family: str, tiny_path: Path, tmp_path: Path) -> None:
-    """A whole CLIP with its text model, and a tower whose config names a kernel, which is not fetched."""
+    """A complete CLIP with its text model is read as a tower, and a kernel named in its config is not fetched."""
     folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
     table = json.loads((folder / EYES).read_text())
     inner = {k: v for k, v in table.items() if k != "model_type"} | {"attn_implementation": "some/kernel"}
@@ -255,7 +255,7 @@ def test_configs_of_transformers_format(change: dict[str, Any], message: str, co
 
 @pytest.fixture(scope="module")
 def converted(tiny_path: Path, tmp_path_factory: Any) -> Path:
-    """The miniature in transformers' format."""
+    """llava-tiny in transformers' format."""
     folder = Path(tmp_path_factory.mktemp("converted"))
     load(tiny_path, "hf").model.save_pretrained(folder)
     return folder
@@ -323,7 +323,7 @@ def test_a_lack_of_memory(error: Exception, tiny_path: Path, monkeypatch: Any) -
 
 
 class Panic(BaseException):
-    """As Rust's in Python, which are no Exception."""
+    """An error that is not an Exception, like the panics of Rust extensions."""
 
 
 def test_panics_and_interrupts(tiny_path: Path, monkeypatch: Any) -> None:
@@ -341,7 +341,7 @@ def test_panics_and_interrupts(tiny_path: Path, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_type_of_before_2024(family: str, tiny_path: Path, tmp_path: Path) -> None:
-    """`llava` without a text_config is LLaVA's format: the same tokenizer, model and logits."""
+    """A model_type of `llava` without a text_config means LLaVA's format: the same tokenizer, model and answers."""
     folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
     config(model_type="llava")(folder)
     old, new = load(folder, family), load(tiny_path, family)
@@ -356,7 +356,7 @@ def test_the_model_type_of_before_2024(family: str, tiny_path: Path, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["linear", "mlp3x_gelu", None])
 def test_projectors_of_other_depth(kind: str | None, tiny_path: Path, tmp_path: Path) -> None:
-    """Package llava builds them; transformers has one kind, and says so. A depth other than the stored is refused."""
+    """Package llava builds projectors of the depth that the weights have; transformers supports a single kind."""
     folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
     config(mm_projector_type=kind)(folder)
     with pytest.raises(ValueError, match="mm_projector_type is '(linear|mlp3x_gelu)', and .* family='llava'"):
@@ -391,7 +391,7 @@ def test_left_over_tensors_in_transformers_format(tiny_path: Path, tmp_path: Pat
 
 
 def test_a_single_file_is_read_before_an_index(tiny_path: Path, tmp_path: Path) -> None:
-    """In the order of transformers, in both packages: an index of other files beside it does not count."""
+    """As in transformers, a single weight file takes precedence over an index of other files, in both packages."""
     folder = Path(shutil.copytree(tiny_path, tmp_path / "llava-tiny"))
     table = load_file(folder / "model.safetensors")
     save_file(

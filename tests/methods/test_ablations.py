@@ -1,4 +1,4 @@
-"""AutoPrune's arguments for ablations: each against a computation of its own."""
+"""AutoPrune's arguments for ablations, each against an independent computation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_share_that_is_clustered(pruned: int, share: float, expected: tuple[int,
 def literal(
     slope: float, tokens: int, n: int, depth: int, cap: float, peak: float, share: float, whole: bool, budget: str
 ) -> list[int]:
-    """Counts leaving each layer, or a sum above the budget where no factor meets it; 200 steps, no shortcut."""
+    """Return the counts leaving each layer by 200 bisection steps, or one sum that exceeds the budget at factor 0."""
     most = min(int(cap * tokens), n)
     first = n if whole else most
     x0 = 14.9 * depth / 32
@@ -138,7 +138,7 @@ def test_schedules_by_hand() -> None:
 
 
 def test_peak_is_scaled_away() -> None:
-    """Counts for slopes that occur depend on the product of factor and peak; all of them differ by a token at most."""
+    """At usual slopes, counts depend on the product of factor and peak; another peak changes each by at most a token."""
     different = 0
     for tokens in (64, 128, 192):
         for step in range(0, 41, 2):
@@ -152,7 +152,7 @@ def test_peak_is_scaled_away() -> None:
 
 @pytest.mark.parametrize("recycle", [0.0, 1.0])
 def test_smallest_budget(recycle: float) -> None:
-    """5 tokens, then 2 of them; with nothing recycled both are kept by rank."""
+    """The smallest budget, 2, gives 5 tokens in the first layer and leaves at least one in every layer."""
     plan = schedule(0.2, 2, 576, 32, 14.9, recycle=recycle)
     assert plan.leaving[0] == 5 and sum(plan.leaving) == pytest.approx(64, abs=4) and min(plan.leaving) >= 1
     assert sum(plan.merged) == 0 or recycle > 0
@@ -162,7 +162,7 @@ def test_smallest_budget(recycle: float) -> None:
 
 
 def class_attention(model: Any, given: Any) -> torch.Tensor:
-    """(36,) attention of the class token on the patches in the block of the features, by the tower itself."""
+    """Return (36,) attention of the class token on the patches in the block of the features, from the tower itself."""
     seen: dict[str, Any] = {}
     attention = model.model.vision_tower.encoder.layers[2].self_attn
     stock, attention.config._attn_implementation = attention.config._attn_implementation, "eager"
@@ -177,7 +177,7 @@ def class_attention(model: Any, given: Any) -> torch.Tensor:
 
 
 def text_rows(model: Any, given: Any) -> torch.Tensor:
-    """(36,) attention of the text after the image on the image in layer 0, mean over heads and text tokens."""
+    """Return (36,) attention of the text after the image on the image in layer 0, mean over heads and text tokens."""
     dense, states = Dense(model), spliced(model, given).embeds[0].double()
     normed = _norm(dense.lm.layers[0].input_layernorm, states)
     _, weight = dense.attention(0, normed, torch.arange(len(states)))
@@ -216,7 +216,7 @@ def test_first_score(name: str, tiny_models: dict[str, Any]) -> None:
 
 
 def test_no_class_token_needed() -> None:
-    """A tower without one is enough where it is not asked."""
+    """First scores that do not use the class token work with a tower without one."""
     model = siglip()
     given = models.inputs(model, [ROW], models.pixels(1))
     for first in ("text", "none"):
@@ -262,14 +262,14 @@ def test_recycling_off(cls: Any, tiny: Any) -> None:
 
 
 def turned(lm: Any, layers: list[torch.Tensor]) -> list[list[int]]:
-    """The position ids behind rotary tables (1, L, dh)."""
+    """Return the position ids that rotary tables (1, L, dh) belong to."""
     cos, _ = lm.rotary_emb(torch.zeros(1, 1, models.WIDTH), torch.arange(80)[None])
     return [[int((cos[0] - row).abs().sum(1).argmin()) for row in layer[0]] for layer in layers]
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 def test_positions(positions: str, tiny: Any) -> None:
-    """Read off the rotary tables that the layers get: of the prompt, then of two generated tokens."""
+    """Position ids of the prompt and of two generated tokens, read from the rotary tables that the layers receive."""
     method = AutoPrune(tokens=9, k0=1.2, positions=positions)  # type: ignore[arg-type]
     lm = models.language_model(tiny)
     seen: list[list[torch.Tensor]] = [[] for _ in lm.layers]
@@ -294,7 +294,7 @@ def test_positions(positions: str, tiny: Any) -> None:
             assert prompt == rows and (first, second) == ([length], [length + 1])
         else:
             assert prompt == list(range(len(rows))) and (first, second) == ([len(rows)], [len(rows) + 1])
-        end = max(image)  # where merged tokens go
+        end = max(image)  # the position of merged tokens
         image = [end if i == -1 else BEFORE + i for i in kept[layer]]
         merges += kept[layer].count(-1)
     assert merges and len(image) < 9
@@ -310,7 +310,7 @@ def test_positions(positions: str, tiny: Any) -> None:
     ],
 )
 def test_kept_positions_against_the_dense_model(name: str, first: str, tiny: Any) -> None:
-    """Ragged batch with merged tokens: logits of the prompt and of generated tokens."""
+    """A ragged batch with merged tokens equals the dense model in the logits of the prompt and of generated tokens."""
     hyper = {"positions": "keep", "recycle": 0.6, "mi_scale": 20, "gamma": 0.05, "first_score": first}
     method: Any = llava_prune.build(name, tokens=9, **hyper)
     assert (method.positions, method.decode) == ("keep", "original")
@@ -340,12 +340,12 @@ def test_alone_as_in_a_batch(hyper: dict[str, Any], tiny: Any) -> None:
                 assert torch.allclose(out.logits[1][b], single.logits[1][0], atol=CLOSE)
 
 
-# what others read -----------------------------------------------------------------------------------------------
+# attributes that arguments decide -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm(ScoreMethod):
-    """Needs nothing of the tower."""
+    """A method that needs no attention of the tower."""
 
     tokens: int = 64
 
@@ -354,7 +354,7 @@ class Norm(ScoreMethod):
 
 
 def test_instances_and_compositions() -> None:
-    """Copies keep what an argument decides; a composition has it from its second part."""
+    """Copies keep attributes that an argument decides; a composition takes them from its second part."""
     method = AutoPrune(positions="keep", first_score="text")
     for other in (pickle.loads(pickle.dumps(method)), dataclasses.replace(method, tokens=12)):
         assert (other.positions, other.decode, other.requires) == ("keep", "original", frozenset())
@@ -389,7 +389,7 @@ def test_refusals(hyper: dict[str, Any], message: str) -> None:
 
 
 def test_budgets_below_a_whole_first_layer() -> None:
-    """576 tokens leave layer 0 of 32, which is 18 on average, and clusters stay in the next layers."""
+    """All 576 tokens leave layer 0 of 32, which alone costs 18 tokens on average; clusters stay in the next layers."""
     method = AutoPrune(tokens=18, first_score="none", fixed_slope=0.2)
     with pytest.raises(ValueError, match="tokens=18: the first layers alone bring the average .* to 19.[0-9] for 576"):
         method.plan(576, 32)

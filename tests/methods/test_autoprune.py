@@ -51,7 +51,7 @@ def test_flat_curve_misses_the_budget_by_little() -> None:
 
 
 def literal(slope: float, tokens: int, n: int, depth: int, x0: float) -> list[int]:
-    """Counts leaving each layer, by the rules word for word: 200 bisection steps, no shortcut."""
+    """Return the counts leaving each layer by a literal form of the rules: 200 bisection steps, no shortcut."""
     first = min(int(2.5 * tokens), n)
     curve = [0.75 / (1 + math.exp(slope * (layer - (x0 + slope)))) for layer in range(1, depth)]
 
@@ -104,12 +104,12 @@ def test_search_is_the_specified_one(slope: float, tokens: int, n: int, depth: i
 @given(slope=st.floats(0, 1), tokens=st.integers(1, 600), depth=st.integers(2, 48), budget=st.sampled_from(BUDGETS))
 @settings(max_examples=40)
 def test_counts_are_possible(slope: float, tokens: int, depth: int, budget: str) -> None:
-    """Nothing is kept that is not there; what leaves is kept or merged; the mean is near the budget."""
+    """No layer keeps more tokens than enter it, tokens that leave are kept or merged, the mean is near the budget."""
     x0 = 14.9 * depth / 32
     try:
         plan = schedule(slope, tokens, 576, depth, x0, budget)
     except ValueError:
-        least = [min(int(2.5 * tokens), 576)]  # all of it pruned in every later layer, merged tokens stay
+        least = [min(int(2.5 * tokens), 576)]  # every later layer prunes all, merged tokens stay
         while len(least) < depth:
             least.append(recycled(least[-1])[1])
         assert sum(least) + (576 - least[-1] if budget == "before" else 0) > depth * tokens

@@ -1,4 +1,4 @@
-"""Hand checks, quirks of the official codes and refusals of the methods that recent papers compare with."""
+"""Baselines of recent papers: results computed by hand, peculiarities of the official codes, and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import models
 
 
 def directions(*degrees: float) -> Tensor:
-    """(1, n, 2) unit vectors."""
+    """Return (1, n, 2) unit vectors."""
     angle = torch.tensor(degrees).deg2rad()
     return torch.stack([angle.cos(), angle.sin()], 1)[None]
 
@@ -77,11 +77,11 @@ def test_divprune_repeats_tokens_only_when_strict() -> None:
     assert divprune.max_min(x, every(4), 3, strict=True)[0].tolist() == [[0, 2, 0]]
     zero = torch.tensor([[[0.0, 0], [1, 0], [0, 1]]])
     assert sorted(divprune.max_min(zero, every(3), 3)[0][0].tolist()) == [0, 1, 2]
-    assert divprune.max_min(zero, every(3), 3, strict=True)[0][0, 1:].tolist() == [0, 0]  # a vector of NaN wins always
+    assert divprune.max_min(zero, every(3), 3, strict=True)[0][0, 1:].tolist() == [0, 0]  # a vector of NaN always wins
 
 
 def test_divprune_sends_a_repeated_token_twice(tiny: Any) -> None:
-    """All patches alike, so that the official code chooses the first again and again."""
+    """If all patches are equal, the official code chooses the first one repeatedly."""
     given = models.inputs(tiny, [models.prompt(4, 5)], torch.zeros(1, 3, models.SIDE, models.SIDE))
     projector = tiny.model.mm_projector if models.is_llava(tiny) else tiny.model.multi_modal_projector
     hook = projector.register_forward_hook(lambda module, args, output: output[:, :1].expand_as(output).clone())
@@ -107,7 +107,7 @@ def test_divprune_shares() -> None:
 
 
 def test_dart_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pivots 7 and 12; which of them is first decides what the other finds."""
+    """With pivots 7 and 12, the order of the pivots decides which tokens each of them finds."""
     monkeypatch.setattr(dart, "PIVOTS", 1)
     states = torch.cat([torch.ones(1, 5, 2), directions(0, 10, 30, 90, 180, 200, 45, 60)], 1)
     keys = torch.tensor([9.0] * 5 + [1, 2, 5, 3, 4, 2.5, 1, 6])[None, None, :, None]
@@ -147,7 +147,7 @@ def test_dart_counts() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_dart_with_little_text(after: int, tiny: Any) -> None:
-    """Fewer text pivots, as many tokens; the official code needs four."""
+    """Little text gives fewer text pivots but as many tokens; the official code needs four text tokens."""
     given = models.inputs(tiny, [models.prompt(4, after)], models.pixels(1))
     with llava_prune.pruned(tiny, "dart", keep=13, check=True) as handle, torch.inference_mode():
         tiny(**given)
@@ -195,7 +195,7 @@ def test_vispruner_at_its_ends() -> None:
     important, diverse = vispruner.select(features, score, 7, 1.0)
     assert important.tolist() == score.argsort(1, descending=True)[:, :7].tolist() and diverse.shape == (3, 0)
     assert vispruner.select(features, score, 7, 0.0)[1].shape == (3, 7)
-    for n in range(3):  # images do not see each other
+    for n in range(3):  # images are independent
         alone = vispruner.select(features[n : n + 1], score[n : n + 1], 9, 0.5)
         assert [x[0].tolist() for x in alone] == [x[n].tolist() for x in vispruner.select(features, score, 9, 0.5)]
 
@@ -258,7 +258,7 @@ def test_cdpruner_by_hand() -> None:
 
 
 def test_cdpruner_fills_up_beyond_the_rank() -> None:
-    """Four tokens in two dimensions: two are independent."""
+    """Of four tokens in two dimensions, two are independent."""
     t = torch.tensor([[1.0, 0]])
     found = llava_prune.build("cdpruner", tokens=4).order(G, t, every(4), [4])  # type: ignore[attr-defined]
     assert found[0, :2].tolist() == [0, 2] and sorted(found[0].tolist()) == [0, 1, 2, 3]
@@ -306,7 +306,7 @@ def test_holov_regions() -> None:
 
 
 def test_holov_tokens_of_zeros_are_sent(tiny: Any) -> None:
-    """One region has nearly all of the attention: the official code fills up with zeros."""
+    """If one region has nearly all of the attention, the official code fills up with tokens of zeros."""
     given = models.inputs(tiny, [models.prompt(4, 5)], models.pixels(1))
     with llava_prune.pruned(tiny, "holov", tokens=30, regions=12, strict=True, check=True) as handle:
         out = models.generate(tiny, given, 2)
@@ -366,7 +366,7 @@ def test_hired_counts() -> None:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("family", ["llava", "next"])
 def test_hired_on_crops_of_a_model(family: str, strict: bool, tiny_models: Any) -> None:
-    """The budget of three crops, less what unpadding removes; newline tokens unless strict."""
+    """The image keeps the budget of three crops less what unpadding removes, plus newline tokens unless strict."""
     model = tiny_models["next"] if family == "next" else models.tiny_llava(anyres=True)
     size = (2 * models.SIDE, models.SIDE)
     given = models.inputs(model, [models.prompt(5, 9)], [models.crops(size)], [size])
@@ -470,7 +470,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_cdpruner_with_clip_by_hand(clip_folder: str, tiny: Any) -> None:
-    """Relevance of two images by their questions, from the parts of CLIP called one by one."""
+    """The relevance of two images to their questions equals that from the parts of CLIP, called one by one."""
     from transformers import CLIPModel
 
     texts, pixels = ["what is red", "is that left"], models.pixels(2)
@@ -547,7 +547,7 @@ def test_cdpruner_refusals_with_clip(clip_folder: str, tiny: Any, tmp_path: Any)
 
 
 def test_resize_is_the_tower_on_a_smaller_image(tiny: Any) -> None:
-    """Against transformers' own interpolation of position embeddings."""
+    """The features equal those of transformers' own interpolation of position embeddings."""
     pixels = models.pixels(2)
     rows = [models.prompt(4, 6), models.prompt(5, 8, seed=1)]
     seen: list[Tensor] = []

@@ -16,7 +16,7 @@ SMALL = Size(layers=12, hidden=128, intermediate=344, visual=144)
 
 
 def equation_2(counts: list[int], size: Size) -> float:
-    """Percent of the unpruned model's FLOPs, written out."""
+    """Return the percentage of the unpruned model's FLOPs by Equation (2), written out."""
     d, m = size.hidden, size.intermediate
     full = size.layers * (4 * size.visual * d**2 + 2 * size.visual**2 * d + 3 * size.visual * d * m)
     return 100 * sum(4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m for n in counts) / full
@@ -68,7 +68,7 @@ def test_how_they_are_written() -> None:
 
 
 def test_requests_have_hyper_parameters_in_their_labels() -> None:
-    """Values that the run would have anyway are left out, so that equal runs have equal labels."""
+    """Labels leave out values that the run would have anyway, so that equal runs have equal labels."""
     found = cases_of(
         [
             Request(["autoprune", "random"], [64], {"gamma": 0.0}),

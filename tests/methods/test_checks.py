@@ -1,4 +1,4 @@
-"""Hyper-parameters that a user can type: used with finite results, or refused in one line."""
+"""Hyper-parameters that a user can type give finite results or are refused in one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("pdrop", "layers"): {"ratios": [0.5]},
     ("pdrop", "ratios"): {"layers": [2]},
 }
-"""What an argument needs to have an effect."""
+"""Other arguments that an argument needs to have an effect."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_limits_are_inside() -> None:
 
 
 def test_autoprunes_smallest_budget() -> None:
-    """The search of the official code ends at 2 tokens for a budget of 1, and for 2 at no more."""
+    """The search of the official code ends at 2 tokens for a budget of 1, and at no more for a budget of 2."""
     plan = schedule(0.2, 2, 576, 32, 14.9)
     assert plan.leaving == (5, *[2] * 31)
     for tokens in (0, 1):

@@ -1,4 +1,4 @@
-"""Compositions: names, presets of the parts, budgets, what is refused. The contract suites run several of them."""
+"""Compositions: names, presets of the parts, budgets and refusals. The contract suites run several of them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ FIRSTS += ["divprune", "cdpruner", "holov"]
 @pytest.mark.parametrize("first", FIRSTS)
 @pytest.mark.parametrize("second", ["autoprune", "dart", "fastv", "vtw", "pdrop", "sparsevlm", "random", "uniform"])
 def test_any_first_with_any_second(first: str, second: str, tiny: Any) -> None:
-    """The first leaves about 20 of 36 patches, the second prunes those and no others."""
+    """The first method leaves about 20 of 36 patches; the second prunes those and no others."""
     if (first, second) == ("tome", "autoprune"):
         pytest.skip("AutoPrune reads the tower that ToMe changes")
     given = models.inputs(tiny, [models.prompt(5, 7), models.prompt(4, 9, seed=1)], models.pixels(2))
@@ -132,7 +132,7 @@ def test_any_first_with_any_second(first: str, second: str, tiny: Any) -> None:
 
 
 def test_places_reach_topv_through_a_choice_of_patches(tiny: Any) -> None:
-    """All rows have a patch, so the grid term of the cost is the one of the unpruned image's places."""
+    """Tokens keep the grid positions of their patches, so that TopV's grid term changes the choice."""
     given = models.inputs(tiny, [models.prompt(5, 7)], models.pixels(1))
     kept = []
     for beta in (0.0, 50.0):

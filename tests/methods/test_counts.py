@@ -215,7 +215,7 @@ def test_refused_where_the_model_is_known(name: str, hyper: dict[str, Any], mess
 @pytest.mark.parametrize("name", ["fastv", "dart", "topv"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_few_layers(name: str, layers: int) -> None:
-    """A plan has as many full layers as the cut needs, or there is a message."""
+    """With few layers, the plan has the full layers that the cut needs, or an error says what to change."""
     hyper: dict[str, Any] = {} if name == "topv" else {"keep": 64}
     try:
         counts = plan(name, n_layers=layers, **hyper)

@@ -1,4 +1,4 @@
-"""Mutual information and text attention on maps small enough for a pencil."""
+"""Mutual information and text attention on small maps, computed by hand."""
 
 from __future__ import annotations
 

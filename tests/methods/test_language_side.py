@@ -1,4 +1,4 @@
-"""Which tokens FastV, VTW, PyramidDrop, SparseVLM and TopV choose: worked examples and equivalences."""
+"""The tokens that FastV, VTW, PyramidDrop, SparseVLM and TopV choose: worked examples and equivalences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import inputs, pixels, prompt, tiny_hf
 
 
 def view(before: int, n_visual: int, after: int, probs: Any = None, next_row: Any = None, layers: int = 4) -> View:
-    """One sample; `probs` (H, L) of its last row."""
+    """Return a view of one sample; `probs` are the (H, L) attention weights of its last row."""
     length = before + n_visual + after
     visual = torch.zeros(1, length, dtype=torch.bool)
     visual[:, before : before + n_visual] = True
@@ -69,7 +69,7 @@ def test_pyramiddrop_readings_differ(model: Any, given: Any) -> None:
 
 
 def test_pyramiddrop_ranks_with_the_weights_of_the_next_layer(model: Any, given: Any) -> None:
-    """FastV reads the same row, softmax and head mean with the weights of the layer that has just run."""
+    """FastV, with the weights of the layer that has just run, keeps other tokens from the same row."""
     _, following = logits(model, given, "pdrop", layers=[2], ratios=[0.5])
     _, finished = logits(model, given, "fastv", layer=2, keep=18)
     assert following.tokens_out.tolist() == finished.tokens_out.tolist()
@@ -77,13 +77,13 @@ def test_pyramiddrop_ranks_with_the_weights_of_the_next_layer(model: Any, given:
 
 
 def test_fastv_dropping_equals_masking(model: Any, given: Any) -> None:
-    """Columns masked from layer K on, original positions: the token-mask variant's prefill."""
+    """Dropping tokens equals masking their columns from layer K on, with original positions."""
     got, record = logits(model, given, "fastv", layer=2, keep=9)
     columns = torch.tensor([i for i in range(36) if i not in record.kept[-1][0].tolist()]) + 5
     length = given["input_ids"].shape[1]
     mask = torch.full((length, length), -torch.inf).triu(1)
     mask[:, columns] = -torch.inf
-    mask[columns, columns] = 0.0  # a dropped row needs something to look at; nobody looks at it
+    mask[columns, columns] = 0.0  # a dropped row must attend to something; no row attends to it
 
     def masked(module: Any, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "attention_mask": mask[None, None]}
@@ -101,7 +101,7 @@ def test_fastv_dropping_equals_masking(model: Any, given: Any) -> None:
 
 
 def test_vtw_ends(model: Any, given: Any) -> None:
-    """No withdrawal is the unpruned model bit for bit; withdrawal before layer 0 a text prompt with a gap."""
+    """Withdrawal after the last layer equals the unpruned model exactly; before layer 0, a text prompt with a gap."""
     with torch.inference_mode():
         plain = model(**given).logits[:, -1]
         text = given["input_ids"][given["input_ids"] != model.config.image_token_id][None]
@@ -148,7 +148,7 @@ def test_sparsevlm_plus_lets_some_heads_vote(model: Any, given: Any) -> None:
 
 
 def test_sparsevlm_by_rank(model: Any, given: Any) -> None:
-    """Version 1.0 keeps scale x rank + bias; with 7 words at most 7."""
+    """Version 1.0 keeps scale x rank + bias tokens; 7 text tokens give a rank of 7 at most."""
     _, record = logits(model, given, "sparsevlm", version="1.0", layers=[1, 3], scale=2, bias=1)
     counts = record.kept[1][0].tolist()
     rank = (sum(i >= 0 for i in counts) - 1) / 2
@@ -174,7 +174,7 @@ def test_transport_rows_then_columns(iterations: int, sums: list[float]) -> None
 
 @pytest.mark.parametrize("iterations", [1, 3, 100])
 def test_transport_columns_then_rows_ranks_nothing(iterations: int) -> None:
-    """With the row step last (here: the plan of the transposed cost, transposed) rows sum to their marginal."""
+    """If the row step is last (here: the plan of the transposed cost, transposed), rows sum to their marginal."""
     plan = transport(COST.transpose(1, 2), LIVE, 0.1, 1.0, iterations).transpose(1, 2)
     torch.testing.assert_close(plan.sum(2), torch.full((1, 3), 1 / 3), atol=1e-6, rtol=0)
     assert float((plan - plan.flip(1)).abs().max()) > 0.1, "the plan itself does depend on the cost"

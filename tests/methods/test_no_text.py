@@ -1,4 +1,4 @@
-"""A prompt that ends with its image, against attention worked out from the weights alone."""
+"""Prompts that end with their image, against attention computed from the weights alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def given(model: Any) -> Any:
 
 
 def last_attention(model: Any, given: Any, layer: int) -> torch.Tensor:
-    """(36,) attention of the last position, an image token, on the image in an unpruned layer; mean over heads."""
+    """Return (36,) attention of the last position, a visual token, on the image in an unpruned layer, head mean."""
     dense, prompt = Dense(model), spliced(model, given)
     states = prompt.embeds[0].double()
     positions = torch.arange(len(states))
@@ -67,7 +67,7 @@ def test_sparsevlm_has_the_last_visual_token_for_its_rater(model: Any, given: An
 
 
 def test_autoprune_has_no_information(model: Any, given: Any) -> None:
-    """I0 = I1 = 0: layer 0 goes by the class token alone, and the slope is k0."""
+    """Without text, I0 = I1 = 0: layer 0 ranks by the class token alone, and the slope is k0."""
     record = kept(model, given, "autoprune", tokens=9, mi_scale=50)
     assert record.stats["mi0"] == record.stats["mi1"] == [0.0] and record.stats["slope"] == [0.4]
     plan = schedule(0.4, 9, models.PATCHES, models.LAYERS, 14.9 * models.LAYERS / 32)
@@ -85,7 +85,7 @@ def test_autoprune_has_no_information(model: Any, given: Any) -> None:
 
 
 def test_text_changes_all_of_it(model: Any) -> None:
-    """With text after the image none of the above holds."""
+    """With text after the image, the mutual information is not zero and the slope is not k0."""
     other = models.inputs(model, [models.prompt(BEFORE, 6)], models.pixels(1))
     record = kept(model, other, "autoprune", tokens=9, mi_scale=50)
     assert record.stats["mi0"] != [0.0] and record.stats["slope"] != [0.4]

@@ -1,4 +1,4 @@
-"""Settings that change a result and are easily lost: each against an expectation of its own."""
+"""Details of methods that change a result and are easily lost, each against expected values of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import models
 
 
 def test_autoprune_not_strict_moves_nothing() -> None:
-    """A layer that drops one token and recycles it alone: a merged token at the end, or nothing."""
+    """A single token that a layer drops and recycles moves to the end as a merged token if strict, else it stays."""
     model = models.tiny_hf()
     given = models.inputs(model, [models.prompt(5, 7)], models.pixels(1))
     records = {}
@@ -33,7 +33,7 @@ def test_autoprune_not_strict_moves_nothing() -> None:
 
 
 def crops_view(crops: int, patches: int) -> VisionView:
-    """Five crops at most; `crops` of them here."""
+    """Return a view of `crops` crops of an image that may have up to five."""
     draw = torch.Generator().manual_seed(0)
     attention = torch.rand(crops, 2, 1, 1 + patches, generator=draw)
     keys = torch.randn(crops, 2, 1 + patches, 4, generator=draw)
@@ -45,7 +45,7 @@ def crops_view(crops: int, patches: int) -> VisionView:
 @pytest.mark.parametrize("tokens, each", [(145, 29), (146, 29), (149, 29), (150, 30), (4, 1)])
 @pytest.mark.parametrize("name, more", [("fastervlm", 0), ("visionzip", 0), ("prumerge", 1)])
 def test_budgets_that_crops_do_not_divide(name: str, more: int, tokens: int, each: int) -> None:
-    """floor(tokens / 5), at least 1, for each crop; PruMerge adds its merged token."""
+    """Each crop keeps floor(tokens / 5), at least 1; PruMerge adds its merged token."""
     method = llava_prune.build(name, tokens=tokens)
     for crops in (5, 3):
         cut = method.prune_vision(crops_view(crops, 40))
@@ -54,7 +54,7 @@ def test_budgets_that_crops_do_not_divide(name: str, more: int, tokens: int, eac
 
 
 def request(now: list[int]) -> View:
-    """Three samples with `now` visual tokens each."""
+    """Return a view of three samples with `now` visual tokens each."""
     visual = torch.ones(3, max(now), dtype=torch.bool)
     spans = Spans(max(now), 1, torch.ones(3, 1, dtype=torch.bool), tuple(now), 32)
     return View(torch.zeros(3, max(now), 2), visual, visual, visual.long(), None, spans, {"now": now}, (1, 1, 1))
@@ -72,7 +72,7 @@ def request(now: list[int]) -> View:
     ],
 )
 def test_sparsevlm_presets_of_version_1(hyper: dict[str, Any], kept: list[int]) -> None:
-    """Ranks 3, 2 and as many as there are tokens, which prunes nothing."""
+    """Counts for ranks 3 and 2, and for a rank equal to the number of tokens, which prunes nothing."""
     method: Any = llava_prune.build("sparsevlm", version="1.0", **hyper)
     steps = method.decide(2, [3, 2, 576], request([576, 576, 576]))
     assert [k for k, _, _ in steps] == kept
@@ -83,7 +83,7 @@ def test_sparsevlm_presets_of_version_1(hyper: dict[str, Any], kept: list[int]) 
 
 
 def absorbed(x: Any, keys: Any, score: Any, kept: list[int], neighbours: int) -> tuple[Any, Any]:
-    """PruMerge's merging of one image, patch by patch."""
+    """Return PruMerge's merged tokens of one image, computed patch by patch."""
     t = len(x)
     unit = keys / keys.norm(dim=1, keepdim=True)
     free = [p for p in range(t) if p not in kept]
@@ -110,7 +110,7 @@ def test_prumerge_with_a_patch_named_twice(kept: list[int], neighbours: int) -> 
 
 
 def test_prumerge_plus_strict_sends_a_patch_twice() -> None:
-    """Outliers on the grid: twice with `strict`, once without."""
+    """Outliers that are grid points as well are sent twice with `strict`, once without."""
     score = torch.full((1, 40), 0.001)
     score[0, [4, 12, 13, 20, 37]] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
     sent = {}

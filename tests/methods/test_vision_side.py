@@ -1,4 +1,4 @@
-"""Hand checks of FasterVLM, VisionZip, PruMerge and ToMe, worked out on paper."""
+"""FasterVLM, VisionZip, PruMerge and ToMe against results computed by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import models
 
 
 def view(score: list[float], features: Tensor, keys: Tensor, cls: Tensor | None = None, crops: int = 1) -> VisionView:
-    """One image, one head; `score` is the class token's row, `keys` (1 + T, d) include the class token's."""
+    """Return a view of one image; `score` is the class token's row, `keys` (1 + T, d) include the class token's."""
     probs = torch.tensor([0.0, *score])[None, None, None]
     t = len(score)
     return VisionView(features[None], {0: probs}, {0: keys[None, None]}, (1, t), cls=cls, crops=crops)
@@ -37,7 +37,7 @@ def test_fastervlm_keeps_raster_order() -> None:
 
 @pytest.mark.parametrize("crops, total", [(5, 145), (3, 87)])
 def test_fastervlm_on_crops(crops: int, total: int) -> None:
-    """29 a crop where an image has up to 5."""
+    """A budget of 145 gives each crop 29 tokens where an image has up to 5 crops."""
     probs = torch.rand(crops, 2, 1, 577, generator=torch.Generator().manual_seed(0))
     shown = VisionView(torch.zeros(crops, 576, 2), {0: probs}, {}, (24, 24), crops=5)
     cut = llava_prune.build("fastervlm", tokens=145).prune_vision(shown)
@@ -50,7 +50,7 @@ def test_fastervlm_on_crops(crops: int, total: int) -> None:
     + [(64, 0.416, 10.9), (58, 0.376, None)],
 )
 def test_fastervlm_flops(tokens: int, trillions: float, percent: float | None) -> None:
-    """Of a 7B prefill on visual tokens alone."""
+    """FLOPs of a 7B prefill on visual tokens alone."""
     counts = llava_prune.build("fastervlm", tokens=tokens).plan(576, 32)
     assert counts is not None
     assert flops_visual_only(counts, Size()) / 1e12 == pytest.approx(trillions, abs=6e-4)
@@ -60,7 +60,7 @@ def test_fastervlm_flops(tokens: int, trillions: float, percent: float | None) -
 
 @pytest.mark.parametrize("family", ["llava", "hf"])
 def test_class_token_row_is_the_towers_own(family: str) -> None:
-    """Beside the tower the same row as its eager attention; with the class token's own column it sums to 1."""
+    """The recorded row equals that of the tower's eager attention; with the class token's own column it sums to 1."""
     model = models.tiny_llava() if family == "llava" else models.tiny_hf()
     seen: dict[str, Any] = {}
 
@@ -107,7 +107,7 @@ def test_visionzip_budgets(tokens: int, split: tuple[int, int]) -> None:
 
 
 def test_visionzip_counts_and_order() -> None:
-    """54 + 10: the class token, 53 patches, 523 others of which 513 are no targets; both blocks in raster order."""
+    """54 + 10: the class token, 53 patches, and 523 others of which 513 are merged; both blocks in raster order."""
     draw = torch.Generator().manual_seed(0)
     x, keys = torch.randn(576, 4, generator=draw), torch.randn(577, 8, generator=draw)
     score = torch.rand(576, generator=draw)
@@ -202,7 +202,7 @@ def test_tome_schedules() -> None:
 
 
 def test_tome_attends_to_a_token_by_its_size() -> None:
-    """Two keys alike, of one patch and of three: weights 1/4 and 3/4; equal without proportional attention."""
+    """Equal keys of one and of three patches have weights 1/4 and 3/4, and 1/2 without proportional attention."""
     model = models.tower()
     layer = next(m for n, m in model.named_modules() if n.endswith("encoder.layers.0"))
     attn, width = layer.self_attn, models.WIDTH

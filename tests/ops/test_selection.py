@@ -31,13 +31,13 @@ def test_rank_is_a_stable_sort(entries: list[tuple[int, bool]]) -> None:
 
 
 ROW = st.lists(st.sampled_from("tvV."), min_size=1, max_size=10)
-"""t text, v visual that goes, V visual that stays, . padding."""
+"""t: text, v: dropped visual token, V: kept visual token, .: padding."""
 
 
 @given(st.lists(st.tuples(ROW, st.integers(0, 3)), min_size=1, max_size=4))
 @settings(max_examples=80)
 def test_assemble_is_a_list_comprehension(samples: list[tuple[list[str], int]]) -> None:
-    """Kept rows in order, merged ones after the last visual place, all at the right end."""
+    """Kept rows stay in order, merged ones follow the last visual position, and padding is on the left."""
     width = max(len(r) for r, _ in samples)
     rows = ["." * (width - len(r)) + "".join(r) for r, _ in samples]
     counts = [c if set(r) & {"v", "V"} else 0 for r, c in samples]
@@ -66,7 +66,7 @@ def test_assemble_is_a_list_comprehension(samples: list[tuple[list[str], int]]) 
 
 
 def clustered(points: torch.Tensor, k: int) -> tuple[list[float], list[int], list[int]]:
-    """Densities, centres and labels of one sample by loops, as the specification words it."""
+    """Return densities, centres and labels of one sample, by loops that follow the specification."""
     n, width = points.shape
     distance = [[float((a - b).norm()) / width**0.5 for b in points.double()] for a in points.double()]
     density = [torch.tensor(-sum(x * x for x in sorted(row)[:k]) / k).exp().item() for row in distance]
@@ -80,7 +80,7 @@ def clustered(points: torch.Tensor, k: int) -> tuple[list[float], list[int], lis
 
 
 def test_clusters_of_the_specification() -> None:
-    """SparseVLM's worked example; the loops say what the function does not show."""
+    """SparseVLM's worked example; the loops also give densities and centres, which the function does not return."""
     points = torch.tensor([0, 0.1, 0.3, 1.0, 1.2, 2.0])[:, None]
     density, centres, label = clustered(points, 3)
     assert density == pytest.approx([0.9672, 0.9835, 0.9576, 0.8381, 0.7972, 0.5789], abs=5e-5)

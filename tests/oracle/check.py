@@ -1,4 +1,4 @@
-"""Run a request pruned, replay it densely, compare everything that can be seen from outside."""
+"""Run a pruned request, replay it densely, and compare everything that can be observed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # a first layer with all of an anyres 
     "fastervlm+topv": {"tokens": 30, "vision_tokens": 33},
     "prumerge++pdrop": {"tokens": 20},
 }
-"""What a method needs on six layers and 36 patches, where `tokens=9` or its defaults are not enough."""
+"""Arguments of methods on six layers and 36 patches, where `tokens=9` or the defaults do not work."""
 STEPS = 3
 
 
 def small(name: str) -> Any:
-    """A new instance of a method that prunes the small models."""
+    """Return a new instance of a method that prunes the small models."""
     known = inspect.signature(resolve(name)[0]).parameters
     values = {"tokens": 9} if "tokens" in known else {}
     return llava_prune.build(name, **{**values, **ARGUMENTS.get(name, {})})
 
 
 def batch(model: Any, kind: str) -> dict[str, Any]:
-    """Inputs: "one" sample; "pair" of equal lengths; "padded", with two images, and none, and no text after."""
+    """Return "one" sample, a "pair" of equal lengths, or "padded" samples: one, two or no images, or no text after it."""
     if kind == "one":
         return inputs(model, [prompt(5, 7)], pixels(1))
     if kind == "pair":
@@ -44,7 +44,7 @@ def batch(model: Any, kind: str) -> dict[str, Any]:
 
 
 def check_record(record: Any, found: Replay) -> None:
-    """Token counts and kept indices against the replay."""
+    """Compare token counts and kept indices with the replay."""
     assert record.tokens_in.tolist() == [[v for _, v in s.entering] for s in found.samples]
     assert record.tokens_out.tolist() == [[len(x) for x in s.leaving] for s in found.samples]
     for n, kept in enumerate(record.kept):
@@ -68,7 +68,7 @@ def check(
 
 
 def compare(model: Any, watch: Watch, record: Any, out: Any, given: dict[str, Any], steps: int, tol: float) -> Replay:
-    """The second half of `check`, for a request that was run already."""
+    """Compare a request that was run already with the dense replay."""
     features = None if watch.vision is None or watch.vision.ids is not None else watch.vision.features
     found = replay(model, spliced(model, given, features), watch, out.sequences[:, :steps].tolist(), tol=2 * tol)
     for b, sample in enumerate(found.samples):
@@ -81,12 +81,12 @@ def compare(model: Any, watch: Watch, record: Any, out: Any, given: dict[str, An
 
 
 def full_columns(model: Any, given: dict[str, Any]) -> int:
-    """Columns of the unpruned prompt."""
+    """Return the number of columns of the unpruned prompt."""
     return spliced(model, given).valid.shape[1]
 
 
 def visual_before(given: dict[str, Any]) -> list[int]:
-    """Visual tokens of each sample before any cut, images being 36 tokens each."""
+    """Return the visual tokens of each sample before any cut, with 36 tokens an image."""
     ids: Tensor = given["input_ids"]
     if "images" in given:
         return ((ids == -200).sum(1) * PATCHES).tolist()

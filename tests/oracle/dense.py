@@ -1,8 +1,8 @@
-"""A pruned model worked out densely: plain tensors, no cache, no masks of a backend, one sample at a time.
+"""A pruned model computed densely: plain tensors, no cache, no masks of a backend, one sample at a time.
 
-From a method only its decisions are taken: which rows leave after which layer, and the values of merged ones. `Watch`
-records them; `replay` computes from weights and input embeddings what every layer and every generated token must be.
-Nothing of `llava_prune.runtime` or `llava_prune.models` is used.
+Only the decisions of a method are used: the rows that leave after each layer, and the values of merged ones. `Watch`
+records them; `replay` computes from weights and input embeddings the expected result of every layer and generated
+token. Nothing of `llava_prune.runtime` or `llava_prune.models` is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.models import PATCHES, is_llava, language_model
 NEWLINE, TEXT = -1, -2
 MERGED, VISION = "merged", "vision"
 ENTRY = -2
-"""Layer of the cut of a composition's first method, where that is at the entry of the language model."""
+"""Layer number of the cut by a composition's first method, if that acts at the entry of the language model."""
 
 
 # the spliced prompt -------------------------------------------------------------------------------------------
@@ -32,12 +32,12 @@ class _Stop(Exception):
 
 @dataclass
 class Prompt:
-    """What the language model of an unpruned model would be given.
+    """The input of the language model of an unpruned model.
 
     Attributes:
-        embeds: (B, L, D).
-        valid: (B, L) bool.
-        source: (B, L) long, the patch behind each row, counted over all images; NEWLINE or TEXT elsewhere.
+        embeds: (B, L, D) embeddings.
+        valid: (B, L) bool, False for padding.
+        source: (B, L) long, the patch of each row, counted over all images; NEWLINE or TEXT for other rows.
     """
 
     embeds: Tensor
@@ -50,7 +50,7 @@ def _projector(model: Any) -> Any:
 
 
 def _caught(model: Any, given: dict[str, Any], hook: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
-    """Embeddings and mask that the package hands its language model, with a hook on the projector."""
+    """Return the embeddings and mask that the package passes to its language model, with a hook on the projector."""
     caught: dict[str, Any] = {}
 
     def stop(module: Any, args: Any, kwargs: Any) -> None:
@@ -74,9 +74,9 @@ def _caught(model: Any, given: dict[str, Any], hook: Callable[[Any], Any]) -> tu
 
 
 def spliced(model: Any, given: dict[str, Any], features: Tensor | None = None) -> Prompt:
-    """The prompt an unpruned model would run on; `features` (N, T, Dv) take the place of the tower's.
+    """Return the prompt of an unpruned model; `features` (N, T, Dv) replace those of the tower.
 
-    Patches are found by letting the projector answer with their numbers.
+    Patches are found by replacing the output of the projector with their numbers.
     """
 
     def number(module: Any, args: Any, output: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def spliced(model: Any, given: dict[str, Any], features: Tensor | None = None) -
 
 @dataclass
 class Asked:
-    """One question to a method and its answer."""
+    """One call of a method's `prune`: its inputs and its answer."""
 
     layer: int
     hidden: Tensor
@@ -124,7 +124,7 @@ class Asked:
 
 @dataclass
 class Watch:
-    """Notes every decision of a method; `asked` holds those of the prefills since `clear`."""
+    """Records every decision of a method; `asked` holds those of the prefills since `clear`."""
 
     method: Any
     asked: list[Asked] = field(default_factory=list)
@@ -181,7 +181,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of (n, H, dh) at (n,) positions."""
+    """Apply the rotary embedding to (n, H, dh) at (n,) positions."""
     half = x.shape[2] // 2
     angle = positions[:, None].to(x.dtype) * theta ** (-torch.arange(half).to(x.dtype) / half)  # (n, dh / 2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
@@ -190,7 +190,7 @@ def _turn(x: Tensor, positions: Tensor, theta: float) -> Tensor:
 
 
 class Dense:
-    """The decoder layers of a language model as plain arithmetic in `dtype`."""
+    """The decoder layers of a language model in plain arithmetic, in `dtype`."""
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float64) -> None:
         self.lm, self.head, self.dtype = language_model(model), model.lm_head, dtype
@@ -204,7 +204,7 @@ class Dense:
         return F.linear(x, module.weight.to(x.dtype), bias)
 
     def attention(self, n: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed (n, D) states' output of layer n's attention, and its (H, n, n) weights."""
+        """Return the output of layer n's attention for normed (n, D) states, and its (H, n, n) weights."""
         attn, length = self.lm.layers[n].self_attn, x.shape[0]
         q, k = (self._linear(f, x).view(length, -1, self.dh) for f in (attn.q_proj, attn.k_proj))
         if hasattr(attn, "q_norm"):
@@ -219,7 +219,7 @@ class Dense:
         return self._linear(attn.o_proj, out), weight
 
     def layer(self, n: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Output (n, D) of layer n and its attention weights (H, n, n)."""
+        """Return the output (n, D) of layer n and its attention weights (H, n, n)."""
         layer = self.lm.layers[n]
         out, weight = self.attention(n, _norm(layer.input_layernorm, x), positions)
         x = x + out
@@ -233,12 +233,12 @@ class Dense:
 
 @dataclass
 class Sample:
-    """What `replay` found for one sample.
+    """The result of `replay` for one sample.
 
     Attributes:
-        logits: (1 + new, V), after the prompt's last row and after each further token.
-        leaving: visual tokens leaving each layer: original index, or -1 for a merged one.
-        entering: rows entering each layer: (live rows, visual ones).
+        logits: (1 + new, V) logits after the prompt's last row and after each further token.
+        leaving: visual tokens leaving each layer: the original index, or -1 for a merged token.
+        entering: (live rows, visual rows) entering each layer.
     """
 
     logits: Tensor
@@ -248,17 +248,17 @@ class Sample:
 
 @dataclass
 class Replay:
-    """All samples, and the columns each layer's cache must have after the prefill."""
+    """The results for all samples, and the columns that each layer's cache must have after the prefill."""
 
     samples: list[Sample]
     columns: list[int]
 
 
 class _Board:
-    """Which row stands in which column, by sample; None for padding.
+    """The row in each column, by sample; None for padding.
 
-    A row is its column in the unpruned prompt, (MERGED, layer, number), or (VISION, image, row) where the vision side
-    sends rows of its own.
+    A row is its column in the unpruned prompt, (MERGED, layer, number) for a merged token, or (VISION, image, row) for
+    a token that the vision side sends.
     """
 
     def __init__(self, prompt: Prompt, method: Any, vision: Any) -> None:
@@ -283,7 +283,7 @@ class _Board:
             self.numbers.append({column: n for n, column in enumerate(places)})
 
     def _sent(self, b: int, rows: list[int], vision: Any) -> list[Any]:
-        """The rows of sample b with those of the vision side in the places of its images."""
+        """Return the rows of sample b, with those of the vision side in the places of its images."""
         patches, source = PATCHES, self.prompt.source[b].tolist()
         first = min((s // patches for s in source if s >= 0), default=0)
         out: list[Any] = []
@@ -309,7 +309,7 @@ class _Board:
         return self.numbers[b].get(row, -3)
 
     def move(self, layer: int, cut: Any) -> None:
-        """Apply a cut, after checking that it leaves the text alone and repeats nothing."""
+        """Apply a cut, after checking that it keeps the text and repeats no row."""
         for b, old in enumerate(self.columns):
             tail = 0 if cut.merged is None else cut.merged.shape[1]
             table = [*old, *((MERGED, layer, c) for c in range(tail))]
@@ -323,7 +323,7 @@ class _Board:
             self.columns[b] = new
 
     def check(self, asked: Asked) -> None:
-        """What the method was shown agrees with the board."""
+        """Check that the method was shown the rows on the board."""
         for b, columns in enumerate(self.columns):
             assert asked.valid[b].tolist() == [c is not None for c in columns]
             assert asked.visual[b].tolist() == [self.visual(b, c) for c in columns]
@@ -347,11 +347,15 @@ def replay(
     dtype: torch.dtype = torch.float64,
     tol: float = 2e-4,
 ) -> Replay:
-    """Work out densely what a pruned request must be.
+    """Compute densely the expected result of a pruned request.
 
     Args:
+        model: the model, of which the weights are used.
+        prompt: the unpruned prompt, see `spliced`.
+        watch: the recorded decisions of the method.
         new: token ids of each sample that follow the prompt (the answer, or later turns without padding).
-        tol: for states and attention rows that the method was shown, relative to their size.
+        dtype: dtype of the computation.
+        tol: tolerance, relative to their size, for states and attention rows that the method was shown.
     """
     dense, method = Dense(model, dtype), watch.method
     layers = len(dense.lm.layers)
@@ -363,12 +367,12 @@ def replay(
     base = [len(p) for p in place]
     samples = [Sample(torch.empty(0)) for _ in range(batch)]
     embeds = prompt.embeds.to(dtype)
-    states = [embeds[b] for b in range(batch)]  # (columns of the prompt, then merged rows, D)
-    line = [{c: c for c in p} for p in place]  # which line of `states` a row has
+    states = [embeds[b] for b in range(batch)]  # (columns of the prompt + merged rows, D)
+    line = [{c: c for c in p} for p in place]  # the line of `states` of each row
     fresh = [dense.lm.embed_tokens(torch.tensor(t, dtype=torch.long)).detach().to(dtype) for t in new]
     columns = []
     if board.patch:
-        shorter = method.vision_positions == "renumber"  # what is sent counts as the prompt
+        shorter = method.vision_positions == "renumber"  # the sent rows count as the prompt
         assert renumbered or shorter, "rows of the vision side have no place in the unpruned prompt"
         for b, row in enumerate(board.columns):
             place[b] = {c: n for n, c in enumerate([c for c in row if c is not None])}
@@ -384,7 +388,7 @@ def replay(
         answer = asked[layer].answer if layer in asked else None
         if answer is None:
             return
-        for b, old in enumerate(board.columns):  # a merged row stands at the end of the image
+        for b, old in enumerate(board.columns):  # a merged row is at the end of the image
             last = max((place[b][c] for c in old if board.visual(b, c)), default=0)
             for c in range(0 if answer.merged is None else answer.merged.shape[1]):
                 place[b][MERGED, layer, c] = last
@@ -397,7 +401,7 @@ def replay(
     if ENTRY in asked:
         board.check(asked[ENTRY])
         cut(ENTRY)
-        for b, row in enumerate(board.columns):  # what is left counts as the prompt
+        for b, row in enumerate(board.columns):  # the remaining rows count as the prompt
             place[b] = {c: n for n, c in enumerate([c for c in row if c is not None])}
             base[b] = len(place[b])
     if -1 in asked:
@@ -442,7 +446,7 @@ def _compare(
     n: int,
     tol: float,
 ) -> None:
-    """States and attention rows that a method was shown after layer n."""
+    """Compare the states and attention rows that a method was shown after layer n."""
     live = torch.tensor([i for i, c in enumerate(columns) if c is not None])
     at = {int(c): i for i, c in enumerate(live.tolist())}
     near(shown.hidden[b, live], out, tol, f"hidden after layer {n}, sample {b}")
@@ -460,7 +464,7 @@ def _compare(
 
 
 def near(got: Tensor, want: Tensor, tol: float, what: str) -> None:
-    """Largest difference relative to the largest value wanted."""
+    """Check that the largest difference is at most `tol` times the largest expected value."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} against {tuple(want.shape)}"
     gap = float((got.to(want.dtype) - want).abs().max()) if got.numel() else 0.0
     size = max(float(want.abs().max()) if want.numel() else 0.0, 1e-6)

@@ -1,4 +1,4 @@
-"""A stand-in for the flash kernel, which takes what the real one can read and nothing else."""
+"""A stand-in for the flash-attention kernel that accepts only what the real kernel can read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.models import language_model
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Put it in the kernel's place; the masks it gets are noted: 2-D of the keys' length, or None.
+    """Replace the kernel; return a list of the masks that it gets: 2-D of the keys' length, or None.
 
-    It wants no positions and is causal at the end.
+    The stand-in refuses position ids, and its causal mask is aligned at the end.
     """
     from transformers.integrations import flash_attention
 
@@ -39,6 +39,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def flash(model: Any) -> Any:
-    """The model, whose language model asks for the kernel."""
+    """Make the language model use the kernel, and return the model."""
     language_model(model).config._attn_implementation_internal = "flash_attention_2"
     return model

@@ -1,4 +1,4 @@
-"""A method that follows a script: cuts of every kind at stated layers, for tests of the runtime itself."""
+"""A method that follows a script: cuts of every kind at given layers, for tests of the runtime itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llava_prune.ops.selection import assemble
 
 @dataclass(frozen=True, eq=False)
 class Scripted(Method):
-    """Samples lose different shares of their visual tokens; dropped ones come back as means where asked.
+    """Keep different shares of the visual tokens of each sample, and return clusters of dropped ones as means.
 
     Args:
-        script: layer (-1 before the first) -> (share kept of the first sample, clusters of the first sample); every
-            further sample keeps a quarter less and has one cluster more.
+        script: layer (-1 before the first) -> (share kept of the first sample, clusters of the first sample); the next
+            two samples keep a quarter and a half of the share less, and each sample has one cluster more.
         positions: as in Method.
         decode: as in Method.
-        vision: patches in this many that the vision side lets through, 0 for no vision cut.
-        copies: rows in this many that are one sample (beams).
+        vision: the vision side drops one patch in this many; 0 for no vision cut.
+        copies: number of rows that belong to one sample (beams).
     """
 
     script: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -68,4 +68,4 @@ class Scripted(Method):
 
 
 SCRIPT = {-1: (0.9, 0), 1: (0.7, 2), 2: (0.6, 0), 3: (0.0, 1), 5: (0.5, 0)}
-"""Cuts before the first layer, with and without merged rows, of whole images, and after the last layer."""
+"""Cuts before the first layer, with and without merged tokens, of all visual tokens, and after the last layer."""

@@ -1,4 +1,4 @@
-"""Every combination of class, language model and vision tower against the dense replay."""
+"""Many combinations of class, language model and vision tower against the dense replay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_of(kind: str, language: str, tower: str) -> Any:
 
 
 def request(kind: str, model: Any) -> dict[str, Any]:
-    """A batch: with padding, two images and none, or two images in different numbers of crops."""
+    """Return a batch: with padding, two images and none, or with two images in different numbers of crops."""
     if kind == "llava":
         return batch(model, "padded")
     return inputs(model, [prompt(4, 6), prompt(6, 9, seed=1)], [crops(s, seed=i) for i, s in enumerate(SIZES)], SIZES)
@@ -50,7 +50,7 @@ def test_the_runtime_equals_the_dense_model(kind: str, language: str, tower: str
 
 
 def method_of(name: str, kind: str, tower: str) -> Any:
-    """A method with a budget that prunes the small models, and the substitute where the tower needs it."""
+    """Return a method with a budget that prunes the small models, with the substitute where the tower needs it."""
     many = 3 if kind == "llava" else 8
     hyper: dict[str, Any] = {"tokens": 9 * many} if name != "vtw" else {}
     if name in ("autoprune", "fastervlm") and tower != "clip":
@@ -59,7 +59,7 @@ def method_of(name: str, kind: str, tower: str) -> Any:
 
 
 def refused(model: Any, method: Any, kind: str, tower: str) -> bool:
-    """Whether the model does not have what a method needs; `attach` says so."""
+    """Return whether the model lacks what a method needs; check that `attach` refuses it then."""
     without = "class token" in method.requires and tower != "clip"
     if not without and ("whole images" not in method.requires or kind == "llava"):
         return False
@@ -80,7 +80,7 @@ def test_methods_equal_the_dense_model(kind: str, language: str, tower: str, nam
 @pytest.mark.parametrize("name", BEFORE)
 @pytest.mark.parametrize("kind, language, tower", COMBINATIONS)
 def test_methods_before_the_language_model(kind: str, language: str, tower: str, name: str) -> None:
-    """Whole images against the dense model; of crops, that fewer tokens enter (the twins compare what enters)."""
+    """Whole images equal the dense model; with crops, fewer tokens enter (tests/twin compares which)."""
     model, method = model_of(kind, language, tower), method_of(name, kind, tower)
     if refused(model, method, kind, tower):
         return

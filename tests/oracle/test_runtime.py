@@ -1,4 +1,4 @@
-"""The runtime's own rules: positions, padding, beams, turns, dtypes, whatever the method."""
+"""Rules of the runtime that hold for every method: positions, padding, beams, later turns and dtypes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_positions_and_decode_rules(
 
 
 def test_rules_make_a_difference() -> None:
-    """The four combinations give four answers, so that the suite above can tell them apart."""
+    """The four combinations give four different answers, so that the tests above can distinguish them."""
     model = model_of("hf")
     given = batch(model, "padded")
     logits = []
@@ -76,7 +76,7 @@ def right_padded(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions, decode", RULES)
 def test_right_padding(family: str, positions: str, decode: str, monkeypatch: Any) -> None:
-    """Samples are aligned at the right end before the first cut, so a forward and further tokens are right."""
+    """Samples are aligned at the right end before the first cut, so that a forward and later tokens are right."""
     model = model_of(family)
     if family == "llava":
         monkeypatch.setattr(model.config, "tokenizer_padding_side", "right")
@@ -103,7 +103,7 @@ def test_right_padding(family: str, positions: str, decode: str, monkeypatch: An
 
 
 def test_a_mask_with_holes() -> None:
-    """Masked columns in the middle of the text after a image."""
+    """Masked columns may lie in the text after an image."""
     model = model_of("hf")
     given = batch(model, "padded")
     ids, mask = given["input_ids"], given["attention_mask"]
@@ -118,7 +118,7 @@ def test_a_mask_with_holes() -> None:
 @pytest.mark.parametrize("positions, decode", RULES)
 @pytest.mark.parametrize("first", [True, False])
 def test_second_turn(family: str, positions: str, decode: str, first: bool) -> None:
-    """Several tokens at once on a pruned cache, then single ones; padding stands before a shorter second turn."""
+    """A second turn of several tokens on a pruned cache, then single tokens; a shorter turn is padded on the left."""
     model = model_of(family)
     given = batch(model, "padded")
     script = SCRIPT if first else {k: v for k, v in SCRIPT.items() if k >= 0}
@@ -147,10 +147,10 @@ def test_second_turn(family: str, positions: str, decode: str, first: bool) -> N
 
 
 def test_second_turn_by_generate() -> None:
-    """generate() on the cache of a generate(), with the whole history as transformers wants it.
+    """generate() continues on the cache of a generate(), with the whole history as transformers expects it.
 
-    (Package llava hands generate() embeddings of the new tokens alone, which it takes for the history; there a second
-    turn is a forward.)
+    (Package llava passes the embeddings of the new tokens alone to generate(), which takes them for the history; there
+    a second turn is a forward.)
     """
     model = model_of("hf")
     given = batch(model, "pair")
@@ -172,7 +172,7 @@ def test_second_turn_by_generate() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("vision", [0, 3])
 def test_beams(family: str, vision: int) -> None:
-    """Scores of the best beam are those of its tokens in the dense model."""
+    """The score of the best beam is that of its tokens in the dense model."""
     model = model_of(family)
     rows = [prompt(4, 6), prompt(6, 11, seed=1), prompt(12, 5, images=0, seed=2), prompt(9, 0, seed=3)]
     given = inputs(model, rows, pixels(3))  # transformers 5.14 shuffles several images of a prompt among its beams
@@ -186,7 +186,7 @@ def test_beams(family: str, vision: int) -> None:
         a.attention = None if a.attention is None else a.attention[::3]
         a.next_row = None if a.next_row is None else a.next_row[::3]
         a.answer = a.answer and _third(a.answer)
-    if watch.vision is not None and len(watch.vision.live) == 9:  # ... and encodes every beam's images
+    if watch.vision is not None and len(watch.vision.live) == 9:  # the images of every beam were encoded
         cut = watch.vision
         watch.vision = dataclasses.replace(cut, live=cut.live[::3], features=cut.features[::3])
     features = None if watch.vision is None else watch.vision.features
@@ -227,7 +227,7 @@ def test_sampling_several_answers(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_cache(family: str) -> None:
-    """One forward with use_cache=False: rows come from freshly projected keys, nothing is cached."""
+    """One forward with use_cache=False: attention rows come from freshly projected keys, nothing is cached."""
     model = model_of(family)
     given = batch(model, "padded")
     watch = Watch(Scripted(SCRIPT, "renumber", "cache"))
@@ -241,7 +241,7 @@ def test_without_cache(family: str) -> None:
 
 
 def test_generate_without_cache() -> None:
-    """Each step is a prefill of its own, cut anew; transformers' own loop gives the images every time."""
+    """Each step is a prefill of its own with its own cuts; transformers' loop passes the images every time."""
     model = model_of("hf")
     given = batch(model, "pair")
     watch = Watch(Scripted(SCRIPT, "renumber", "cache", 3))
@@ -280,7 +280,7 @@ def test_bfloat16(family: str) -> None:
 
 
 def test_all_logits_of_a_forward() -> None:
-    """Not only the last row: a forward returns the rows of the last stage."""
+    """A forward returns the logits of all rows that remain in the last layer, not only the last row's."""
     model = model_of("hf")
     given = batch(model, "one")
     watch = Watch(Scripted(SCRIPT, "renumber", "cache"))
@@ -313,7 +313,7 @@ def test_an_image_in_a_later_turn_is_refused(family: str) -> None:
         cache = model(**given, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="an image after"):
             model(**turn, past_key_values=cache)
-        if family == "llava":  # spliced by generate() itself, which knows no cache by then
+        if family == "llava":  # generate() splices the image before it sees the cache
             with pytest.raises(ValueError, match="an image after"):
                 more = {"inputs": turn.pop("input_ids"), **turn}
                 model.generate(**more, past_key_values=cache, max_new_tokens=2, do_sample=False)
@@ -322,7 +322,7 @@ def test_an_image_in_a_later_turn_is_refused(family: str) -> None:
 
 
 def test_a_failed_prefill_leaves_no_image_behind() -> None:
-    """What a broken call noted must not make a later turn on another cache look like an image."""
+    """The state of a broken call does not make a later turn on another cache look like an image."""
     model = model_of("hf")
     given = batch(model, "one")
     with llava_prune.pruned(model, Scripted({1: (0.5, 0)})), torch.inference_mode():
@@ -333,7 +333,7 @@ def test_a_failed_prefill_leaves_no_image_behind() -> None:
 
 
 def test_cropped_caches() -> None:
-    """The same number of later tokens taken off every layer is fine; anything else is refused."""
+    """Cropping the same number of later tokens from every layer is allowed; any other crop is refused."""
     model = model_of("hf")
     given = batch(model, "one")
     watch = Watch(Scripted({-1: (0.9, 0), 1: (0.5, 0)}, "renumber", "cache"))
@@ -355,7 +355,7 @@ def test_cropped_caches() -> None:
 
 
 def test_prompt_lookup_is_refused() -> None:
-    """It puts guesses behind the prompt before the prefill and crops them away afterwards."""
+    """Prompt lookup appends guesses to the prompt before the prefill and crops them away afterwards."""
     model = model_of("hf")
     given = batch(model, "one")
     given["input_ids"][0, -6:] = torch.tensor([7, 8, 7, 8, 7, 8])

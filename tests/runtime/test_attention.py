@@ -1,4 +1,4 @@
-"""Attention rows beside the layer: a slice of columns, the same columns one by one, and eager attention agree."""
+"""Attention rows computed outside the layer: a slice of rows, the same rows by number, and eager attention agree."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_slices_equal_numbers_and_eager(rows: slice, padded: bool, tiny_models: 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("language", combinations.LANGUAGES)
 def test_equals_the_stock_eager_attention(language: str, cached: bool) -> None:
-    """Biases, head norms, grouped keys and head sizes of every architecture, against its own attention maps."""
+    """Attention rows equal the attention maps of every architecture, with biases, head norms and grouped keys."""
     lm = combinations.build("llava", language, attn="eager").model.language_model
     hidden = torch.randn(2, LENGTH, models.WIDTH, generator=torch.Generator().manual_seed(1))
     valid = torch.ones(2, LENGTH, dtype=torch.bool)

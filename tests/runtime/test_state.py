@@ -1,4 +1,4 @@
-"""Requests, what is said ahead of them, and image sizes across threads."""
+"""The state of requests, settings that hold for a block, and image sizes across threads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_sizes_must_be_positive(size: tuple[int, int]) -> None:
 
 
 def asked(model: Any, n: int, sizes: Any) -> list[Any]:
-    """Kept tokens of a prompt with n images under `image_sizes`, or the package's own argument."""
+    """Return the kept tokens of a prompt with n images under `image_sizes`, or with the package's own argument."""
     given = models.inputs(model, [models.prompt(4, 5, images=n)], models.pixels(n))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle:
         if models.is_llava(model):
@@ -56,7 +56,7 @@ def asked(model: Any, n: int, sizes: Any) -> list[Any]:
 
 
 def test_sizes_must_fit_the_images(tiny: Any) -> None:
-    """Too few, too many, or the two numbers of a single one."""
+    """Too few sizes, too many, and the two numbers of a single size are refused."""
     assert asked(tiny, 2, [WIDE, (60, 200)]) != asked(tiny, 2, [(60, 200), WIDE])
     for n, sizes in ((2, [WIDE]), (1, [WIDE, WIDE]), (3, [WIDE, WIDE])):
         with pytest.raises(ValueError, match=f"{len(sizes)} image sizes for {n} images"):
@@ -76,7 +76,7 @@ def test_sizes_are_checked_for_every_method(tiny_models: dict[str, Any], method:
 
 
 def test_sizes_with_beams(tiny_models: dict[str, Any]) -> None:
-    """Beams may encode every image several times."""
+    """Each image has its size although beams may encode every image several times."""
     model = tiny_models["hf"]
     rows = [ROW, models.prompt(7, 3, seed=1)]
     given = models.inputs(model, rows, models.pixels(2))
@@ -89,7 +89,7 @@ def test_sizes_with_beams(tiny_models: dict[str, Any]) -> None:
 
 
 class Thread(threading.Thread):
-    """Keeps what its target returned or raised."""
+    """A thread that keeps what its target returned or raised."""
 
     def __init__(self, target: Any) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def in_thread(call: Any) -> Thread:
 
 
 def test_threads_started_inside_the_block(tiny_models: dict[str, Any]) -> None:
-    """The usual pattern of a TextIteratorStreamer: told of the copied context, and right with one."""
+    """A thread started inside the block, as for a TextIteratorStreamer, needs a copy of the context to have the sizes."""
     model = tiny_models["hf"]
     given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle:
@@ -137,7 +137,7 @@ def test_threads_started_inside_the_block(tiny_models: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", ["fastervlm", "uniform", "fastv"])
 def test_threads_of_methods_that_know_no_padding(tiny_models: dict[str, Any], method: str) -> None:
-    """Another thread's sizes do not concern them."""
+    """Methods that do not use padding ignore the sizes of another thread."""
     model = tiny_models["hf"]
     given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, method, tokens=16), llava_prune.image_sizes([WIDE]):
@@ -145,7 +145,7 @@ def test_threads_of_methods_that_know_no_padding(tiny_models: dict[str, Any], me
 
 
 def test_anyres_threads_do_not_mix(logits: Any) -> None:
-    """Package llava's splice is asked for patch numbers while other threads ask it for features."""
+    """Package llava's splice gives patch numbers to one thread while other threads use it for features."""
     model = models.tiny_llava(anyres=True)
     sizes = [(200, 90), (60, 160), (84, 84)]
     givens = [models.inputs(model, [ROW], [models.crops(s, seed=i)], [s]) for i, s in enumerate(sizes)]
@@ -169,7 +169,7 @@ def test_anyres_threads_do_not_mix(logits: Any) -> None:
 
 
 def test_padding_side_and_threads(tiny_models: dict[str, Any]) -> None:
-    """Loaded.generate pads on the left and restores the config when the last of several calls is done."""
+    """Loaded.generate pads on the left and restores the config when the last of several calls ends."""
     model = tiny_models["llava"]
     model.config.tokenizer_padding_side = "right"
     loaded = models.loaded(model)
@@ -197,7 +197,7 @@ def test_padding_side_and_threads(tiny_models: dict[str, Any]) -> None:
 
 
 def test_prompts_beyond_the_context(tiny_models: dict[str, Any]) -> None:
-    """Four images: package llava would cut off the question; it is kept, and both families answer alike."""
+    """Package llava would cut off the question after four images; it is kept, and both families answer alike."""
     rows, pixels = [models.prompt(4, 9, images=4)], models.pixels(4)
     answers = []
     for family in ("llava", "hf"):

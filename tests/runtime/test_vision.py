@@ -1,4 +1,4 @@
-"""Which patches show padding."""
+"""The mask of patches that show padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_prune.runtime.vision import batch_padding, padding_mask
 
 
 def literal(width: int, height: int, cells: int) -> torch.Tensor:
-    """Mask every pixel of the square, then look at the pixel that nearest resizing takes."""
+    """Mask every pixel of the square, then take the pixels that nearest-neighbour resizing takes."""
     side = max(width, height)
     mask = torch.ones(side, side, dtype=torch.bool)
     border = (side + 23) // 24

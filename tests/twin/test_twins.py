@@ -45,7 +45,7 @@ def run(model: Any, method: Any, given: dict[str, Any], **options: Any) -> tuple
 
 
 def same(one: tuple[Any, Any], other: tuple[Any, Any]) -> None:
-    """Two (output, record) pairs agree in everything that can be seen."""
+    """Check that two (output, record) pairs agree in logits, ids, cache lengths and records."""
     (out, record), (twin, mirror) = one, other
     for step, (a, b) in enumerate(zip(out.logits, twin.logits, strict=True)):
         near(a, b, 5e-5, f"logits of step {step}")
@@ -84,7 +84,7 @@ def test_unpruned_twins_agree() -> None:
 
 
 def test_a_checkpoint_in_transformers_format(tmp_path: Path) -> None:
-    """Saved by transformers and loaded again: nothing changes."""
+    """A model that transformers has saved gives the same results when it is loaded again."""
     model = model_of("hf")
     given = batch(model, "padded")
     model.save_pretrained(tmp_path / "saved")
@@ -95,7 +95,7 @@ def test_a_checkpoint_in_transformers_format(tmp_path: Path) -> None:
 
 
 def test_a_placeholder_inside_the_vocabulary(tmp_path: Path) -> None:
-    """As checkpoints of the hub have it: the placeholder is an id of the tokenizer."""
+    """The placeholder may be an id of the tokenizer, as in checkpoints of the hub."""
     model, own = model_of("hf"), models.VOCAB - 1
     given = batch(model, "padded")
     ids = given["input_ids"]
@@ -136,7 +136,7 @@ SIZES = {
 
 
 def anyres_inputs(model: Any, sizes: list[tuple[int, int]], together: bool = False) -> dict[str, Any]:
-    """Anyres images, one a prompt or all in one prompt."""
+    """Return anyres images, one in each prompt or all in one prompt."""
     cut = [crops(s, seed=i) for i, s in enumerate(sizes)]
     if together:
         rows = [prompt(4, 6, images=len(sizes))]
@@ -157,7 +157,7 @@ def test_anyres_agrees(name: str, label: str) -> None:
 @pytest.mark.parametrize("language", ["", "-mistral"])
 @pytest.mark.parametrize("name", NAMES)
 def test_anyres_agrees_for_every_method(name: str, language: str) -> None:
-    """A batch of two sizes; one of the methods' harder inputs."""
+    """A batch of two images of different sizes."""
     sizes, kinds = [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)], [f"{k}{language}" for k in ("anyres", "next")]
     if "whole images" in small(name).requires:
         for kind in kinds:
@@ -180,7 +180,7 @@ def test_several_anyres_images_in_a_prompt() -> None:
 @pytest.mark.parametrize("kind", ["anyres", "next"])
 @pytest.mark.parametrize("vision", [0, 3])
 def test_anyres_equals_dense_model(kind: str, vision: int) -> None:
-    """Padding off, newline tokens in, crops dropped by the vision side: all against the dense replay."""
+    """Unpadding, newline tokens and patches dropped by the vision side agree with the dense replay."""
     model = model_of(kind)
     given = anyres_inputs(model, [(3 * SIDE, SIDE), (SIDE, 2 * SIDE - 11)])
     found = check(model, Scripted(SCRIPT, "renumber", "cache", vision), given)
@@ -189,7 +189,7 @@ def test_anyres_equals_dense_model(kind: str, vision: int) -> None:
 
 @pytest.mark.parametrize("kind", ["anyres", "next"])
 def test_newline_tokens_stay_when_patches_go(kind: str) -> None:
-    """The vision side drops every patch; one newline for each row of the unpadded grid is left."""
+    """If the vision side drops every patch, one newline token for each row of the unpadded grid is left."""
     model = model_of(kind)
     given = anyres_inputs(model, [(3 * SIDE, SIDE)])
 
