@@ -99,7 +99,7 @@ ALLOWED = {
     "methods": {"methods", "ops"},
     "runtime": {"runtime", "methods", "ops"},
     "models": {"models", "runtime", "methods", "ops"},
-    "handle": {"models", "runtime", "methods", "ops"},  # and experimental inside a function
+    "handle": {"models", "runtime", "methods", "ops"},  # and experimental, inside functions only
     "experimental": {"experimental", "runtime", "methods", "ops"},
     "arguments": {"methods", "ops"},
     "bench": {"bench", "report", "experimental", "arguments", "console", "", *CORE},
@@ -123,7 +123,7 @@ INTERNALS = ("transformers.models", "transformers.cache_utils", "transformers.ma
 INTERNALS += ("transformers.modeling_outputs", "transformers.modeling_utils", "transformers.integrations")
 INTERNAL_USERS = {
     "llava_prune.runtime.compat": None,
-    "llava_prune.models.hf": {"transformers.models.llava_next.modeling_llava_next"},  # its grid of crops
+    "llava_prune.models.hf": {"transformers.models.llava_next.modeling_llava_next"},  # for the grid of crops
 }
 """Module -> internals of transformers that it may import (None: all)."""
 

@@ -78,7 +78,7 @@ def test_embeddings_are_refused(name: str, chosen: Setting, tiny: Any, call: str
         ready = [embedded(tiny, row, encoded(tiny, pixels[i : i + 1])) for i, row in enumerate(ROWS)]
         for embeds in reversed(ready):
             if call == "generate" and models.is_llava(tiny):
-                with pytest.raises(NotImplementedError, match="inputs_embeds"):  # the package's own
+                with pytest.raises(NotImplementedError, match="inputs_embeds"):  # the package's own error
                     tiny.generate(inputs_embeds=embeds, max_new_tokens=2)
                 continue
             with pytest.raises(ValueError, match=EMBEDS), torch.no_grad():

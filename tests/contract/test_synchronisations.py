@@ -1,4 +1,4 @@
-"""Device-to-host copies ("reads") of a pruned request: their number for every method, whatever the number of layers."""
+"""Device-to-host copies ("reads") of a pruned request: their number for every method, with any number of layers."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
             given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
             new = func(*args, **kwargs)
             for a, b in zip(_tensors(out), _tensors(new), strict=True):
-                if a.untyped_storage().data_ptr() not in given:  # a view, or written in place, is there already
+                if a.untyped_storage().data_ptr() not in given:  # views and tensors written in place are up to date
                     a.copy_(b)
 
 

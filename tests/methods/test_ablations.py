@@ -138,7 +138,7 @@ def test_schedules_by_hand() -> None:
 
 
 def test_peak_is_scaled_away() -> None:
-    """At usual slopes, counts depend on the product of factor and peak; another peak changes each by at most a token."""
+    """At usual slopes, counts depend on the product of factor and peak; another peak changes them by at most 1."""
     different = 0
     for tokens in (64, 128, 192):
         for step in range(0, 41, 2):

@@ -97,7 +97,7 @@ def test_sparsevlm_chains_of_the_specification() -> None:
     assert chain(576, (300, 200, 110), True) == [(300, 83, 9), (200, 33, 4), (110, 29, 3)]
     assert chain(576, (303, 110, 36), True) == [(303, 82, 9), (110, 61, 7), (36, 25, 3)]
     assert chain(576, (66, 30, 17), True) == [(66, 154, 16), (30, 16, 2), (17, 5, 1)]
-    assert chain(5, (9, 9), True) == [(4, 1, 1), (4, 1, 1)]  # at least one goes
+    assert chain(5, (9, 9), True) == [(4, 1, 1), (4, 1, 1)]  # at least one is dropped
 
 
 @pytest.mark.parametrize(

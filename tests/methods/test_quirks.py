@@ -87,7 +87,7 @@ def absorbed(x: Any, keys: Any, score: Any, kept: list[int], neighbours: int) ->
     t = len(x)
     unit = keys / keys.norm(dim=1, keepdim=True)
     free = [p for p in range(t) if p not in kept]
-    pool = free[len(kept) - len(set(kept)) :]  # a patch named twice costs the lowest of the others
+    pool = free[len(kept) - len(set(kept)) :]  # each repeated patch removes the first of the others
     out = []
     for i, p in enumerate(kept):
         candidates = [(float(unit[p] @ unit[q]), float(score[q]), x[q]) for q in pool]

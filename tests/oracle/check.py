@@ -33,7 +33,7 @@ def small(name: str) -> Any:
 
 
 def batch(model: Any, kind: str) -> dict[str, Any]:
-    """Return "one" sample, a "pair" of equal lengths, or "padded" samples: one, two or no images, or no text after it."""
+    """Return "one" sample, a "pair" of equal lengths, or "padded": one, two and no images, and no text after one."""
     if kind == "one":
         return inputs(model, [prompt(5, 7)], pixels(1))
     if kind == "pair":

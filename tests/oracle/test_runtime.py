@@ -317,7 +317,7 @@ def test_an_image_in_a_later_turn_is_refused(family: str) -> None:
             with pytest.raises(ValueError, match="an image after"):
                 more = {"inputs": turn.pop("input_ids"), **turn}
                 model.generate(**more, past_key_values=cache, max_new_tokens=2, do_sample=False)
-        out = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)  # text goes on
+        out = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)  # text may follow
         assert out.logits.shape[1] == 2
 
 

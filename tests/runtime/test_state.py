@@ -110,7 +110,7 @@ def in_thread(call: Any) -> Thread:
 
 
 def test_threads_started_inside_the_block(tiny_models: dict[str, Any]) -> None:
-    """A thread started inside the block, as for a TextIteratorStreamer, needs a copy of the context to have the sizes."""
+    """A thread started inside the block, as for a TextIteratorStreamer, needs a copy of the context for the sizes."""
     model = tiny_models["hf"]
     given = models.inputs(model, [ROW], models.pixels(1))
     with llava_prune.pruned(model, "autoprune", tokens=9) as handle:
