@@ -20,6 +20,11 @@ CONVERTED = ("llava", "llava_next", "llava_onevision")
 """Supported values of `model_type` in transformers' format."""
 LANGUAGES = ("llama", "mistral", "qwen2", "qwen3")
 """Supported values of the language model's `model_type` in transformers' format."""
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
+"""Entries of a language model's config that must be positive integers."""
 SMALL = 1 << 30
 """On a CPU, a half-precision checkpoint is loaded as float32 if its weight files have fewer bytes than this."""
 
@@ -47,7 +52,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_original(file, config)
     else:
         _check_converted(file, config)
+    _check_sizes(file, config.get("text_config", config))
     return config
+
+
+def _check_sizes(file: Path, language: dict[str, Any]) -> None:
+    """Refuse sizes of the language model that are not positive integers."""
+    for name in SIZES:
+        value = language.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{file}: {name} is {value!r}; it must be a positive integer")
 
 
 def _check_converted(file: Path, config: dict[str, Any]) -> None:

@@ -175,10 +175,14 @@ def test_copies_and_saves(name: str, hyper: Any, tiny: Any, given: dict[str, Any
 @pytest.mark.parametrize("build", [models.tiny_llava, models.tiny_hf])
 def test_an_attached_model_pickles(name: str, hyper: Any, build: Any) -> None:
     """No local function is stored on the model. (Hooks that transformers itself installs in a call do not pickle.)"""
-    model = build()
+    model, file = build(), io.BytesIO()
+    before = {path: (own.keys(), hooks) for path, (own, hooks) in footprint(model).items()}
     with llava_prune.pruned(model, name, **hyper):
-        torch.save(model, io.BytesIO())
-    torch.save(model, io.BytesIO())
+        torch.save(model, file)
+    file.seek(0)
+    copied = torch.load(file, weights_only=False)
+    llava_prune.detach(copied)
+    assert {path: (own.keys(), hooks) for path, (own, hooks) in footprint(copied).items()} == before
 
 
 def test_unknown_hyper_parameters_are_refused(name: str, hyper: Any, tiny: Any) -> None:

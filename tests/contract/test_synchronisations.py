@@ -220,6 +220,8 @@ def test_the_counter_counts() -> None:
     """The counters find reads and searches."""
     values = torch.arange(3)
     with reads() as found, _Searches() as searches:
-        _ = (bool(values[0]), int(values[1]), values.tolist(), values.sum().item(), values[values > 1], values.cpu())
-    assert len(found) == 5 and all("test_the_counter_counts" in x for x in found)
-    assert any("index.Tensor" in x for x in searches.found)
+        _ = (bool(values[0]), int(values[1]), float(values[1]), range(values[1]), values.tolist(), values.sum().item())
+        _ = (values.cpu(), values.numpy(), values.nonzero())
+        _ = (values[values > 1], values.masked_select(values > 1), values.unique())
+    assert len(found) == len(READS) and all("test_the_counter_counts" in x for x in found)
+    assert [any(word in x for x in searches.found) for word in ("index.Tensor", *SEARCHES)] == [True] * 4

@@ -186,6 +186,8 @@ def test_gqas_annotations_that_say_nothing(field: str, value: Any, nine: Path, t
 
 def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None:
     """Scorers that join answers by id ignore their order; scorers that join by order refuse another order."""
+    if bench == "ocrbench":
+        pytest.skip("all rows have the same id here")
     turned = score(bench, encode(good[::-1]), nine, tmp_path)
     if bench == "pope":
         assert turned is None
@@ -193,7 +195,7 @@ def test_order(bench: str, good: list[dict], nine: Path, tmp_path: Path) -> None
     elif bench == "mme":
         # The pairs of two tasks alternate, and each pair is consecutive within its task.
         assert score(bench, encode([good[0], good[2], good[1], good[3]]), nine, tmp_path) is not None
-    elif bench != "ocrbench":  # all rows have the same id here
+    else:
         assert turned is not None and turned[0] == score(bench, encode(good), nine, tmp_path)[0]
 
 
@@ -235,7 +237,7 @@ def test_ten_megabytes(bench: str, good: list[dict], nine: Path, tmp_path: Path)
     """A 10 MB answer is scored."""
     long = "no, " + "x" * 10_000_000
     rows = [{**good[0], "text": long}, *good[1:]]
-    assert score(bench, encode(rows), nine, tmp_path) is not None or bench == "pope"
+    assert score(bench, encode(rows), nine, tmp_path) is not None
 
 
 def test_missing_options(nine: Path, tmp_path: Path) -> None:

@@ -219,9 +219,11 @@ def _join(lines: list[bytes]) -> bytes:
 def test_rows_that_are_not_this_runs(tmp_path: Path, finished: bool, name: str, edit: Any, says: str) -> None:
     path = fill(tmp_path, finish=finished)
     content = _join(edit(_lines(path)))
-    if not finished and name in ("permuted", "repeated"):  # a journal has its rows in any order
-        return
     path.write_bytes(content)
+    if not finished and name in ("permuted", "repeated"):  # a journal has its rows in any order
+        with Answers(tmp_path, MADE, QUESTIONS) as answers:
+            assert len(answers.done) == (len(_lines(path)) if name == "permuted" else 1)
+        return
     with pytest.raises(ValueError, match=rf"{path.name}, {says}.*--restart") as refused:
         Answers(tmp_path, MADE, QUESTIONS)
     assert "\n" not in str(refused.value) and path.read_bytes() == content, "the file was changed"

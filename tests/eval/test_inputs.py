@@ -271,7 +271,7 @@ def test_texts_that_no_prompt_can_hold(
     shutil.copytree(nine, tmp_path / "data")
     path = next(p for p in (tmp_path / "data" / SOURCE[bench]).glob("*") if p.name.startswith(FILE[bench]))
     if path.suffix == ".tsv" and mark != "<image>":
-        return  # a table has no escapes, and bytes that are not UTF-8 are refused by the reader
+        pytest.skip("a table has no escapes, and bytes that are not UTF-8 are refused by the reader")
     text = path.read_text(encoding="utf-8")
     word = "是什么" if bench == "mmbench_cn" else "What" if bench == "mmbench" else "so very"
     if bench == "mme":

@@ -145,7 +145,7 @@ def test_methods_at_equal_flops(nine: Path, tmp_path: Path, stand_in: Any, monke
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("method,budget,tokens,flops_visual") and (tmp_path / "f.png").is_file()
     kept = {share for share, value in spent.items() if abs(value - share) <= TOLERANCE}
-    assert kept == {float(c[1]) for c in (x.split(",") for x in lines) if c[0] == "uniform" and not c[5]}
+    assert kept and kept == {float(c[1]) for c in (x.split(",") for x in lines) if c[0] == "uniform" and not c[5]}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/[at]*/*.yaml")), ids=lambda p: p.stem)

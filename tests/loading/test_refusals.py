@@ -186,8 +186,9 @@ CASES: dict[str, tuple[Edit, str]] = {
     "escapes": (weights(lambda w: w.update({"x\x1b[2J\x07\n": torch.ones(1)})), "1 tensors have no place"),
     "generation": (config("generation_config.json", max_new_tokens=-5), "max_new_tokens"),
     "vocabulary": (config(vocab_size=7), "embed_tokens.weight has shape|lm_head.weight has shape"),
-    "negative size": (config(hidden_size=-128), "."),
-    "text for a size": (config(num_hidden_layers="twelve"), "."),
+    "negative size": (config(hidden_size=-128), "hidden_size is -128; it must be a positive integer"),
+    "text for a size": (config(num_hidden_layers="twelve"), "num_hidden_layers is 'twelve'; it must be a positive"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0; it must be a positive integer"),
 }
 
 
