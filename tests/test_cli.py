@@ -129,7 +129,7 @@ def test_bench_takes_presets(tmp_path: Any, capsys: Any) -> None:
 @pytest.mark.parametrize(
     "text", ["0", "-1", "1.5", "many", "", "1_0", "\u0663", "\u00b2", "+5", "1e3", "0x10", "0" * 5000]
 )
-def test_integers(text: str) -> None:
+def test_refused_integers(text: str) -> None:
     for kind in (arguments.positive, arguments.counts, arguments.batch, arguments.any_length):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a positive integer") as caught:
             kind(text)
@@ -163,7 +163,7 @@ def test_lists() -> None:
 
 
 @pytest.mark.parametrize("text", ["a", "", "nan", "inf", "-1", "1e308", "1_0", "\u0663", "1e999", "0x1p3", "1000001"])
-def test_numbers(text: str) -> None:
+def test_refused_numbers(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"must be a number in \[0, 1e\+06\]"):
         arguments.floats(text)
 

@@ -68,7 +68,7 @@ def test_a_failing_stage_says_why_and_stops_no_other(tmp_path: Path) -> None:
     assert done.returncode == 0 and found == {} and "no time left for stage f" in done.stderr
 
 
-def test_stages_end_within_eight_minutes(check: ModuleType) -> None:
+def test_time_limits_add_up_to_eight_minutes(check: ModuleType) -> None:
     assert list(check.LIMITS) == list(check.STAGES)
     assert sum(check.LIMITS.values()) + 10 <= check.WHOLE == 480
     assert f'TIME_LIMIT="${{TIME_LIMIT:-{check.WHOLE}}}"' in SCRIPT.read_text()

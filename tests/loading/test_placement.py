@@ -314,6 +314,6 @@ def test_eval_with_a_device_map(tmp_path: Path, root: Path) -> None:
     assert main(argv) == 0
 
 
-def test_bench_refuses_a_random_model(capsys: Any) -> None:
+def test_bench_refuses_a_device_map_for_a_random_model(capsys: Any) -> None:
     assert main(["bench", "--shape", "tiny", "--device-map", "auto"]) == 1
     assert "device_map is for checkpoints, not for the random model of a shape" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_directives() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "procs"), [(1, 2), (2, 1)])
-def test_stand_ins(nodes: int, procs: int, tmp_path: Path) -> None:
+def test_the_sbatch_file_with_stand_ins(nodes: int, procs: int, tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scontrol", '#!/usr/bin/env bash\necho "localhost"\n')):
         path = tmp_path / name
         path.write_text(text)

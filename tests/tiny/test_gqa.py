@@ -61,7 +61,7 @@ def test_answers_are_balanced(notes, gqa_dir):
         assert abs(table[kind]["yes"] - table[kind]["no"]) <= 3
 
 
-def test_files_are_those_the_generator_writes(lines, notes, gqa_dir, tmp_path):
+def test_the_generator_makes_the_shipped_questions(lines, notes, gqa_dir):
     made = [sc.make_scene(HELD_OUT_SEED + i) for i in range(100)]
     chosen = make_gqa.select(made, 4)
     assert [q.prompt for _, q in chosen] == [row["text"] for row in lines]
