@@ -55,7 +55,11 @@ sys.exit(0 if torch.version.cuda and version >= (2, 4) else 1)
 PY
 }
 
-pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+# pip warns about the old pins in llava-torch's metadata whenever it is installed already; that is expected.
+pip_install() {
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" \
+        2> >(grep -vE "llava-torch .* requires|dependency resolver does not currently" >&2)
+}
 
 # Install the CPU build unless there is a GPU: on Linux x86 the default build brings gigabytes of CUDA libraries.
 install_torch() {
