@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .files import ATTENTION, read_json
+from .fit import check_positive
 
 BACKENDS = ("eager", "sdpa", "flash_attention_2")
 PROJECTORS = re.compile(r"linear|identity|mlp[1-9]\d?x_gelu")
@@ -59,9 +60,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _check_sizes(file: Path, language: dict[str, Any]) -> None:
     """Refuse sizes of the language model that are not positive integers."""
     for name in SIZES:
-        value = language.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{file}: {name} is {value!r}; it must be a positive integer")
+        if language.get(name) is not None:
+            check_positive(file, name, language[name])
 
 
 def _check_converted(file: Path, config: dict[str, Any]) -> None:
@@ -143,9 +143,8 @@ def check_original(file: Path, config: dict[str, Any]) -> None:
     for name in ("is_encoder_decoder", *(("sliding_window",) if language == "Llama" else ())):
         if config.get(name):
             raise ValueError(f"{file}: {name} is {config[name]!r}, which a {language} language model does not have")
-    limit = config.get("tokenizer_model_max_length")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ValueError(f"{file}: tokenizer_model_max_length is {limit!r}; it must be a positive integer")
+    if config.get("tokenizer_model_max_length") is not None:
+        check_positive(file, "tokenizer_model_max_length", config["tokenizer_model_max_length"])
     if config.get("image_aspect_ratio") == "anyres":
         _check_anyres(file, config)
 

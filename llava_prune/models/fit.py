@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 UNUSED = ("inv_freq", "position_ids")
 """Suffixes of the names of buffers that old checkpoints contain and that models compute themselves."""
+
+
+def check_positive(file: Path, name: str, value: Any) -> None:
+    """Refuse an entry of a config that is not a positive integer.
+
+    Raises:
+        ValueError: with the file, the entry and its value.
+    """
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{file}: {name} is {value!r}; it must be a positive integer")
 
 
 def refuse_spare(names: Iterable[str], source: str, place: str = "a LLaVA with this language model") -> None:

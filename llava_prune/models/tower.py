@@ -9,7 +9,7 @@ import torch
 
 from .base import block_index
 from .files import ATTENTION, shapes
-from .fit import check_depth, check_elements, refuse_missing, refuse_sizes, refuse_spare
+from .fit import check_depth, check_elements, check_positive, refuse_missing, refuse_sizes, refuse_spare
 
 KINDS = ("clip", "clip_vision_model")
 OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -58,9 +58,7 @@ def check_vision(config: Any, file: Path) -> None:
         ValueError: with the entry.
     """
     for name in ("num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_size"):
-        value = getattr(config, name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{file}: {name} of the vision tower is {value!r}; it must be a positive integer")
+        check_positive(file, f"{name} of the vision tower", getattr(config, name, 1))
 
 
 def load_tower(place: str, config: Any, dtype: torch.dtype) -> Any:
