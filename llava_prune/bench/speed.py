@@ -20,12 +20,13 @@ import llava_prune
 from ..arguments import RESULTS
 from ..handle import pruned
 from ..methods.base import Method
-from ..methods.checks import integer
+from ..methods.checks import integer, json_values
 from ..methods.checks import seed as check_seed
 from ..methods.planner import Run, cases, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
 from ..models.parallel import is_first_process, processes
+from ..models.placement import out_of_memory
 from ..ops.counts import layer_flops
 from .floor import Machine, decode_floor, measure_machine, prefill_floor
 from .flops import Size, average_tokens, ragged_padding
@@ -227,12 +228,12 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
             machine = measure_machine(loaded.device, dtype, batch * (asked.visual + text), size)
             for run in runs:
                 head: dict[str, Any] = {"label": run.label, "method": run.name, "tokens": run.tokens}
-                head |= {"hyper": _plain(run.method.hyper()), "batch": batch, "text": text, "visual": asked.visual}
+                head |= {"hyper": json_values(run.method.hyper()), "batch": batch, "text": text, "visual": asked.visual}
                 progress(f"{run.label}, batch {batch}, {asked.visual} + {text} tokens")
                 try:
                     row = {**head, **measure(settings, loaded, run.method, asked, size, machine)}
-                except torch.OutOfMemoryError:
-                    if processes() > 1:  # the other processes would wait for this one forever
+                except (MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error) or processes() > 1:  # other processes would wait for this one forever
                         raise
                     log.warning("%s, batch %d: out of memory", run.label, batch)
                     row = {**head, "error": "out of memory"}
@@ -240,10 +241,6 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
                     stem = out_folder(settings) / f"trace-{run.label}-b{batch}-t{text}"
                     _trace(stem, loaded, run.method, asked, settings.fused)
                 yield row
-
-
-def _plain(hyper: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in hyper.items()}
 
 
 def _size(loaded: Any, asked: Request) -> Size:

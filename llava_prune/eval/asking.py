@@ -18,7 +18,7 @@ import llava_prune
 
 from ..methods.planner import Run, check_budgets
 from ..models.parallel import smallest
-from ..models.placement import devices
+from ..models.placement import devices, out_of_memory
 from ..runtime.patching import execution_device
 from ..runtime.questions import questions
 from .feed import ImageFeed, Prepared
@@ -248,11 +248,6 @@ def tower_clock(bench: Bench) -> Any:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that a GPU or the host is out of memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def encode(bench: Bench, names: Sequence[str], size: int) -> dict[str, float]:

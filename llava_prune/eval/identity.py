@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods.checks import json_values
 from ..methods.planner import Run
 from ..models.parallel import gather_tensor, processes
 from ..models.placement import stored_tensors
@@ -146,7 +147,7 @@ def chosen(settings: Settings, task: Task, run: Run) -> dict[str, Any]:
         "model_base": settings.model_base,
         "method": run.name,
         "tokens": run.tokens,
-        "hyper": plain(run.method.hyper()),
+        "hyper": json_values(run.method.hyper()),
         "method_source": source(run),
         "max_new_tokens": task.max_new_tokens,
         "limit": settings.limit,
@@ -190,8 +191,3 @@ def of_model(loaded: Any, name: str, base: str | None) -> dict[str, Any]:
         "attn": getattr(text, "_attn_implementation", None),
         "versions": versions(*more),
     }
-
-
-def plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyper-parameters as JSON stores them."""
-    return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in hyper.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..methods.checks import json_values
 from ..methods.planner import ALL, REFERENCE, Run
 from ..methods.registry import resolve
 from ..report.store import model_id
@@ -255,7 +256,7 @@ def finish(
     result = make_result(facts, run.label, score, rows, text, seconds, units)
     cls, preset = resolve(run.name)
     defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()} | preset
-    result |= {"defaults": identity.plain(defaults), "files": bench.files.sources.versions, "command": command}
+    result |= {"defaults": json_values(defaults), "files": bench.files.sources.versions, "command": command}
     compare(result, before[0] if before and before[0]["method"] == REFERENCE else None)
     stored, gap = stored_result(folder, origin["stamp"]), result.get("difference_to_full")
     if stored is not None and (gap is None or stored.get("difference_to_full") == gap):

@@ -16,8 +16,9 @@ from .. import arguments
 from ..bench.flops import average_tokens
 from ..methods.planner import Run, cases, plan
 from ..methods.registry import resolve
+from ..models.placement import out_of_memory
 from ..report.overlay import counted
-from .asking import check_loaded, out_of_memory
+from .asking import check_loaded
 from .images import open_rgb
 from .kept import ask, flops_text
 from .protocol import Protocol

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LARGEST = 2**31 - 1
@@ -106,6 +106,11 @@ def at_most_one(**given: Any) -> None:
     names = [f"{k}={shown(v)}" for k, v in given.items() if v is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} both fix the token counts; give one of {', '.join(given)}")
+
+
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as results store them: numbers, strings and None as they are, others by their repr."""
+    return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in values.items()}
 
 
 def shown(value: Any, width: int = 60) -> str:

@@ -28,7 +28,7 @@ from .hf import counted_crops
 from .image_cache import LIMIT, ImageCache, cached_images
 from .llava import IMAGE
 from .parallel import check_engine, join, split
-from .placement import DeviceMap, dispatch, pick_bits, pick_map, quantise
+from .placement import DeviceMap, dispatch, out_of_memory, pick_bits, pick_map, quantise
 from .processor import load_processor
 
 log = logging.getLogger(__name__)
@@ -307,7 +307,7 @@ def _message(path: str | Path, where: torch.device, error: BaseException) -> str
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    if out_of_memory(error):
         return f"{path} does not fit into the memory of {where}; use a smaller dtype, or another device"
     if type(error).__name__ == "UnpicklingError":
         return f"{path}: the vision tower's weight file {MORE}"

@@ -235,3 +235,11 @@ def _quantised(linear: nn.Linear, bits: str) -> Any:
         )
     made.bias = linear.bias
     return made.requires_grad_(False)
+
+
+# errors -----------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that a GPU or the host is out of memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

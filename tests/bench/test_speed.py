@@ -13,6 +13,7 @@ import torch
 
 import llava_prune
 from llava_prune.bench import shapes
+from llava_prune.bench import speed as speed_module
 from llava_prune.bench.floor import Machine, decode_floor, prefill_floor
 from llava_prune.bench.flops import Size
 from llava_prune.bench.latency import alternate, probing, quartiles, stages
@@ -137,6 +138,30 @@ def test_recorded_and_fused_requests(monkeypatch: Any, tmp_path: Path) -> None:
     counts = [r["rows"][0]["average_entering"] for r in (plain, fused)]
     assert counts[0] == counts[1]
     assert fused["settings"]["fused"] is True
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_a_row_without_memory(error: Exception, monkeypatch: Any, tmp_path: Path) -> None:
+    """If memory runs out on a GPU or the host, the row says so, and the next one is measured; other errors end it."""
+    measure = speed_module.measure
+
+    def failing(settings: Any, loaded: Any, method: Any, *rest: Any) -> Any:
+        if method.name == "uniform":
+            raise error
+        return measure(settings, loaded, method, *rest)
+
+    monkeypatch.setattr(speed_module, "measure", failing)
+    settings = Settings(
+        shape="tiny", methods=("uniform", "random"), tokens=(64,), texts=(20,), new=2, repeats=1, warmup=0,
+        memory=False, out=str(tmp_path),
+    )  # fmt: skip
+    rows = speed(settings)["rows"]
+    assert [(r["method"], r.get("error")) for r in rows] == [("uniform", "out of memory"), ("random", None)]
+    error = RuntimeError("another error")
+    with pytest.raises(RuntimeError, match="another error"):
+        speed(settings)
 
 
 def test_no_plot_without_matplotlib(result: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
