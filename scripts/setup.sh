@@ -4,6 +4,7 @@
 #   PYTHON      base interpreter, 3.10 to 3.13 (default: the first suitable one on PATH)
 #   VENV        folder of the environment (default: .venv in the root of this checkout)
 #   TORCH_SPEC  pip requirement for torch, e.g. "torch==2.13.0" (default: chosen below)
+#   TRANSFORMERS_SPEC  pip requirement for transformers, e.g. "transformers==5.14.1" (default: see constraints.txt)
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
@@ -33,10 +34,10 @@ find_python() {
 
 # Print a key that changes whenever the environment must be created again.
 key() {
-    TORCH_SPEC="${TORCH_SPEC:-}" "$BASE" - "$ROOT" "$VENV" <<'PY'
+    SPECS="${TORCH_SPEC:-} ${TRANSFORMERS_SPEC:-}" "$BASE" - "$ROOT" "$VENV" <<'PY'
 import hashlib, os, pathlib, sys
 root = pathlib.Path(sys.argv[1])
-h = hashlib.sha256(repr((sys.argv[1:], sys.version, os.environ["TORCH_SPEC"])).encode())
+h = hashlib.sha256(repr((sys.argv[1:], sys.version, os.environ["SPECS"])).encode())
 for name in ("setup.py", "pyproject.toml", "constraints.txt", "scripts/setup.sh"):
     h.update((root / name).read_bytes())
 print(h.hexdigest())
@@ -105,6 +106,7 @@ fill_venv() {  # chained with &&, since `fill_venv || ...` turns "set -e" off in
         say "2 of 3: llava-prune and what it needs" &&
         pip_install -c "$ROOT/constraints.txt" setuptools wheel &&
         pip_install -c "$ROOT/constraints.txt" --no-build-isolation -e "$ROOT[llava,report${EXTRA:+,$EXTRA}]" &&
+        { [ -z "${TRANSFORMERS_SPEC:-}" ] || pip_install $TRANSFORMERS_SPEC; } &&
         say "3 of 3: package llava" &&
         pip_install --no-deps "$LLAVA_SPEC" &&  # its metadata pins torch 2.0.1, but it works with this version
         (cd / && "$VENV/bin/python" -c 'import llava_prune; llava_prune.load, llava_prune.attach')

@@ -157,11 +157,34 @@ class RecordedAttention:
         return RecordedAttention(*(join(list(part)) for part in parts))
 
 
-def tower_parts(layer: nn.Module) -> tuple[Any, Any, float]:
-    """Return the first norm, the attention module and its scale of a block of CLIP, SigLIP or DINOv2."""
-    attn: Any = getattr(layer, "self_attn", None) or layer.attention
-    norm: Any = getattr(layer, "layer_norm1", None) or layer.norm1
-    return norm, attn, attn.scale if hasattr(attn, "scale") else attn.scaling
+@dataclass(frozen=True)
+class TowerParts:
+    """What the attention of a vision tower's block is computed from.
+
+    Attributes:
+        norm: the norm before the attention.
+        q_proj, k_proj: query and key projections.
+        head_dim: dh, size of a head.
+        scale: factor on the dot products.
+    """
+
+    norm: Any
+    q_proj: Any
+    k_proj: Any
+    head_dim: int
+    scale: float
+
+
+def tower_parts(layer: Any) -> TowerParts:
+    """Return the parts of a block of CLIP, SigLIP or DINOv2."""
+    norm = getattr(layer, "layer_norm1", None) or layer.norm1
+    attn = getattr(layer, "self_attn", None) or layer.attention
+    inner = getattr(attn, "attention", None)
+    if inner is not None:  # DINOv2 before transformers 5.18
+        return TowerParts(norm, inner.query, inner.key, inner.attention_head_size, inner.scaling)
+    return TowerParts(
+        norm, attn.q_proj, attn.k_proj, attn.head_dim, attn.scale if hasattr(attn, "scale") else attn.scaling
+    )
 
 
 def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> RecordedAttention:
@@ -172,17 +195,20 @@ def tower_attention(layer: nn.Module, hidden: Tensor, positions: list[int]) -> R
         hidden: (N, K, Dv) input of the block; K is 1 + T with a class token.
         positions: query positions, position 0 being the class token; [EVERY] for the mean over all query positions.
     """
-    norm, attn, scale = tower_parts(layer)
+    attn = tower_parts(layer)
     n, length = hidden.shape[:2]
-    states = norm(hidden)
+    states = attn.norm(hidden)
     keys = attn.k_proj(states).view(n, length, -1, attn.head_dim).transpose(1, 2)  # (N, H, K, dh)
-    asked = states if positions == [EVERY] else states[:, positions]
+    # a list as an index would be copied to the device, and the host would wait for it
+    asked = states if positions == [EVERY] else torch.cat([states.narrow(1, p, 1) for p in positions], 1)
     query = attn.q_proj(asked).view(n, asked.shape[1], -1, attn.head_dim).transpose(1, 2)  # (N, H, Q, dh)
     if positions == [EVERY]:  # one image at a time, since each needs a K x K matrix per head
-        parts = [(q @ k.mT * scale).softmax(-1, dtype=torch.float32).mean(1) for q, k in zip(query, keys, strict=True)]
+        parts = [
+            (q @ k.mT * attn.scale).softmax(-1, dtype=torch.float32).mean(1) for q, k in zip(query, keys, strict=True)
+        ]
         attention, query = torch.stack(parts)[:, :, None], query.mean(2, keepdim=True)  # (N, H, 1, K), (N, H, 1, dh)
     else:
-        attention = (query @ keys.transpose(2, 3) * scale).softmax(-1, dtype=torch.float32)
+        attention = (query @ keys.transpose(2, 3) * attn.scale).softmax(-1, dtype=torch.float32)
     return RecordedAttention(attention, keys, query).map(functools.partial(all_heads, attn))
 
 

@@ -494,9 +494,11 @@ def test_cdpruner_with_clip_by_hand(clip_folder: str, tiny: Any) -> None:
                 vision = getattr(clip.vision_model, "vision_model", clip.vision_model)
                 e = clip.visual_projection(vision.post_layernorm(seen["features"]))
                 t = clip.text_projection(clip.text_model(input_ids=ids).last_hidden_state[:, -1])
+            each = e.shape[0] // 2  # releases that encode images after expanding the beams encode each image twice
             for n in range(2):
-                relevance = cdpruner.clip_relevance(e[n : n + 1], t[n : n + 1], sign)
-                kernel = cdpruner.clip_kernel(seen["tokens"][n : n + 1], relevance)
+                image = slice(n * each, n * each + 1)
+                relevance = cdpruner.clip_relevance(e[image], t[n : n + 1], sign)
+                kernel = cdpruner.clip_kernel(seen["tokens"][image], relevance)
                 order, _ = cdpruner.greedy(kernel, every(models.PATCHES), 12)
                 kept = handle.last.kept[0]
                 assert kept[n * kept.shape[0] // 2].tolist() == sorted(order[0].tolist())
