@@ -33,7 +33,7 @@ class _Blind(ScoreMethod):
         for b, n in enumerate(view.spans.n_visual):
             table[b, :n] = self.ranking(n)
         place = (view.visual.cumsum(1) - 1).clamp(min=0)  # (B, L) index among the visual tokens of the sample
-        return table.to(view.hidden.device).gather(1, place)
+        return table.to(view.hidden.device, non_blocking=True).gather(1, place)
 
     def plan(self, n_visual: int, n_layers: int) -> list[int]:
         return [min(self.tokens, n_visual)] * n_layers

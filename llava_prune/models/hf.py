@@ -161,6 +161,7 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
+    kwargs = _sizes_on_host(kwargs)
     with request(handle, _count(kwargs.get("pixel_values"))) as state:
         state.layout = _layouts_of(handle.model.model, kwargs)
         return stock(*args, **kwargs)
@@ -192,6 +193,14 @@ def _refuse_videos(given: dict[str, Any]) -> None:
         )
 
 
+def _sizes_on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with the image sizes on the host: one read instead of several by the package and by `_pack`."""
+    sizes = kwargs.get("image_sizes")
+    if not isinstance(sizes, Tensor) or sizes.device.type == "cpu":
+        return kwargs
+    return {**kwargs, "image_sizes": sizes.cpu()}
+
+
 def _has_images(given: dict[str, Any]) -> bool:
     return given.get("pixel_values") is not None or _encoded(given) is not None
 
@@ -203,6 +212,7 @@ def _encoded(given: dict[str, Any], kind: str = "image") -> Any:
 
 def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace the multimodal model's `forward`: open a request and provide the positions of visual tokens."""
+    kwargs = _sizes_on_host(kwargs)
     given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given_cache(given)
     with request(handle, _count(given.get("pixel_values"))) as state:
@@ -252,7 +262,7 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
             "image with fewer pixels, or use a method inside the language model, as autoprune, fastv or pdrop"
         )
     if images.needs_source and images.source is not None:
-        source = _spread(visual, images.source.to(visual.device))
+        source = _spread(visual, images.source.to(visual.device, non_blocking=True))
     return Splice(visual, source, images)
 
 
@@ -264,7 +274,10 @@ def _number_patches(handle: Any, module: Any, args: tuple[Any, ...], output: Ten
 
 
 def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replace the packing of crops: run it, and run it again on patch numbers to find the order of patches."""
+    """Replace the packing of crops: run it, and run it again on patch numbers to find the order of patches.
+
+    The second run is on the host, where it costs neither kernel launches nor synchronisations.
+    """
     out = stock(features, *args, **kwargs)
     state = request_of(handle)
     images = None if state is None else state.images
@@ -276,10 +289,10 @@ def _pack(handle: Any, inner: Any, stock: Any, features: Any, *args: Any, **kwar
     numbers, start = [], 1
     for f in features:
         n = f.shape[0] * f.shape[1]
-        numbers.append(torch.arange(start, start + n, device=f.device, dtype=torch.float32).view(*f.shape[:2], 1))
+        numbers.append(torch.arange(start, start + n, dtype=torch.float32).view(*f.shape[:2], 1))
         start += n
     newline = kwargs.get("image_newline")
-    again = {**kwargs, "image_newline": None if newline is None else newline.new_zeros(1).float()}
+    again = {**kwargs, "image_newline": None if newline is None else torch.zeros(1)}
     if "vision_aspect_ratio" in kwargs:
         again["vision_aspect_ratio"] = WITHOUT_LIMIT
     packed = [p.flatten().round().long() - 1 for p in stock(numbers, *args, **again)[0]]
