@@ -140,11 +140,6 @@ def counted_crops(config: Any) -> int:
     return most_crops(config) if most is None else min(most_crops(config), most + 1)
 
 
-def _count(pixels: Any) -> int | None:
-    """Return the number of images of a call, None if it has no pixel values."""
-    return None if pixels is None else len(pixels)
-
-
 def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of a model's forward by name."""
     if not args:
@@ -162,7 +157,7 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
     kwargs = _sizes_on_host(kwargs)
-    with request(handle, _count(kwargs.get("pixel_values"))) as state:
+    with request(handle, kwargs.get("pixel_values")) as state:
         state.layout = _layouts_of(handle.model.model, kwargs)
         return stock(*args, **kwargs)
 
@@ -215,7 +210,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
     kwargs = _sizes_on_host(kwargs)
     given = _named(inner, args, kwargs)
     ids, cache = given.get("input_ids"), given_cache(given)
-    with request(handle, _count(given.get("pixel_values"))) as state:
+    with request(handle, given.get("pixel_values")) as state:
         state.layout = _layouts_of(inner, given)
         if ids is None:
             refuse_embeddings()

@@ -116,7 +116,7 @@ def _open(handle: Any, images: Any, image_sizes: Any) -> Iterator[RequestState]:
             if request_of(handle) is not None:  # hints of the enclosing request do not apply to a nested call
                 known |= {"image_keys": None, "prompts": None}
             stack.enter_context(with_hints(**known))
-        yield stack.enter_context(request(handle, None if images is None else len(images)))
+        yield stack.enter_context(request(handle, images))
 
 
 def _generate(handle: Any, stock: Any, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any):  # type: ignore[no-untyped-def]

@@ -53,7 +53,8 @@ def load_processor(folder: Path, tokenizer: Any) -> Any:
     try:
         images = AutoImageProcessor.from_pretrained(str(folder), **options)
     except Exception as error:
-        log.debug("%s: no AutoImageProcessor (%s)", folder, error)
+        reason = " ".join(str(error).split())[:200]
+        log.warning("%s: its processor cannot be loaded (%s: %s)", folder, type(error).__name__, reason)
         return None
     return Processor(images, tokenizer, _template(folder) or getattr(tokenizer, "chat_template", None))
 

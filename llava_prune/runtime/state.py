@@ -199,6 +199,8 @@ class RequestState:
         layout: returns how the images of the call were split into crops; None if images are encoded whole.
         numbers: (N, T, D) patch numbers that replace the features while the splice of package llava runs a second time
             to determine the order of the patches.
+        served: the images of the first call inside this one, to which the hints apply; None if this call encodes its
+            images itself.
     """
 
     handle: Any
@@ -209,6 +211,7 @@ class RequestState:
     has_ids: bool = False
     layout: Callable[[], list[ImageLayout]] | None = None
     numbers: Tensor | None = None
+    served: Any = None
 
 
 @dataclass(frozen=True)
@@ -248,12 +251,15 @@ def with_hints(**known: Any) -> Iterator[Hints]:
 
 
 @contextmanager
-def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
+def request(handle: Any, images: Any = None) -> Iterator[RequestState]:
     """Open a request for the duration of the block.
+
+    The hints of an enclosing call of the same attachment belong to its own images. Where it does not encode them itself
+    (generate() of older releases of transformers), they are those of the first call inside it.
 
     Args:
         handle: the handle of the attachment.
-        images: number of images among the arguments of the call; None if there are none.
+        images: the images among the arguments of the call, N of them; None if there are none.
 
     Raises:
         ValueError: if the number of image sizes in the hints differs from the number of images.
@@ -262,11 +268,13 @@ def request(handle: Any, images: int | None = None) -> Iterator[RequestState]:
     parent = request_of(handle)
     given = context.hints
     if parent is not None and images is not None:
-        if parent.images is not None and given is parent.hints:  # a nested call with its own images
+        if parent.images is None and parent.served is None:
+            parent.served = images
+        elif parent.served is not images and given is parent.hints:  # a nested call with its own images
             given = Hints()
-    elif images is not None and given.image_sizes is not None and len(given.image_sizes) != images:
+    elif images is not None and given.image_sizes is not None and len(given.image_sizes) != len(images):
         raise ValueError(
-            f"{len(given.image_sizes)} image sizes for {images} images; give one (width, height) for each image"
+            f"{len(given.image_sizes)} image sizes for {len(images)} images; give one (width, height) for each image"
         )
     made = RequestState(handle, given, parent)
     with _entered(_Context(given, made)):

@@ -85,7 +85,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, P
 @pytest.fixture(scope="module", params=list(KINDS))
 def checkpoint(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[str, Any]:
     """The name of a kind, and its loaded checkpoint."""
-    return request.param, llava_prune.load(folders[request.param], dtype="float32", device="cpu")
+    loaded = llava_prune.load(folders[request.param], dtype="float32", device="cpu")
+    if loaded.processor is None:  # LLaVA-OneVision's before transformers 5.20
+        pytest.skip("this release of transformers cannot load the image processor without torchvision")
+    return request.param, loaded
 
 
 def substitute(name: str) -> dict[str, Any]:
@@ -173,8 +176,8 @@ def evaluated(folder: Path, out: Path, name: str, batch: int) -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_evaluation_with_the_processor(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_evaluation_with_the_processor(checkpoint: tuple[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    name = checkpoint[0]
     single = evaluated(folders[name], tmp_path / "one", name, 1)
     assert evaluated(folders[name], tmp_path / "four", name, 4) == single
     assert single[0] != single[1]
