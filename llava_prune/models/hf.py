@@ -161,6 +161,7 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
+    _refuse_other_layers(handle, kwargs)
     with request(handle, _count(kwargs.get("pixel_values"))) as state:
         state.layout = _layouts_of(handle.model.model, kwargs)
         return stock(*args, **kwargs)
@@ -192,6 +193,19 @@ def _refuse_videos(given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_other_layers(handle: Any, given: dict[str, Any]) -> None:
+    """Refuse features of another layer of the tower than the one for which the method was attached."""
+    if given.get("pixel_values") is None or not handle.vision.sees_patches:
+        return
+    tower, layer = handle.vision.tower, given.get("vision_feature_layer")
+    layer = handle.model.config.vision_feature_layer if layer is None else layer
+    if not isinstance(layer, int) or block_index(layer, tower.depth) != tower.feature_layer:
+        raise ValueError(
+            f"vision_feature_layer={layer}: {handle.method.name or handle.method!r} was attached to features after "
+            f"block {tower.feature_layer} of the vision tower; set model.config.vision_feature_layer, then attach it"
+        )
+
+
 def _has_images(given: dict[str, Any]) -> bool:
     return given.get("pixel_values") is not None or _encoded(given) is not None
 
@@ -210,6 +224,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
         if ids is None:
             refuse_embeddings()
         _refuse_videos(given)
+        _refuse_other_layers(handle, given)
         if cache is not None and decode_state(cache) is not None:
             if _has_images(given) and ids.shape[1] > 1:
                 refuse_later_image(cache.get_seq_length())
