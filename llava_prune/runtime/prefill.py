@@ -192,6 +192,12 @@ class Prefill:
                 use_cache=self.cache is not None,
                 **kwargs,
             )
+        if needs_input and not mlp_input:
+            raise ValueError(
+                f"{self.method.name or self.method!r} reads the input of the MLP in decoder layer {i}, which a layer "
+                "that is compiled on its own (torch.compile) does not show; compile the whole model after attaching, "
+                "or use another method"
+            )
         if s.hidden.device != before.device:  # a model spread over several devices
             self._follow(s.hidden.device, i + 1)
             before, rope = before.to(s.hidden.device), (rope[0].to(s.hidden.device), rope[1].to(s.hidden.device))

@@ -67,6 +67,24 @@ def test_compiled_after_attach_can_be_detached(tiny: Any) -> None:
         llava_prune.detach(model)
 
 
+def test_layers_compiled_on_their_own(tiny: Any, given: Any, logits: Any) -> None:
+    """A compiled layer runs no hook inside it: a method that needs one is refused, another one prunes as ever."""
+    model = copy.deepcopy(tiny)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        expected = logits(model, given)
+    for layer in models.language_model(model).layers:
+        layer.compile(backend="eager")
+    logits(model, given)  # compiled without the hook
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        assert torch.allclose(logits(model, given), expected, atol=1e-5)
+    with (
+        llava_prune.pruned(model, "topv", tokens=16),
+        pytest.raises(ValueError, match=r"'topv' reads the input of the MLP in decoder layer \d, which .* compiled"),
+    ):
+        logits(model, given)
+    torch.compiler.reset()
+
+
 def test_data_parallel_is_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match="DataParallel.*model.module"):
         llava_prune.attach(torch.nn.DataParallel(tiny), "uniform", tokens=12)
