@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .methods.base import Method
+from .methods.base import Method, check_complete
 from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
@@ -125,6 +125,7 @@ def attach(
             unchanged in that case.
     """
     method = _built(method, hyper)
+    check_complete(method)
     refuse_wrappers(model)
     model = peel(model)
     family = family_of(model)
