@@ -157,8 +157,8 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace `generate` and open the request in it; newer transformers encode images there, before the prefill."""
     if kwargs.get("inputs_embeds") is not None:
         refuse_embeddings()
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+    configs = kwargs.get("generation_config", args[1] if len(args) > 1 else None), handle.model.generation_config
+    if kwargs.get("prefill_chunk_size") or any(getattr(c, "prefill_chunk_size", None) for c in configs):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
     _refuse_other_layers(handle, kwargs)
