@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.checks import shown
 from ..methods.views import ImageLayout
 from ..runtime.compat import given_cache
 from ..runtime.decode import decode_state, refuse_later_image
@@ -175,10 +176,10 @@ def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: An
         return stock(*args, **kwargs)
     if given.get("labels") is not None:
         refuse_labels()
-    if isinstance(keep, Tensor):
+    if not isinstance(keep, int) or keep < 0:
         raise ValueError(
-            "logits_to_keep as a tensor on a pruned model: positions of the input ids are not those of the remaining "
-            "tokens; give the number of last logits, or detach the method"
+            f"logits_to_keep={shown(keep)} on a pruned model: positions of the input ids are not those of the "
+            "remaining tokens; give the number of last logits, 0 for all of them, or detach the method"
         )
     if keep <= 1:
         return stock(*args, **kwargs)
