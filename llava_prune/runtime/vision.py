@@ -16,6 +16,7 @@ from torch import Tensor
 from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take, true_first
+from .answers import check_attributes, check_vision_cut, check_vision_queries
 from .attention import output_of, tower_attention
 from .layout import places_among
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
@@ -83,8 +84,10 @@ class VisionHooks:
 
     def __init__(self, handle: Any, method: Method, tower: Tower) -> None:
         self.handle, self.method, self.tower = handle, method, tower
+        check_attributes(method)
         check_requirements(method, tower)
         self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
+        check_vision_queries(method, self.queries, tower.patches + (tower.leading or 0))
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
         self.sees_patches = method.sees_patches
@@ -146,7 +149,8 @@ class VisionHooks:
             if merging is not None:
                 raise ValueError(f"{self.method!r} merges in the vision tower, so prune_vision must return its tokens")
             return None
-        index, ids, counts = compact(answer, self.tower.patches)
+        check_vision_cut(self.method, answer, features, self.tower.patches, self.handle.check)
+        index, ids, counts = compact(answer)
         groups = None if answer.groups is None else functools.partial(_among, answer.groups, index, counts)
         images.chosen = Chosen(index, ids, counts, answer.by_canvas, answer.ids is None, groups)
         if answer.features is features:
@@ -312,7 +316,7 @@ def _merging_forward(
     return merging_block(layer, hooks.method, count, found.merging, hidden_states)
 
 
-def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
+def compact(cut: VisionCut) -> tuple[Tensor, Tensor, list[int]]:
     """Gather the live tokens of a `VisionCut` to the left.
 
     Synchronises with the device once, unless the cut states its counts.
@@ -322,13 +326,9 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
         image or crop.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for another number of counts than images.
     """
     n, k = cut.live.shape
-    if cut.features.shape[:2] != (n, k) or (cut.ids is None and k != patches):
-        raise ValueError(
-            f"VisionCut: live is {(n, k)}, features {tuple(cut.features.shape)}; without ids give {patches} tokens"
-        )
     index = torch.arange(k, device=cut.live.device).expand(n, k)
     ids = index if cut.ids is None else cut.ids
     counts = cut.live.sum(1).tolist() if cut.counts is None else list(cut.counts)
