@@ -48,7 +48,7 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
     even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # no padding, so no masks are needed
-    distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
+    distance = _distances(points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
     numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
     if even:
         density = _density(distance.topk(n_max, dim=2, largest=False).values, n_max)
@@ -70,6 +70,18 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     label = to_centre.masked_fill_((centre >= size)[:, None], torch.inf).argmin(2)
     label = torch.cat([label, label[:, :1]], 1)  # an extra column, which entries without a centre write to
     return label.scatter_(1, centre, numbers)[:, :size].masked_fill(~real, -1)
+
+
+def _distances(points: Tensor) -> Tensor:
+    """Return (B, Q, Q) Euclidean distances by one matrix product: symmetric, and 0 from a point to itself.
+
+    torch.cdist uses a matrix product beyond 25 points only, and its rounding then leaves small distances from a point
+    to itself, so that the clusters of a sample would depend on the number of points of the others.
+    """
+    made = torch.cdist(points, points, compute_mode="use_mm_for_euclid_dist")
+    distance = (made + made.mT).div_(2)
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance
 
 
 def _density(nearest: Tensor, count: Tensor | int) -> Tensor:
