@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,14 @@ class Handle:
         while self._undo:
             self._undo.pop().remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """Return a handle of the copied model, or this one if only a part of the model is copied (PEFT does that)."""
+        if id(self.model) not in memo:
+            return self
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def __repr__(self) -> str:
         state = "attached to" if self.attached else "detached from"

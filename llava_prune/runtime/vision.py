@@ -6,6 +6,7 @@ are kept in the request state and replace the patches at the entry of the langua
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,17 @@ class VisionHooks:
                 f"{method!r} reads block {late[0]} of the vision tower, which has {tower.depth} blocks and takes its "
                 f"features after block {tower.feature_layer}; use a checkpoint that takes them after an earlier block"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisionHooks:
+        """See `Handle.__deepcopy__`."""
+        handle = copy.deepcopy(self.handle, memo)
+        if handle is self.handle:
+            return self
+        if id(self) in memo:  # copied with the handle
+            return memo[id(self)]
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
         """Install all hooks and return the handles that remove them."""

@@ -45,6 +45,27 @@ def test_peft_models_are_unwrapped(name: str, chosen: Setting, tiny: Any, given:
             llava_prune.attach(wrapped, "uniform", tokens=3)
 
 
+def test_an_adapter_that_copies_the_projector(tiny: Any, given: Any, logits: Any) -> None:
+    """PEFT copies the modules of `modules_to_save`, hooks included: the copy prunes, and the model is not copied."""
+    import peft
+
+    name = "mm_projector" if models.is_llava(tiny) else "multi_modal_projector"
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])
+    for method in ("visionzip", "tome", "autoprune"):
+        with llava_prune.pruned(tiny, method, tokens=12):
+            expected = logits(tiny, given)
+        model = copy.deepcopy(tiny)
+        handle = llava_prune.attach(model, method, tokens=12)
+        wrapped = peft.get_peft_model(model, lora)
+        assert torch.allclose(logits(wrapped, given), expected, atol=1e-5)
+        projector = model.get_submodule(f"model.{name}").modules_to_save["default"]
+        hooks = list(projector._forward_pre_hooks.values())
+        assert [hook.__self__ for hook in hooks] == [handle.vision] and handle.vision.handle is handle
+        handle.detach()
+        copied = logits(wrapped, given)
+        assert torch.allclose(copied, logits(tiny, given), atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "in place", "language model"])
 def test_compiled_models_are_refused(tiny: Any, how: str) -> None:
     model = copy.deepcopy(tiny)
