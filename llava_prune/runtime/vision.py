@@ -172,6 +172,12 @@ class VisionHooks:
 
     def _view(self, found: TowerPass, features: Tensor, request: RequestState) -> VisionView:
         there, n = features.device, features.shape[0]
+        missing = [b for b in self.queries if b not in found.attention]
+        if missing:
+            raise ValueError(
+                f"{self.method.name or self.method!r} reads the attention of block {missing[0]} of the vision tower, "
+                "which was not recorded; in a block of remember_images, name the method: remember_images([method])"
+            )
         recorded = {b: found.attention[b] for b in self.queries}  # an image cache may hold blocks of other methods, too
         grid = self.tower.grid
 
