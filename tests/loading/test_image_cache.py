@@ -132,3 +132,14 @@ def test_methods_that_were_not_named(name: str, tiny: Any) -> None:
     message = r"reads the attention of block \d .*, which was not recorded; .*remember_images\(\[method\]\)"
     with loaded.remember_images(), llava_prune.pruned(tiny, name, tokens=12), pytest.raises(ValueError, match=message):
         loaded.generate([models.prompt(5, 7)], pixels, keys=["a"], max_new_tokens=1)
+
+
+def test_other_query_positions_than_those_of_the_named_methods(tiny: Any) -> None:
+    """The attention of the class token is not taken for the mean attention that a patch receives."""
+    loaded, pixels = models.loaded(tiny), models.pixels(1)
+    with (
+        loaded.remember_images([llava_prune.build("fastervlm", tokens=12)]),
+        llava_prune.pruned(tiny, "fastervlm", tokens=12, class_token="received"),
+        pytest.raises(ValueError, match=r"attention of block 2 .*, which was not recorded"),
+    ):
+        loaded.generate([models.prompt(5, 7)], pixels, keys=["a"], max_new_tokens=1)
