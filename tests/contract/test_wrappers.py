@@ -150,6 +150,27 @@ def test_representations(tiny: Any, given: Any, logits: Any) -> None:
     assert "detached from" in repr(handle)
 
 
+def test_a_language_model_that_was_replaced(tiny: Any, given: Any, logits: Any) -> None:
+    """Another language model would answer from all visual tokens; the way out is to attach again."""
+    model = copy.deepcopy(tiny)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        expected = logits(model, given)
+    owner, name = (model, "model") if models.is_llava(model) else (model.model, "language_model")
+    llava_prune.attach(model, "fastv", tokens=16)
+    if models.is_llava(model):  # the language model holds tower and projector
+        fresh = copy.copy(owner.model)
+        fresh.__dict__ = {k: v for k, v in vars(owner.model).items() if k != "forward"}
+    else:
+        fresh = copy.deepcopy(tiny.model.language_model)
+    setattr(owner, name, fresh)
+    for call in (lambda: logits(model, given), lambda: models.generate(model, given, 2)):
+        with pytest.raises(ValueError, match="were not pruned: the language model.* was replaced .*; detach"):
+            call()
+    llava_prune.detach(model)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        assert torch.allclose(logits(model, given), expected, atol=1e-5)
+
+
 def test_a_detached_model_is_freed() -> None:
     model = models.tiny_hf()
     gone = weakref.ref(model)
