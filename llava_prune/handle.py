@@ -32,7 +32,7 @@ class Handle:
         model: the model.
         method: the method.
         last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats, draw, show), or None
-            before the first such prefill.
+            before the first such prefill, during one, and after one that failed.
         check: whether every cut is verified on the host.
         vision: the hooks on the vision tower and the projector.
         geometry: maps visual tokens to boxes in the image.
@@ -179,7 +179,7 @@ def _built(method: str | Method, hyper: dict[str, Any]) -> Method:
 
 def attached_handle(model: Any) -> Handle | None:
     """Return the handle of an attached model, or None for a model without an attached method."""
-    found: Handle | None = peel(model).__dict__.get(ATTRIBUTE)
+    found: Handle | None = getattr(peel(model), "__dict__", {}).get(ATTRIBUTE)
     return found
 
 
