@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .methods.base import Method
+from .methods.base import Method, check_complete
 from .methods.registry import build
 from .models.base import Family, encoder_blocks, peel, refuse_wrappers
 from .models.family import family_of
@@ -31,7 +32,7 @@ class Handle:
         model: the model.
         method: the method.
         last: the `Record` of the last prefill with images (tokens_in, tokens_out, kept, stats, draw, show), or None
-            before the first such prefill.
+            before the first such prefill, during one, and after one that failed.
         check: whether every cut is verified on the host.
         vision: the hooks on the vision tower and the projector.
         geometry: maps visual tokens to boxes in the image.
@@ -81,6 +82,14 @@ class Handle:
             self._undo.pop().remove()
         self.model.__dict__.pop(ATTRIBUTE, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """Return a handle of the copied model, or this one if only a part of the model is copied (PEFT does that)."""
+        if id(self.model) not in memo:
+            return self
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
     def __repr__(self) -> str:
         state = "attached to" if self.attached else "detached from"
         return f"Handle({self.method!r}, {state} {type(self.model).__name__}, last={self.last!r})"
@@ -125,6 +134,7 @@ def attach(
             unchanged in that case.
     """
     method = _built(method, hyper)
+    check_complete(method)
     refuse_wrappers(model)
     model = peel(model)
     family = family_of(model)
@@ -169,7 +179,7 @@ def _built(method: str | Method, hyper: dict[str, Any]) -> Method:
 
 def attached_handle(model: Any) -> Handle | None:
     """Return the handle of an attached model, or None for a model without an attached method."""
-    found: Handle | None = peel(model).__dict__.get(ATTRIBUTE)
+    found: Handle | None = getattr(peel(model), "__dict__", {}).get(ATTRIBUTE)
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ..ops.merging import Merge
 from ..ops.selection import Cut, Positions, arranged, per_sample, take
+from .checks import shown
 from .views import Spans, View, VisionCut, VisionView
 
 Requirement = Literal["class token", "whole images", "patch positions"]
@@ -168,14 +171,31 @@ class Method:
 
         Returns:
             One count for each sample, or None if the layer drops nothing or is the last one.
+
+        Raises:
+            ValueError: for a plan that is not possible.
         """
-        plans = [self.plan(n, spans.n_layers) for n in spans.n_visual]
+        plans = [self._checked_plan(n, spans.n_layers) for n in spans.n_visual]
         if layer + 1 >= spans.n_layers or any(p is None for p in plans):
             return None
         pairs = zip(plans, spans.n_visual, strict=True)
         now = [n if layer < 0 else p[layer] for p, n in pairs if p is not None]
         after = [p[layer + 1] for p in plans if p is not None]
         return None if after == now else after
+
+    def _checked_plan(self, n_visual: int, n_layers: int) -> list[int] | None:
+        """Return `plan`. Raise for counts that are not integers or that grow, with which a cut would lose text."""
+        plan = self.plan(n_visual, n_layers)
+        if plan is None:
+            return None
+        counts = [n_visual, *plan, 0]
+        whole = len(plan) == n_layers and all(isinstance(n, Integral) for n in counts)
+        if not whole or any(low > high for high, low in pairwise(counts)):
+            raise ValueError(
+                f"{self!r}: plan({n_visual}, {n_layers}) is {shown(plan)}; must be {n_layers} integers, the visual "
+                f"tokens entering each layer: at most {n_visual} at first, then never more than in the layer before"
+            )
+        return plan
 
     def hyper(self) -> dict[str, Any]:
         """Return the hyper-parameters of this instance by argument name."""
@@ -265,6 +285,21 @@ def in_raster_order(order: Tensor, keep: Sequence[int]) -> Tensor:
     """Return (B, K) `order` with its first keep[b] entries sorted."""
     real = torch.arange(order.shape[1], device=order.device) < per_sample(keep, order)
     return torch.where(real, order, torch.iinfo(order.dtype).max).sort(dim=1).values.where(real, order)
+
+
+def check_complete(method: Method) -> None:
+    """Refuse a ScoreMethod that lacks its score or its schedule, and would keep every token.
+
+    Raises:
+        ValueError: with the function to define.
+    """
+    cls = type(method)
+    if not isinstance(method, ScoreMethod):
+        return
+    if not prunes_inside(cls) and not prunes_before(cls):
+        raise ValueError(f"{method!r} keeps every token: define scores() or vision_scores()")
+    if prunes_inside(cls) and cls.plan is Method.plan and cls.keep_after is Method.keep_after:
+        raise ValueError(f"{method!r} keeps every token: define plan(), the visual tokens entering each layer")
 
 
 def prunes_inside(cls: type[Method]) -> bool:

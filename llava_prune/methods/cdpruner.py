@@ -246,8 +246,8 @@ class CDPruner(EntryMethod):
             order, _ = greedy(kernel, real, max(keep), strict=self.strict)
             return in_raster_order(refuse_repeats(order) if self.strict else order, keep), None
         text = view.valid & ~view.visual
-        rows = view.hidden.float() if self.variant == "genai" else unit(view.hidden)
-        mean = (text[:, None].float() @ rows)[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
+        rows = wide(view.hidden) if self.variant == "genai" else unit(view.hidden)
+        mean = (text[:, None].to(rows.dtype) @ rows)[:, 0] / text.sum(1, keepdim=True).clamp(min=1)  # (B, D)
         return in_raster_order(self.order(tokens, mean, real, keep), keep), None
 
     def order(self, tokens: Tensor, text: Tensor, real: Tensor, keep: Sequence[int]) -> Tensor:

@@ -25,7 +25,11 @@ def integer(name: str, value: Any, low: int = 0, high: int = LARGEST, *, none: b
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         kind = {0: "a non-negative integer", 1: "a positive integer"}.get(low, f"an integer of at least {low}")
         above = isinstance(value, int) and value > high or high != LARGEST
-        raise ValueError(f"{name}={shown(value)}: must be {kind}{f', at most {high}' if above else ''}")
+        other = hasattr(value, "__index__") and not isinstance(value, int)  # such as numpy's integers
+        raise ValueError(
+            f"{name}={shown(value)}: must be {kind}{f', at most {high}' if above else ''}"
+            f"{', as an int of Python' if other else ''}"
+        )
 
 
 def _items(name: str, values: Iterable[Any] | None, what: str) -> tuple[Any, ...] | None:

@@ -72,7 +72,7 @@ def absorb(
     near = similarity.masked_fill(~free, -torch.inf).topk(min(neighbours, similarity.shape[2]), dim=2)
     weights = torch.cat([score, score.gather(1, kept)], 1)[:, None].expand(-1, size, -1).gather(2, near.indices)
     weights = weights.masked_fill(near.values == -torch.inf, 0)
-    share = torch.zeros_like(similarity).scatter(2, near.indices, weights)
+    share = torch.zeros_like(similarity, dtype=weights.dtype).scatter(2, near.indices, weights)
     x = features.float()
     centre = take(x, kept)
     left = (score * pool)[:, None] @ x  # (N, 1, Dv)

@@ -84,6 +84,8 @@ def resolve(name: str) -> tuple[type[Method], dict[str, Any]]:
     Raises:
         ValueError: for an unknown name or preset, or parts that cannot be combined.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} is not the name of a method; give a text, as 'fastv' or 'fastv:192'")
     _discover()
     if name.endswith(":"):
         raise ValueError(f"{shown(name)}: no preset after the colon; write {shown(name[:-1])}, or a preset after it")

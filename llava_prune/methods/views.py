@@ -153,6 +153,7 @@ class View:
             clusters: number of clusters in each sample; their means follow the kept tokens in the order of their
                 centres.
         """
+        _check_scores(score, self.visual, "(B, L), one for each token position")
         if not any(recycle):
             clusters = recycle = [0] * len(keep)
         lengths = [n + k + c for n, k, c in zip(self.n_other, keep, clusters, strict=True)]
@@ -177,6 +178,17 @@ class View:
         means, label = cluster_means(self.hidden, picked, recycle, clusters, self.kernels)  # (B, C, D)
         cut = assemble(kept, self.visual, self.valid, lengths, means, clusters)
         return replace(cut, members=functools.partial(_members, picked, label))
+
+
+def _check_scores(score: Any, tokens: Tensor, what: str) -> None:
+    """Refuse scores that do not have the shape of `tokens`; a smaller shape would rank every sample by the first one.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if not isinstance(score, Tensor) or score.shape != tokens.shape:
+        found = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else f"type {type(score).__name__}"
+        raise ValueError(f"scores of {found}: must be a tensor of shape {tuple(tokens.shape)}: {what}")
 
 
 def _members(picked: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -288,7 +300,15 @@ class VisionView:
 
         Exactly one block must be recorded. The attention of the class token on itself is dropped without renormalising.
         If `vision_queries` asked for EVERY, this is the mean attention that each patch receives.
+
+        Raises:
+            ValueError: if none or several blocks are recorded.
         """
+        if len(self.attention) != 1:
+            raise ValueError(
+                f"class_attention() with {len(self.attention)} recorded blocks of the vision tower: vision_queries "
+                "must name one, as {feature_layer: [0]}"
+            )
         (recorded,) = self.attention.values()  # (N, H, 1, leading + T)
         return recorded[:, :, 0, self.leading :].mean(1)
 
@@ -301,6 +321,7 @@ class VisionView:
 
         Newline tokens and the unpadding of LLaVA-NeXT are not applied to the kept patches.
         """
+        _check_scores(score, self.features[..., 0], "(N, T), one for each patch")
         every = torch.ones_like(score, dtype=torch.bool)
         return self._raster(top(descending_order(score, every), [keep] * score.shape[0], every), keep)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.checks import shown
 from ..methods.views import ImageLayout
 from ..runtime.compat import given_cache
 from ..runtime.decode import decode_state, refuse_later_image
@@ -152,10 +153,11 @@ def _generate(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace `generate` and open the request in it; newer transformers encode images there, before the prefill."""
     if kwargs.get("inputs_embeds") is not None:
         refuse_embeddings()
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+    configs = kwargs.get("generation_config", args[1] if len(args) > 1 else None), handle.model.generation_config
+    if kwargs.get("prefill_chunk_size") or any(getattr(c, "prefill_chunk_size", None) for c in configs):
         raise ValueError("prefill_chunk_size on a pruned model: the whole prompt is needed at once; leave it out")
     _refuse_videos(kwargs)
+    _refuse_other_layers(handle, kwargs)
     kwargs = _sizes_on_host(kwargs)
     with request(handle, kwargs.get("pixel_values")) as state:
         state.layout = _layouts_of(handle.model.model, kwargs)
@@ -170,10 +172,10 @@ def _outer_forward(handle: Any, model: Any, stock: Any, *args: Any, **kwargs: An
         return stock(*args, **kwargs)
     if given.get("labels") is not None:
         refuse_labels()
-    if isinstance(keep, Tensor):
+    if not isinstance(keep, int) or keep < 0:
         raise ValueError(
-            "logits_to_keep as a tensor on a pruned model: positions of the input ids are not those of the remaining "
-            "tokens; give the number of last logits, or detach the method"
+            f"logits_to_keep={shown(keep)} on a pruned model: positions of the input ids are not those of the "
+            "remaining tokens; give the number of last logits, 0 for all of them, or detach the method"
         )
     if keep <= 1:
         return stock(*args, **kwargs)
@@ -196,6 +198,19 @@ def _sizes_on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "image_sizes": sizes.cpu()}
 
 
+def _refuse_other_layers(handle: Any, given: dict[str, Any]) -> None:
+    """Refuse features of another layer of the tower than the one for which the method was attached."""
+    if given.get("pixel_values") is None or not handle.vision.sees_patches:
+        return
+    tower, layer = handle.vision.tower, given.get("vision_feature_layer")
+    layer = handle.model.config.vision_feature_layer if layer is None else layer
+    if not isinstance(layer, int) or block_index(layer, tower.depth) != tower.feature_layer:
+        raise ValueError(
+            f"vision_feature_layer={layer}: {handle.method.name or handle.method!r} was attached to features after "
+            f"block {tower.feature_layer} of the vision tower; set model.config.vision_feature_layer, then attach it"
+        )
+
+
 def _has_images(given: dict[str, Any]) -> bool:
     return given.get("pixel_values") is not None or _encoded(given) is not None
 
@@ -215,6 +230,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
         if ids is None:
             refuse_embeddings()
         _refuse_videos(given)
+        _refuse_other_layers(handle, given)
         if cache is not None and decode_state(cache) is not None:
             if _has_images(given) and ids.shape[1] > 1:
                 refuse_later_image(cache.get_seq_length())
@@ -223,7 +239,9 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
             if _has_images(given):
                 visual = ids == inner.config.image_token_id
                 state.splice = functools.partial(_splice, handle, state, visual, _encoded(given) is not None)
-        return stock(*args, **kwargs)
+        out = stock(*args, **kwargs)
+        state.check_entered()
+        return out
 
 
 def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Splice:

@@ -196,6 +196,8 @@ def _answer(cache: ImageCache, images: list[CachedImage], asked: TowerPass | Non
     features = torch.stack([f.features for f in images])
     if asked is not None:
         for block in images[0].attention:
+            if asked.queries.get(block) not in (None, cache.queries[block]):
+                continue  # other query positions than those that were recorded
             asked.attention[block] = RecordedAttention.joined([f.attention[block] for f in images], torch.stack)
         classes = [f.cls for f in images if f.cls is not None]
         asked.cls = torch.stack(classes) if len(classes) == len(images) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import operator
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..methods.checks import shown
 from ..ops.counts import Size
 from ..runtime.geometry import Geometry
 from ..runtime.patching import execution_device
@@ -150,9 +152,11 @@ class Loaded:
             object of generate(), whose `sequences` are these ids.
 
         Raises:
-            ValueError: if the number of placeholders, sizes or keys differs from the number of images.
+            ValueError: if the number of placeholders, sizes or keys differs from the number of images, or if `rows`
+                are not prompts of token ids.
         """
-        wanted = sum(list(r).count(IMAGE) for r in rows)
+        rows = _token_ids(rows)
+        wanted = sum(r.count(IMAGE) for r in rows)
         given = 0 if pixels is None else len(pixels)
         if wanted != given:
             raise ValueError(f"the prompts name {wanted} images, {given} were given")
@@ -167,7 +171,7 @@ class Loaded:
         sizes = None if sizes is None else checked_sizes(sizes)
         images = None if pixels is None else self._placed(pixels, sizes)
         call = ask_llava if self.family == "llava" else ask_hf
-        out = call(self, [list(r) for r in rows], images, sizes, keys, options)
+        out = call(self, rows, images, sizes, keys, options)
         return out.cpu() if isinstance(out, Tensor) else out
 
     def _placed(self, pixels: Tensor | Sequence[Tensor], sizes: Any) -> Tensor | list[Tensor]:
@@ -182,6 +186,21 @@ class Loaded:
                 "this model sees images in crops; give pixels as a list of (crops, 3, H, W), and sizes of the images"
             )
         return [x.to(**kind) for x in pixels]
+
+
+def _token_ids(rows: Any) -> list[list[int]]:
+    """Return prompts as lists of token ids.
+
+    Raises:
+        ValueError: for anything else, such as text or a single prompt.
+    """
+    try:
+        made = [[operator.index(x) for x in row] for row in rows]
+    except TypeError:
+        made = []
+    if not made or not all(made):
+        raise ValueError(f"rows={shown(rows)}: must be a list of prompts, each a list of token ids, as [[1, -200, 5]]")
+    return made
 
 
 # loading ------------------------------------------------------------------------------------------------------

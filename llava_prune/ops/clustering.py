@@ -18,6 +18,8 @@ RECYCLED = 0.3
 """Share of the pruned tokens that is clustered; there is one cluster for every ten clustered tokens."""
 EPS = 1e-6
 """Added to the size of a cluster before dividing by it."""
+MATRIX_PRODUCT = 25
+"""Number of points beyond which torch.cdist uses a matrix product by default."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -48,7 +50,7 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     size, device = points.shape[1], points.device
     n_max = max(max(clusters), 1)
     even = all(q == size for q in counts) and all(c == n_max for c in clusters)  # no padding, so no masks are needed
-    distance = torch.cdist(points.float(), points.float()).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
+    distance = _distances(points.float(), counts).div_(points.shape[2] ** 0.5)  # (B, Q, Q)
     numbers = torch.arange(n_max, device=device).expand(points.shape[0], -1)  # (B, C)
     if even:
         density = _density(distance.topk(n_max, dim=2, largest=False).values, n_max)
@@ -70,6 +72,23 @@ def dpc_knn(points: Tensor, counts: Sequence[int], clusters: Sequence[int]) -> T
     label = to_centre.masked_fill_((centre >= size)[:, None], torch.inf).argmin(2)
     label = torch.cat([label, label[:, :1]], 1)  # an extra column, which entries without a centre write to
     return label.scatter_(1, centre, numbers)[:, :size].masked_fill(~real, -1)
+
+
+def _distances(points: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return (B, Q, Q) Euclidean distances of the points, (B, Q, D), of which counts[b] are real.
+
+    Each sample is computed as torch.cdist, which the official code calls, computes it alone: by a matrix product for
+    more than MATRIX_PRODUCT points. Its rounding leaves small distances from a point to itself, which can break ties.
+    """
+
+    def computed(product: bool) -> Tensor:
+        mode = "use_mm_for_euclid_dist" if product else "donot_use_mm_for_euclid_dist"
+        return torch.cdist(points, points, compute_mode=mode)
+
+    many = [n > MATRIX_PRODUCT for n in counts]
+    if len(set(many)) == 1:
+        return computed(many[0])
+    return torch.where(to_device(many, points).bool()[:, None, None], computed(True), computed(False))
 
 
 def _density(nearest: Tensor, count: Tensor | int) -> Tensor:

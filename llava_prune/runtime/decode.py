@@ -186,8 +186,9 @@ class Decode:
             )
         if tail is None and q > 1 and request.stages[0].length != request.length:
             raise ValueError(
-                f"{q} new tokens after a prompt that was shortened before the first layer: pass the attention mask of "
-                "the whole history, so that it shows where they begin"
+                f"{q} new tokens after a prompt that was shortened before the first layer: forward() needs the "
+                "attention mask of the whole history, so that it shows where they begin; generate() cannot continue "
+                "such a cache, start a new one with the whole conversation"
             )
         ones = torch.ones(batch, new, dtype=torch.bool, device=hidden.device)
         self.tail = ones if tail is None else tail.bool().to(hidden.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the user's image."""
@@ -234,8 +235,8 @@ class Seen:
                 that of its image, and for `padded` on a model that splits images into crops.
         """
         batch = len(self.n_visual)
-        if not 0 <= sample < batch:
-            raise ValueError(f"sample={sample}: the last prefill has {batch} samples; give 0 to {batch - 1}")
+        if not isinstance(sample, Integral) or not 0 <= sample < batch:
+            raise ValueError(f"sample={sample!r}: the last prefill has {batch} samples; give 0 to {batch - 1}")
         if padded is not None and self.geometry.resolutions:
             raise ValueError(f"padded={padded}: this model sees images in crops, whose padding is known; leave it out")
         geometry = self.geometry if padded is None else replace(self.geometry, padded=padded)

@@ -91,7 +91,7 @@ def _prompt(
     assert request.splice is not None
     if given is None:
         return None
-    splice = request.splice()
+    request.entered, splice = True, request.splice()
     batch, length = given.shape[:2]
     known = request.hints.prompts
     prompt = read_prompt(splice, batch, length, given.device, mask, position_ids, known)

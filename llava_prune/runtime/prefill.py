@@ -18,6 +18,7 @@ from torch import Tensor
 from ..methods.base import Method, prunes_inside
 from ..methods.views import Spans, View
 from ..ops.selection import Cut, Positions, assemble
+from .answers import check_form, check_positions
 from .attention import catch_mlp_input, catch_queries, decoder_attention, decoder_keys, head_group
 from .compat import CACHE
 from .decode import DecodeState, Stage
@@ -181,6 +182,7 @@ class Prefill:
         before, rope = s.hidden, self.rope
         spans = self._spans()
         wanted = self.method.queries(i, spans)
+        check_positions(self.method, i, wanted, spans.length, self.check)
         needs_input = self.method.needs_mlp_input(i, spans)
         with catch_mlp_input(layer, needs_input) as mlp_input, catch_queries(layer, wanted) as queries:
             s.hidden = layer(
@@ -191,6 +193,12 @@ class Prefill:
                 **{CACHE: self.cache},
                 use_cache=self.cache is not None,
                 **kwargs,
+            )
+        if needs_input and not mlp_input:
+            raise ValueError(
+                f"{self.method.name or self.method!r} reads the input of the MLP in decoder layer {i}, which a layer "
+                "that is compiled on its own (torch.compile) does not show; compile the whole model after attaching, "
+                "or use another method"
             )
         if s.hidden.device != before.device:  # a model spread over several devices
             self._follow(s.hidden.device, i + 1)
@@ -279,6 +287,7 @@ class Prefill:
     def _apply(self, layer: int, cut: Cut, ids: Tensor | None = None, places: Tensor | None = None) -> None:
         """Apply a cut to the sequence, log it, and begin a new stage at layer + 1."""
         s = self.sequence
+        check_form(self.method, cut, s.visual.shape[0])
         if self.check:
             check_cut(cut, s.visual, s.valid)
         s.apply(cut, ids, places)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..methods.base import Method
+from ..methods.checks import shown
 from ..methods.views import MERGED, PADDING, TEXT
 from ..ops.selection import true_first
 from .geometry import ImageView, Seen
@@ -144,9 +146,13 @@ class Record:
             One view; for LLaVA-NeXT two views, the image as a whole and its crops.
 
         Raises:
-            ValueError: if the image is not that of the sample, or if the sample does not have exactly one image.
+            ValueError: if the image is not that of the sample or no PIL image, or if the sample does not have exactly
+                one image.
         """
-        return self._seen.views(image.size, sample, padded)
+        size = getattr(image, "size", None)
+        if not isinstance(size, tuple):  # a path, an array, a tensor
+            raise ValueError(f"image={shown(image)}: must be a PIL image, as PIL.Image.open(path) returns")
+        return self._seen.views(size, sample, padded)
 
     def remaining(self, layer: int, sample: int = 0) -> Remaining:
         """Return the visual tokens of a sample that leave a layer, and the patches of its merged tokens.
@@ -155,8 +161,8 @@ class Record:
             ValueError: for a layer that does not exist.
         """
         n_layers = len(self._trace.entries)
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(f"layer={layer}: the model has {n_layers} decoder layers; give 0 to {n_layers - 1}")
+        if not isinstance(layer, Integral) or not -n_layers <= layer < n_layers:
+            raise ValueError(f"layer={layer!r}: the model has {n_layers} decoder layers; give 0 to {n_layers - 1}")
         ids, visual = (x[sample].tolist() for x in self._all()[1:][layer])
         found = [i for i, seen in zip(ids, visual, strict=True) if seen]
         merged: list[set[int]] = [set() for i in found if i == MERGED]

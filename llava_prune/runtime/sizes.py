@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,9 +47,11 @@ def checked_sizes(sizes: Any) -> Sizes:
     """Return image sizes as a list of (width, height).
 
     Raises:
-        ValueError: if an entry is not a pair of positive integers.
+        ValueError: if this is not a list of pairs of positive integers.
     """
     out: Sizes = []
+    if not isinstance(sizes, Iterable):
+        raise ValueError(f"image sizes {sizes!r}: give one (width, height) for each image, as [(640, 480)]")
     for size in sizes:
         try:
             width, height = (int(x) for x in size)

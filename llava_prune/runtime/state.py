@@ -197,6 +197,7 @@ class RequestState:
             without images.
         has_ids: whether the prompt was given as token ids; a prompt with ids and without a splice is text only.
         layout: returns how the images of the call were split into crops; None if images are encoded whole.
+        entered: whether the language model has asked for `splice`.
         numbers: (N, T, D) patch numbers that replace the features while the splice of package llava runs a second time
             to determine the order of the patches.
         served: the images of the first call inside this one, to which the hints apply; None if this call encodes its
@@ -210,8 +211,21 @@ class RequestState:
     splice: Callable[[], Splice] | None = None
     has_ids: bool = False
     layout: Callable[[], list[ImageLayout]] | None = None
+    entered: bool = False
     numbers: Tensor | None = None
     served: Any = None
+
+    def check_entered(self) -> None:
+        """Refuse the result of a forward with images that the language model has not pruned.
+
+        Raises:
+            ValueError: if the language model has not asked for the images.
+        """
+        if self.splice is not None and not self.entered:
+            raise ValueError(
+                "the images of this request were not pruned: the language model, or its forward, was replaced after "
+                "the method was attached; detach the method and attach it again"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ are kept in the request state and replace the patches at the entry of the langua
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..methods.base import Method
 from ..methods.views import VisionCut, VisionView
 from ..ops.selection import take, true_first
+from .answers import check_attributes, check_vision_cut, check_vision_queries
 from .attention import output_of, tower_attention
 from .layout import places_among
 from .merging import Merging, Tower, merges_of, merging_block, variant_of
@@ -83,8 +85,10 @@ class VisionHooks:
 
     def __init__(self, handle: Any, method: Method, tower: Tower) -> None:
         self.handle, self.method, self.tower = handle, method, tower
+        check_attributes(method)
         check_requirements(method, tower)
         self.queries = method.vision_queries(tower.feature_layer) if tower.feature_layer >= 0 else {}
+        check_vision_queries(method, self.queries, tower.patches + (tower.leading or 0))
         self.merges = merges_of(method, tower)
         self.variant = variant_of(method, tower)
         self.sees_patches = method.sees_patches
@@ -96,6 +100,17 @@ class VisionHooks:
                 f"{method!r} reads block {late[0]} of the vision tower, which has {tower.depth} blocks and takes its "
                 f"features after block {tower.feature_layer}; use a checkpoint that takes them after an earlier block"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisionHooks:
+        """See `Handle.__deepcopy__`."""
+        handle = copy.deepcopy(self.handle, memo)
+        if handle is self.handle:
+            return self
+        if id(self) in memo:  # copied with the handle
+            return memo[id(self)]
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def install(self, tower: Any, encoder: Any, blocks: Any, projector: Any) -> list[Any]:
         """Install all hooks and return the handles that remove them."""
@@ -146,7 +161,8 @@ class VisionHooks:
             if merging is not None:
                 raise ValueError(f"{self.method!r} merges in the vision tower, so prune_vision must return its tokens")
             return None
-        index, ids, counts = compact(answer, self.tower.patches)
+        check_vision_cut(self.method, answer, features, self.tower.patches, self.handle.check)
+        index, ids, counts = compact(answer)
         groups = None if answer.groups is None else functools.partial(_among, answer.groups, index, counts)
         images.chosen = Chosen(index, ids, counts, answer.by_canvas, answer.ids is None, groups)
         if answer.features is features:
@@ -156,6 +172,12 @@ class VisionHooks:
 
     def _view(self, found: TowerPass, features: Tensor, request: RequestState) -> VisionView:
         there, n = features.device, features.shape[0]
+        missing = [b for b in self.queries if b not in found.attention]
+        if missing:
+            raise ValueError(
+                f"{self.method.name or self.method!r} reads the attention of block {missing[0]} of the vision tower, "
+                "which was not recorded; in a block of remember_images, name the method: remember_images([method])"
+            )
         recorded = {b: found.attention[b] for b in self.queries}  # an image cache may hold blocks of other methods, too
         grid = self.tower.grid
 
@@ -312,7 +334,7 @@ def _merging_forward(
     return merging_block(layer, hooks.method, count, found.merging, hidden_states)
 
 
-def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
+def compact(cut: VisionCut) -> tuple[Tensor, Tensor, list[int]]:
     """Gather the live tokens of a `VisionCut` to the left.
 
     Synchronises with the device once, unless the cut states its counts.
@@ -322,13 +344,9 @@ def compact(cut: VisionCut, patches: int) -> tuple[Tensor, Tensor, list[int]]:
         image or crop.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for another number of counts than images.
     """
     n, k = cut.live.shape
-    if cut.features.shape[:2] != (n, k) or (cut.ids is None and k != patches):
-        raise ValueError(
-            f"VisionCut: live is {(n, k)}, features {tuple(cut.features.shape)}; without ids give {patches} tokens"
-        )
     index = torch.arange(k, device=cut.live.device).expand(n, k)
     ids = index if cut.ids is None else cut.ids
     counts = cut.live.sum(1).tolist() if cut.counts is None else list(cut.counts)

@@ -211,6 +211,11 @@ def test_chunked_prefills_are_refused(tiny_models: dict[str, Any]) -> None:
     given = models.inputs(model, ROWS[:1], models.pixels(1))
     with llava_prune.pruned(model, "uniform", tokens=12), pytest.raises(ValueError, match="prefill_chunk_size"):
         models.generate(model, given, 2, prefill_chunk_size=16)
+    model = copy.copy(model)
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.prefill_chunk_size = 16
+    with llava_prune.pruned(model, "uniform", tokens=12), pytest.raises(ValueError, match="prefill_chunk_size"):
+        models.generate(model, given, 2)
 
 
 def test_the_inner_model_is_pruned_too(name: str, chosen: Setting, tiny_models: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_mod
         for keep in (after + 1, 40):
             with pytest.raises(ValueError, match=f"logits_to_keep={keep}.*give at most {after}"):
                 model(**given, logits_to_keep=keep)
-        with pytest.raises(ValueError, match="logits_to_keep as a tensor"):
-            model(**given, logits_to_keep=torch.tensor([1, 2]))
+        for odd in (torch.tensor([1, 2]), slice(-3, None), -3, None):
+            with pytest.raises(ValueError, match="logits_to_keep=.*give the number of last logits"):
+                model(**given, logits_to_keep=odd)
         text = models.inputs(model, [[1, 5, 6, 7]])
         assert model(**text, logits_to_keep=3).logits.shape[1] == 3
 

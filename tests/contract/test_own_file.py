@@ -12,6 +12,7 @@ import torch
 
 import llava_prune
 import llava_prune.methods
+from llava_prune import ScoreMethod
 from llava_prune.cli import main
 from llava_prune.methods.registry import from_file
 from tests import models
@@ -123,3 +124,60 @@ def test_a_file_that_fails_registers_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="could not be run: RuntimeError: later"):
         from_file(path)
     assert llava_prune.names(presets=True) == known
+
+
+def schedule(*counts: float) -> Any:
+    """Return a `plan` whose layers after the second one keep these counts."""
+    return lambda self, n, layers: [n] * 2 + [counts[min(i, len(counts) - 1)] for i in range(layers - 2)]
+
+
+def last_row(view: Any) -> Any:
+    """Return (B, L) attention of the last position, mean over heads."""
+    return view.attention.mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("defined", "message"),
+    [
+        ({"scores": lambda self, i, view: last_row(view)[:1]}, r"scores of shape \(1, 45\): must be .* \(2, 45\)"),
+        ({"scores": lambda self, i, view: last_row(view)[0]}, r"scores of shape \(45,\): must be .* \(2, 45\)"),
+        ({"scores": lambda self, i, view: view.attention.mean(1)}, r"scores of shape \(2, 1, 45\): must be"),
+        ({"scores": lambda self, i, view: None}, "scores of type NoneType: must be a tensor"),
+        ({"plan": schedule(40)}, r"plan\(36, 6\) is \[36, 36, 40, 40, 40, 40\]; must be 6 integers"),
+        ({"plan": schedule(4, 4, 9)}, r"plan\(36, 6\) is .*; must be 6 integers"),
+        ({"plan": schedule(-1)}, r"plan\(36, 6\) is .*; must be 6 integers"),
+        ({"plan": schedule(9.5)}, r"plan\(36, 6\) is .*; must be 6 integers"),
+        ({"plan": lambda self, n, layers: [n] * 2 + [9]}, r"plan\(36, 6\) is .*; must be 6 integers"),
+        ({"plan": lambda self, n, layers: [64] * layers}, r"plan\(36, 6\) is .*; must be 6 integers"),
+        ({"plan": llava_prune.Method.plan}, r"keeps every token: define plan\(\)"),
+        ({"scores": ScoreMethod.scores}, r"keeps every token: define scores\(\) or vision_scores\(\)"),
+    ],
+)
+def test_mistakes_in_a_score_or_a_schedule(defined: dict[str, Any], message: str, tiny: Any, logits: Any) -> None:
+    """Counts and shapes that do not fit are refused; they would drop text, or rank a batch by its first sample."""
+    usual = {"scores": lambda self, i, view: last_row(view), "plan": schedule(9)}
+    given = models.inputs(tiny, [models.prompt(4, 5), models.prompt(6, 3)], models.pixels(2))
+    with llava_prune.pruned(tiny, type("Mine", (ScoreMethod,), usual)()) as handle:
+        logits(tiny, given)
+        assert handle.last.tokens_out[:, -1].tolist() == [9, 9]
+    mine = type("Mine", (ScoreMethod,), usual | defined)()
+    with pytest.raises(ValueError, match=message), llava_prune.pruned(tiny, mine):
+        logits(tiny, given)
+
+
+@pytest.mark.parametrize(
+    ("defined", "message"),
+    [
+        (
+            {"vision_scores": lambda self, view: view.features[:1, :, 0]},
+            r"scores of shape \(1, 36\): must be .* \(2, 36\)",
+        ),
+        ({"vision_scores": lambda self, view: view.features}, r"scores of shape \(2, 36, 64\): must be"),
+        ({"vision_scores": lambda self, view: view.class_attention()}, "class_attention.. with 0 recorded blocks"),
+    ],
+)
+def test_mistakes_in_scores_of_patches(defined: dict[str, Any], message: str, tiny: Any, logits: Any) -> None:
+    given = models.inputs(tiny, [models.prompt(4, 5), models.prompt(6, 3)], models.pixels(2))
+    mine = type("Mine", (ScoreMethod,), {"tokens": 9} | defined)()
+    with pytest.raises(ValueError, match=message), llava_prune.pruned(tiny, mine):
+        logits(tiny, given)

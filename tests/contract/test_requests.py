@@ -193,3 +193,17 @@ def test_half_precision(name: str, hyper: Any) -> None:
         out = models.generate(model, given, 2)
         assert all(step.isfinite().all() for step in out.logits)
         assert handle.last.tokens_in.shape == (3, models.LAYERS)
+
+
+def test_double_precision_and_autocast(name: str, hyper: Any) -> None:
+    """Every method runs in float64, with the choice of float32, and under autocast, which mixes two dtypes."""
+    model, double = models.tiny_hf(), models.tiny_hf().double()
+    given, wide = (models.inputs(m, ROWS, models.pixels(3).to(m.dtype)) for m in (model, double))
+    with llava_prune.pruned(double, name, **hyper):
+        expected = models.generate(double, wide, 2).logits
+    with llava_prune.pruned(model, name, **hyper) as handle:
+        assert torch.allclose(models.generate(model, given, 2).logits[0], expected[0].float(), atol=1e-3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = models.generate(model, given, 2)
+        assert all(step.isfinite().all() for step in out.logits)
+        assert handle.last.tokens_in.shape == (3, models.LAYERS)

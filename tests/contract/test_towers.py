@@ -74,6 +74,28 @@ def test_features_of_several_layers() -> None:
             llava_prune.attach(model, name, tokens=16)
 
 
+@pytest.mark.parametrize("how", ["forward", "generate", "config"])
+def test_another_feature_layer_than_at_attach(how: str) -> None:
+    """A call may name the feature layer; methods that read the tower's attention must know it when they attach."""
+    model = model_with("clip")
+    given = models.inputs(model, ROWS, models.pixels(1))
+    own, other = model.config.vision_feature_layer, -1
+    assert own != other
+    for name, refused in (("fastervlm", True), ("resize", True), ("topv", True), ("fastv", False)):
+        with llava_prune.pruned(model, name, tokens=16), torch.inference_mode():
+            model(**given, vision_feature_layer=own)
+            call: dict[str, Any] = {} if how == "config" else {"vision_feature_layer": other}
+            model.config.vision_feature_layer = other if how == "config" else own
+            try:
+                if not refused:
+                    models.generate(model, given, 1, **call)
+                    continue
+                with pytest.raises(ValueError, match=f"vision_feature_layer=-1: '?{name}.* features after block 2 "):
+                    models.generate(model, given, 1, **call) if how == "generate" else model(**given, **call)
+            finally:
+                model.config.vision_feature_layer = own
+
+
 def test_features_with_the_class_token() -> None:
     """Selection "full" of CLIP adds one visual token, which only methods that do not use patches accept."""
     model = model_with("clip", vision_feature_select_strategy="full")

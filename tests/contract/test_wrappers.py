@@ -45,6 +45,27 @@ def test_peft_models_are_unwrapped(name: str, chosen: Setting, tiny: Any, given:
             llava_prune.attach(wrapped, "uniform", tokens=3)
 
 
+def test_an_adapter_that_copies_the_projector(tiny: Any, given: Any, logits: Any) -> None:
+    """PEFT copies the modules of `modules_to_save`, hooks included: the copy prunes, and the model is not copied."""
+    import peft
+
+    name = "mm_projector" if models.is_llava(tiny) else "multi_modal_projector"
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])
+    for method in ("visionzip", "tome", "autoprune"):
+        with llava_prune.pruned(tiny, method, tokens=12):
+            expected = logits(tiny, given)
+        model = copy.deepcopy(tiny)
+        handle = llava_prune.attach(model, method, tokens=12)
+        wrapped = peft.get_peft_model(model, lora)
+        assert torch.allclose(logits(wrapped, given), expected, atol=1e-5)
+        projector = model.get_submodule(f"model.{name}").modules_to_save["default"]
+        hooks = list(projector._forward_pre_hooks.values())
+        assert [hook.__self__ for hook in hooks] == [handle.vision] and handle.vision.handle is handle
+        handle.detach()
+        copied = logits(wrapped, given)
+        assert torch.allclose(copied, logits(tiny, given), atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "in place", "language model"])
 def test_compiled_models_are_refused(tiny: Any, how: str) -> None:
     model = copy.deepcopy(tiny)
@@ -63,8 +84,27 @@ def test_compiled_after_attach_can_be_detached(tiny: Any) -> None:
     model = copy.deepcopy(tiny)
     llava_prune.attach(model, "uniform", tokens=12)
     llava_prune.detach(torch.compile(model, backend="eager"))
-    with pytest.raises(ValueError, match="no method is attached"):
-        llava_prune.detach(model)
+    for nothing in (model, None, 5):
+        with pytest.raises(ValueError, match="no method is attached"):
+            llava_prune.detach(nothing)
+
+
+def test_layers_compiled_on_their_own(tiny: Any, given: Any, logits: Any) -> None:
+    """A compiled layer runs no hook inside it: a method that needs one is refused, another one prunes as ever."""
+    model = copy.deepcopy(tiny)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        expected = logits(model, given)
+    for layer in models.language_model(model).layers:
+        layer.compile(backend="eager")
+    logits(model, given)  # compiled without the hook
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        assert torch.allclose(logits(model, given), expected, atol=1e-5)
+    with (
+        llava_prune.pruned(model, "topv", tokens=16),
+        pytest.raises(ValueError, match=r"'topv' reads the input of the MLP in decoder layer \d, which .* compiled"),
+    ):
+        logits(model, given)
+    torch.compiler.reset()
 
 
 def test_data_parallel_is_refused(tiny: Any) -> None:
@@ -109,6 +149,27 @@ def test_representations(tiny: Any, given: Any, logits: Any) -> None:
     finally:
         handle.detach()
     assert "detached from" in repr(handle)
+
+
+def test_a_language_model_that_was_replaced(tiny: Any, given: Any, logits: Any) -> None:
+    """Another language model would answer from all visual tokens; the way out is to attach again."""
+    model = copy.deepcopy(tiny)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        expected = logits(model, given)
+    owner, name = (model, "model") if models.is_llava(model) else (model.model, "language_model")
+    llava_prune.attach(model, "fastv", tokens=16)
+    if models.is_llava(model):  # the language model holds tower and projector
+        fresh = copy.copy(owner.model)
+        fresh.__dict__ = {k: v for k, v in vars(owner.model).items() if k != "forward"}
+    else:
+        fresh = copy.deepcopy(tiny.model.language_model)
+    setattr(owner, name, fresh)
+    for call in (lambda: logits(model, given), lambda: models.generate(model, given, 2)):
+        with pytest.raises(ValueError, match="were not pruned: the language model.* was replaced .*; detach"):
+            call()
+    llava_prune.detach(model)
+    with llava_prune.pruned(model, "fastv", tokens=16):
+        assert torch.allclose(logits(model, given), expected, atol=1e-5)
 
 
 def test_a_detached_model_is_freed() -> None:

@@ -123,3 +123,23 @@ def test_calls_inside_a_request_are_not_that_image(name: str, tiny: Any, logits:
                 assert torch.equal(loaded.generate([row], pixels, max_new_tokens=3, **said), expected)
                 assert len(inside.seen) == 3
                 assert all(torch.allclose(seen, alone, atol=1e-5) for seen in inside.seen)
+
+
+@pytest.mark.parametrize("name", ["autoprune", "visionzip", "prumerge+"])
+def test_methods_that_were_not_named(name: str, tiny: Any) -> None:
+    """The cache records the attention that its methods read; another method is told to be named."""
+    loaded, pixels = models.loaded(tiny), models.pixels(1)
+    message = r"reads the attention of block \d .*, which was not recorded; .*remember_images\(\[method\]\)"
+    with loaded.remember_images(), llava_prune.pruned(tiny, name, tokens=12), pytest.raises(ValueError, match=message):
+        loaded.generate([models.prompt(5, 7)], pixels, keys=["a"], max_new_tokens=1)
+
+
+def test_other_query_positions_than_those_of_the_named_methods(tiny: Any) -> None:
+    """The attention of the class token is not taken for the mean attention that a patch receives."""
+    loaded, pixels = models.loaded(tiny), models.pixels(1)
+    with (
+        loaded.remember_images([llava_prune.build("fastervlm", tokens=12)]),
+        llava_prune.pruned(tiny, "fastervlm", tokens=12, class_token="received"),
+        pytest.raises(ValueError, match=r"attention of block 2 .*, which was not recorded"),
+    ):
+        loaded.generate([models.prompt(5, 7)], pixels, keys=["a"], max_new_tokens=1)

@@ -417,3 +417,9 @@ def test_a_tokenizer_that_protobuf_does_not_read(tiny_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(ValueError, match=r"sentencepiece and protobuf do not go together .*'sentencepiece<0.2.3'"):
         load_tokenizer(tiny_path, original=True)
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [1, 5, 6], "what is this?", ["what is this?"], [[1, 5], []], [[1.5]], None])
+def test_prompts_are_token_ids(rows: Any, tiny: Any) -> None:
+    with pytest.raises(ValueError, match="rows=.*: must be a list of prompts, each a list of token ids"):
+        models.loaded(tiny).generate(rows)

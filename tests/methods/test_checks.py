@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,7 @@ def test_every_value_works_or_is_refused(name: str, asked: tuple[Any, dict[str, 
         ("autoprune", {"x0": -0.5}, "x0=-0.5: must be a finite number in"),
         ("autoprune", {"tokens": 1}, "tokens=1: must be an integer of at least 2$"),
         ("autoprune", {"tokens": 10**25}, "tokens=10000000000000000000000000: .* at least 2, at most 2147483647"),
+        ("autoprune", {"tokens": np.int64(64)}, r"tokens=np.int64\(64\): must be .* at least 2, as an int of Python$"),
         ("autoprune", {"strict": 1}, "strict=1: must be True or False"),
         ("autoprune", {"mask_padding": [0, 2]}, r"mask_padding=\[0, 2\]: must be True, False or a mask"),
         (

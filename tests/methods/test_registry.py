@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,8 @@ def test_presets_and_their_overriding() -> None:
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [
+        (5, {}, "5 is not the name of a method; give a text"),
+        (None, {}, "None is not the name of a method"),
         ("nobody", {}, "unknown method 'nobody'; known are autoprune"),
         ("mine:large", {}, "no preset 'large'"),
         ("full:any", {}, "it has none"),
@@ -48,7 +51,7 @@ def test_presets_and_their_overriding() -> None:
         ("mine", {}, "needs tokens"),
     ],
 )
-def test_build_refuses(name: str, hyper: dict[str, int], message: str) -> None:
+def test_build_refuses(name: Any, hyper: dict[str, int], message: str) -> None:
     one()
     with pytest.raises(ValueError, match=message):
         llava_prune.build(name, **hyper)

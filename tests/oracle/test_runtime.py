@@ -169,6 +169,17 @@ def test_second_turn_by_generate() -> None:
     assert cache_lengths(second.past_key_values) == [c + 8 for c in found.columns]
 
 
+def test_generate_cannot_continue_a_shortened_prompt() -> None:
+    """transformers counts ids by the first layer's cache and drops a mask of ones; the message says what to do."""
+    model = model_of("hf")
+    given = batch(model, "pair")
+    with llava_prune.pruned(model, Scripted({-1: (0.5, 0)}, "renumber", "cache")), torch.inference_mode():
+        cache = model(**given, use_cache=True).past_key_values
+        ids = torch.cat([given["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 10]])], 1)
+        with pytest.raises(ValueError, match=r"generate\(\) cannot continue such a cache, start a new one"):
+            generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}, 3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("vision", [0, 3])
 def test_beams(family: str, vision: int) -> None:

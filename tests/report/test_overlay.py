@@ -206,6 +206,12 @@ def test_refusals(tiny: Any) -> None:
         record.draw(image, layer=6)
     with pytest.raises(ValueError, match="sample=1: the last prefill has 1 samples?; give 0"):
         record.show(image, sample=1)
+    for odd in ("photo.jpg", None, np.zeros((90, 200, 3)), torch.zeros(3, 90, 200)):
+        with pytest.raises(ValueError, match=r"image=.*: must be a PIL image"):
+            record.draw(odd)
+    for name in ("layer", "sample"):
+        with pytest.raises(ValueError, match=f"{name}='0': the .*; give 0"):
+            record.draw(image, **{name: "0"})
     with pytest.raises(ValueError, match="0 layers in a contact sheet"):
         record.show(image, layers=[])
     several = ask(tiny, "fastv", [SIZE] * 2, images=2, tokens=24)

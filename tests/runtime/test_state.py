@@ -32,8 +32,7 @@ def test_sizes_hold_for_the_block_only() -> None:
 
 @pytest.mark.parametrize("sizes", [[640, 480], (640, 480), [(640,)], [(640, 480, 3)], ["ab"], [None], 5, [[1, 2], 3]])
 def test_flat_sizes_are_refused(sizes: Any) -> None:
-    refusal = pytest.raises((ValueError, TypeError), match=r"give one \(width, height\)|not iterable")
-    with refusal, llava_prune.image_sizes(sizes):
+    with pytest.raises(ValueError, match=r"give one \(width, height\)"), llava_prune.image_sizes(sizes):
         pass
 
 
