@@ -175,7 +175,7 @@ class StoredRun:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # texts may hold other line separators
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); run the evaluation again, which completes it"
