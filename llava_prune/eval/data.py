@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .task import Kind, Question, Sources, Task, load_task, questions_of
+from .task import Kind, Question, Sources, Task, check_labels, load_task, questions_of
 
 CHUNK = 1 << 20
 PART = ".part"
@@ -52,9 +52,12 @@ def inspect(name: str, data: Path) -> dict[str, Any]:
             questions = questions_of(sources)
     with _noting(problems):
         if all(sources.find(k) for k, spec in task.files.items() if not spec.optional and k != "images"):
-            absent = task.scorer.unknown(task.scorer.load_labels(sources), questions)
+            labels = task.scorer.load_labels(sources)
+            absent = task.scorer.unknown(labels, questions)
             if absent:
                 problems.append(f"{len(absent)} of {len(questions)} questions have no label, e.g. {absent[0]}")
+            elif questions:
+                check_labels(task, labels, questions)
     files = [_file(kind, spec, sources, questions, problems) for kind, spec in task.files.items()]
     complete = not problems and all(f["path"] or f["optional"] for f in files)
     return {"bench": name, "complete": complete, "problems": problems, "files": files}

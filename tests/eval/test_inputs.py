@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from llava_prune.cli import main
 from llava_prune.eval import images, run
+from llava_prune.eval.data import inspect
 from llava_prune.eval.images import crops, open_rgb, pixels, square
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.prompt import TEMPLATES, bare, check_tokenizer, first_turn, token_ids
@@ -324,6 +326,24 @@ def test_images_are_opened_before_the_first_question(nine: Path, tmp_path: Path,
     given = evaluation("gqa", tmp_path, tmp_path / "o")
     with pytest.raises(ValueError, match=r'row 2 \(question_id "1"\): .*n1.png is not a readable image'):
         run.evaluate(given)
+    assert not model.calls
+
+
+def test_labels_of_other_questions_are_found_before_the_first_question(
+    nine: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    shutil.copytree(nine / "pope", tmp_path / "pope")
+    shutil.copytree(nine / "MME", tmp_path / "MME")
+    labels = tmp_path / "pope" / "coco" / "coco_pope_random.json"
+    labels.write_text(labels.read_text().replace("red", "green"))
+    asked = tmp_path / "MME" / "llava_mme.jsonl"
+    asked.write_text(asked.read_text().partition("\n")[2])  # the first image has one question left
+    model = stand_in()
+    for name, message in (("pope", "random: question .* and label .* do not match"), ("mme", "are not of one image")):
+        with pytest.raises(ValueError, match=message):
+            run.evaluate(evaluation(name, tmp_path, tmp_path / "o"))
+        (problem,) = inspect(name, tmp_path)["problems"]
+        assert re.search(message, problem)
     assert not model.calls
 
 
