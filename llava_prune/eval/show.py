@@ -148,16 +148,20 @@ def score_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def _value(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else _text(value)
+
+
 def _details(table: Table, details: Mapping[str, Any], before: str) -> None:
     for name, value in details.items():
         label = f"{before}{name}"
         if not isinstance(value, Mapping):
-            table.add_row(label, f"{value:.4f}" if isinstance(value, float) else str(value), "")
+            table.add_row(label, _value(value), "")
         elif "low" in value:
             table.add_row(label, _interval(value), str(value["rows"]))
         elif not any(isinstance(v, Mapping) for v in value.values()):
             rest = {k: v for k, v in value.items() if k not in ("rows", "samples")}
-            text = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+            text = ", ".join(f"{k} {_value(v)}" for k, v in rest.items())
             table.add_row(label, text, str(value.get("rows", value.get("samples", ""))))
         else:
             _details(table, value, f"{label}: ")

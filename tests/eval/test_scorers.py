@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llava_prune.cli import main
 from llava_prune.eval.score import score_files
 from llava_prune.eval.task import load_task, task_names
 from llava_prune.eval.tasks import mmbench, mme, ocrbench, pope, sqa, textvqa, vqav2
@@ -292,8 +293,27 @@ def test_mme(tmp_path: Path) -> None:
     tasks = got["details"]["tasks"]
     assert tasks["count"]["acc"] == 0.75 and tasks["count"]["acc_plus"] == 0.5 and tasks["count"]["score"] == 125.0
     assert tasks["scene"]["score"] == 200.0
-    assert got["figure"] == got["details"]["perception"] == 325.0 and got["details"]["cognition"] == 0
+    assert got["figure"] == got["details"]["perception"] == 325.0 and got["details"]["cognition"] is None
     assert got["details"]["total"] == 325.0 and got["rows"] == 6
+
+
+def test_mme_of_one_group_of_tasks(tmp_path: Path, capsys: Any) -> None:
+    """The figure is absent, and not 0, if no perception task was asked."""
+    text = "1.jpg\tIs it? Please answer yes or no.\tYes\n1.jpg\tIs it not? Please answer yes or no.\tNo\n"
+    path = tmp_path / "eval_tool" / "Your_Results" / "code_reasoning.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    asked = ("Is it?", "Yes"), ("Is it not?", "no")
+    rows = [{"question_id": "code_reasoning/1.jpg", "prompt": f"{q}\n{mme.ASKED}", "text": a} for q, a in asked]
+    answers = lines(tmp_path / "a.jsonl", rows)
+    got = run("mme", answers, tmp_path)
+    assert got["figure"] is None and "no perception figure" in got["why"]
+    assert got["details"]["perception"] is None and got["details"]["cognition"] == 200.0
+    assert main(["score", "mme", "--answers", str(answers), "--data", str(tmp_path), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["details"]["cognition"] == 200.0 and "no perception figure" in shown.err
+    assert main(["score", "mme", "--answers", str(answers), "--data", str(tmp_path)]) == 1
+    assert "200.0000" in capsys.readouterr().out
 
 
 def test_mme_joins_are_checked(tmp_path: Path) -> None:
