@@ -146,7 +146,7 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
 
     Args:
         task: benchmark.
-        data: folder with the folders of the benchmarks.
+        data: folder with the folders of the benchmarks, or the benchmark's own folder.
         progress: called with (url, bytes so far, total bytes or None).
 
     Returns:
@@ -156,7 +156,7 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
         ValueError: if a download fails; the next call resumes it.
     """
     sources = Sources(task, data)
-    base = next((b for b in sources.bases[:-1] if b.is_dir()), sources.bases[0])
+    base = _base(sources, data)
     done, by_hand = [], []
     for kind, spec in task.files.items():
         if sources.find(kind) is not None:
@@ -173,6 +173,14 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
                 _unzip(to, base / item["unzip"])
         done.append(kind)
     return done, by_hand
+
+
+def _base(sources: Sources, data: Path) -> Path:
+    """Return the folder of a benchmark: one below `data`, or `data` if it has the benchmark's name or some file."""
+    files = [place for spec in sources.task.files.values() if not spec.folder for place in spec.places]
+    own = data.resolve().name in sources.task.folders or any((data / place).is_file() for place in files)
+    below = next((b for b in sources.bases[:-1] if b.is_dir()), None)
+    return below or (data if own else sources.bases[0])
 
 
 def _unzip(path: Path, folder: Path) -> None:

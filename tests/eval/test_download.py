@@ -93,3 +93,17 @@ def test_only_what_is_missing_is_fetched(server: str, tmp_path: Path) -> None:
     kinds["more"] = Kind(["m"], get=[{"url": f"{server}/broken.zip", "unzip": "."}])
     with pytest.raises(ValueError, match="broken archive"):
         download(task, tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mine"])
+def test_the_benchmarks_own_folder(server: str, tmp_path: Path, name: str) -> None:
+    kinds = {
+        "questions": Kind(["q.jsonl"]),
+        "annotations": Kind(["a.json"], get=[{"url": f"{server}/file.json", "to": "a.json"}]),
+    }
+    task = dataclasses.replace(load_task("gqa"), files=kinds)
+    (tmp_path / name).mkdir()
+    if name == "mine":
+        (tmp_path / name / "q.jsonl").write_text("{}")
+    download(task, tmp_path / name, lambda *_: None)
+    assert (tmp_path / name / "a.json").is_file() and not (tmp_path / name / "gqa").exists()
