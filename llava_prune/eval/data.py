@@ -17,6 +17,8 @@ from .task import Kind, Question, Sources, Task, check_labels, load_task, questi
 CHUNK = 1 << 20
 PART = ".part"
 """Suffix of an incomplete download, which the next call resumes."""
+UNPACKING = ".unpacking"
+"""Suffix of the mark of an archive that is not unpacked completely."""
 TIMEOUT = 60
 """Seconds without data after which a download fails."""
 
@@ -153,22 +155,22 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
         (kinds that were downloaded, kinds that can only be fetched by hand from a web page).
 
     Raises:
-        ValueError: if a download fails; the next call resumes it.
+        ValueError: if a download fails; the next call resumes it. An archive whose unpacking was interrupted is
+            unpacked again.
     """
     sources = Sources(task, data)
     base = _base(sources, data)
     done, by_hand = [], []
     for kind, spec in task.files.items():
-        if sources.find(kind) is not None:
+        files = [base / item.get("to", f"downloads/{item['url'].rsplit('/', 1)[-1]}") for item in spec.get]
+        if sources.find(kind) is not None and not any(to.exists() and _mark(to).exists() for to in files):
             continue
         if not spec.get:
             by_hand.append(kind)
             continue
-        for item in spec.get:
-            url = item["url"]
-            to = base / item.get("to", f"downloads/{url.rsplit('/', 1)[-1]}")
+        for item, to in zip(spec.get, files, strict=True):
             if not to.exists():
-                fetch(url, to, functools.partial(progress, url))
+                fetch(item["url"], to, functools.partial(progress, item["url"]))
             if "unzip" in item:
                 _unzip(to, base / item["unzip"])
         done.append(kind)
@@ -183,9 +185,16 @@ def _base(sources: Sources, data: Path) -> Path:
     return below or (data if own else sources.bases[0])
 
 
+def _mark(archive: Path) -> Path:
+    """Return the path of an empty file that exists while an archive is unpacked, also after an interruption."""
+    return archive.with_name(archive.name + UNPACKING)
+
+
 def _unzip(path: Path, folder: Path) -> None:
+    _mark(path).touch()
     try:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder)
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is a broken archive ({error}); delete it and run the command again") from error
+    _mark(path).unlink()
