@@ -457,6 +457,8 @@ def test_mmbench_sheet(tmp_path: Path) -> None:
     got = run("mmbench", path, tmp_path, annotations=sheet_path)
     assert got["rows"] == 5 and got["versions"]["questions"]["file"] == "m.xlsx"
     assert run("mmbench", sheet_path, tmp_path)["details"]["rows"] == got["details"]["rows"]
+    score_files("mmbench", lines(path, [{**a, "text": "None"} for a in answers]), tmp_path)
+    assert run("mmbench", sheet_path, tmp_path)["details"]["not_a_letter"] == 5  # an answer, unlike an empty cell
 
 
 def test_mmbench_without_answers(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix.lower() != ".xlsx":
         return read_lines(path)
-    table = read_table(path, ("index", "prediction"))
+    table = read_table(path, ("index", "prediction"), missing=("",))  # "None" is an answer
     return [{"question_id": r["index"] or "", "text": r["prediction"]} for r in table if r["prediction"] is not None]
 
 
