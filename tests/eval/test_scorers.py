@@ -393,6 +393,17 @@ def test_mmbench_circular(tmp_path: Path) -> None:
         run("mmbench", lines(tmp_path / "b.jsonl", answers[1:]), tmp_path)
 
 
+def test_mmbench_answers_to_another_table(tmp_path: Path) -> None:
+    rows = circular()
+    table(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    prompts = ["What?\nA. cat", "", "Look. \n What?", "<image>\nWhat?", "What?"]
+    answers = [{"question_id": r["index"], "prompt": p, "text": "A"} for r, p in zip(rows, prompts, strict=True)]
+    assert run("mmbench", lines(tmp_path / "a.jsonl", answers), tmp_path)["rows"] == 5
+    answers[4]["prompt"] = "\u4ec0\u4e48?"
+    with pytest.raises(ValueError, match="index .* is 'What.', its answer was given to .* give the answers to this"):
+        run("mmbench", lines(tmp_path / "a.jsonl", answers), tmp_path)
+
+
 def test_mmbench_indices_of_every_length(tmp_path: Path) -> None:
     """The rows of a question share their index modulo 1,000,000, however many digits the index has."""
     base = {"question": "What?", "A": "cat", "B": "dog", "answer": "A", "image": PIXEL, "split": "dev"}
