@@ -156,6 +156,22 @@ def test_an_unreadable_image(tmp_path: Path) -> None:
         open_rgb(tmp_path / "x.jpg")
 
 
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^.*x.png cannot be read \(No such file or directory\); give an image file$"):
+        open_rgb(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="cannot be read .Is a directory"):
+        open_rgb(tmp_path)
+
+
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    """A grey of 16 bits is that grey of 8 bits; Pillow's own conversion makes it white."""
+    samples = np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)
+    for kind in ("png", "tiff"):
+        Image.fromarray(samples).save(tmp_path / f"x.{kind}")
+        found = np.asarray(open_rgb(tmp_path / f"x.{kind}"))
+        assert (found == (samples // 256)[..., None]).all(), kind
+
+
 def test_an_image_above_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message asks for fewer pixels: the file is intact, so fetching it again would not help."""
     pattern(30, 20).save(tmp_path / "x.png")
