@@ -208,6 +208,19 @@ def check_budgets(runs: Iterable[Run], limit: int) -> None:
             )
 
 
+def check_schedules(runs: Iterable[Run], n_visual: int, n_layers: int) -> None:
+    """Refuse methods that cannot reach their budget on a model, before anything is computed.
+
+    Raises:
+        ValueError: naming the run.
+    """
+    for run in runs:
+        try:
+            run.method.example(n_visual, n_layers)
+        except ValueError as error:
+            raise ValueError(f"{run.label}: {error}") from error
+
+
 def _built(case: Case) -> Method:
     budget = {} if case.tokens is None else {"tokens": case.tokens}
     return build(case.name, **{**case.hyper, **budget})
