@@ -503,6 +503,15 @@ def test_ocr_rule(text: str, row: int, hit: bool) -> None:
     assert ocrbench.right(text, ocr_rows()[row]) is hit
 
 
+def test_names_of_groups_are_plain_text(tmp_path: Path, capsys: Any) -> None:
+    base = {"dataset_name": "x", "image_path": "1.jpg", "question": "What?", "answers": "a"}
+    whole(tmp_path / "OCRBench.json", [{**base, "type": kind} for kind in ("[ocr] small", "[/b]")])
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": i, "text": "a"} for i in range(2)])
+    assert main(["score", "ocrbench", "--answers", str(answers), "--data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "types: [ocr] small" in out and "types: [/b]" in out
+
+
 def test_ocr_ids(tmp_path: Path) -> None:
     rows, texts = ocr_rows(), ["hotel", "no", "x^2"]
     whole(tmp_path / "OCRBench.json", rows)
