@@ -572,6 +572,10 @@ def test_vqav2(tmp_path: Path) -> None:
         run("vqav2", lines(tmp_path / "a.jsonl", [{"question_id": 1000, "text": "x"}]), tmp_path)
     given = whole(tmp_path / "u.json", [{"question_id": 1000, "answer": "Net"}, {"question_id": 1001, "answer": "no"}])
     assert run("vqav2", given, tmp_path)["figure"] == pytest.approx(15.0)  # an upload is taken as it is
+    lines(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", [{"question_id": i} for i in (5, 6)])
+    run("vqav2", answers, tmp_path)  # answers to another split, which must not get lost in an upload of empty ones
+    upload = json.loads((tmp_path / "m_official" / "m.json").read_text())
+    assert upload == [{"question_id": 1000, "answer": "net"}, {"question_id": 1001, "answer": "no"}]
 
 
 def test_vqav2_without_annotations(tmp_path: Path) -> None:
