@@ -91,6 +91,12 @@ class StoredRun:
         return ",".join([self.folder.name, *(f"{k}={v}" for k, v in changed.items() if f"{k}=" not in self.label)])
 
     @property
+    def labels(self) -> dict[str, str]:
+        """Sha256 of each label file that the run was scored with; benchmarks without one have the question file."""
+        files = {name: str(facts.get("sha256")) for name, facts in self.result.get("files", {}).items()}
+        return {name: sha for name, sha in files.items() if name not in ("questions", "upload")} or files
+
+    @property
     def varied(self) -> bool:
         """Whether a sweep changed hyper-parameters of the run."""
         return "," in self.label
