@@ -107,7 +107,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval")
     for name in ("benchmark", "figure", "rows", *labels):
-        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right")
+        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right", overflow="fold")
     for name, runs in results.items():
         by = {r["label"]: figure_text(r) for r in runs}
         if runs:
