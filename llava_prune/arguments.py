@@ -183,10 +183,21 @@ def _parts(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _loader() -> Any:
-    """Return a YAML loader for numbers as people write them: it reads 1e-9, but not 1_0 (10), 1:30 (90) or 010 (8)."""
+    """Return a YAML loader for numbers as people write them: it reads 1e-9, but not 1_0 (10), 1:30 (90) or 010 (8).
+
+    A repeated key is an error.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys: list[Any] = []
+            for key, _ in node.value:
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                keys.append(key.value)
+            return super().construct_mapping(node, deep)
+
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("bool", "null")]
             for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -53,6 +53,16 @@ def print_table(console: Console, table: Table, optional: Sequence[str] = ()) ->
     console.print(table)
 
 
+def print_whole(console: Console, table: Table, optional: Sequence[str] = ()) -> None:
+    """Print a table as `print_table` does in a terminal; in a file or pipe, it is as wide as its content."""
+    from rich.measure import Measurement
+
+    if not console.is_terminal:
+        wide = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    print_table(console, table, optional)
+
+
 def emit(value: Any) -> None:
     """Print JSON."""
     write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from llava_prune.bench import speed
 from llava_prune.bench.flops import Size
 from llava_prune.bench.methods import table
 from llava_prune.eval import plan as evaluation
-from llava_prune.methods.planner import Run, cases, check_budgets, expand, plan
+from llava_prune.methods.planner import Run, cases, check_budgets, check_schedules, expand, plan
 
 NAMES = ("fastv", "fastv:paper", "fastv:192", "pdrop:128", "visionzip:32+fastv:keep64", "fastervlm:192+vtw", "random")
 LABELS = [
@@ -116,3 +116,10 @@ def test_budgets_above_the_visual_tokens() -> None:
     check_budgets(runs, 17)
     with pytest.raises(ValueError, match="TOKENS=17: .* 16 visual tokens .* give 16 or fewer"):
         check_budgets(runs, 16)
+
+
+def test_schedules_that_no_model_of_this_depth_allows() -> None:
+    runs = plan(cases(["random", "fastv"], (16,)))
+    check_schedules(runs, 576, 48)
+    with pytest.raises(ValueError, match="^fastv-16: tokens=16: 1 full layer.s. of 12 .* give at least 49"):
+        check_schedules(runs, 576, 12)

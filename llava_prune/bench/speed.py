@@ -22,7 +22,7 @@ from ..handle import pruned
 from ..methods.base import Method
 from ..methods.checks import integer, json_values
 from ..methods.checks import seed as check_seed
-from ..methods.planner import Run, cases, plan
+from ..methods.planner import Run, cases, check_budgets, check_schedules, plan
 from ..models.config import pick_dtype
 from ..models.family import family_of
 from ..models.parallel import is_first_process, processes
@@ -224,6 +224,8 @@ def _rows(settings: Settings, loaded: Any, runs: Sequence[Run], progress: Progre
         for text in settings.texts:
             asked = request(loaded, batch, text, settings.new, settings.seed)
             size = _size(loaded, asked)
+            check_budgets(runs, asked.visual)
+            check_schedules(runs, asked.visual, size.layers)
             dtype = next(loaded.model.parameters()).dtype
             machine = measure_machine(loaded.device, dtype, batch * (asked.visual + text), size)
             for run in runs:

@@ -316,7 +316,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
 
     Raises:
         torch.OutOfMemoryError: if a single question does not fit.
-        ValueError: if memory runs out with an engine, whose processes cannot halve the batch size.
+        ValueError: if memory runs out with an engine, whose processes cannot halve the batch size, and for an error of
+            the method or of an image, naming the run.
     """
     if len(numbers) > bench.batch:
         parts = [numbers[i : i + bench.batch] for i in range(0, len(numbers), bench.batch)]
@@ -324,6 +325,8 @@ def answer(bench: Bench, handle: Any, numbers: Sequence[int], run: Run, name: st
     start, tower, waited = time.perf_counter(), bench.tower, bench.feed.waited
     try:
         new = ask(bench, run.method, numbers)
+    except ValueError as error:  # such as a budget that the method cannot reach on this model
+        raise ValueError(f"{run.label}: {error}") from error
     except (MemoryError, RuntimeError) as error:
         if len(numbers) == 1 or not out_of_memory(error):
             raise

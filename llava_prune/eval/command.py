@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..arguments import TINY
-from ..console import emit, print_table, stderr, stdout
+from ..console import emit, print_table, print_whole, stderr, stdout
 from ..ops.counts import FlopsShare
 from .forecast import forecast, forecast_table
 from .launch import cores, launch, process_count
@@ -166,4 +166,4 @@ def _show_results(
         if any(isinstance(budget, FlopsShare) for budget in settings.tokens):
             console.print("FLOPS budgets count visual tokens only; FLOPs % in the table counts the text as well")
         if len(results) > 1:
-            print_table(console, summary_table(results), ("rows", "figure"))
+            print_whole(console, summary_table(results), ("rows", "figure"))

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .task import Kind, Question, Sources, Task, load_task, questions_of
+from .task import Kind, Question, Sources, Task, check_labels, load_task, questions_of
 
 CHUNK = 1 << 20
 PART = ".part"
 """Suffix of an incomplete download, which the next call resumes."""
+UNPACKING = ".unpacking"
+"""Suffix of the mark of an archive that is not unpacked completely."""
 TIMEOUT = 60
 """Seconds without data after which a download fails."""
 
@@ -52,9 +54,12 @@ def inspect(name: str, data: Path) -> dict[str, Any]:
             questions = questions_of(sources)
     with _noting(problems):
         if all(sources.find(k) for k, spec in task.files.items() if not spec.optional and k != "images"):
-            absent = task.scorer.unknown(task.scorer.load_labels(sources), questions)
+            labels = task.scorer.load_labels(sources)
+            absent = task.scorer.unknown(labels, questions)
             if absent:
                 problems.append(f"{len(absent)} of {len(questions)} questions have no label, e.g. {absent[0]}")
+            elif questions:
+                check_labels(task, labels, questions)
     files = [_file(kind, spec, sources, questions, problems) for kind, spec in task.files.items()]
     complete = not problems and all(f["path"] or f["optional"] for f in files)
     return {"bench": name, "complete": complete, "problems": problems, "files": files}
@@ -143,38 +148,53 @@ def download(task: Task, data: Path, progress: Callable[[str, int, int | None], 
 
     Args:
         task: benchmark.
-        data: folder with the folders of the benchmarks.
+        data: folder with the folders of the benchmarks, or the benchmark's own folder.
         progress: called with (url, bytes so far, total bytes or None).
 
     Returns:
         (kinds that were downloaded, kinds that can only be fetched by hand from a web page).
 
     Raises:
-        ValueError: if a download fails; the next call resumes it.
+        ValueError: if a download fails; the next call resumes it. An archive whose unpacking was interrupted is
+            unpacked again.
     """
     sources = Sources(task, data)
-    base = next((b for b in sources.bases[:-1] if b.is_dir()), sources.bases[0])
+    base = _base(sources, data)
     done, by_hand = [], []
     for kind, spec in task.files.items():
-        if sources.find(kind) is not None:
+        files = [base / item.get("to", f"downloads/{item['url'].rsplit('/', 1)[-1]}") for item in spec.get]
+        if sources.find(kind) is not None and not any(to.exists() and _mark(to).exists() for to in files):
             continue
         if not spec.get:
             by_hand.append(kind)
             continue
-        for item in spec.get:
-            url = item["url"]
-            to = base / item.get("to", f"downloads/{url.rsplit('/', 1)[-1]}")
+        for item, to in zip(spec.get, files, strict=True):
             if not to.exists():
-                fetch(url, to, functools.partial(progress, url))
+                fetch(item["url"], to, functools.partial(progress, item["url"]))
             if "unzip" in item:
                 _unzip(to, base / item["unzip"])
         done.append(kind)
     return done, by_hand
 
 
+def _base(sources: Sources, data: Path) -> Path:
+    """Return the folder of a benchmark: one below `data`, or `data` if it has the benchmark's name or some file."""
+    files = [place for spec in sources.task.files.values() if not spec.folder for place in spec.places]
+    own = data.resolve().name in sources.task.folders or any((data / place).is_file() for place in files)
+    below = next((b for b in sources.bases[:-1] if b.is_dir()), None)
+    return below or (data if own else sources.bases[0])
+
+
+def _mark(archive: Path) -> Path:
+    """Return the path of an empty file that exists while an archive is unpacked, also after an interruption."""
+    return archive.with_name(archive.name + UNPACKING)
+
+
 def _unzip(path: Path, folder: Path) -> None:
+    _mark(path).touch()
     try:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder)
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is a broken archive ({error}); delete it and run the command again") from error
+    _mark(path).unlink()

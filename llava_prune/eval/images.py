@@ -21,7 +21,7 @@ RESIZED = 1 << 27
 
 
 def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
-    """Open an image as RGB.
+    """Open an image as RGB. Samples of 16 bits are divided by 256; Pillow itself would clip them to 255.
 
     Args:
         source: an image file, or its bytes.
@@ -33,7 +33,8 @@ def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
     name = name or str(source)
     try:
         with Image.open(source) as image:
-            return image.convert("RGB")
+            deep = image.mode.startswith("I;16")
+            return (image.point(lambda sample: sample / 256) if deep else image).convert("RGB")
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(
@@ -42,6 +43,8 @@ def open_rgb(source: str | Path | IO[bytes], name: str = "") -> Image.Image:
         ) from error
     except MemoryError as error:
         raise ValueError(f"{name} is too large for the memory; save it with fewer pixels") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}); give an image file") from error
     except Exception as error:  # every format's decoder raises errors of other types
         detail = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(f"{name} is not a readable image ({detail}); fetch it again") from error

@@ -47,7 +47,7 @@ class Journal:
             except BlockingIOError as error:
                 handle.close()
                 raise ValueError(
-                    f"another run is writing to {self.path.parent}; wait for it, or set OUT to another folder"
+                    f"another run is writing to {self.path.parent}; wait for it, or give another folder (OUT or --out)"
                 ) from error
             handle.close()
 

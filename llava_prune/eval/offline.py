@@ -15,7 +15,7 @@ def score(args: argparse.Namespace) -> int:
     """Run `llava-prune score` and return its exit status.
 
     Raises:
-        ValueError: for bad input, or if the answers have no figure.
+        ValueError: for bad input, or if the answers have no figure; the other details are printed before.
     """
     result, written, warnings = score_files(
         args.task, args.answers, args.data, args.questions, args.annotations, args.export
@@ -25,12 +25,12 @@ def score(args: argparse.Namespace) -> int:
         err.print(f"note: {text}", markup=False, soft_wrap=True)
     if written:
         err.print(f"for the official tools: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
+    if args.json and result["details"]:
+        emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
+    elif result["details"]:
+        print_table(stdout(), score_table(result))
     if result["figure"] is None:
         raise ValueError(result["why"])
-    if args.json:
-        emit({k: result[k] for k in ("bench", "figure", "details", "rows", "versions")})
-    else:
-        print_table(stdout(), score_table(result))
     return 0
 
 

@@ -28,12 +28,12 @@ def chunk_of(total: int, count: int, index: int) -> range:
         ValueError: for an index out of range, or an empty chunk.
     """
     if not 0 <= index < count:
-        raise ValueError(f"CHUNK_IDX={index} is outside 0..{count - 1}")
+        raise ValueError(f"CHUNK_IDX={index} is outside 0..{count - 1}; give one of these chunks (--chunk-idx)")
     size = -(-total // count)
     if index * size >= total:
         raise ValueError(
             f"CHUNK_IDX={index}: {total} questions in {count} chunks of {size} leave it empty; "
-            f"use NUM_CHUNKS={-(-total // size)}"
+            f"use NUM_CHUNKS={-(-total // size)} (--num-chunks)"
         )
     return range(index * size, min(total, (index + 1) * size))
 

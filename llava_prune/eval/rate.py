@@ -219,7 +219,7 @@ def _run(settings: Settings, arm: Arm) -> Run:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def _texts(path: Path) -> list[str]:

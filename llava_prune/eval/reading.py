@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,9 @@ def last_by_id(answers: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {str(a["question_id"]): a["text"] for a in answers}
 
 
-def _cell(value: Any) -> str | None:
+def _cell(value: Any, missing: Collection[str]) -> str | None:
     text = "" if value is None else str(value)
-    return None if text in _NULL else text
+    return None if text in missing else text
 
 
 def _delimited(path: Path, delimiter: str) -> list[list[str]]:
@@ -192,8 +192,13 @@ def _sheet(path: Path) -> list[list[Any]]:
         raise ValueError(f"{path} is not a readable spreadsheet ({type(error).__name__}: {error})") from error
 
 
-def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str | None]]:
-    """Read the rows of a .tsv, .csv or .xlsx file by column name. Cells that pandas reads as missing are None.
+def read_table(path: Path, required: Sequence[str], missing: Collection[str] = _NULL) -> list[dict[str, str | None]]:
+    """Read the rows of a .tsv, .csv or .xlsx file by column name.
+
+    Args:
+        path: the file.
+        required: columns that the file must have.
+        missing: texts of cells that are None; default those that pandas reads as missing.
 
     Raises:
         ValueError: for missing columns, rows with more cells than columns, or a broken file.
@@ -214,5 +219,5 @@ def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str | None
         if len(line) > len(names):
             raise ValueError(f"{path}, row {number}: {len(line)} cells under {len(names)} columns; fetch it again")
         cells = chain(line, [None] * (len(names) - len(line)))
-        out.append({n: _cell(c) for n, c in zip(names, cells, strict=True)})
+        out.append({n: _cell(c, missing) for n, c in zip(names, cells, strict=True)})
     return out

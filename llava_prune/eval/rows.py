@@ -12,7 +12,7 @@ from .task import Question
 
 JOURNAL_ONLY = ("row", "piece", "seconds", "tower_seconds", "image_seconds")
 """Fields of a journal row that the answer file lacks. `row` is the question's number, `piece` that of its piece."""
-WAY_OUT = "set OUT to another folder, or discard the answers in this one with --restart"
+WAY_OUT = "give another folder (OUT or --out), or discard the answers in this one with --restart"
 Row = dict[str, Any]
 
 

@@ -28,7 +28,17 @@ from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
 from .result import Facts, compare, dump, dump_scores, make_result, score_rows
 from .rows import Row, read_finished
-from .task import Sources, Task, check_images, check_questions, load_task, open_images, questions_of, task_names
+from .task import (
+    Sources,
+    Task,
+    check_images,
+    check_labels,
+    check_questions,
+    load_task,
+    open_images,
+    questions_of,
+    task_names,
+)
 from .work import Progress, Work, collected, opened
 
 log = logging.getLogger(__name__)
@@ -38,8 +48,8 @@ def read_files(task: Task, settings: Settings) -> Files:
     """Find, read and check the files of a benchmark.
 
     Raises:
-        ValueError: for missing or broken files, texts that no prompt can hold, missing images, or questions without an
-            annotation.
+        ValueError: for missing or broken files, texts that no prompt can hold, missing images, or questions and labels
+            that do not belong together.
     """
     sources = Sources(task, Path(settings.data).expanduser())
     questions = questions_of(sources)[: settings.limit]
@@ -50,6 +60,7 @@ def read_files(task: Task, settings: Settings) -> Files:
     if absent:
         shown, where = ", ".join(absent[:10]), sources.find("annotations") if "annotations" in task.files else "labels"
         raise ValueError(f"{where} lacks {len(absent)} of the {len(questions)} questions of {task.name}: {shown}")
+    check_labels(task, labels, questions)
     return Files(sources, questions, labels)
 
 

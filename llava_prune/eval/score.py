@@ -66,7 +66,7 @@ def score_files(
     written, warnings = _export(task, rows, labels, answers, export)
     if score["details"].get("missing"):  # set if the official rule counts missing answers as wrong
         absent = f"{score['details']['missing']} of {score['rows']} questions have no answer"
-        warnings.append(f"{absent} and count as wrong in 'overall'; {WAY_OUT}")
+        warnings.append(f"{absent} and count as wrong in 'overall', while {task.figure} leaves them out; {WAY_OUT}")
     warnings += [
         f"{name} is not a known release ({facts.get('rows', '?')} rows)"
         for name, facts in sources.versions.items()

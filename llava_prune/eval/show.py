@@ -35,7 +35,7 @@ class Bars:
 
     def __init__(self, console: Console, unit: str = "answers") -> None:
         ends = (MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-        columns = (TextColumn("{task.description}"), BarColumn(), *ends)
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), *ends)
         self._progress = Progress(*columns, console=console)
         self._ids: dict[str, Any] = {}
 
@@ -107,7 +107,7 @@ def summary_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     labels = list(dict.fromkeys(r["label"] for runs in results.values() for r in runs))
     table = Table(title="all benchmarks", caption="figures with 95 % interval")
     for name in ("benchmark", "figure", "rows", *labels):
-        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right")
+        table.add_column(name, justify="left" if name in ("benchmark", "figure") else "right", overflow="fold")
     for name, runs in results.items():
         by = {r["label"]: figure_text(r) for r in runs}
         if runs:
@@ -141,24 +141,33 @@ def score_table(result: Mapping[str, Any]) -> Table:
     title = (
         f"{result['bench']}: {result['figure_name']} {number_text(result['figure'], 2)} over {result['rows']} questions"
     )
-    table = Table(title=title, caption=files)
+    table = Table(title=title, caption=Text(files))
     for name in ("group", "value", "rows"):
         table.add_column(name, justify="left" if name == "group" else "right")
     _details(table, result["details"], "")
     return table
 
 
+def _add(table: Table, label: str, value: str, rows: str = "") -> None:
+    """Add a row of plain text: the names of groups come from label files and may look like rich's markup."""
+    table.add_row(Text(label), Text(value), Text(rows))
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else _text(value)
+
+
 def _details(table: Table, details: Mapping[str, Any], before: str) -> None:
     for name, value in details.items():
         label = f"{before}{name}"
         if not isinstance(value, Mapping):
-            table.add_row(label, f"{value:.4f}" if isinstance(value, float) else str(value), "")
+            _add(table, label, _value(value))
         elif "low" in value:
-            table.add_row(label, _interval(value), str(value["rows"]))
+            _add(table, label, _interval(value), str(value["rows"]))
         elif not any(isinstance(v, Mapping) for v in value.values()):
             rest = {k: v for k, v in value.items() if k not in ("rows", "samples")}
-            text = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
-            table.add_row(label, text, str(value.get("rows", value.get("samples", ""))))
+            text = ", ".join(f"{k} {_value(v)}" for k, v in rest.items())
+            _add(table, label, text, str(value.get("rows", value.get("samples", ""))))
         else:
             _details(table, value, f"{label}: ")
 

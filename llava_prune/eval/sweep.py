@@ -67,6 +67,8 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); give a sweep file, see docs/ablations.md"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict) or not raw:
@@ -82,7 +84,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def _sweep(path: Path, raw: Mapping[str, Any]) -> Sweep:
     methods = _names(raw.get("methods", ["autoprune"]), "methods")
-    tasks = [load_task(name).name for name in _names(raw.get("tasks", ["gqa"]), "tasks")]
+    tasks = [load_task(name).name for name in dict.fromkeys(_names(raw.get("tasks", ["gqa"]), "tasks"))]
     if "tokens" in raw and "flops" in raw:
         raise ValueError("tokens and flops are both given; a sweep has one of them")
     kind, read = ("flops", flops_budgets) if "flops" in raw else ("tokens", budgets)
@@ -101,14 +103,14 @@ def _combinations(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         values = [_list(v, f"grid.{name}") for name, v in grid.items()]
         for combination in itertools.product(*values):
             yield dict(zip(map(str, grid), combination, strict=True))
-    for point in _list(raw.get("list", []), "list", empty=True):
+    for point in _list(raw["list"], "list") if "list" in raw else []:
         if not isinstance(point, dict):
             raise ValueError(f"list has {point!r}; each entry is an object of hyper-parameter: value")
         yield {str(k): v for k, v in point.items()}
 
 
-def _list(value: Any, name: str, empty: bool = False) -> list[Any]:
-    if not isinstance(value, list) or not (value or empty):
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is {value!r}; give a list with at least one value")
     return value
 

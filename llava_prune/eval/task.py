@@ -330,6 +330,16 @@ def check_images(questions: Sequence[Question], sources: Sources) -> None:
         raise ValueError(f"{len(missing)} of {len(named)} images are missing in {folder}: {shown(missing)}; add them")
 
 
+def check_labels(task: Task, labels: Any, questions: Sequence[Question]) -> None:
+    """Score empty answers to the questions, so that files that do not belong together are found before any is asked.
+
+    Raises:
+        ValueError: see the scorer's `score`.
+    """
+    rows = [{"question_id": q.id, "prompt": q.stored, "text": ""} for q in questions]
+    task.scorer.score(rows, labels, questions)
+
+
 def open_images(questions: Sequence[Question], sources: Sources) -> None:
     """Decode every image once, in several threads, so that broken ones are found before anything is computed.
 

@@ -139,7 +139,7 @@ def cases_of(
             if other != case:
                 raise ValueError(
                     f"{other.name} and {case.name} have the same label, {case.label!r}, which names the folder of "
-                    "results; run them one by one, with another OUT each"
+                    "results; run them one by one, each with another folder (OUT or --out)"
                 )
     return list(out.values())
 
@@ -208,6 +208,19 @@ def check_budgets(runs: Iterable[Run], limit: int) -> None:
             )
 
 
+def check_schedules(runs: Iterable[Run], n_visual: int, n_layers: int) -> None:
+    """Refuse methods that cannot reach their budget on a model, before anything is computed.
+
+    Raises:
+        ValueError: naming the run.
+    """
+    for run in runs:
+        try:
+            run.method.example(n_visual, n_layers)
+        except ValueError as error:
+            raise ValueError(f"{run.label}: {error}") from error
+
+
 def _built(case: Case) -> Method:
     budget = {} if case.tokens is None else {"tokens": case.tokens}
     return build(case.name, **{**case.hyper, **budget})
@@ -221,7 +234,9 @@ def _check_known(where: str, chosen: Sequence[str], values: Mapping[str, Any]) -
     """
     classes = [resolve(name)[0] for name in chosen]
     if "tokens" in values:
-        raise ValueError(f"{where} tokens={values['tokens']!r}: the budget has a flag of its own; use TOKENS")
+        raise ValueError(
+            f"{where} tokens={values['tokens']!r}: the budget has a flag of its own; use TOKENS or --tokens"
+        )
     known = sorted({k for cls in classes for k in inspect.signature(cls).parameters} - {"tokens"})
     stray = sorted(set(values) - set(known))
     if stray:

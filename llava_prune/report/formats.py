@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..console import emit, number_text, stdout
+from ..console import emit, number_text, print_whole, stdout
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,14 +57,17 @@ def show(sheet: Sheet, kind: str, as_json: bool, value: Any) -> None:
     if as_json:
         emit(value)
     elif kind == "text":
-        stdout().print(text(sheet))
+        print_whole(stdout(), text(sheet))
     else:
         drawn = {"markdown": markdown, "latex": latex, "csv": to_csv}[kind](sheet)
         stdout().print(drawn, markup=False, highlight=False, soft_wrap=True, end="")
 
 
 def text(sheet: Sheet) -> Table:
-    """Return the terminal table, without vertical rules so that the tables of the paper fit into 80 columns."""
+    """Return the terminal table, without vertical rules so that the tables of the paper fit into 80 columns.
+
+    In a terminal that is too narrow, cells are wrapped and not cut.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -72,7 +75,7 @@ def text(sheet: Sheet) -> Table:
     caption = " ".join(note[0].upper() + note[1:] + "." for note in sheet.notes)
     out = Table(title=Text(sheet.title), caption=Text(caption), box=box.SIMPLE_HEAD, padding=0, caption_justify="left")
     for number, name in enumerate(sheet.head):
-        out.add_column(Text(name), justify="left" if number in sheet.left else "right", no_wrap=True)
+        out.add_column(Text(name), justify="left" if number in sheet.left else "right", overflow="fold")
     for row in sheet.rows:
         for line in row:
             out.add_row(*map(Text, line), style="" if line is row[0] else "dim")

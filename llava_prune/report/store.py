@@ -91,6 +91,12 @@ class StoredRun:
         return ",".join([self.folder.name, *(f"{k}={v}" for k, v in changed.items() if f"{k}=" not in self.label)])
 
     @property
+    def labels(self) -> dict[str, str]:
+        """Sha256 of each label file that the run was scored with; benchmarks without one have the question file."""
+        files = {name: str(facts.get("sha256")) for name, facts in self.result.get("files", {}).items()}
+        return {name: sha for name, sha in files.items() if name not in ("questions", "upload")} or files
+
+    @property
     def varied(self) -> bool:
         """Whether a sweep changed hyper-parameters of the run."""
         return "," in self.label
@@ -175,7 +181,7 @@ class StoredRun:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # texts may hold other line separators
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); run the evaluation again, which completes it"

@@ -108,7 +108,8 @@ def _limits(runs: Sequence[StoredRun]) -> list[str]:
         if len({str(r.result["settings"].get(name)) for r in runs}) > 1:
             out.append(f"the runs are of several {text}")
     for name in dict.fromkeys(r.bench for r in runs):
-        if len({str([r.result["settings"].get(k) for k in ("questions", "images")]) for r in _of(runs, name)}) > 1:
+        files = [(r.labels, *(r.result["settings"].get(k) for k in ("questions", "images"))) for r in _of(runs, name)]
+        if len(set(map(str, files))) > 1:
             out.append(f"the runs of {name} are of different files")
     return out
 

@@ -39,8 +39,8 @@ def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
     model occurs with every run of a sweep.
 
     Raises:
-        ValueError: for several models, runs on different numbers of questions of one benchmark, or two runs with the
-            same settings and different figures.
+        ValueError: for several models, runs on different numbers of questions of one benchmark or scored with different
+            labels, or two runs with the same settings and different figures.
     """
     found: dict[Any, StoredRun] = {}
     rows: dict[str, StoredRun] = {}
@@ -54,6 +54,11 @@ def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
             raise ValueError(
                 f"{other.folder} has {other.result.get('rows')} questions of {r.bench}, {r.folder} has "
                 f"{r.result.get('rows')}; choose folders with the same questions"
+            )
+        if other.labels and r.labels and other.labels != r.labels:
+            raise ValueError(
+                f"{other.folder} and {r.folder} were scored with different label files of {r.bench}; run the "
+                "evaluations again, which scores the answers anew, or choose folders with the same files"
             )
         hyper = tuple(sorted((n, order(v)) for n, v in r.hyper.items()))
         twin = found.setdefault((r.bench, r.method, r.tokens, hyper), r)

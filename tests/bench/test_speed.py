@@ -223,6 +223,16 @@ def test_unpruned_and_pruned_take_turns(tiny_shape: Any) -> None:
     assert all(x["vision"] > 0 and x["prefill"] > 0 for x in (*plain, *cut))
 
 
+def test_budgets_are_checked_before_the_first_measurement(tmp_path: Path) -> None:
+    said: list[str] = []
+    given = Settings(shape="tiny", methods=("random", "fastv"), tokens=(64,), out=str(tmp_path))
+    with pytest.raises(ValueError, match="^fastv-64: tokens=64: .* give at least 145"):
+        speed(given, said.append)
+    with pytest.raises(ValueError, match="TOKENS=600: an image has 576 visual tokens"):
+        speed(dataclasses.replace(given, tokens=(600,)), said.append)
+    assert said == ["loading tiny"] * 2
+
+
 def test_a_single_new_token_is_no_decoding(tiny_shape: Any) -> None:
     from llava_prune.bench.latency import once
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import threading
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +95,33 @@ def test_only_what_is_missing_is_fetched(server: str, tmp_path: Path) -> None:
     kinds["more"] = Kind(["m"], get=[{"url": f"{server}/broken.zip", "unzip": "."}])
     with pytest.raises(ValueError, match="broken archive"):
         download(task, tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mine"])
+def test_the_benchmarks_own_folder(server: str, tmp_path: Path, name: str) -> None:
+    kinds = {
+        "questions": Kind(["q.jsonl"]),
+        "annotations": Kind(["a.json"], get=[{"url": f"{server}/file.json", "to": "a.json"}]),
+    }
+    task = dataclasses.replace(load_task("gqa"), files=kinds)
+    (tmp_path / name).mkdir()
+    if name == "mine":
+        (tmp_path / name / "q.jsonl").write_text("{}")
+    download(task, tmp_path / name, lambda *_: None)
+    assert (tmp_path / name / "a.json").is_file() and not (tmp_path / name / "gqa").exists()
+
+
+def test_unpacking_that_was_interrupted_is_repeated(server: str, tmp_path: Path, monkeypatch: Any) -> None:
+    kinds = {"images": Kind(["v"], folder=True, get=[{"url": f"{server}/v.zip", "unzip": "."}])}
+    task = dataclasses.replace(load_task("gqa"), files=kinds)
+
+    def full(self: zipfile.ZipFile, folder: Path) -> None:
+        (folder / "v").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(zipfile.ZipFile, "extractall", full)
+        download(task, tmp_path, lambda *_: None)
+    assert download(task, tmp_path, lambda *_: None) == (["images"], [])
+    assert (tmp_path / "gqa" / "v" / "a.jpg").read_bytes() == b"image" and len(Handler.asked) == 1
+    assert download(task, tmp_path, lambda *_: None) == ([], [])

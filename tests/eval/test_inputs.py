@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from llava_prune.cli import main
 from llava_prune.eval import images, run
+from llava_prune.eval.data import inspect
 from llava_prune.eval.images import crops, open_rgb, pixels, square
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.prompt import TEMPLATES, bare, check_tokenizer, first_turn, token_ids
@@ -152,6 +154,22 @@ def test_an_unreadable_image(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="x.jpg is not a readable image"):
         open_rgb(tmp_path / "x.jpg")
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^.*x.png cannot be read \(No such file or directory\); give an image file$"):
+        open_rgb(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="cannot be read .Is a directory"):
+        open_rgb(tmp_path)
+
+
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    """A grey of 16 bits is that grey of 8 bits; Pillow's own conversion makes it white."""
+    samples = np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)
+    for kind in ("png", "tiff"):
+        Image.fromarray(samples).save(tmp_path / f"x.{kind}")
+        found = np.asarray(open_rgb(tmp_path / f"x.{kind}"))
+        assert (found == (samples // 256)[..., None]).all(), kind
 
 
 def test_an_image_above_the_limit_of_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +342,24 @@ def test_images_are_opened_before_the_first_question(nine: Path, tmp_path: Path,
     given = evaluation("gqa", tmp_path, tmp_path / "o")
     with pytest.raises(ValueError, match=r'row 2 \(question_id "1"\): .*n1.png is not a readable image'):
         run.evaluate(given)
+    assert not model.calls
+
+
+def test_labels_of_other_questions_are_found_before_the_first_question(
+    nine: Path, tmp_path: Path, stand_in: Any
+) -> None:
+    shutil.copytree(nine / "pope", tmp_path / "pope")
+    shutil.copytree(nine / "MME", tmp_path / "MME")
+    labels = tmp_path / "pope" / "coco" / "coco_pope_random.json"
+    labels.write_text(labels.read_text().replace("red", "green"))
+    asked = tmp_path / "MME" / "llava_mme.jsonl"
+    asked.write_text(asked.read_text().partition("\n")[2])  # the first image has one question left
+    model = stand_in()
+    for name, message in (("pope", "random: question .* and label .* do not match"), ("mme", "are not of one image")):
+        with pytest.raises(ValueError, match=message):
+            run.evaluate(evaluation(name, tmp_path, tmp_path / "o"))
+        (problem,) = inspect(name, tmp_path)["problems"]
+        assert re.search(message, problem)
     assert not model.calls
 
 

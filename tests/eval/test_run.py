@@ -191,6 +191,12 @@ def test_memory_of_the_host(data: Path, tmp_path: Path, stand_in: Any, capsys: A
         run.evaluate(settings(data, tmp_path / "two"))
 
 
+def test_an_error_of_a_method_names_the_run(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    stand_in({1: ValueError("tokens=4: too few")})
+    with pytest.raises(ValueError, match="^autoprune-4: tokens=4: too few$"):
+        run.evaluate(settings(data, tmp_path / "out", reference=False))
+
+
 def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
     """The batch size falls from 4 to 2 and to 1 after two failures; the next method starts with the given size."""
     model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llava_prune.cli import main
 from llava_prune.eval.score import score_files
 from llava_prune.eval.task import load_task, task_names
 from llava_prune.eval.tasks import mmbench, mme, ocrbench, pope, sqa, textvqa, vqav2
@@ -292,8 +293,27 @@ def test_mme(tmp_path: Path) -> None:
     tasks = got["details"]["tasks"]
     assert tasks["count"]["acc"] == 0.75 and tasks["count"]["acc_plus"] == 0.5 and tasks["count"]["score"] == 125.0
     assert tasks["scene"]["score"] == 200.0
-    assert got["figure"] == got["details"]["perception"] == 325.0 and got["details"]["cognition"] == 0
+    assert got["figure"] == got["details"]["perception"] == 325.0 and got["details"]["cognition"] is None
     assert got["details"]["total"] == 325.0 and got["rows"] == 6
+
+
+def test_mme_of_one_group_of_tasks(tmp_path: Path, capsys: Any) -> None:
+    """The figure is absent, and not 0, if no perception task was asked."""
+    text = "1.jpg\tIs it? Please answer yes or no.\tYes\n1.jpg\tIs it not? Please answer yes or no.\tNo\n"
+    path = tmp_path / "eval_tool" / "Your_Results" / "code_reasoning.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    asked = ("Is it?", "Yes"), ("Is it not?", "no")
+    rows = [{"question_id": "code_reasoning/1.jpg", "prompt": f"{q}\n{mme.ASKED}", "text": a} for q, a in asked]
+    answers = lines(tmp_path / "a.jsonl", rows)
+    got = run("mme", answers, tmp_path)
+    assert got["figure"] is None and "no perception figure" in got["why"]
+    assert got["details"]["perception"] is None and got["details"]["cognition"] == 200.0
+    assert main(["score", "mme", "--answers", str(answers), "--data", str(tmp_path), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["details"]["cognition"] == 200.0 and "no perception figure" in shown.err
+    assert main(["score", "mme", "--answers", str(answers), "--data", str(tmp_path)]) == 1
+    assert "200.0000" in capsys.readouterr().out
 
 
 def test_mme_joins_are_checked(tmp_path: Path) -> None:
@@ -373,6 +393,17 @@ def test_mmbench_circular(tmp_path: Path) -> None:
         run("mmbench", lines(tmp_path / "b.jsonl", answers[1:]), tmp_path)
 
 
+def test_mmbench_answers_to_another_table(tmp_path: Path) -> None:
+    rows = circular()
+    table(tmp_path / "mmbench_dev_20230712.tsv", rows)
+    prompts = ["What?\nA. cat", "", "Look. \n What?", "<image>\nWhat?", "What?"]
+    answers = [{"question_id": r["index"], "prompt": p, "text": "A"} for r, p in zip(rows, prompts, strict=True)]
+    assert run("mmbench", lines(tmp_path / "a.jsonl", answers), tmp_path)["rows"] == 5
+    answers[4]["prompt"] = "\u4ec0\u4e48?"
+    with pytest.raises(ValueError, match="index .* is 'What.', its answer was given to .* give the answers to this"):
+        run("mmbench", lines(tmp_path / "a.jsonl", answers), tmp_path)
+
+
 def test_mmbench_indices_of_every_length(tmp_path: Path) -> None:
     """The rows of a question share their index modulo 1,000,000, however many digits the index has."""
     base = {"question": "What?", "A": "cat", "B": "dog", "answer": "A", "image": PIXEL, "split": "dev"}
@@ -437,6 +468,8 @@ def test_mmbench_sheet(tmp_path: Path) -> None:
     got = run("mmbench", path, tmp_path, annotations=sheet_path)
     assert got["rows"] == 5 and got["versions"]["questions"]["file"] == "m.xlsx"
     assert run("mmbench", sheet_path, tmp_path)["details"]["rows"] == got["details"]["rows"]
+    score_files("mmbench", lines(path, [{**a, "text": "None"} for a in answers]), tmp_path)
+    assert run("mmbench", sheet_path, tmp_path)["details"]["not_a_letter"] == 5  # an answer, unlike an empty cell
 
 
 def test_mmbench_without_answers(tmp_path: Path) -> None:
@@ -468,6 +501,15 @@ def ocr_rows() -> list[dict]:
 )  # fmt: skip
 def test_ocr_rule(text: str, row: int, hit: bool) -> None:
     assert ocrbench.right(text, ocr_rows()[row]) is hit
+
+
+def test_names_of_groups_are_plain_text(tmp_path: Path, capsys: Any) -> None:
+    base = {"dataset_name": "x", "image_path": "1.jpg", "question": "What?", "answers": "a"}
+    whole(tmp_path / "OCRBench.json", [{**base, "type": kind} for kind in ("[ocr] small", "[/b]")])
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": i, "text": "a"} for i in range(2)])
+    assert main(["score", "ocrbench", "--answers", str(answers), "--data", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "types: [ocr] small" in out and "types: [/b]" in out
 
 
 def test_ocr_ids(tmp_path: Path) -> None:
@@ -530,6 +572,10 @@ def test_vqav2(tmp_path: Path) -> None:
         run("vqav2", lines(tmp_path / "a.jsonl", [{"question_id": 1000, "text": "x"}]), tmp_path)
     given = whole(tmp_path / "u.json", [{"question_id": 1000, "answer": "Net"}, {"question_id": 1001, "answer": "no"}])
     assert run("vqav2", given, tmp_path)["figure"] == pytest.approx(15.0)  # an upload is taken as it is
+    lines(tmp_path / "llava_vqav2_mscoco_test2015.jsonl", [{"question_id": i} for i in (5, 6)])
+    run("vqav2", answers, tmp_path)  # answers to another split, which must not get lost in an upload of empty ones
+    upload = json.loads((tmp_path / "m_official" / "m.json").read_text())
+    assert upload == [{"question_id": 1000, "answer": "net"}, {"question_id": 1001, "answer": "no"}]
 
 
 def test_vqav2_without_annotations(tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ def test_grid_list_and_seeds(tmp_path: Path) -> None:
         ("grid: {gamma: 0.1}", "grid.gamma is 0.1; give a list"),
         ("grid: {gamma: []}", "grid.gamma is []; give a list"),
         ("list: [1]", "list has 1; each entry is an object"),
+        ("list: []", "list is []; give a list"),
+        ("grid:\n  gamma: [0]\n  gamma: [1]", "line 3: is not YAML (gamma is given twice)"),
+        ("tokens: [4]\ntokens: [8]", "line 2: is not YAML (tokens is given twice)"),
         ("tokens: [0]", "'0': must be a positive integer"),
         ("flops: [49]", "'49': must be a percentage above 0, written as 49%"),
         ("tokens: [4]\nflops: [49%]", "tokens and flops are both given"),
@@ -59,6 +62,17 @@ def test_refused_files(tmp_path: Path, text: str, message: str, capsys: Any) -> 
     assert main(["sweep", str(path)]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert message in said and str(path) in said.replace(" ", "")
+
+
+def test_other_encodings(tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path, "")
+    path.write_bytes("tasks: [gqa]".encode("utf-16"))
+    assert main(["sweep", str(path)]) == 1
+    assert "byte 0 is not UTF-8; save the file as UTF-8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_benchmark_that_is_listed_twice_counts_once(tmp_path: Path) -> None:
+    assert read_sweep(write(tmp_path, "tasks: [gqa, pope, gqa]")).tasks == ["gqa", "pope"]
 
 
 def test_missing_file(tmp_path: Path, capsys: Any) -> None:

@@ -87,11 +87,16 @@ def test_what_limits_a_table(argv: list[str], stand_in: Any, capsys: Any) -> Non
     ]  # fmt: skip
     path = Path(found["rows"][0]["runs"]["gqa"]) / "result.json"
     edited = json.loads(path.read_text())
-    edited["settings"] |= {"weights": "others", "questions": "others"}
+    edited["settings"] |= {"weights": "others"}
+    edited["files"]["annotations"]["sha256"] = "others"
     path.write_text(json.dumps(edited))
     assert main([*argv, "--task", "gqa,sqa", "--limit", "2", "--no-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "The runs are of several checkpoints" in said and "The runs of gqa are of different files" in said
+    edited["settings"] |= {"questions": "others"}
+    path.write_text(json.dumps(edited))
+    assert main([*argv, "--task", "gqa,sqa", "--limit", "2", "--no-run"]) == 0
+    assert "The runs of gqa are of different files" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_single_benchmark_without_data(argv: list[str], stand_in: Any, tmp_path: Path, capsys: Any) -> None:

@@ -146,6 +146,18 @@ def test_refused(tmp_path: Path, runs: Callable[..., Path], name: str, change: A
     assert "\n" not in str(error.value)
 
 
+def test_runs_that_were_scored_with_different_labels(tmp_path: Path, runs: Callable[..., Path]) -> None:
+    def files(questions: str, labels: str) -> dict[str, Any]:
+        return {"questions": {"sha256": questions}, "annotations": {"sha256": labels}}
+
+    runs(tmp_path / "a", asked(ONE), files=files("1", "2"))
+    runs(tmp_path / "b", asked(TWO), files=files("3", "2"))
+    assert compared(tmp_path).total.questions == 5
+    runs(tmp_path / "c", asked(TWO), files=files("1", "4"))
+    with pytest.raises(ValueError, match="were scored with different label files; run both evaluations again"):
+        compare(find_run("a", [tmp_path]), find_run("c", [tmp_path]))
+
+
 def test_two_benchmarks(tmp_path: Path, runs: Callable[..., Path]) -> None:
     runs(tmp_path / "a", asked(ONE))
     runs(tmp_path / "b", asked(ONE), bench="pope")

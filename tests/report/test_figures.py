@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -433,6 +434,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, capsys: Any) -
     assert main(["figure", *base, str(tmp_path / "b"), "--model", "13b"]) == 0
     assert main(["figure", *base, str(tmp_path / "e")]) == 0  # the same run twice
     assert [r.folder for r in comparable([first, first])] == [first.folder]
+    relabelled = write_run(tmp_path / "e" / "one")
+    path = relabelled.folder / "result.json"
+    for letter in "xy":
+        path.write_text(json.dumps({**relabelled.result, "files": {"annotations": {"sha256": letter}}}))
+        shutil.copytree(relabelled.folder, tmp_path / "f" / letter)
+    assert "were scored with different label files of gqa" in refused(capsys, *base[:-1], str(tmp_path / "f"))
 
 
 def test_sweeps_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:

@@ -134,3 +134,15 @@ def test_files_of_a_run(store: Path) -> None:
     (run.folder / "scores.jsonl").unlink()
     with pytest.raises(ValueError, match="scores.jsonl cannot be read .* run the evaluation again"):
         run.scores()
+
+
+def test_line_separators_in_texts(store: Path) -> None:
+    """JSON leaves U+2028, U+2029 and U+0085 as they are; they end no row."""
+    (run,) = read_runs([store / "pope"])
+    rows = [{**run.answers()[0], "text": text} for text in ("a\u2028b\u2029c\x85d", "e\r\nf")]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (run.folder / "answers.jsonl").write_text(text, encoding="utf-8")
+    assert run.answers() == rows
+    (run.folder / "answers.jsonl").write_bytes(text.encode() + b"\xff\n")
+    with pytest.raises(ValueError, match="answers.jsonl, line 3: is not JSON"):
+        run.answers()

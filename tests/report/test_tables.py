@@ -106,6 +106,18 @@ def test_markup_is_text() -> None:
     assert all(part in out.getvalue() for part in ("a [/b]", "[red]x", "[8,16]", "N [i]"))
 
 
+def test_wide_tables_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a file or pipe a table is as wide as its content; in a terminal, cells are wrapped and not cut."""
+    figure = "170.00 [125.0, 200.0]"
+    shown = formats.Sheet("a", ["method", *"bcdefghi"], [[["autoprune", *[figure] * 8]]], (0,), (), ["n"], [])
+    formats.show(shown, "text", False, None)
+    out = capsys.readouterr().out
+    assert out.count(figure) == 8 and "autoprune" in out and "…" not in out
+    narrow = io.StringIO()
+    Console(file=narrow, width=80).print(formats.text(shown))
+    assert narrow.getvalue().count("170.00") == 8 and "…" not in narrow.getvalue()
+
+
 def test_misprinted_ratios_are_shown_twice() -> None:
     assert ["ratio*" in sheet(measured(read_table(n))).head for n in TABLES] == [False, False, True, False, True]
     row = sheet(measured(read_table("3"))).rows[6]

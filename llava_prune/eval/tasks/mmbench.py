@@ -125,7 +125,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix.lower() != ".xlsx":
         return read_lines(path)
-    table = read_table(path, ("index", "prediction"))
+    table = read_table(path, ("index", "prediction"), missing=("",))  # "None" is an answer
     return [{"question_id": r["index"] or "", "text": r["prediction"]} for r in table if r["prediction"] is not None]
 
 
@@ -158,6 +158,18 @@ def _questions(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row], 
     return out
 
 
+def _check_prompts(answers: Sequence[Mapping[str, Any]], labels: Mapping[str, Row]) -> None:
+    """Refuse answers to other questions, such as those to the English table for the Chinese one; spaces may differ."""
+    for row in answers:
+        key, prompt = str(row["question_id"]), row.get("prompt", "")
+        question = labels.get(key, {}).get("question") or ""
+        if prompt and "".join(question.split()) not in "".join(prompt.split()):
+            raise ValueError(
+                f"the question of index {key} is {question[:80]!r}, its answer was given to {prompt[:80]!r}; give the "
+                "answers to this table"
+            )
+
+
 def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> Units:
     """Return the units of the bootstrap: every question is a unit, with all its rotations."""
     groups: dict[int, list[float]] = defaultdict(list)
@@ -185,7 +197,7 @@ def score(
         of each answer row).
 
     Raises:
-        ValueError: if a row has no answer.
+        ValueError: if a row has no answer, or one that was given to another question.
     """
     answers = list(answers)
     said = last_by_id(answers)
@@ -193,6 +205,7 @@ def score(
     missing = [k for k in ids if k not in said]
     if missing:
         raise ValueError(unanswered(missing, len(ids), "rows"))
+    _check_prompts(answers, labels)
     details: dict[str, Any] = {"answers_without_question": sum(k not in labels for k in said)}
     questions = _questions(answers, labels, ids)
     if any(labels[k].get("answer") is None for k in ids):

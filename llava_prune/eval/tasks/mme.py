@@ -203,6 +203,11 @@ def units(answers: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, An
     return Units([task for task, _, _ in pairs], values, lambda means: 100 * means[..., 0].sum(1))
 
 
+def _sum(scores: Sequence[float]) -> float | None:
+    """Return the sum of the scores of tasks; None if no task of the group was asked."""
+    return sum(scores) if scores else None
+
+
 def score(
     answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], asked: Sequence[Question] | None = None
 ) -> dict[str, Any]:
@@ -214,8 +219,8 @@ def score(
         asked: the questions that the model was asked, if they are a part of the benchmark; None for all.
 
     Returns:
-        figure (None for a single question), rows, details (perception, cognition, total, tasks), and questions
-        ((score, task) of each answer row).
+        figure (None for a single question, or without a perception task), rows, details (perception, cognition,
+        total, tasks), and questions ((score, task) of each answer row). A group without tasks has None.
 
     Raises:
         ValueError: if answers and labels do not match one to one, or the answers are in another order.
@@ -245,13 +250,15 @@ def score(
         return {"figure": None, "rows": 0, "details": {}, "why": why, "questions": _questions(answers, labels, wanted)}
     if not tasks:
         raise ValueError("the answers and the labels have no question in common; give the files of the same release")
-    perception, cognition = (sum(tasks[t]["score"] for t in g if t in tasks) for g in (PERCEPTION, COGNITION))
-    details = {"perception": perception, "cognition": cognition, "total": perception + cognition, "tasks": tasks}
+    perception, cognition = (_sum([tasks[t]["score"] for t in g if t in tasks]) for g in (PERCEPTION, COGNITION))
+    total = (perception or 0.0) + (cognition or 0.0)
+    details: dict[str, Any] = {"perception": perception, "cognition": cognition, "total": total, "tasks": tasks}
     absent = [t for t in (*PERCEPTION, *COGNITION) if t not in tasks]
     if absent:
         details["tasks_without_labels"] = ", ".join(absent)
+    why = "none of the questions is of a perception task, so there is no perception figure"
     out = {"figure": perception, "rows": sum(t["rows"] for t in tasks.values()), "details": details}
-    return {**out, "questions": _questions(answers, labels, wanted)}
+    return {**out, "why": why if perception is None else None, "questions": _questions(answers, labels, wanted)}
 
 
 def export(answers: Iterable[Mapping[str, Any]], labels: Mapping[Key, str], folder: Path, name: str) -> list[Path]:

@@ -162,12 +162,15 @@ def score(
 def export(answers: Iterable[Mapping[str, Any]], labels: Labels, folder: Path, name: str) -> list[Path]:
     """Write the EvalAI upload: every id of the test split, with a normalised answer or an empty one.
 
+    Without the ids of the test split, or for answers to another split, the answered ids are written.
+
     Source: scripts/convert_vqav2_for_submission.py.
     """
     answers = list(answers)
     done = {str(a["question_id"]): a["text"] if a.get(READY) is True else m4c(a["text"]) for a in answers}
     first = {str(a["question_id"]): a["question_id"] for a in answers}
-    ids = list(first.values()) if labels.upload is None else labels.upload
+    test = labels.upload or []
+    ids = test if any(str(i) in done for i in test) else list(first.values())
     path = folder / f"{name}.json"
     path.write_text(json.dumps([{"question_id": i, "answer": done.get(str(i), "")} for i in ids]), encoding="utf-8")
     return [path]
