@@ -28,7 +28,7 @@ def check_attributes(method: Method) -> None:
 
 
 def check_vision_queries(method: Method, queries: Any, length: int) -> None:
-    """Refuse what does not name query positions of blocks of a tower with `length` positions.
+    """Refuse anything but query positions of blocks of a tower with `length` positions.
 
     Raises:
         ValueError: with what the method returned.
@@ -70,7 +70,7 @@ def check_positions(method: Method, layer: int, wanted: Any, length: int, values
 
 
 def check_form(method: Method, cut: Any, batch: int) -> None:
-    """Refuse what is no Cut of a batch; whether its indices are right is left to `check_cut`.
+    """Refuse anything but a Cut of a batch; `check_cut` verifies its indices.
 
     Raises:
         ValueError: with what the method returned.
