@@ -176,7 +176,7 @@ def test_generate_cannot_continue_a_shortened_prompt() -> None:
     with llava_prune.pruned(model, Scripted({-1: (0.5, 0)}, "renumber", "cache")), torch.inference_mode():
         cache = model(**given, use_cache=True).past_key_values
         ids = torch.cat([given["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 10]])], 1)
-        with pytest.raises(ValueError, match=r"generate\(\) cannot continue such a cache, start a new one"):
+        with pytest.raises(ValueError, match=r"cannot continue .*start a new (one|cache)"):  # older releases: cache
             generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}, 3)
 
 
