@@ -194,3 +194,20 @@ def test_later_replacements_are_told(tiny: Any) -> None:
     lm.forward = ours
     handle.detach()
     assert not handle.attached
+
+
+def test_a_deleted_replacement_counts_as_removed(tiny: Any, given: Any, logits: Any) -> None:
+    """A user wraps the forward of the instance and takes it back by deleting it, which deletes the attached one too."""
+    model = copy.deepcopy(tiny)
+    base = logits(model, given)
+    handle = llava_prune.attach(model, "uniform", tokens=12)
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    del model.forward
+    handle.detach()
+    assert not handle.attached and "forward" not in vars(model)
+    assert torch.equal(logits(model, given), base)
+    own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with llava_prune.pruned(model, "uniform", tokens=12):
+        del model.forward
+    assert model.forward is own, "the forward of before attach comes back"
