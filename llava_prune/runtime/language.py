@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from .compat import CACHE, BaseModelOutputWithPast, DynamicCache
-from .decode import Decode, DecodeState, decode_state, refuse_later_image
+from .decode import Decode, DecodeState, decode_state, refuse_later_image, refuse_rebuilt
 from .geometry import Seen
 from .prefill import Prefill
 from .prompt import Prompt, read_prompt
@@ -53,6 +53,7 @@ def language_forward(
     elif inputs_embeds is not None and (request is None or not request.has_ids):
         refuse_embeddings()
     if state is None and prompt is None:
+        refuse_rebuilt(past_key_values)
         return stock(
             input_ids=input_ids,
             attention_mask=attention_mask,
