@@ -265,7 +265,8 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and these images were "
             "encoded outside of generate() or forward(), or before the method was attached; give input_ids and "
-            "pixel_values to generate() or forward()"
+            "pixel_values to generate() or forward(). Where vision tower or projector was replaced after attaching, "
+            "detach the method and attach it again"
         )
     source = None
     if images.tokens is not None and images.interpolated:

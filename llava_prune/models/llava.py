@@ -212,7 +212,8 @@ def _prepare(
     if handle.vision.sees_patches and not found.encoded:
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and the vision tower did "
-            "not run in this call; detach the method where encode_images is replaced"
+            "not run in this call; detach the method where encode_images is replaced. Where vision tower or projector "
+            "was replaced after attaching, detach the method and attach it again"
         )
     source = None
     if found.needs_source:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import llava_prune
+from llava_prune.models.family import family_of
 from tests import models
 from tests.contract.settings import Setting
 
@@ -211,3 +212,23 @@ def test_a_deleted_replacement_counts_as_removed(tiny: Any, given: Any, logits: 
     with llava_prune.pruned(model, "uniform", tokens=12):
         del model.forward
     assert model.forward is own, "the forward of before attach comes back"
+
+
+@pytest.mark.parametrize("part", ["tower", "encoder", "projector"])
+def test_a_tower_or_projector_that_was_replaced(part: str, tiny: Any, given: Any, logits: Any) -> None:
+    """The hooks are on the modules of before; the way out is to attach again."""
+    model = copy.deepcopy(tiny)
+    family = family_of(model)
+    with llava_prune.pruned(model, "visionzip", tokens=12):
+        expected = logits(model, given)
+    old = getattr(family, part)(model)
+    handle = llava_prune.attach(model, "visionzip", tokens=12)
+    fresh = getattr(family, part)(copy.deepcopy(tiny))
+    owner = next(m for m in model.modules() if old in m.children())
+    setattr(owner, next(name for name, child in owner.named_children() if child is old), fresh)
+    for call in (lambda: logits(model, given), lambda: models.generate(model, given, 2)):
+        with pytest.raises(ValueError, match="replaced after attaching, detach the method and attach it again"):
+            call()
+    handle.detach()
+    with llava_prune.pruned(model, "visionzip", tokens=12):
+        assert torch.equal(logits(model, given), expected)
