@@ -107,8 +107,8 @@ def refuse_rebuilt(cache: Any) -> None:
 def refuse_later_image(past: int) -> NoReturn:
     """Raise the error for an image that comes after the prefill."""
     raise ValueError(
-        f"an image after {past} cached tokens: images are pruned in the prefill only; start a new cache with the whole "
-        "conversation"
+        f"an image after {past} cached tokens, of an earlier turn or of prefix tuning: images are pruned in the "
+        "prefill only; start a new cache with the whole conversation, or detach the method where a prefix is tuned"
     )
 
 

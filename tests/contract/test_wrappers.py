@@ -232,3 +232,18 @@ def test_a_tower_or_projector_that_was_replaced(part: str, tiny: Any, given: Any
     handle.detach()
     with llava_prune.pruned(model, "visionzip", tokens=12):
         assert torch.equal(logits(model, given), expected)
+
+
+def test_prefix_tuning_is_refused(tiny_models: dict[str, Any]) -> None:
+    """PEFT caches its virtual tokens before the prompt; an image in the prompt then comes after cached tokens."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = copy.deepcopy(tiny_models["hf"])
+    given = models.inputs(model, [models.prompt(4, 5)], models.pixels(1))
+    wrapped = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with (
+        llava_prune.pruned(wrapped, "fastv", tokens=16),
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="after 4 cached tokens, .* prefix tuning: images are pruned in the prefill"),
+    ):
+        wrapped(**given)
