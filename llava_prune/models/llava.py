@@ -22,6 +22,7 @@ from ..runtime.patching import replace_method
 from ..runtime.prompt import check_shapes
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import ImageState, RequestState, Splice, request, request_of, with_hints
+from ..runtime.vision import AGAIN
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 IMAGE = -200
@@ -212,8 +213,7 @@ def _prepare(
     if handle.vision.sees_patches and not found.encoded:
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and the vision tower did "
-            "not run in this call; detach the method where encode_images is replaced. Where vision tower or projector "
-            "was replaced after attaching, detach the method and attach it again"
+            "not run in this call; detach the method where encode_images is replaced. " + AGAIN
         )
     source = None
     if found.needs_source:

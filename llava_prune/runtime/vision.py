@@ -25,6 +25,12 @@ from .patching import replace_method
 from .sizes import known_sizes
 from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, current_tower_pass, request_of
 
+AGAIN = (
+    "Where vision tower or projector was replaced after attaching, or the model was compiled and run before it, detach "
+    "the method, call torch.compiler.reset() and attach it again"
+)
+"""The way out where hooks of an attached method do not run."""
+
 
 def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Return a mask of the patches that lie in the padding of an image that was padded to a square.
@@ -179,7 +185,7 @@ class VisionHooks:
             raise ValueError(
                 f"{self.method.name or self.method!r} reads the attention of block {missing[0]} of the vision tower, "
                 "which was not recorded; in a block of remember_images, name the method: remember_images([method]). "
-                "Where the tower was replaced after attaching, detach the method and attach it again"
+                + AGAIN
             )
         recorded = {b: found.attention[b] for b in self.queries}  # an image cache may hold blocks of other methods, too
         grid = self.tower.grid
