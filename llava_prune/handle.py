@@ -76,8 +76,8 @@ class Handle:
             RuntimeError: if other code has replaced a method of the model after `attach`; undo that replacement first.
         """
         for step in self._undo:
-            if isinstance(step, Patch) and step.place() is None:
-                step.remove()  # raises
+            if isinstance(step, Patch):
+                step.check()
         while self._undo:
             self._undo.pop().remove()
         self.model.__dict__.pop(ATTRIBUTE, None)

@@ -90,6 +90,22 @@ def choose(
     return chosen | least_similar(states, found, quota, visual & ~chosen)
 
 
+def from_start(keys: Tensor, rope: tuple[Tensor, Tensor], valid: Tensor) -> Tensor:
+    """Return keys as if the first token of each sample had position 0, as it has in the official code.
+
+    The L1 norm of a key depends on its position, and forward() without position ids counts padding before a prompt.
+
+    Args:
+        keys: (B, KV, L, dh) keys with rotary embedding.
+        rope: cosine and sine of the rotary embedding, (B or 1, L, dh) each.
+        valid: (B, L) bool, False on padding.
+    """
+    first = valid.to(torch.int8).argmax(1)[:, None, None]  # (B, 1, 1)
+    cos, sin = (x.expand(len(keys), -1, -1).gather(1, first.expand(-1, 1, x.shape[2]))[:, None] for x in rope)
+    low, high = keys.chunk(2, 3)
+    return keys * cos.to(keys) - torch.cat([-high, low], 3) * sin.to(keys)
+
+
 def set_order(values: Sequence[int]) -> list[int]:
     """Return the indices of integers in the iteration order of a Python set of them."""
     return [values.index(v) for v in list(set(values))]
@@ -151,7 +167,7 @@ class DART(Method):
         """With `strict`, return unpadded positions of the pivots, number of text tokens, and runs of visual tokens."""
         if not self.strict or self.keep_after(layer, view.spans) is None:
             return None
-        found, _ = pivots(view.keys().abs().sum((1, 3)), view.visual, _text(view))
+        found, _ = pivots(_keys(view).abs().sum((1, 3)), view.visual, _text(view))
         rows = (view.valid.cumsum(1) - 1).gather(1, found)  # (B, 8)
         starts = view.visual[:, 1:] & ~view.visual[:, :-1]
         runs = starts.sum(1, keepdim=True) + view.visual[:, :1]
@@ -176,7 +192,7 @@ class DART(Method):
         if keep is None or layer < 0:
             return None
         assert view.final_norm is not None
-        states, keys, turns = view.final_norm(view.hidden), view.keys(), None
+        states, keys, turns = view.final_norm(view.hidden), _keys(view), None
         if self.strict:
             turns = to_device(view.scratch["decision"], view.visual)
         else:
@@ -215,6 +231,12 @@ class DART(Method):
                 f"a keep below {n_visual - PIVOTS + 2 * PIVOTS - (n_visual - PIVOTS) % (2 * PIVOTS)}"
             )
         return full, PIVOTS + 2 * PIVOTS * each
+
+
+def _keys(view: View) -> Tensor:
+    """Return (B, KV, L, dh) keys of the layer, see `from_start`."""
+    assert view.rope is not None
+    return from_start(view.keys(), view.rope, view.valid)
 
 
 def _text(view: View) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,25 @@ from .llava import IMAGE, context_limit
 
 Images = Tensor | list[Tensor] | None
 """(N, 3, H, W), or N tensors (crops, 3, H, W); None if there are no images."""
+
+MADE = frozenset({
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "images", "pixel_values", "image_sizes"
+})  # fmt: skip
+"""Arguments of generate() that `Loaded.generate` makes from its own."""
+
+
+def refuse_made(given: Iterable[str]) -> None:
+    """Refuse arguments of generate() that are made here.
+
+    Raises:
+        ValueError: with the arguments.
+    """
+    names = sorted(MADE.intersection(given))
+    if names:
+        raise ValueError(
+            f"{' and '.join(names)} for Loaded.generate, which makes them from rows, pixels and sizes; leave them out, "
+            "or call model.generate"
+        )
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

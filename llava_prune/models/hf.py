@@ -21,6 +21,7 @@ from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
 from ..runtime.state import ImageState, RequestState, Splice, request, request_of, with_hints
+from ..runtime.vision import AGAIN
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 CLASSES = (
@@ -265,7 +266,7 @@ def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Sp
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and these images were "
             "encoded outside of generate() or forward(), or before the method was attached; give input_ids and "
-            "pixel_values to generate() or forward()"
+            "pixel_values to generate() or forward(). " + AGAIN
         )
     source = None
     if images.tokens is not None and images.interpolated:

@@ -19,8 +19,10 @@ from ..runtime.geometry import Geometry
 from ..runtime.language import refuse_embeddings, refuse_labels
 from ..runtime.merging import Tower
 from ..runtime.patching import replace_method
+from ..runtime.prompt import check_shapes
 from ..runtime.sizes import checked_sizes
 from ..runtime.state import ImageState, RequestState, Splice, request, request_of, with_hints
+from ..runtime.vision import AGAIN
 from .base import block_index, encoder_blocks, image_tokens, tower_kind
 
 IMAGE = -200
@@ -200,6 +202,7 @@ def _prepare(
         return stock(*given)
     if state is None or state.splice is not None or images is None or input_ids.shape[1] == 1:
         return stock(*given)
+    check_shapes(input_ids.shape[0], input_ids.shape[1], attention_mask)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
     if _crop_counts(images) is not None:
         state.layout = functools.partial(_image_layouts, model, images, image_sizes)
@@ -210,7 +213,7 @@ def _prepare(
     if handle.vision.sees_patches and not found.encoded:
         raise ValueError(
             f"{handle.method.name or handle.method!r} prunes images while they are encoded, and the vision tower did "
-            "not run in this call; detach the method where encode_images is replaced"
+            "not run in this call; detach the method where encode_images is replaced. " + AGAIN
         )
     source = None
     if found.needs_source:

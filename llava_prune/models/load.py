@@ -25,7 +25,7 @@ from .base import Family, peel
 from .config import check_generation, is_original, pick_attention, pick_device, pick_dtype, read_config, weight_bytes
 from .family import family_of
 from .files import MORE, load_tokenizer, refuse_pointers
-from .generate import ask_hf, ask_llava
+from .generate import ask_hf, ask_llava, refuse_made
 from .hf import counted_crops
 from .image_cache import LIMIT, ImageCache, cached_images
 from .llava import IMAGE
@@ -152,10 +152,11 @@ class Loaded:
             object of generate(), whose `sequences` are these ids.
 
         Raises:
-            ValueError: if the number of placeholders, sizes or keys differs from the number of images, or if `rows`
-                are not prompts of token ids.
+            ValueError: if the number of placeholders, sizes or keys differs from the number of images, if `rows` are
+                not prompts of token ids, or for an argument of generate() that is made from them.
         """
         rows = _token_ids(rows)
+        refuse_made(kwargs)
         wanted = sum(r.count(IMAGE) for r in rows)
         given = 0 if pixels is None else len(pixels)
         if wanted != given:

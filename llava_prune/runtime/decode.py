@@ -88,11 +88,27 @@ def decode_state(cache: Any) -> DecodeState | None:
     return found if found is not None and cache.get_seq_length() else None
 
 
+def refuse_rebuilt(cache: Any) -> None:
+    """Refuse a cache with the layers of a pruned prompt and without its decode state.
+
+    Raises:
+        ValueError: if the layers of the cache hold different numbers of tokens.
+    """
+    keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
+    lengths = {k.shape[2] for k in keys if isinstance(k, Tensor) and k.ndim == 4}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the layers of this KV cache hold {min(lengths)} to {max(lengths)} tokens, and the positions of a pruned "
+            "prompt are not known: a cache that is made again from the layers of another loses them; give the cache "
+            "that generate() or forward() returned, or a deepcopy of it"
+        )
+
+
 def refuse_later_image(past: int) -> NoReturn:
     """Raise the error for an image that comes after the prefill."""
     raise ValueError(
-        f"an image after {past} cached tokens: images are pruned in the prefill only; start a new cache with the whole "
-        "conversation"
+        f"an image after {past} cached tokens, of an earlier turn or of prefix tuning: images are pruned in the "
+        "prefill only; start a new cache with the whole conversation, or detach the method where a prefix is tuned"
     )
 
 

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from .compat import CACHE, BaseModelOutputWithPast, DynamicCache
-from .decode import Decode, DecodeState, decode_state, refuse_later_image
+from .decode import Decode, DecodeState, decode_state, refuse_later_image, refuse_rebuilt
 from .geometry import Seen
 from .prefill import Prefill
-from .prompt import Prompt, read_prompt
+from .prompt import Prompt, check_shapes, read_prompt
 from .record import Record
 from .state import RequestState, hints, request_of
 
@@ -44,15 +44,16 @@ def language_forward(
     cache = kwargs.pop("cache", None)  # the name since transformers 5.24; callers may use either name
     past_key_values = cache if past_key_values is None else past_key_values
     state, request = decode_state(past_key_values), request_of(handle)
-    prompt = None
+    prompt, past = None, 0 if past_key_values is None else past_key_values.get_seq_length()
     if state is not None:
         _refuse_mask(attention_mask)
     elif request is not None and request.splice is not None:
         _refuse_mask(attention_mask)
-        prompt = _prompt(request, input_ids, inputs_embeds, attention_mask, position_ids)
+        prompt = _prompt(request, input_ids, inputs_embeds, attention_mask, position_ids, past)
     elif inputs_embeds is not None and (request is None or not request.has_ids):
         refuse_embeddings()
     if state is None and prompt is None:
+        refuse_rebuilt(past_key_values)
         return stock(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -73,7 +74,6 @@ def language_forward(
         hidden = _decode(handle, lm, state, past_key_values, attention_mask, hidden, kwargs)
     else:
         assert prompt is not None
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past:
             refuse_later_image(past)
         _refuse_logits(prompt)
@@ -84,15 +84,22 @@ def language_forward(
 
 
 def _prompt(
-    request: RequestState, input_ids: Any, inputs_embeds: Any, mask: Tensor | None, position_ids: Tensor | None
+    request: RequestState,
+    input_ids: Any,
+    inputs_embeds: Any,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
 ) -> Prompt | None:
-    """Return the prompt of a request with images, or None if the prompt contains no visual token."""
+    """Return the prompt of a request with images after `past` cached tokens, or None if it has no visual token."""
     given = input_ids if inputs_embeds is None else inputs_embeds
     assert request.splice is not None
     if given is None:
         return None
     request.entered, splice = True, request.splice()
     batch, length = given.shape[:2]
+    if not past:
+        check_shapes(batch, length, mask, position_ids)
     known = request.hints.prompts
     prompt = read_prompt(splice, batch, length, given.device, mask, position_ids, known)
     return prompt if any(prompt.n_visual) else None

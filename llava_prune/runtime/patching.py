@@ -27,7 +27,7 @@ class Patch:
     before: Any
 
     def place(self) -> str | None:
-        """Return the attribute that holds the replacement, or None if other code has replaced it.
+        """Return the attribute that holds the replacement, or None if other code has replaced or deleted it.
 
         accelerate keeps the forward that it wraps as `_old_forward`, so the replacement moves there if a model is
         dispatched after `attach`, and moves back when accelerate's hooks are removed.
@@ -37,21 +37,29 @@ class Patch:
                 return name
         return None
 
-    def remove(self) -> None:
-        """Restore the previous value of the attribute.
+    def check(self) -> None:
+        """Refuse to restore an attribute that is not the replacement.
 
         Raises:
             RuntimeError: if other code has replaced the attribute.
         """
-        place = self.place()
-        if place is None:
+        if self.place() is None and self.name in self.owner.__dict__:
             raise RuntimeError(
                 f"{type(self.owner).__name__}.{self.name} is not the one that attach set; undo the later change first"
             )
+
+    def remove(self) -> None:
+        """Restore the previous value of the attribute, also if other code has deleted the replacement.
+
+        Raises:
+            RuntimeError: if other code has replaced the attribute.
+        """
+        self.check()
+        place = self.place() or self.name
         if self.before is not None:
             setattr(self.owner, place, self.before)
         elif place == self.name:
-            self.owner.__dict__.pop(place)
+            self.owner.__dict__.pop(place, None)
         else:  # accelerate's wrapper needs an `_old_forward`
             setattr(self.owner, place, stock(self.owner, self.name))
 

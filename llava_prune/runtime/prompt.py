@@ -91,6 +91,22 @@ def padded(prompt: Prompt, extra: int) -> Prompt:
     )
 
 
+def check_shapes(batch: int, length: int, mask: Tensor | None, position_ids: Tensor | None = None) -> None:
+    """Refuse an attention mask or position ids that do not fit a prompt of B samples and L positions.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    fits = {"attention_mask": (mask, [(batch, length)]), "position_ids": (position_ids, [(1, length), (batch, length)])}
+    for name, (values, shapes) in fits.items():
+        if values is not None and tuple(values.shape) not in shapes:
+            counted = " (generate() counts them from attention_mask)" if name == "position_ids" else ""
+            raise ValueError(
+                f"{name} has the shape {tuple(values.shape)}{counted} and the prompt {(batch, length)}; give it the "
+                "shape of the prompt, or leave it out where nothing is padded"
+            )
+
+
 def read_prompt(
     splice: Splice,
     batch: int,

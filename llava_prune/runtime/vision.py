@@ -25,6 +25,12 @@ from .patching import replace_method
 from .sizes import known_sizes
 from .state import Chosen, ImageState, RequestState, Sizes, TowerPass, VisionTokens, current_tower_pass, request_of
 
+AGAIN = (
+    "Where vision tower or projector was replaced after attaching, or the model was compiled and run before it, detach "
+    "the method, call torch.compiler.reset() and attach it again"
+)
+"""The way out where hooks of an attached method do not run."""
+
 
 def padding_mask(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Return a mask of the patches that lie in the padding of an image that was padded to a square.
@@ -133,6 +139,8 @@ class VisionHooks:
         if request is not None and request.images is None:
             given = args[0] if args else kwargs.get("pixel_values", kwargs.get("images"))
             pixels = given if isinstance(given, Tensor) and given.ndim == 4 else None
+            if pixels is not None and self.modules is not None:
+                _refuse_other_grid(self.method, pixels, self.modules[1].config.patch_size, self.tower.grid)
             request.images = ImageState(TowerPass(self.queries, pixels=pixels))
 
     def _encoding(self) -> ImageState | None:
@@ -176,7 +184,8 @@ class VisionHooks:
         if missing:
             raise ValueError(
                 f"{self.method.name or self.method!r} reads the attention of block {missing[0]} of the vision tower, "
-                "which was not recorded; in a block of remember_images, name the method: remember_images([method])"
+                "which was not recorded; in a block of remember_images, name the method: remember_images([method]). "
+                + AGAIN
             )
         recorded = {b: found.attention[b] for b in self.queries}  # an image cache may hold blocks of other methods, too
         grid = self.tower.grid
@@ -245,6 +254,22 @@ class VisionHooks:
         if merging is not None:  # each patch gets the feature of the token that it was merged into
             return take(output, merging.groups[:, 1:].to(output.device) - 1)
         return output[:, : self.tower.patches]
+
+
+def _refuse_other_grid(method: Method, pixels: Tensor, patch: int, grid: tuple[int, int]) -> None:
+    """Refuse images that make another grid of patches than the model's, which `interpolate_pos_encoding` permits.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    height, width = pixels.shape[-2:]
+    rows, columns = grid
+    if (height // patch, width // patch) != grid:
+        raise ValueError(
+            f"images of {width} x {height} pixels: {method.name or method!r} looks at the vision tower, and works on "
+            f"its {rows} x {columns} patches of {patch} pixels; give images of {columns * patch} x {rows * patch}, or "
+            "interpolate (interpolate_pos_encoding) with a method that does not look at the tower, as fastv or pdrop"
+        )
 
 
 def _interpolating(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

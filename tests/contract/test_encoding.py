@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import llava_prune
 from tests import models
@@ -264,6 +265,21 @@ def test_a_cache_that_was_reset_serves_another_request(name: str, chosen: Settin
         cache.reset()
         plain = tiny(**given, past_key_values=cache)
         assert torch.equal(plain.logits, tiny(**given).logits)
+
+
+def test_a_cache_made_from_the_layers_of_another(tiny: Any) -> None:
+    """The copy has no decode state: a stock step would count positions from the length of the first layer."""
+    given = models.inputs(tiny, [models.prompt(4, 5)], models.pixels(1))
+    with llava_prune.pruned(tiny, "autoprune", tokens=12), torch.inference_mode():
+        out = tiny(**given, use_cache=True)
+        again = DynamicCache()
+        for i, layer in enumerate(out.past_key_values.layers):
+            again.update(layer.keys, layer.values, i)
+        step = {"input_ids": torch.tensor([[5]]), "use_cache": True}
+        expected = tiny(**step, past_key_values=copy.deepcopy(out.past_key_values)).logits
+        with pytest.raises(ValueError, match=r"layers of this KV cache hold \d+ to 45 tokens.*deepcopy"):
+            tiny(**step, past_key_values=again)
+        assert torch.allclose(tiny(**step, past_key_values=out.past_key_values).logits, expected, atol=1e-6)
 
 
 def test_embeddings_on_a_pruned_cache(name: str, chosen: Setting, tiny: Any) -> None:

@@ -48,6 +48,21 @@ def test_last_logits_belong_to_the_last_ids(name: str, chosen: Setting, tiny_mod
         assert model(**text, logits_to_keep=3).logits.shape[1] == 3
 
 
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+def test_masks_and_positions_of_another_shape(method: str, tiny: Any) -> None:
+    given = models.inputs(tiny, ROWS, models.pixels(2))
+    batch, length = given["input_ids"].shape
+    wrong = [("attention_mask", (batch, length + n)) for n in (-3, 3)] + [("attention_mask", (1, length))]
+    if not models.is_llava(tiny):  # package llava makes the position ids
+        wrong += [("position_ids", (1, length + n)) for n in (-3, 3)]
+    with llava_prune.pruned(tiny, method, tokens=16), torch.inference_mode():
+        for name, shape in wrong:
+            with pytest.raises(ValueError, match=rf"{name} has the shape .* and the prompt \(2, {length}\); give"):
+                tiny(**{**given, name: torch.ones(shape, dtype=torch.long)})
+        with pytest.raises(ValueError, match=r"attention_mask.* and the prompt \(2, "):
+            models.generate(tiny, {**given, "attention_mask": torch.ones(batch, length - 3, dtype=torch.long)}, 2)
+
+
 def siglip() -> Any:
     """Return a LLaVA of transformers with a SigLIP tower of the size of the small models."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig

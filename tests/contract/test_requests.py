@@ -207,3 +207,15 @@ def test_double_precision_and_autocast(name: str, hyper: Any) -> None:
             out = models.generate(model, given, 2)
         assert all(step.isfinite().all() for step in out.logits)
         assert handle.last.tokens_in.shape == (3, models.LAYERS)
+
+
+def test_forward_without_position_ids(name: str, hyper: Any, tiny: Any) -> None:
+    """forward() counts the positions of padding, and a prompt after it is pruned as it is alone."""
+    pixels = models.pixels(3)
+    with llava_prune.pruned(tiny, name, **hyper) as handle, torch.inference_mode():
+        logits = tiny(**models.inputs(tiny, ROWS, pixels)).logits
+        batch = handle.last
+        for b, row in enumerate(ROWS):
+            expected = tiny(**models.inputs(tiny, [row], pixels[b : b + 1])).logits
+            kept_alike(batch, handle.last, b)
+            assert torch.allclose(logits[b, -1], expected[0, -1], atol=CLOSE)

@@ -96,6 +96,24 @@ def test_another_feature_layer_than_at_attach(how: str) -> None:
                 model.config.vision_feature_layer = own
 
 
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+def test_images_of_another_size(tower: str) -> None:
+    """Interpolated position embeddings make another grid of patches than that on which methods of the tower work."""
+    model = model_with(tower)
+    row = [1, 5, *[model.config.image_token_id] * 64, 7, 9, 11]
+    ids = torch.tensor([row])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 112, 112)}
+    own = {"class_token": "received"} if tower == "dinov2" else {}
+    with torch.inference_mode():
+        for name, more in (("autoprune", own), ("fastervlm", own), ("topv", {}), ("resize", {})):
+            message = rf"images of 112 x 112 pixels: '{name}' .* 6 x 6 patches of 14 pixels; give images of 84 x 84"
+            with llava_prune.pruned(model, name, tokens=16, **more), pytest.raises(ValueError, match=message):
+                model(**given, interpolate_pos_encoding=True)
+        with llava_prune.pruned(model, "fastv", layer=1, keep=16) as handle:
+            model(**given, interpolate_pos_encoding=True)
+        assert handle.last.tokens_in[0].tolist()[:2] == [64, 16]
+
+
 def test_features_with_the_class_token() -> None:
     """Selection "full" of CLIP adds one visual token, which only methods that do not use patches accept."""
     model = model_with("clip", vision_feature_select_strategy="full")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import llava_prune
+from llava_prune.models.family import family_of
 from tests import models
 from tests.contract.settings import Setting
 
@@ -194,3 +195,55 @@ def test_later_replacements_are_told(tiny: Any) -> None:
     lm.forward = ours
     handle.detach()
     assert not handle.attached
+
+
+def test_a_deleted_replacement_counts_as_removed(tiny: Any, given: Any, logits: Any) -> None:
+    """A user wraps the forward of the instance and takes it back by deleting it, which deletes the attached one too."""
+    model = copy.deepcopy(tiny)
+    base = logits(model, given)
+    handle = llava_prune.attach(model, "uniform", tokens=12)
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    del model.forward
+    handle.detach()
+    assert not handle.attached and "forward" not in vars(model)
+    assert torch.equal(logits(model, given), base)
+    own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with llava_prune.pruned(model, "uniform", tokens=12):
+        del model.forward
+    assert model.forward is own, "the forward of before attach comes back"
+
+
+@pytest.mark.parametrize("part", ["tower", "encoder", "projector"])
+def test_a_tower_or_projector_that_was_replaced(part: str, tiny: Any, given: Any, logits: Any) -> None:
+    """The hooks are on the modules of before; the way out is to attach again."""
+    model = copy.deepcopy(tiny)
+    family = family_of(model)
+    with llava_prune.pruned(model, "visionzip", tokens=12):
+        expected = logits(model, given)
+    old = getattr(family, part)(model)
+    handle = llava_prune.attach(model, "visionzip", tokens=12)
+    fresh = getattr(family, part)(copy.deepcopy(tiny))
+    owner = next(m for m in model.modules() if old in m.children())
+    setattr(owner, next(name for name, child in owner.named_children() if child is old), fresh)
+    for call in (lambda: logits(model, given), lambda: models.generate(model, given, 2)):
+        with pytest.raises(ValueError, match=r"replaced after attaching, .* compiled .*reset\(\) and attach it again"):
+            call()
+    handle.detach()
+    with llava_prune.pruned(model, "visionzip", tokens=12):
+        assert torch.equal(logits(model, given), expected)
+
+
+def test_prefix_tuning_is_refused(tiny_models: dict[str, Any]) -> None:
+    """PEFT caches its virtual tokens before the prompt; an image in the prompt then comes after cached tokens."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = copy.deepcopy(tiny_models["hf"])
+    given = models.inputs(model, [models.prompt(4, 5)], models.pixels(1))
+    wrapped = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with (
+        llava_prune.pruned(wrapped, "fastv", tokens=16),
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="after 4 cached tokens, .* prefix tuning: images are pruned in the prefill"),
+    ):
+        wrapped(**given)

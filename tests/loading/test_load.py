@@ -423,3 +423,9 @@ def test_a_tokenizer_that_protobuf_does_not_read(tiny_path: Path, monkeypatch: p
 def test_prompts_are_token_ids(rows: Any, tiny: Any) -> None:
     with pytest.raises(ValueError, match="rows=.*: must be a list of prompts, each a list of token ids"):
         models.loaded(tiny).generate(rows)
+
+
+@pytest.mark.parametrize("argument", ["attention_mask", "input_ids", "inputs", "images", "pixel_values", "image_sizes"])
+def test_arguments_that_generate_makes(argument: str, tiny: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{argument} for Loaded.generate, which makes them from rows, pixels"):
+        models.loaded(tiny).generate([[1, 5, 6]], **{argument: torch.ones(1, 3, dtype=torch.long)})
