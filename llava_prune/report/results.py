@@ -14,7 +14,7 @@ from rich.text import Text
 from ..arguments import RESULTS
 from ..console import difference_text, emit, figure_text, number_text, stderr, stdout, write
 from .compare import Comparison, compare
-from .store import UNPRUNED, StoredRun, find_run, frame, read_runs, select
+from .store import UNPRUNED, StoredRun, find_run, frame, model_path, read_runs, select
 
 SHOWN = 20
 """Default number of flipped questions in the output of a comparison."""
@@ -42,7 +42,7 @@ def results(args: argparse.Namespace) -> int:
         return 0
     if args.show is not None:
         raise ValueError(f"--show {args.show} needs --compare")
-    runs = listed(places, args.task, args.method, args.model, args.tokens)
+    runs = listed(places, args.task, args.method, [*map(model_path, args.model)], args.tokens)
     if args.json:
         emit([run.row() for run in runs])
     elif args.csv is not None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from llava_prune.cli import main
+from llava_prune.eval.command import settings_of
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.run import evaluate_all, finished
 from llava_prune.eval.stored import stored_runs
 from llava_prune.methods.planner import Request
+from llava_prune.parsers import make_parser
 from llava_prune.report.store import StoredRun, read_result
 
 
@@ -123,6 +125,14 @@ def test_a_sweep_and_an_evaluation_share_runs(settings: Settings, stand_in: Any)
     same = dataclasses.replace(settings, methods=("autoprune",), method_args={"lam": 0.5})
     found = finished(same)
     assert found is not None and found["gqa"][1]["settings"]["hyper"]["lam"] == 0.5
+
+
+def test_one_model_for_every_path_to_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(settings.model).parent)
+    for name in (settings.model, f"{settings.model}/", "some-model", "./some-model"):
+        args = make_parser({}).parse_args(["eval", "gqa", "--model", name, "--model-base", name])
+        found = settings_of(args)
+        assert found.model == found.model_base == "some-model"
 
 
 def test_out_is_a_folder_of_its_own(settings: Settings, tmp_path: Path, stand_in: Any) -> None:
