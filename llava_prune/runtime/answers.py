@@ -70,7 +70,7 @@ def check_positions(method: Method, layer: int, wanted: Any, length: int, values
 
 
 def check_form(method: Method, cut: Any, batch: int) -> None:
-    """Refuse what is no Cut of a batch; whether its indices are right is left to `check_cut`.
+    """Refuse what is not a Cut of a batch; whether its indices are right is left to `check_cut`.
 
     Raises:
         ValueError: with what the method returned.
