@@ -63,6 +63,9 @@ def test_a_second_call_loads_nothing(settings: Settings, stand_in: Any, monkeypa
         assert [r["label"] for r in runs] == ["full", "autoprune-4", "random-4"]
         assert [r["figure"] for r in runs] == [r["figure"] for r in first[name]]
     assert finished(dataclasses.replace(settings, restart=True)) is None
+    assert finished(dataclasses.replace(settings, num_chunks=2, chunk_idx=1)) == found
+    with pytest.raises(ValueError, match=r"CHUNK_IDX=2 is outside 0\.\.1"):
+        finished(dataclasses.replace(settings, num_chunks=2, chunk_idx=2))
 
 
 @pytest.mark.parametrize("name", ["result.json", "answers.jsonl"])
