@@ -303,6 +303,37 @@ def select(
     ]
 
 
+def matching(
+    runs: Sequence[StoredRun],
+    where: str,
+    task: Sequence[str],
+    method: Sequence[str],
+    model: Sequence[str],
+    tokens: Sequence[int],
+) -> list[StoredRun]:
+    """Return the runs that match every condition of a command line, see `select`; `where` says where they are from.
+
+    Raises:
+        ValueError: naming the flag, for a condition that no run meets, or if no run meets all of them.
+    """
+    models = [model_path(name) for name in model]
+    known: dict[str, tuple[Sequence[Any], set[Any]]] = {
+        "task": (task, {r.bench for r in runs}),
+        "method": (method, {r.method for r in runs}),
+        "model": (models, {r.model_name for r in runs} | ({r.model for r in runs} & set(models))),
+        "tokens": (tokens, {r.tokens for r in runs} - {None}),
+    }
+    for name, (given, there) in known.items():
+        absent = [str(v) for v in given if v not in there]
+        if absent:
+            have = ", ".join(map(str, sorted(there))) or "none"
+            raise ValueError(f"--{name} {','.join(absent)}: no finished run in {where} has it; there are {have}")
+    found = select(runs, task, method, models, tokens)
+    if not found:
+        raise ValueError(f"none of the {len(runs)} runs in {where} meets all conditions; leave one out")
+    return found
+
+
 def frame(runs: Sequence[StoredRun]) -> Any:
     """Return a pandas.DataFrame with one row for each run.
 
