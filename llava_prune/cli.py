@@ -159,6 +159,17 @@ COMMANDS = {
 """Name of a command -> function that runs it and returns the exit status."""
 
 
+_NO_FOLDER = "; a part of this path is a file or a broken link, give another path"
+WAYS_OUT = {
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EISDIR: "; this is a folder, give the path of a file",
+    errno.EACCES: "; give another path, or change the permissions of this one",
+    errno.EROFS: "; give a path on a disk that can be written to",
+}
+"""Number of a file error -> what to do about it."""
+
+
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
     """Print log records on stderr during a command, unless the process already has a log handler.
@@ -198,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = "interrupted; run the same command to resume", 130
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        message, status = f"{error.strerror or error}{where}", 1
+        message, status = f"{error.strerror or error}{where}{WAYS_OUT.get(error.errno or 0, '')}", 1
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left on the disk{where}; free some and run the same command, which resumes"
     except MemoryError:

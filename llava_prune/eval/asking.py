@@ -16,7 +16,7 @@ import torch
 
 import llava_prune
 
-from ..methods.planner import Run, check_budgets
+from ..methods.planner import Run, check_budgets, check_schedules
 from ..models.parallel import smallest
 from ..models.placement import devices, out_of_memory
 from ..runtime.patching import execution_device
@@ -146,12 +146,17 @@ def prepare(settings: Settings, task: Task, files: Files, runs: Sequence[Run], l
 
 
 def check_loaded(loaded: Any, where: str, runs: Sequence[Run], protocol: Protocol) -> None:
-    """Refuse a checkpoint without its own tokenizer and image processor, and budgets above its visual tokens.
+    """Refuse a checkpoint without its own tokenizer and image processor, and budgets that it cannot have.
+
+    A budget may be above the model's visual tokens, or out of a method's reach. For a model that sees images in crops,
+    the latter depends on the image and is found when the question is asked.
 
     Raises:
         ValueError: naming the checkpoint, `where`, or the budget.
     """
     check_budgets(runs, loaded.max_visual)
+    if loaded.crops == 1:
+        check_schedules(runs, loaded.n_visual, loaded.size.layers)
     vocab = loaded.model.get_input_embeddings().num_embeddings
     text_config = getattr(loaded.model.config, "text_config", None) or loaded.model.config
     check_tokenizer(loaded.tokenizer, vocab, text_config, where, loaded.model.generation_config)

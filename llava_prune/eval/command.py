@@ -10,7 +10,6 @@ import os
 import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from ..arguments import TINY
 from ..console import emit, print_table, print_whole, stderr, stdout
 from ..ops.counts import FlopsShare
+from ..report.store import model_path
 from .forecast import forecast, forecast_table
 from .launch import cores, launch, process_count
 from .place import out_folder
@@ -53,9 +53,7 @@ def settings_of(args: argparse.Namespace, **given: Any) -> Settings:
     """Return the settings of an evaluation: those of the command line, overridden by `given`."""
     fields = {f.name for f in dataclasses.fields(Settings)}
     found = {k: v for k, v in vars(args).items() if k in fields} | given
-    models = {
-        k: os.path.normpath(v) for k, v in found.items() if k in ("model", "model_base") and v and Path(v).is_dir()
-    }
+    models = {k: model_path(v) for k, v in found.items() if k in ("model", "model_base") and v}
     return Settings(**{**found, **models})
 
 
@@ -88,7 +86,7 @@ def _processes(args: argparse.Namespace, settings: Settings) -> int:
     """
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     chosen = args.gpus or args.procs or args.device or args.device_map or settings.engine
-    alone = chosen or torch.cuda.is_available() or settings.model != TINY
+    alone = chosen or torch.cuda.is_available() or args.model != TINY
     return count if alone or not args.many_runs else cores()
 
 

@@ -22,7 +22,7 @@ from .answers import ANSWERS, RESULT, SCORES, TIMING, locked, merge, total_secon
 from .asking import Bench, Files, load_model, prepare, tower_clock
 from .finished import Origin, made, origins, stored_result
 from .finite import watched
-from .place import Place, find_place, folders_of, out_folder
+from .place import Place, chunk_of, find_place, folders_of, out_folder
 from .plan import Settings, plan_runs
 from .prompt import IMAGE_ID
 from .ranks import Ranks, SharedTask
@@ -282,10 +282,12 @@ def finish(
 def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
     """Return the results of an evaluation by benchmark if all of them exist already, else None. No model is loaded.
 
+    A chunk is finished if the whole benchmark is.
+
     Raises:
-        ValueError: for unknown benchmarks, methods or hyper-parameters.
+        ValueError: for unknown benchmarks, methods or hyper-parameters, or a chunk out of range.
     """
-    if settings.restart or settings.num_chunks > 1:
+    if settings.restart:
         return None
     out = {}
     for name in tasks_of(settings):
@@ -297,6 +299,7 @@ def finished(settings: Settings) -> dict[str, list[dict[str, Any]]] | None:
             found += list(filter(None, (stored_result(place, origin(run)["stamp"]) for place in places)))[:1]
         if len(found) < len(runs) or not _compared(found):
             return None
+        chunk_of(found[0]["rows"], settings.num_chunks, settings.chunk_idx)
         out[name] = found
     return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -159,7 +159,7 @@ class Method:
         The default is the result of `plan` with an empty note. A method whose counts depend on the data may return a
         typical case and name it in the note. None if there is no example.
         """
-        plan = self.plan(n_visual, n_layers)
+        plan = self._checked_plan(n_visual, n_layers)
         return None if plan is None else (plan, [*plan[1:], *plan[-1:]], "")
 
     def curves(self, n_visual: int, n_layers: int) -> dict[str, tuple[int, ...]]:
@@ -188,14 +188,14 @@ class Method:
         plan = self.plan(n_visual, n_layers)
         if plan is None:
             return None
-        counts = [n_visual, *plan, 0]
-        whole = len(plan) == n_layers and all(isinstance(n, Integral) for n in counts)
-        if not whole or any(low > high for high, low in pairwise(counts)):
+        counts = list(plan) if isinstance(plan, Iterable) else []
+        whole = len(counts) == n_layers and all(isinstance(n, Integral) for n in counts)
+        if not whole or any(low > high for high, low in pairwise([n_visual, *counts, 0])):
             raise ValueError(
                 f"{self!r}: plan({n_visual}, {n_layers}) is {shown(plan)}; must be {n_layers} integers, the visual "
                 f"tokens entering each layer: at most {n_visual} at first, then never more than in the layer before"
             )
-        return plan
+        return counts
 
     def hyper(self) -> dict[str, Any]:
         """Return the hyper-parameters of this instance by argument name."""

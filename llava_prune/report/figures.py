@@ -12,7 +12,7 @@ from ..console import stdout
 from .accuracy import draw_accuracy_flops, draw_accuracy_tokens, draw_sweep
 from .drawing import save
 from .speed import draw_speed, read_bench, select_bench
-from .store import UNPRUNED, StoredRun, read_runs, select
+from .store import UNPRUNED, StoredRun, matching, read_runs, select
 from .together import comparable
 from .tokens import draw_information, draw_retention, draw_survival
 
@@ -68,15 +68,15 @@ def chosen(args: Namespace, places: Sequence[str]) -> list[StoredRun]:
         places: folders of runs, or folders above several runs.
 
     Raises:
-        ValueError: if no run matches; see also `read_runs` and `comparable`.
+        ValueError: if there are no runs; see also `matching`, `read_runs` and `comparable`.
     """
     asked = _conditions(args)
     found = [r for r in read_runs(_present(places)) if not (args.no_sweeps and r.varied)]
-    runs = select(found, bench=args.task, **asked)
-    if not runs:
-        where = ", ".join(places)
-        what = f"none of the {len(found)} finished runs in {where} matches" if found else f"no finished runs in {where}"
-        raise ValueError(f"{what}; make some with llava-prune eval gqa --method autoprune --tokens 192,128,64")
+    where = ", ".join(places)
+    if not found:
+        way_out = "make some with llava-prune eval gqa --method autoprune --tokens 192,128,64"
+        raise ValueError(f"no finished runs in {where}; {way_out}")
+    runs = matching(found, where, args.task, **asked)
     benches = sorted({r.bench for r in runs})
     unpruned = select(found, bench=benches, method=[UNPRUNED], model=asked["model"])
     return comparable([*runs, *(r for r in unpruned if r not in runs)])

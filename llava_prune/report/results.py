@@ -14,7 +14,7 @@ from rich.text import Text
 from ..arguments import RESULTS
 from ..console import difference_text, emit, figure_text, number_text, stderr, stdout, write
 from .compare import Comparison, compare
-from .store import UNPRUNED, StoredRun, find_run, frame, read_runs, select
+from .store import UNPRUNED, StoredRun, find_run, frame, matching, read_runs
 
 SHOWN = 20
 """Default number of flipped questions in the output of a comparison."""
@@ -66,21 +66,7 @@ def listed(
     if not runs:
         way_out = "run an evaluation (llava-prune eval gqa), or give the folder of earlier ones"
         raise ValueError(f"no finished run in {where}; {way_out}")
-    known: dict[str, tuple[Sequence[Any], set[Any]]] = {
-        "task": (task, {r.bench for r in runs}),
-        "method": (method, {r.method for r in runs}),
-        "model": (model, {r.model_name for r in runs} | ({r.model for r in runs} & set(model))),
-        "tokens": (tokens, {r.tokens for r in runs} - {None}),
-    }
-    for name, (given, there) in known.items():
-        absent = [str(v) for v in given if v not in there]
-        if absent:
-            have = ", ".join(map(str, sorted(there))) or "none"
-            raise ValueError(f"--{name} {','.join(absent)}: no finished run in {where} has it; there are {have}")
-    chosen = select(runs, task, method, model, tokens)
-    if not chosen:
-        raise ValueError(f"none of the {len(runs)} runs in {where} meets all conditions; leave one out")
-    return sorted(chosen, key=_order)
+    return sorted(matching(runs, where, task, method, model, tokens), key=_order)
 
 
 def _order(run: StoredRun) -> tuple[Any, ...]:

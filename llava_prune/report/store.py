@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,23 @@ def model_id(path: str) -> str:
     """
     parts = path.strip("/").split("/")
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
+
+
+def model_path(name: str) -> str:
+    """Return the one name under which results list a checkpoint.
+
+    Args:
+        name: a folder, relative or absolute, or a hub id.
+
+    Returns:
+        For a folder below the working directory, the path from there; for another folder, the absolute path. Links are
+        not followed. Any other name is returned unchanged.
+    """
+    folder = Path(os.path.abspath(Path(name).expanduser()))
+    if not folder.is_dir():
+        return name
+    here = Path.cwd()
+    return str(folder.relative_to(here) if here in folder.parents else folder)
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,8 @@ class StoredRun:
 
     @property
     def model(self) -> str:
-        """Checkpoint folder or hub id."""
-        return str(self.result["settings"]["model"])
+        """Checkpoint folder or hub id, see `model_path`."""
+        return model_path(str(self.result["settings"]["model"]))
 
     @property
     def model_name(self) -> str:
@@ -274,14 +292,46 @@ def select(
         model: paths or hub ids of checkpoints, or their names, see `StoredRun.model_name`.
         tokens: budgets.
     """
+    models = {model_path(name) for name in model}
     return [
         r
         for r in runs
         if (not bench or r.bench in bench)
         and (not method or r.method in method)
-        and (not model or r.model in model or r.model_name in model)
+        and (not models or r.model in models or r.model_name in models)
         and (not tokens or r.tokens in tokens)
     ]
+
+
+def matching(
+    runs: Sequence[StoredRun],
+    where: str,
+    task: Sequence[str],
+    method: Sequence[str],
+    model: Sequence[str],
+    tokens: Sequence[int],
+) -> list[StoredRun]:
+    """Return the runs that match every condition of a command line, see `select`; `where` says where they are from.
+
+    Raises:
+        ValueError: naming the flag, for a condition that no run meets, or if no run meets all of them.
+    """
+    models = [model_path(name) for name in model]
+    known: dict[str, tuple[Sequence[Any], set[Any]]] = {
+        "task": (task, {r.bench for r in runs}),
+        "method": (method, {r.method for r in runs}),
+        "model": (models, {r.model_name for r in runs} | ({r.model for r in runs} & set(models))),
+        "tokens": (tokens, {r.tokens for r in runs} - {None}),
+    }
+    for name, (given, there) in known.items():
+        absent = [str(v) for v in given if v not in there]
+        if absent:
+            have = ", ".join(map(str, sorted(there))) or "none"
+            raise ValueError(f"--{name} {','.join(absent)}: no finished run in {where} has it; there are {have}")
+    found = select(runs, task, method, models, tokens)
+    if not found:
+        raise ValueError(f"none of the {len(runs)} runs in {where} meets all conditions; leave one out")
+    return found
 
 
 def frame(runs: Sequence[StoredRun]) -> Any:

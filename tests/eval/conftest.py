@@ -45,7 +45,7 @@ class Model:
 
     family, n_visual, max_visual, crops, tokenizer = "hf", 16, 16, 1, Tokenizer()
     bits, engine, device = None, None, torch.device("cpu")
-    size = Size(layers=2, hidden=8, intermediate=16, visual=16)
+    size = Size(layers=8, hidden=8, intermediate=16, visual=16)
     geometry = Geometry(grid=(4, 4), side=8)
     image_processor = SimpleNamespace(image_mean=[0.5] * 3, to_dict=dict)
 
@@ -95,12 +95,12 @@ class Model:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     @contextmanager
     def pruned(model: Any, method: Any) -> Any:
-        kept = [[getattr(method, "tokens", None) or 16] * 2] * 64
+        kept = [[getattr(method, "tokens", None) or 16] * 8] * 64
         yield SimpleNamespace(
             last=SimpleNamespace(
                 tokens_in=torch.tensor(kept),
                 tokens_out=torch.tensor(kept),
-                survival=torch.tensor([[2] * kept[0][0] + [0] * (16 - kept[0][0])] * 64),
+                survival=torch.tensor([[8] * kept[0][0] + [0] * (16 - kept[0][0])] * 64),
                 stats={"mi1": [1.0] * 64},
             ),
             vision=SimpleNamespace(variant=None),

@@ -197,6 +197,13 @@ def test_an_error_of_a_method_names_the_run(data: Path, tmp_path: Path, stand_in
         run.evaluate(settings(data, tmp_path / "out", reference=False))
 
 
+def test_a_budget_out_of_reach_is_refused_first(data: Path, tmp_path: Path, stand_in: Any) -> None:
+    model = stand_in()
+    with pytest.raises(ValueError, match=r"^fastv-2: tokens=2: .*; give at least 3$"):
+        run.evaluate(settings(data, tmp_path / "out", methods=("fastv",), tokens=(2,)))
+    assert model.calls == [] and not (tmp_path / "out").exists()
+
+
 def test_a_smaller_batch_stays_for_the_method(data: Path, tmp_path: Path, stand_in: Any) -> None:
     """The batch size falls from 4 to 2 and to 1 after two failures; the next method starts with the given size."""
     model = stand_in({1: torch.OutOfMemoryError("no"), 2: torch.OutOfMemoryError("no")})

@@ -19,7 +19,7 @@ def test_thumbnails_of_a_run(data: Path, tmp_path: Path, stand_in: Any, capsys: 
     stand_in()
     run.evaluate(settings(data, tmp_path / "out", methods=("autoprune",)))
     found = find_run("autoprune-4", [tmp_path / "out"])
-    assert [list(unpack_layers(r["kept"]["patches"])) for r in rows(found.folder)] == [[2] * 4] * 7
+    assert [list(unpack_layers(r["kept"]["patches"])) for r in rows(found.folder)] == [[8] * 4] * 7
     first, last = thumbnails(found, [0, 5], 3)
     assert first is not None and last is not None
     assert first.image.size == (3, 2) and first.image.getpixel((0, 0)) == (0, 0, 0)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from llava_prune.cli import main
+from llava_prune.eval.command import settings_of
 from llava_prune.eval.plan import Settings
 from llava_prune.eval.run import evaluate_all, finished
 from llava_prune.eval.stored import stored_runs
 from llava_prune.methods.planner import Request
+from llava_prune.parsers import make_parser
 from llava_prune.report.store import StoredRun, read_result
 
 
@@ -61,6 +63,9 @@ def test_a_second_call_loads_nothing(settings: Settings, stand_in: Any, monkeypa
         assert [r["label"] for r in runs] == ["full", "autoprune-4", "random-4"]
         assert [r["figure"] for r in runs] == [r["figure"] for r in first[name]]
     assert finished(dataclasses.replace(settings, restart=True)) is None
+    assert finished(dataclasses.replace(settings, num_chunks=2, chunk_idx=1)) == found
+    with pytest.raises(ValueError, match=r"CHUNK_IDX=2 is outside 0\.\.1"):
+        finished(dataclasses.replace(settings, num_chunks=2, chunk_idx=2))
 
 
 @pytest.mark.parametrize("name", ["result.json", "answers.jsonl"])
@@ -123,6 +128,14 @@ def test_a_sweep_and_an_evaluation_share_runs(settings: Settings, stand_in: Any)
     same = dataclasses.replace(settings, methods=("autoprune",), method_args={"lam": 0.5})
     found = finished(same)
     assert found is not None and found["gqa"][1]["settings"]["hyper"]["lam"] == 0.5
+
+
+def test_one_model_for_every_path_to_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(settings.model).parent)
+    for name in (settings.model, f"{settings.model}/", "some-model", "./some-model"):
+        args = make_parser({}).parse_args(["eval", "gqa", "--model", name, "--model-base", name])
+        found = settings_of(args)
+        assert found.model == found.model_base == "some-model"
 
 
 def test_out_is_a_folder_of_its_own(settings: Settings, tmp_path: Path, stand_in: Any) -> None:

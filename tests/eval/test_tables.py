@@ -132,8 +132,8 @@ def test_processes(given: dict[str, Any], gpus: int, model: str, count: int, mon
     monkeypatch.setattr(command, "cores", lambda: 5)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
-    args = argparse.Namespace(**{"gpus": None, "procs": None, "device": None, "device_map": None, "many_runs": True})
-    vars(args).update(given)
+    unset = dict.fromkeys(("gpus", "procs", "device", "device_map"))
+    args = argparse.Namespace(**{**unset, "model": model, "many_runs": True, **given})
     assert command._processes(args, Settings(model=model)) == count
 
 

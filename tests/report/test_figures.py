@@ -415,7 +415,7 @@ def test_unsuitable_runs_are_refused(tmp_path: Path, capsys: Any) -> None:
     for (name, place), message in expected.items():
         with pytest.raises(ValueError, match=message):
             raise ValueError(refused(capsys, name, "--runs", str(place)))
-    assert "none of the 1 finished runs" in refused(capsys, "sweep", "--runs", str(even), "--task", "pope")
+    assert "--task pope: no finished run in" in refused(capsys, "sweep", "--runs", str(even), "--task", "pope")
     assert "--task is for runs" in refused(capsys, "speed", "--runs", str(even), "--task", "gqa")
 
 

@@ -192,8 +192,9 @@ def test_partial_scores_are_kept(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         ([], "no finished runs in"),
-        (["--task", "mme"], "none of the 4 finished runs in"),
-        (["--tokens", "7"], "none of the 4 finished runs in"),
+        (["--task", "mme"], "--task mme: no finished run in"),
+        (["--method", "full,autoprun"], "--method autoprun: no finished run in"),
+        (["--tokens", "7"], "--tokens 7: no finished run in"),
         (["--no-sweeps"], "the runs are of several models (lab/other, models/llava-tiny); choose one with --model"),
         (["/nowhere/at/all"], "/nowhere/at/all: no such folder"),
     ],

@@ -178,3 +178,19 @@ def test_partial_credit_is_named(tmp_path: Path, runs: Callable[..., Path]) -> N
     text = "\n".join(drawn(results.counts_table(found), 120))
     assert "more in B" in text and "equal partial credit" in " ".join(text.split()) and "only" not in text
     assert any("0.3 0.6" in line for line in drawn(results.flips_table(found, 5)))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file/runs.csv", "a part of this path is a file or a broken link, give another path"),
+        ("file/below/runs.csv", "a part of this path is a file or a broken link, give another path"),
+        ("broken/runs.csv", "a part of this path is a file or a broken link, give another path"),
+        ("", "this is a folder, give the path of a file"),
+    ],
+)
+def test_paths_that_cannot_be_written(store: Path, tmp_path: Path, capsys: Any, place: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    err = said(capsys, str(store), "--csv", str(tmp_path / place), status=1)
+    assert message in err and str(tmp_path) in err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llava_prune.report.store import COUNTINGS, find_run, frame, read_runs, select
+from llava_prune.report.store import COUNTINGS, find_run, frame, model_path, read_runs, select
 
 
 def labels(found: list[Any]) -> list[str]:
@@ -37,6 +37,27 @@ def test_select(store: Path) -> None:
     for name in ("lab/other/checkpoint-7", "other_checkpoint-7"):
         assert labels(select(found, model=[name])) == ["gqa/other_checkpoint-7/full"]
     assert len(select(found, model=["llava-tiny", "models/llava-tiny"])) == 4
+
+
+def test_one_name_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "here" / "models" / "some-llava"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("models/some-llava", "./models//some-llava/", str(folder), f"{folder}/", "../here/models/some-llava"):
+        assert model_path(name) == "models/some-llava"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert model_path("~/some-llava") == "models/some-llava"
+    assert model_path("liuhaotian/llava-v1.5-7b") == "liuhaotian/llava-v1.5-7b"
+    monkeypatch.chdir(folder)
+    assert model_path(".") == model_path(str(folder)) == str(folder)
+    assert model_path("..") == str(folder.parent)
+
+
+def test_select_by_any_path_of_a_model(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(store)
+    folder = store / "models" / "llava-tiny"
+    folder.mkdir(parents=True)
+    assert len(select(read_runs([store]), model=[str(folder)])) == 4
 
 
 def test_rows(store: Path) -> None:
