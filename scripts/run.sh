@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up the environment and run a Python module in it; used by the other scripts. Usage: run.sh MODULE [arguments]
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-$PWD/.venv}"
 export VENV
 bash scripts/setup.sh

@@ -4,7 +4,7 @@
 #   bash scripts/test.sh tests/eval -k resumes
 #   bash scripts/test.sh -m slow
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-$PWD/.venv}"
 export VENV
 bash scripts/setup.sh dev

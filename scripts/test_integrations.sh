@@ -4,7 +4,7 @@
 #   bash scripts/test_integrations.sh -k lmms -rP
 # Both toolkits are installed without most of their requirements: audio, video, judge services and torchvision.
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV="$PWD/.venv-integrations"
 bash scripts/setup.sh
 pip_install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }

@@ -6,7 +6,7 @@
 # releases of transformers for the default Python (default: the oldest supported one). Arguments go to pytest.
 # TORCH_SPEC is passed on, see scripts/setup.sh.
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 failed=()
 
 check() {  # $1: name of the version, which is part of the name of its environment; the rest: arguments of pytest

@@ -3,5 +3,5 @@
 # To run another sweep file:
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune sweep \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \
     scripts/ablation/cap.yaml --figure playground/results/figures/cap "$@"

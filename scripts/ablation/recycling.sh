@@ -2,5 +2,5 @@
 # Ablation of AutoPrune: recycling of pruned tokens (recycling.yaml, see docs/ablations.md). To run another sweep file:
 #   .venv/bin/llava-prune sweep FILE
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune sweep \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \
     scripts/ablation/recycling.yaml --figure playground/results/figures/recycling "$@"

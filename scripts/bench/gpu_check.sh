@@ -11,7 +11,7 @@
 #   DEVICE=cpu SHAPE=tiny bash scripts/bench/gpu_check.sh              # a rehearsal without a GPU
 # TIME_LIMIT is the time limit of all stages in seconds (default 480), PYTHON the interpreter (default python3).
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON="${PYTHON:-python3}" DEVICE="${DEVICE:-cuda}" SHAPE="${SHAPE:-7b}" STAGES="${STAGES:-a b c d e f}"
 OUT="${OUT:-playground/results/bench/gpu}" TIME_LIMIT="${TIME_LIMIT:-480}"
 SECONDS=0

@@ -5,4 +5,4 @@
 #   bash scripts/bench/prefill.sh --model liuhaotian/llava-v1.5-7b --batch 1,8 --profile
 set -euo pipefail
 export METHOD="${METHOD:-autoprune,autoprune-flash}"
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune bench "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune bench "$@"

@@ -5,4 +5,4 @@
 #   TOKENS=64 BATCH=1,8,auto REPEATS=3 bash scripts/bench/questions.sh
 #   bash scripts/bench/questions.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval --limit 400 --json
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune.eval.rate "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune.eval.rate "$@"

@@ -5,4 +5,4 @@
 # All visible GPUs are used, with one process each. Choose them with CUDA_VISIBLE_DEVICES=0,1 or GPUS=2; PROCS=2 starts
 # two processes on the CPU. See docs/scale.md.
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune eval gqa "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune eval gqa "$@"

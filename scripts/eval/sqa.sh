@@ -3,4 +3,4 @@
 #   TOKENS=192,128,64 METHOD=autoprune,random bash scripts/eval/sqa.sh
 #   bash scripts/eval/sqa.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune eval sqa "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune eval sqa "$@"

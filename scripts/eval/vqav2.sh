@@ -3,4 +3,4 @@
 #   TOKENS=192,128,64 METHOD=autoprune,random bash scripts/eval/vqav2.sh
 #   bash scripts/eval/vqav2.sh --model liuhaotian/llava-v1.5-7b --data playground/data/eval
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune eval vqav2 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune eval vqav2 "$@"

@@ -3,4 +3,4 @@
 #   bash scripts/scale/check.sh gqa
 #   bash scripts/scale/check.sh all --procs 2,4 --repeats 3
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune.eval.scale check "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune.eval.scale check "$@"

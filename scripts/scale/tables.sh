@@ -4,4 +4,4 @@
 #   bash scripts/scale/tables.sh playground/results/gqa/llava-tiny --rate-7b 10 --rate-13b 5
 #   bash scripts/scale/tables.sh OUT --rate-7b 10 --rate-13b 5 --slow 0.5 --failures 0.01
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune.eval.scale tables "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune.eval.scale tables "$@"

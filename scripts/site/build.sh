@@ -3,7 +3,7 @@
 #   bash scripts/site/build.sh            # site/index.html
 #   bash scripts/site/build.sh serve      # http://127.0.0.1:8000, rebuilt on changes
 set -euo pipefail
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 SITE="$PWD/.venv-site"
 if [ ! -e "$SITE/.ready" ]; then
     "${PYTHON:-python3}" -m venv "$SITE"

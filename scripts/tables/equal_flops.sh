@@ -3,5 +3,5 @@
 # Finished runs are not repeated. Without MODEL, the miniature model is used. LIMIT=100 evaluates the first 100
 # questions of each benchmark.
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune sweep \
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune sweep \
     scripts/tables/equal_flops.yaml --figure playground/results/figures/equal_flops "$@"

@@ -4,4 +4,4 @@
 #   MODEL=liuhaotian/llava-v1.6-vicuna-7b DATA=playground/data/eval bash scripts/tables/next7b.sh
 # Settings are environment variables or flags of the same name; docs/reproduction.md and docs/models.md describe them.
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune table next7b "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune table next7b "$@"

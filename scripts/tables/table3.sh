@@ -4,4 +4,4 @@
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=playground/data/eval bash scripts/tables/table3.sh
 # Settings are environment variables or flags of the same name; docs/reproduction.md describes them.
 set -euo pipefail
-exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" llava_prune table 3 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" llava_prune table 3 "$@"
