@@ -109,6 +109,10 @@ def test_images_of_another_size(tower: str) -> None:
             message = rf"images of 112 x 112 pixels: '{name}' .* 6 x 6 patches of 14 pixels; give images of 84 x 84"
             with llava_prune.pruned(model, name, tokens=16, **more), pytest.raises(ValueError, match=message):
                 model(**given, interpolate_pos_encoding=True)
+        try:
+            model(**given, interpolate_pos_encoding=True)
+        except ValueError:
+            pytest.skip("this release of transformers does not interpolate in this tower")
         with llava_prune.pruned(model, "fastv", layer=1, keep=16) as handle:
             model(**given, interpolate_pos_encoding=True)
         assert handle.last.tokens_in[0].tolist()[:2] == [64, 16]
