@@ -86,7 +86,7 @@ def _processes(args: argparse.Namespace, settings: Settings) -> int:
     """
     count = process_count(args.gpus, args.procs, bool(args.device or args.device_map))
     chosen = args.gpus or args.procs or args.device or args.device_map or settings.engine
-    alone = chosen or torch.cuda.is_available() or args.model != TINY
+    alone = chosen or torch.cuda.is_available() or os.path.normpath(args.model) != TINY
     return count if alone or not args.many_runs else cores()
 
 

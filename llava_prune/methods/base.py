@@ -175,7 +175,8 @@ class Method:
         Raises:
             ValueError: for a plan that is not possible.
         """
-        plans = [self._checked_plan(n, spans.n_layers) for n in spans.n_visual]
+        made = {n: self._checked_plan(n, spans.n_layers) for n in set(spans.n_visual)}
+        plans = [made[n] for n in spans.n_visual]
         if layer + 1 >= spans.n_layers or any(p is None for p in plans):
             return None
         pairs = zip(plans, spans.n_visual, strict=True)

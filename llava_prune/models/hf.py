@@ -240,9 +240,7 @@ def _inner_forward(handle: Any, inner: Any, stock: Any, *args: Any, **kwargs: An
             if _has_images(given):
                 visual = ids == inner.config.image_token_id
                 state.splice = functools.partial(_splice, handle, state, visual, _encoded(given) is not None)
-        out = stock(*args, **kwargs)
-        state.check_entered()
-        return out
+        return state.checked(stock(*args, **kwargs))
 
 
 def _splice(handle: Any, state: RequestState, visual: Tensor, ahead: bool) -> Splice:

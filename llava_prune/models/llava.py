@@ -168,17 +168,13 @@ def _forward(handle: Any, stock: Any, *args: Any, **kwargs: Any) -> Any:
             refuse_labels()
         with _open(handle, images, given.get("image_sizes")) as state:
             state.has_ids = True
-            out = stock(*args, **kwargs)
-            state.check_entered()
-            return out
+            return state.checked(stock(*args, **kwargs))
     parent = request_of(handle)
     if parent is None or not (parent.splice or parent.has_ids):
         refuse_embeddings()
     with request(handle) as state:
         state.splice, state.has_ids = parent.splice, parent.splice is None
-        out = stock(*args, **kwargs)
-        state.check_entered()
-        return out
+        return state.checked(stock(*args, **kwargs))
 
 
 def _prepare(

@@ -166,7 +166,7 @@ def check_same(a: StoredRun, b: StoredRun, ours: Sequence[Any], theirs: Sequence
                 raise ValueError(f"{start}: line {number} has {name} {x[name]!r:.100} and {y[name]!r:.100}")
     if len(ours) != len(theirs):
         raise ValueError(f"{start}: {len(ours)} and {len(theirs)}; give two runs with the same --limit")
-    if a.labels and b.labels and a.labels != b.labels:
+    if not a.same_labels(b):
         raise ValueError(
             f"{a.folder} and {b.folder} were scored with different label files; run both evaluations again, which "
             "scores the answers anew and asks nothing"

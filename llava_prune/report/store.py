@@ -114,6 +114,10 @@ class StoredRun:
         files = {name: str(facts.get("sha256")) for name, facts in self.result.get("files", {}).items()}
         return {name: sha for name, sha in files.items() if name not in ("questions", "upload")} or files
 
+    def same_labels(self, other: StoredRun) -> bool:
+        """Whether two runs were scored with the same label files, as far as both results name theirs."""
+        return not self.labels or not other.labels or self.labels == other.labels
+
     @property
     def varied(self) -> bool:
         """Whether a sweep changed hyper-parameters of the run."""
@@ -199,7 +203,7 @@ class StoredRun:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # texts may hold other line separators
+        lines = path.read_bytes().splitlines()  # of text, it would split at separators inside of answers, too
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}); run the evaluation again, which completes it"
@@ -328,7 +332,7 @@ def matching(
         if absent:
             have = ", ".join(map(str, sorted(there))) or "none"
             raise ValueError(f"--{name} {','.join(absent)}: no finished run in {where} has it; there are {have}")
-    found = select(runs, task, method, models, tokens)
+    found = select(runs, task, method, model, tokens)
     if not found:
         raise ValueError(f"none of the {len(runs)} runs in {where} meets all conditions; leave one out")
     return found

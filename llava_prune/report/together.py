@@ -55,7 +55,7 @@ def comparable(runs: Iterable[StoredRun]) -> list[StoredRun]:
                 f"{other.folder} has {other.result.get('rows')} questions of {r.bench}, {r.folder} has "
                 f"{r.result.get('rows')}; choose folders with the same questions"
             )
-        if other.labels and r.labels and other.labels != r.labels:
+        if not r.same_labels(other):
             raise ValueError(
                 f"{other.folder} and {r.folder} were scored with different label files of {r.bench}; run the "
                 "evaluations again, which scores the answers anew, or choose folders with the same files"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..methods.base import Method
+from ..methods.base import Method, Requirement
 from ..methods.checks import choice, shown
 from ..methods.views import EVERY, VisionCut
 from ..ops.selection import Cut
@@ -22,7 +22,7 @@ def check_attributes(method: Method) -> None:
     choice("positions", method.positions, ("keep", "renumber"))
     choice("vision_positions", method.vision_positions, ("keep", "renumber", None))
     choice("decode", method.decode, ("original", "cache"))
-    known = {"class token", "whole images", "patch positions"}
+    known = frozenset(get_args(Requirement))
     if not isinstance(method.requires, frozenset) or not method.requires <= known:
         raise ValueError(f"requires={shown(method.requires)}: must be a frozenset of {', '.join(sorted(known))}")
 
@@ -106,7 +106,9 @@ def check_vision_cut(method: Method, cut: Any, features: Tensor, patches: int, v
             f"VisionCut: live is {given[0]}, features {given[1]}, ids {named}; must be ({n}, K) bool, ({n}, K, "
             f"{width}), ({n}, K) long; without ids give {patches} tokens"
         )
-    if values and cut.counts is not None and cut.live.sum(1).tolist() != list(cut.counts):
-        raise ValueError(f"VisionCut: counts are {list(cut.counts)}, and live has {cut.live.sum(1).tolist()}")
+    if values and cut.counts is not None:
+        counted = cut.live.sum(1).tolist()
+        if counted != list(cut.counts):
+            raise ValueError(f"VisionCut: counts are {list(cut.counts)}, and live has {counted}")
     if values and ids is not None and not bool((ids[cut.live] < patches).all()):
         raise ValueError(f"VisionCut: ids name patch {int(ids[cut.live].max())}; there are {patches}")

@@ -215,8 +215,8 @@ class RequestState:
     numbers: Tensor | None = None
     served: Any = None
 
-    def check_entered(self) -> None:
-        """Refuse the result of a forward with images that the language model has not pruned.
+    def checked(self, output: Any) -> Any:
+        """Return the output of a forward, unless its images reached a language model that does not prune them.
 
         Raises:
             ValueError: if the language model has not asked for the images.
@@ -226,6 +226,7 @@ class RequestState:
                 "the images of this request were not pruned: the language model, or its forward, was replaced after "
                 "the method was attached; detach the method and attach it again"
             )
+        return output
 
 
 @dataclass(frozen=True)
